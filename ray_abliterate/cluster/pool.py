@@ -1,0 +1,301 @@
+"""The replica pool: leases replicas to calls, and survives their deaths.
+
+The pool owns every lease, so a caller that dies can't leak one. A replica that dies leaves the
+rotation, its work goes to another replica at once, and it comes back when it answers. Work fails
+only when it has failed with two replicas, or none comes back in time.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from ray_abliterate.errors import ModelError, RayAbliterateError, SearchError
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import ModelSettings, Recipe
+from ray_abliterate.replica import Evaluation, ModelFacts, Replica, Setup
+
+log = logging.getLogger(__name__)
+
+NO_REPLICA_SECONDS = 900.0
+"""A call waits this long for any replica; a restarted one has to load its model."""
+DEATHS = (ActorDiedError, ActorUnavailableError, RayActorError, WorkerCrashedError)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many replicas, and what each takes."""
+
+    replicas: int
+    gpus: float
+    cpus: float
+    threads: int
+
+
+def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
+    """Join the cluster that `RAY_ADDRESS` names, or start Ray on this machine.
+
+    Returns:
+        The dashboard's address, or nothing.
+    """
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        paths = [*python_path, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
+        local = not os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = (
+            {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"} if local else {}
+        )
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": environment} if environment else None,
+            **options,
+        )
+    return str(getattr(ray._private.worker._global_node, "webui_url", "") or "")
+
+
+def plan_layout(settings: ModelSettings, cpus: float, gpus: float) -> Layout:
+    """Replicas for the machine or cluster at hand.
+
+    Raises:
+        ModelError: the recipe asks for more GPUs than there are.
+    """
+    per_replica = settings.gpus_per_replica
+    if per_replica is None:
+        per_replica = 1.0 if gpus >= 1 else 0.0
+    if per_replica > gpus:
+        raise ModelError(
+            f"model.gpus_per_replica = {per_replica:g}, but there are {gpus:g} GPUs.\n"
+            "  Lower it, or set it to 0 to run on the CPU."
+        )
+    fitting = int(gpus / per_replica + 1e-6) if per_replica else 1
+    replicas = settings.replicas or max(1, fitting)
+    if per_replica and replicas > fitting:
+        raise ModelError(
+            f"model.replicas = {replicas} of {per_replica:g} GPUs each need "
+            f"{replicas * per_replica:g} GPUs, but there are {gpus:g}; {fitting} fit."
+        )
+    threads = settings.threads_per_replica or max(1, int(cpus) // replicas)
+    share = 1.0 if per_replica else float(threads)
+    return Layout(replicas, per_replica, min(share, max(cpus / replicas, 0.1)), threads)
+
+
+class ReplicaHost:
+    """A replica in a Ray actor. A constructor that fails is told to the first caller."""
+
+    def __init__(
+        self,
+        index: int,
+        recipe: Recipe,
+        source: str,
+        prompts: Mapping[str, PromptSet],
+        threads: int,
+    ) -> None:
+        self._label = f"replica-{index} {recipe.model.name}"
+        self._replica: Replica | None = None
+        self._failure: BaseException | None = None
+        try:
+            self._replica = Replica(recipe, source, prompts, threads)
+        except (RayAbliterateError, RuntimeError, OSError, ValueError, MemoryError) as error:
+            self._failure = error
+
+    def __repr__(self) -> str:
+        return self._label
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the replica."""
+        if self._replica is None:
+            assert self._failure is not None
+            raise self._failure
+        return getattr(self._replica, method)(*args)
+
+
+class PoolActor:
+    """Hands calls to free replicas, in the order they come."""
+
+    def __init__(self, replicas: list[Any], timeout_seconds: float | None) -> None:
+        self._free: asyncio.Queue[Any] = asyncio.Queue()
+        self._timeout = timeout_seconds
+        self._reviving: set[asyncio.Task[None]] = set()
+        self._kept: dict[str, Any] = {}
+        for replica in replicas:
+            self._free.put_nowait(replica)
+
+    def __repr__(self) -> str:
+        return "replica-pool"
+
+    async def call(self, method: str, args: list[Any], limited: bool = False) -> Any:
+        """Run a method on a free replica; on its death, on another one.
+
+        Args:
+            method: Name of a method of `Replica`.
+            args: Its arguments, object references among them.
+            limited: The trial timeout applies.
+        """
+        deaths = 0
+        while True:
+            replica = await self._lease()
+            try:
+                result = await asyncio.wait_for(
+                    _ready(replica.call.remote(method, *args)), self._timeout if limited else None
+                )
+            except TimeoutError:
+                ray.kill(replica, no_restart=False)
+                self._revive(replica)
+                raise SearchError(
+                    f"no answer within search.trial_timeout_seconds = {self._timeout:g}; "
+                    "the replica was started anew"
+                ) from None
+            except DEATHS as error:
+                self._revive(replica)
+                deaths += 1
+                if deaths == 2:
+                    raise SearchError(
+                        f"two replicas died over this call ({type(error).__name__}); out of memory?"
+                    ) from None
+                continue
+            except BaseException:
+                self._free.put_nowait(replica)
+                raise
+            self._free.put_nowait(replica)
+            return result
+
+    async def keep(self, key: str, value: Any) -> None:
+        """Hold a value until it is taken."""
+        self._kept[key] = value
+
+    async def take(self, key: str) -> Any:
+        """The held value, given away; None if there is none."""
+        return self._kept.pop(key, None)
+
+    async def _lease(self) -> Any:
+        try:
+            return await asyncio.wait_for(self._free.get(), NO_REPLICA_SECONDS)
+        except TimeoutError:
+            raise SearchError(f"no replica was free for {NO_REPLICA_SECONDS:g} seconds") from None
+
+    def _revive(self, replica: Any) -> None:
+        """Back into rotation once it answers (Ray restarts it from its constructor)."""
+
+        async def wait() -> None:
+            delay = 0.5
+            while True:
+                try:
+                    await _ready(replica.call.remote("describe"))
+                except DEATHS:
+                    await asyncio.sleep(delay)
+                    delay = min(2 * delay, 30.0)
+                    continue
+                except RayTaskError as error:
+                    log.error("a replica could not be started again: %s", error)
+                    return
+                self._free.put_nowait(replica)
+                return
+
+        task = asyncio.get_running_loop().create_task(wait())
+        self._reviving.add(task)
+        task.add_done_callback(self._reviving.discard)
+
+
+async def _ready(reference: Any) -> Any:
+    return await reference
+
+
+class ReplicaPool:
+    """The driver's side of the pool."""
+
+    def __init__(self, actor: Any, hosts: list[Any], facts: ModelFacts, layout: Layout) -> None:
+        self.actor = actor
+        self.facts = facts
+        self.layout = layout
+        self._hosts = hosts
+
+    @classmethod
+    @contextmanager
+    def start(
+        cls, recipe: Recipe, source: str, prompts: Mapping[str, PromptSet]
+    ) -> Iterator["ReplicaPool"]:
+        """Start replicas and wait for the first; all are gone after the block.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the GPUs don't suffice.
+        """
+        resources = ray.cluster_resources()
+        cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+        layout = plan_layout(recipe.model, cpus, gpus)
+        host = ray.remote(ReplicaHost)
+        hosts = [
+            host.options(
+                num_gpus=layout.gpus, num_cpus=layout.cpus, max_restarts=-1, max_task_retries=0
+            ).remote(index, recipe, source, prompts, layout.threads)
+            for index in range(layout.replicas)
+        ]
+        actor = None
+        try:
+            facts = _first_facts(hosts)
+            pool = ray.remote(PoolActor).options(num_cpus=0, max_concurrency=10_000)
+            actor = pool.remote(hosts, recipe.search.trial_timeout_seconds)
+            yield cls(actor, hosts, facts, layout)
+        finally:
+            for handle in [*hosts, *([actor] if actor is not None else [])]:
+                ray.kill(handle)
+
+    def put(self, setup: Setup) -> Any:
+        """A reference to what all evaluations share."""
+        return ray.put(setup)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of any replica, and wait."""
+        return _unwrap(self.actor.call.remote(method, list(args)))
+
+    def evaluate(self, plan: Any, setup: Any) -> Evaluation:
+        """Evaluate one plan, outside of a search."""
+        evaluation: Evaluation = self.call("evaluate", plan, setup)
+        return evaluation
+
+    def map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """Call a method once per argument tuple; results as they come."""
+        waiting = [self.actor.call.remote(method, list(args)) for args in calls]
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1)
+            yield _unwrap(ready[0])
+
+
+def _first_facts(hosts: list[Any]) -> ModelFacts:
+    """What the first replica that loads says; a loading error is raised as it is."""
+    waiting = [host.call.remote("describe") for host in hosts]
+    ready, _ = ray.wait(waiting, num_returns=1)
+    facts: ModelFacts = _unwrap(ready[0])
+    return facts
+
+
+def _unwrap(reference: Any) -> Any:
+    """The value, or the error that was raised over there, without Ray's wrapping."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        while isinstance(cause, RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, RayAbliterateError):
+            raise type(cause)(*cause.args) from None
+        raise
+    except DEATHS as error:
+        raise ModelError(
+            "a replica died while it loaded the model, most likely for lack of memory.\n"
+            "  Choose a smaller model or fewer replicas (model.replicas).\n"
+            f"  {str(error).splitlines()[0]}"
+        ) from None

@@ -1,0 +1,245 @@
+"""The search: Ray Tune runs OptunaSearch trials over the replica pool.
+
+Trials are thin: no GPU, no model. Each asks the pool to evaluate a plan. Tune reuses the trial
+actors; a slot resource, not a queue, limits how many run. The journal is the truth for resuming,
+Tune's own state is not used.
+"""
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import PlacementGroupFactory, RunConfig, TuneConfig
+from ray.tune.search.optuna import OptunaSearch
+
+from ray_abliterate.cluster import study as journal
+from ray_abliterate.cluster.pool import ReplicaPool, _unwrap
+from ray_abliterate.errors import RayAbliterateError
+from ray_abliterate.frontier import Trial
+from ray_abliterate.plan import Plan, Space, Value
+from ray_abliterate.recipe import Goal, SearchSettings
+from ray_abliterate.replica import Evaluation
+
+log = logging.getLogger(__name__)
+
+HEAD = "node:__internal_head__"
+"""Every cluster has exactly 1 of this resource, on its head. Trials take equal shares of it: that
+limits how many run at once, and keeps them beside the driver's files."""
+
+OnTrial = Callable[[Trial, tuple[dict[str, Any], ...]], None]
+
+
+class PlanTrial(tune.Trainable):  # type: ignore[misc]
+    """One thin trial: asks the pool for the evaluation of one plan."""
+
+    def setup(self, config: dict[str, Any], pool: Any = None, setup: Any = None) -> None:
+        """Keep the handles; the point comes with each trial."""
+        self._pool, self._setup = pool, setup
+        self._point = config
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next point; the actor stays."""
+        self._point = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Evaluate. What goes wrong with a plan is reported, so that the actor lives on."""
+        plan = Plan.from_json(self._point["plan"])
+        try:
+            args = ["evaluate", [plan, *self._setup], True]
+            evaluation: Evaluation = _unwrap(self._pool.call.remote(*args))
+        except (RayAbliterateError, ray.exceptions.RayTaskError, RuntimeError) as error:
+            return {"error": _reason(error), "done": True}
+        if evaluation.answers:
+            ray.get(self._pool.keep.remote(self.trial_id, evaluation.answers))
+        return {
+            **evaluation.scorecard.metrics(),
+            journal.SCORES: json.dumps(evaluation.scorecard.to_list()),
+            journal.SECONDS: evaluation.seconds,
+            "done": True,
+        }
+
+    def save_checkpoint(self, _directory: str) -> None:
+        """Nothing to keep."""
+
+    def load_checkpoint(self, _checkpoint: Any) -> None:
+        """Nothing to take up."""
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RayAbliterateError):
+        return f"{type(error).__name__}: {error}"
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}"
+
+
+class JournalSearch(OptunaSearch):  # type: ignore[misc]
+    """OptunaSearch that writes scores and reasons into the journal before it tells the outcome."""
+
+    def __init__(self, space: Space, on_trial: OnTrial, pool: Any, **options: Any) -> None:
+        super().__init__(journal.distributions(space), **options)
+        self._plans, self._on_trial, self._pool = space, on_trial, pool
+        self._stopping = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher to restore it, which is the journal's business."""
+        return {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next plan; nothing once the search is stopping."""
+        if self._stopping:
+            return None
+        super().suggest(trial_id)
+        params = self._ot_trials[trial_id].params
+        return {**params, "plan": self._plans.plan(params).to_json()}
+
+    def stop_asking(self) -> None:
+        """Suggest no more plans."""
+        self._stopping = True
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Journal first, then everybody else."""
+        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
+            return
+        asked = self._ot_trials[trial_id]
+        result = result or {}
+        answers: tuple[dict[str, Any], ...] = ()
+        if journal.SCORES in result:
+            asked.set_user_attr(journal.SCORES, result[journal.SCORES])
+            asked.set_user_attr(journal.SECONDS, result[journal.SECONDS])
+            answers = ray.get(self._pool.take.remote(trial_id)) or ()
+            super().on_trial_complete(trial_id, result)
+        elif "error" in result or error:
+            asked.set_user_attr(journal.ERROR, result.get("error", "the trial's process died"))
+            super().on_trial_complete(trial_id, None, error=True)
+        else:
+            asked.set_user_attr(journal.INTERRUPTED, True)
+            super().on_trial_complete(trial_id, None, error=True)
+        frozen = self._ot_study._storage.get_trial(asked._trial_id)
+        trial = journal._outcome(frozen, self._plans)
+        if trial is not None:
+            self._on_trial(trial, answers)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal has it all."""
+        Path(checkpoint_path).write_text("{}", encoding="utf-8")
+
+
+class Search:
+    """A study in a journal, and the means to go on with it."""
+
+    def __init__(
+        self, path: Path, space: Space, settings: SearchSettings, goals: Sequence[tuple[str, Goal]]
+    ) -> None:
+        """Open or make the study; trials that a killed driver left running are told failed.
+
+        Args:
+            path: The journal.
+            space: Where plans come from; unchanged over the study's life.
+            settings: How many plans, and how they are chosen.
+            goals: Names and goals of the objectives, in the recipe's order.
+        """
+        self._path, self._space, self._settings, self._goals = path, space, settings, goals
+        self._directions = [goal for _, goal in goals]
+        opened = journal.open_study(path, self._directions)
+        self.reaped = journal.reap(opened)
+        self.finished = journal.outcomes(opened, space)
+        self._known = len(opened.get_trials(deepcopy=False))
+
+    def run(
+        self,
+        pool: ReplicaPool,
+        setup: Any,
+        seeds: Sequence[dict[str, Value]],
+        on_trial: OnTrial,
+        storage: Path,
+    ) -> None:
+        """Try plans until the study has as many as the recipe wants; Ctrl-C ends it early.
+
+        Args:
+            pool: Evaluates the plans.
+            setup: Reference to what all evaluations share.
+            seeds: Points to try first, in a new study.
+            on_trial: Called for each trial as it ends, with its answers if they are recorded.
+            storage: Folder for Tune's own files.
+        """
+        missing = self._settings.trials - len(self.finished)
+        if missing <= 0:
+            return
+        concurrency = self._settings.concurrency or pool.layout.replicas
+        searcher = JournalSearch(
+            self._space,
+            on_trial,
+            pool.actor,
+            metric=[name for name, _ in self._goals],
+            mode=["min" if goal == "minimize" else "max" for _, goal in self._goals],
+            points_to_evaluate=[dict(s) for s in seeds[:missing]] if self._known == 0 else None,
+            sampler=journal.sampler(self._settings, self._known),
+            study_name=journal.STUDY_NAME,
+            storage=journal.open_storage(self._path),
+        )
+        trainable = tune.with_parameters(PlanTrial, pool=pool.actor, setup=[setup])
+        slot = int(10_000 / concurrency) / 10_000
+        trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
+        with _tune_environment(), _terminated_like_interrupted():
+            tune.Tuner(
+                trainable,
+                tune_config=TuneConfig(search_alg=searcher, num_samples=missing, reuse_actors=True),
+                run_config=RunConfig(
+                    name="search",
+                    storage_path=str(storage.resolve()),
+                    verbose=0,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    failure_config=tune.FailureConfig(max_failures=2),
+                ),
+            ).fit()
+        journal.reap(journal.open_study(self._path, self._directions))
+
+
+@contextmanager
+def _tune_environment() -> Iterator[None]:
+    """Settings that Tune reads from the environment only, for the time of one search."""
+    wanted = {
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    loud = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
+    levels = [logger.level for logger in loud]
+    for logger in loud:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for logger, level in zip(loud, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM (pre-emption) ends the search as Ctrl-C does: what is finished is kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,139 @@
+"""The study: Optuna's journal of all points tried. The one source of truth for resuming.
+
+Knows Optuna and nothing of Ray.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from ray_abliterate.errors import SearchError
+from ray_abliterate.frontier import Trial
+from ray_abliterate.plan import Choice, Space
+from ray_abliterate.recipe import SearchSettings
+from ray_abliterate.scoring import Scorecard
+
+log = logging.getLogger(__name__)
+
+STUDY_NAME = "ray_abliterate"
+SCORES, SECONDS, ERROR, INTERRUPTED = "scores", "seconds", "error", "interrupted"
+"""Attributes of a trial in the journal."""
+
+
+def open_storage(journal: Path) -> JournalStorage:
+    """The journal as a storage; a torn last line (power loss) is cut off first.
+
+    Raises:
+        SearchError: a line in the middle is damaged.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _mend(journal)
+    return JournalStorage(JournalFileBackend(str(journal)))
+
+
+def _mend(journal: Path) -> None:
+    if not journal.exists():
+        return
+    data = journal.read_bytes()
+    lines = data.splitlines(keepends=True)
+    good = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            json.loads(line)
+            whole = line.endswith(b"\n")
+        except ValueError:
+            whole = False
+        if not whole:
+            if number < len(lines):
+                raise SearchError(
+                    f"{journal}: line {number} of {len(lines)} is damaged.\n"
+                    "  Restore the file from a copy, or delete that line: the trials of the other "
+                    "lines are kept."
+                )
+            log.warning("%s: the last line is torn and was cut off", journal)
+            kept = journal.with_suffix(".journal.mending")
+            kept.write_bytes(data[:good])
+            kept.replace(journal)
+        good += len(line)
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """The space in Optuna's terms."""
+    return {
+        name: CategoricalDistribution(domain.options)
+        if isinstance(domain, Choice)
+        else FloatDistribution(domain.low, domain.high)
+        for name, domain in space.parameters
+    }
+
+
+def sampler(settings: SearchSettings, known: int) -> TPESampler:
+    """Multivariate TPE that keeps away from points in flight (constant liar).
+
+    The seed moves with the number of known trials, or a resumed study would draw its start-up
+    points again.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return TPESampler(
+            n_startup_trials=settings.startup,
+            n_ei_candidates=settings.ei_candidates,
+            multivariate=True,
+            constant_liar=True,
+            seed=settings.seed + known,
+        )
+
+
+def open_study(journal: Path, directions: Sequence[str], chosen: TPESampler | None = None) -> Any:
+    """The study in the journal, made if it isn't there."""
+    return optuna.create_study(
+        storage=open_storage(journal),
+        study_name=STUDY_NAME,
+        directions=list(directions),
+        sampler=chosen,
+        load_if_exists=True,
+    )
+
+
+def reap(study: Any) -> int:
+    """Tell every trial that a killed driver left RUNNING that it failed; how many there were."""
+    ghosts = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
+    for ghost in ghosts:
+        study._storage.set_trial_user_attr(ghost._trial_id, INTERRUPTED, True)
+        study.tell(ghost.number, state=TrialState.FAIL)
+    return len(ghosts)
+
+
+def outcomes(study: Any, space: Space) -> tuple[Trial, ...]:
+    """Every trial that ended with scores or an error of its own; interrupted ones don't count."""
+    found = []
+    for frozen in study.get_trials(deepcopy=False):
+        trial = _outcome(frozen, space)
+        if trial is not None:
+            found.append(trial)
+    return tuple(found)
+
+
+def _outcome(frozen: FrozenTrial, space: Space) -> Trial | None:
+    attributes: Mapping[str, Any] = frozen.user_attrs
+    if attributes.get(INTERRUPTED) or not frozen.state.is_finished():
+        return None
+    seconds = float(attributes.get(SECONDS, 0.0))
+    plan = space.plan(frozen.params) if frozen.params else None
+    if plan is None:
+        return None
+    if frozen.state == TrialState.COMPLETE and SCORES in attributes:
+        card = Scorecard.from_list(json.loads(attributes[SCORES]))
+        return Trial(frozen.number, plan, card, seconds)
+    return Trial(frozen.number, plan, None, seconds, str(attributes.get(ERROR, "no reason given")))

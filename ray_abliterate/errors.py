@@ -1,0 +1,70 @@
+"""Errors a user can act on; the command line prints them without a traceback.
+
+    RayAbliterateError
+    ├── RecipeError             the recipe says something that cannot be
+    ├── PromptSourceError       a prompt set cannot be read
+    ├── ModelError              a model cannot be loaded or used
+    │   └── UnknownArchitecture no writers are declared for the model's type
+    ├── ScoreError              a score is missing or not a finite number
+    ├── SearchError             the search cannot start or go on
+    ├── RunDirectoryError       a run directory is missing, taken, changed or unreadable
+    │   ├── RunExists
+    │   ├── RunNotFound
+    │   ├── RecipeChanged
+    │   └── TrialNotFound
+    └── ExportError             an export cannot be written, or is not the trial
+
+Every message says what was found, what was expected, and the next step.
+"""
+
+
+class RayAbliterateError(Exception):
+    """Base of every error whose message is meant for the user."""
+
+
+class RecipeError(RayAbliterateError):
+    """The recipe says something that cannot be."""
+
+
+class PromptSourceError(RayAbliterateError):
+    """A prompt set cannot be read, or holds nothing usable."""
+
+
+class ModelError(RayAbliterateError):
+    """A model cannot be loaded, or cannot do what is asked of it."""
+
+
+class UnknownArchitecture(ModelError):
+    """No writers are declared for the model's type, or a layer has none."""
+
+
+class ScoreError(RayAbliterateError):
+    """A score is missing, or not a finite number."""
+
+
+class SearchError(RayAbliterateError):
+    """The search cannot start, or cannot go on."""
+
+
+class RunDirectoryError(RayAbliterateError):
+    """A run directory cannot be used."""
+
+
+class RunExists(RunDirectoryError):
+    """The run directory already holds a run."""
+
+
+class RunNotFound(RunDirectoryError):
+    """The folder does not hold a run."""
+
+
+class RecipeChanged(RunDirectoryError):
+    """The recipe is not the one the run was started with."""
+
+
+class TrialNotFound(RunDirectoryError):
+    """The run has no such trial, or the trial failed."""
+
+
+class ExportError(RayAbliterateError):
+    """An export cannot be written, or does not answer as the trial did."""

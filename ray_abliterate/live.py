@@ -1,0 +1,186 @@
+"""Shows a run as it goes: a live panel in a terminal, plain lines otherwise."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.scoring import Score, Scorecard
+
+FRONTIER_ROWS = 12
+"""Members shown while the search runs; `show` has them all."""
+
+
+def console() -> Console:
+    """Where people read: standard output, at a sensible width when it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+def describe_score(score: Score) -> str:
+    """A score in a few characters: value, counts if it has them, interval."""
+    hits, total = score.detail.get("hits"), score.detail.get("total")
+    counts = f" {hits}/{total}" if hits is not None and total is not None else ""
+    return f"{score.value:.4g}{counts} [{score.low:.3g}, {score.high:.3g}]"
+
+
+def frontier_table(
+    frontier: Frontier, baseline: Scorecard | None = None, rows: int | None = None
+) -> Table:
+    """The frontier, the base model on top, the knee marked."""
+    table = Table(title="Frontier", title_justify="left", show_edge=False, pad_edge=False)
+    cards = [t.scorecard for t in frontier.members if t.scorecard]
+    cards += [baseline] if baseline else []
+    names = [score.name for score in cards[0].scores] if cards else []
+    table.add_column("trial", justify="right")
+    for name in names:
+        table.add_column(name)
+    table.add_column("scope")
+    table.add_column("seconds", justify="right")
+    if baseline is not None:
+        table.add_row("base", *(describe_score(s) for s in baseline.scores), "", "")
+    members = _thinned(frontier.members, rows)
+    knee = frontier.knee.number if frontier else None
+    for trial in members:
+        assert trial.scorecard is not None
+        mark = " ◆" if trial.number == knee else ""
+        where = f"layer {trial.plan.direction_layer:.1f}"
+        scope = where if trial.plan.scope == "global" else trial.plan.scope
+        scores = (describe_score(score) for score in trial.scorecard.scores)
+        table.add_row(f"{trial.number}{mark}", *scores, scope, f"{trial.seconds:.1f}")
+    if len(members) < len(frontier):
+        table.caption = f"{len(members)} of {len(frontier)} members"
+    return table
+
+
+def _thinned(members: tuple[Trial, ...], rows: int | None) -> tuple[Trial, ...]:
+    """At most so many members, both ends among them."""
+    if rows is None or len(members) <= rows:
+        return members
+    step = (len(members) - 1) / (rows - 1)
+    return tuple(members[round(i * step)] for i in range(rows))
+
+
+class LiveWatch:
+    """A panel that is redrawn: stage, trials done, rate, time left, frontier."""
+
+    def __init__(self, output: Console) -> None:
+        self._console = output
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            console=output,
+        )
+        self._task = self._progress.add_task("starting", total=None, rate="")
+        self._frontier: Frontier | None = None
+        self._clock = _Clock()
+        self._live = Live(console=output, get_renderable=self._panel, refresh_per_second=4)
+
+    def __enter__(self) -> "LiveWatch":
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._frontier = None
+        self._progress.stop_task(self._task)
+        self._progress.update(self._task, visible=False)
+        self._live.__exit__(None, None, None)
+
+    def _panel(self) -> Group:
+        if self._frontier is None or not self._frontier:
+            return Group(self._progress)
+        return Group(frontier_table(self._frontier, rows=FRONTIER_ROWS), self._progress)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show the stage's name until it ends."""
+        self._progress.reset(self._task, total=None, description=name, rate="")
+        started = time.monotonic()
+        self._clock = _Clock()
+        yield
+        seconds = time.monotonic() - started
+        if seconds > 2 and name != "search":
+            self._console.print(f"[dim]{name}: {seconds:.1f} s[/dim]")
+
+    def step(self, done: int, total: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Print above the panel."""
+        self._console.print(text, markup=False)
+
+    def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
+        """Redraw with the new frontier."""
+        self._frontier = frontier
+        rate = self._clock.describe(done, total)
+        self._progress.update(self._task, completed=done, total=total, rate=rate)
+        if trial.error is not None:
+            self.note(f"trial {trial.number} failed: {trial.error}")
+
+
+class LineWatch:
+    """One line per event, for logs and pipes."""
+
+    def __init__(self, output: Console) -> None:
+        self._console = output
+        self._clock = _Clock()
+
+    def __enter__(self) -> "LineWatch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to tidy."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Say how long it took, if it took long."""
+        started = time.monotonic()
+        self._clock = _Clock()
+        yield
+        seconds = time.monotonic() - started
+        if seconds > 2:
+            self.note(f"{name}: {seconds:.1f} s")
+
+    def step(self, done: int, total: int) -> None:
+        """Quiet: the stage says how long it took."""
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
+        """One line: count, number, scores, time left."""
+        if trial.scorecard is None:
+            result = f"failed: {trial.error}"
+        else:
+            result = "  ".join(f"{s.name} {s.value:.4g}" for s in trial.scorecard.scores)
+            if any(member.number == trial.number for member in frontier.members):
+                result += "  (frontier)"
+        rate = self._clock.describe(done, total)
+        self.note(f"[{done}/{total}] trial {trial.number}: {result}  {rate}")
+
+
+class _Clock:
+    """Rate and time left, from the trials since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._before: int | None = None
+
+    def describe(self, done: int, total: int) -> str:
+        """`9.1 trials/min, 3:20 left`."""
+        if self._before is None:
+            self._before = done - 1
+        elapsed = max(time.monotonic() - self._started, 1e-6)
+        per_second = (done - self._before) / elapsed
+        minutes, seconds = divmod(round((total - done) / per_second), 60)
+        return f"{60 * per_second:.1f} trials/min, {minutes}:{seconds:02d} left"

@@ -1,0 +1,132 @@
+"""Loads a model and its tokenizer from a folder or the Hub, and says what went wrong.
+
+Safetensors only; code that comes with a model runs only if the recipe allows it.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_abliterate.errors import ModelError
+from ray_abliterate.recipe import ModelSettings
+
+log = logging.getLogger(__name__)
+
+
+def device_for(settings: ModelSettings) -> str:
+    """Where a replica's model goes: `auto` (spread), `cuda`, `mps` or `cpu`."""
+    if (settings.gpus_per_replica or 0) > 1:
+        return "auto"
+    if settings.gpus_per_replica == 0:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
+    """The model, ready to run on its device, and its tokenizer.
+
+    Args:
+        source: A local folder or a Hub name; `settings.name` after the embedded names are resolved.
+        settings: Revision, dtype, device and what is allowed.
+
+    Raises:
+        ModelError: with the next step, for everything that a user can mend.
+    """
+    import transformers
+
+    _quiet()
+    common: dict[str, Any] = {
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if Path(source).exists() and not (Path(source) / "config.json").exists():
+        raise ModelError(
+            f"{source} is not a model folder: it has no config.json.\n"
+            "  An adapter folder can't be searched; give the model that it was merged into."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **common)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+        model = _auto_class(config).from_pretrained(
+            source,
+            config=config,
+            dtype=settings.dtype,
+            use_safetensors=True,
+            **common,
+            **_placement(settings),
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"{source} does not fit on the GPU ({error}).\n"
+            "  Set model.gpus_per_replica = 2 to spread it, or choose a smaller model."
+        ) from None
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_advice(source, settings, error)) from error
+    if device_for(settings) != "auto":
+        model.to(device_for(settings))
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _quiet() -> None:
+    """Progress is shown by the caller, once; libraries log only what is wrong."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _auto_class(config: Any) -> Any:
+    """Models that also see pictures are loaded whole; their text tower is what is edited."""
+    import transformers
+
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def _placement(settings: ModelSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if settings.attention:
+        options["attn_implementation"] = settings.attention
+    if device_for(settings) == "auto":
+        options["device_map"] = "auto"
+        if settings.max_memory:
+            options["max_memory"] = {
+                int(k) if k.isdigit() else k: v for k, v in settings.max_memory.items()
+            }
+    return options
+
+
+def _advice(source: str, settings: ModelSettings, error: Exception) -> str:
+    """What a loading error means for the recipe."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            f"{source} comes with code of its own, which is not run unless you allow it.\n"
+            "  Read that code, then set model.trust_remote_code = true."
+        )
+    if "gated" in text or "401" in text or "403" in text:
+        return (
+            f"{source} needs permission on the Hugging Face Hub.\n"
+            "  Accept its terms on its page, then log in with:  hf auth login"
+        )
+    if "does not recognize this architecture" in text or isinstance(error, KeyError):
+        return (
+            f"{source}: this version of transformers does not know its model type.\n"
+            f"  {text.splitlines()[0]}\n  Upgrade transformers, or choose another model."
+        )
+    if "safetensors" in text:
+        return f"{source} has no safetensors weights, and pickled ones are not read.\n  {text}"
+    where = "" if settings.revision is None else f" at revision {settings.revision!r}"
+    return (
+        f"{source}{where} cannot be loaded.\n  {text.splitlines()[0] if text else error!r}\n"
+        "  Check model.name: a folder with config.json, a Hub name such as "
+        "Qwen/Qwen3-4B-Instruct-2507, or demo."
+    )

@@ -1,0 +1,39 @@
+"""What a run tells those who watch it. Knows nothing about terminals."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from ray_abliterate.frontier import Frontier, Trial
+
+
+class Watch(Protocol):
+    """Follows a run."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Something that may take a while has begun; it ends with the block."""
+
+    def step(self, done: int, total: int) -> None:
+        """So much of the current stage is done."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+
+    def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
+        """A trial has ended."""
+
+
+class Unwatched:
+    """Nobody follows."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
+    def step(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
+        """Nothing."""

@@ -1,0 +1,60 @@
+"""Prompt sets: named prompts in order, with a fingerprint.
+
+Knows nothing about where prompts come from (`sources.py`) or how a model reads them (`model.py`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the user says, and the system prompt above it (None: the template's own)."""
+
+    user: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in a fixed order; never empty."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    origin: str = ""
+    """Where the prompts came from, for `environment.json` (source, split, revision)."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"prompt set {self.name!r} is empty")
+
+    @classmethod
+    def of(cls, name: str, *users: str) -> Self:
+        """A set of plain prompts."""
+        return cls(name, tuple(Prompt(user) for user in users))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the prompts in order, system prompts included."""
+        text = json.dumps([[p.system, p.user] for p in self.prompts], ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def overlap(self, other: "PromptSet") -> tuple[Prompt, ...]:
+        """Prompts of this set whose text is in `other` too, case and spacing aside."""
+        known = {_folded(prompt) for prompt in other.prompts}
+        return tuple(prompt for prompt in self.prompts if _folded(prompt) in known)
+
+    def batches(self, size: int) -> Iterator[tuple[int, tuple[Prompt, ...]]]:
+        """Fixed batches in order, each with its number: the unit of distributed work."""
+        for index, start in enumerate(range(0, len(self.prompts), size)):
+            yield index, self.prompts[start : start + size]
+
+
+def _folded(prompt: Prompt) -> str:
+    return " ".join(prompt.user.split()).casefold()

@@ -1,0 +1,519 @@
+"""The recipe: what a run should do, read once from a TOML file and never changed.
+
+Knows nothing about models, tensors or Ray; importing it takes a few hundredths of a second, so a
+wrong recipe is refused before anything heavy is loaded. The text under a field is its
+documentation, in `docs/recipe.md` and in `ray-abliterate init`.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ray_abliterate.errors import RecipeError
+
+Norm = Literal["none", "row", "column"]
+Goal = Literal["minimize", "maximize", "report"]
+Interval = tuple[float, float]
+
+PLUGIN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+SPLIT = re.compile(r"^(?P<name>[\w.\-]*)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class WriterRow(Section):
+    """Declares a parameter of an unknown family that writes to the residual stream."""
+
+    pattern: str
+    """Regular expression of the parameter's whole name inside its block."""
+    component: Literal["attn", "mlp", "experts", "shared_experts", "mixer", "linear_attn"]
+    """The component it belongs to."""
+    hidden_axis: int = Field(0, ge=0, le=2)
+    """The axis that has the width of the residual stream: 0 for `nn.Linear`."""
+    post_norm: str | None = None
+    """Name inside the block of a norm between the writer and the stream, if there is one."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+        return value
+
+
+class ModelSettings(Section):
+    """Which model, and how each replica holds it."""
+
+    name: str = Field(min_length=1)
+    """A Hub name, a local folder, `demo` (the embedded model) or `planted` (a tiny toy)."""
+    revision: str | None = None
+    """Commit, tag or branch of the Hub repository; pinned in `environment.json` either way."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is the checkpoint's own dtype."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models whose authors you trust."""
+    attention: str | None = None
+    """Attention implementation handed to transformers (`sdpa`, `eager`, …); its choice if unset."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template, for models that have none; `plain` for no template."""
+    enable_thinking: bool | None = None
+    """Passed to the chat template where set (models that can think or not)."""
+    gpus_per_replica: float | None = Field(None, ge=0)
+    """GPUs of one replica: a fraction shares a card, 2 or more spreads the model. One if unset."""
+    replicas: int | None = Field(None, ge=1)
+    """Replicas of the model. As many as the GPUs allow if unset; 1 without GPUs."""
+    threads_per_replica: int | None = Field(None, ge=1)
+    """CPU threads of a replica. The cores divided by the replicas if unset."""
+    max_memory: dict[str, str] | None = None
+    """Memory a replica may use by device, as `{ 0 = "14GiB", cpu = "30GiB" }`."""
+    weight_cache: Literal["device", "cpu"] = "device"
+    """Where pristine weights are kept: beside the model, or in (pinned) CPU memory."""
+    writers: tuple[WriterRow, ...] = ()
+    """Rows for a family that is not in the table; see `docs/architectures.md`."""
+
+    @field_validator("gpus_per_replica")
+    @classmethod
+    def _whole_above_one(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != int(value):
+            raise ValueError(f"{value} must be a fraction below 1 or a whole number of GPUs")
+        return value
+
+
+class PromptSource(Section):
+    """Where the prompts of one set come from; exactly one of the first four."""
+
+    builtin: str | None = None
+    """A prompt set that ships with the package (the demo's)."""
+    file: str | None = None
+    """A file: `.txt` (one prompt a line), `.jsonl`, `.csv` or `.parquet`."""
+    folder: str | None = None
+    """A folder that the `datasets` library saved."""
+    dataset: str | None = None
+    """A data set on the Hugging Face Hub; streamed, never downloaded whole."""
+    config: str | None = None
+    """Configuration (subset) of the Hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of the Hub data set."""
+    split: str = ""
+    """Split and slice, as `train[:400]`; for files only the slice, as `[:400]`."""
+    column: str | None = None
+    """The column that holds the prompt; not for text files."""
+    prefix: str = ""
+    """Put before every prompt."""
+    suffix: str = ""
+    """Put after every prompt."""
+    system: str | None = None
+    """System prompt of this set; the template's own default if unset."""
+    deduplicate: bool = True
+    """Drop repeated prompts (the first stays)."""
+
+    @field_validator("split")
+    @classmethod
+    def _split_is_readable(cls, value: str) -> str:
+        match = SPLIT.match(value)
+        if match is None:
+            raise ValueError(f"{value!r} is not a split; write `train[:400]`, `[10:60]` or `test`")
+        start, stop = (match["start"] or "0"), match["stop"]
+        if stop and int(stop) <= int(start):
+            raise ValueError(f"{value!r} selects nothing: {stop} is not above {start}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [k for k in ("builtin", "file", "folder", "dataset") if getattr(self, k)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of builtin, file, folder, dataset; found {found}")
+        if self.file and Path(self.file).suffix != ".txt" and self.column is None:
+            raise ValueError(f"set `column`: {self.file} has named columns")
+        if (self.folder or self.dataset) and self.column is None:
+            raise ValueError("set `column`, the column that holds the prompts")
+        return self
+
+    @property
+    def split_name(self) -> str:
+        """The split without its slice; empty if none is named."""
+        match = SPLIT.match(self.split)
+        return match["name"] if match else ""
+
+    @property
+    def bounds(self) -> tuple[int, int | None]:
+        """First row, and the row after the last (None: to the end)."""
+        match = SPLIT.match(self.split)
+        if match is None:
+            return 0, None
+        return int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+
+
+class PromptSettings(Section):
+    """The two prompt sets that the direction is extracted from."""
+
+    behaviour: PromptSource
+    """Prompts that show the behaviour."""
+    neutral: PromptSource
+    """Prompts that don't."""
+
+
+class DirectionSettings(Section):
+    """How the direction is computed from the residuals."""
+
+    method: str = "mean-difference"
+    """`mean-difference`, or your own as `module:function`."""
+    project_out_neutral: bool = True
+    """Take the mean of the neutral prompts out of the direction, so that ablation spares it."""
+    winsorize_quantile: float = Field(1.0, gt=0.5, le=1.0)
+    """Clamp each residual at this quantile of its magnitudes, layer by layer; 1 is off."""
+    skip_common_prefix: bool = True
+    """Find what every answer starts with (a closed thinking block) and look behind it."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the method."""
+
+
+class EditSettings(Section):
+    """What an edit keeps of each weight matrix."""
+
+    norm: Norm = "row"
+    """`row` keeps every output row's norm, `column` every input feature's, `none` neither."""
+
+
+class ComponentSpace(Section):
+    """Ranges for one component that differ from `search.space`."""
+
+    peak: Interval | None = None
+    peak_layer: Interval | None = None
+    floor: Interval | None = None
+    reach: Interval | None = None
+
+
+class SpaceSettings(Section):
+    """The search space. Layer ranges are fractions of the last layer's index."""
+
+    scope: tuple[Literal["global", "per-layer"], ...] = ("global", "per-layer")
+    """One direction for all layers, or each layer's own."""
+    direction_layer: Interval = (0.4, 0.9)
+    """Where the global direction is taken."""
+    peak: Interval = (0.8, 1.5)
+    """Largest strength. Below 0 switches the component off."""
+    peak_layer: Interval = (0.6, 1.0)
+    """Where the largest strength lies."""
+    floor: Interval = (0.0, 1.0)
+    """Strength at the end of the reach, as a fraction of the peak."""
+    reach: Interval = (0.0, 0.6)
+    """Layers on each side of the peak that are edited; at least one."""
+    components: dict[str, ComponentSpace] = Field(
+        default_factory=lambda: {
+            "mlp": ComponentSpace(peak=(-0.25, 1.5)),
+            "experts": ComponentSpace(peak=(-0.25, 1.5)),
+            "shared_experts": ComponentSpace(peak=(-0.25, 1.5)),
+        }
+    )
+    """Ranges by component; the feed-forward ones can be switched off by default."""
+
+    @model_validator(mode="after")
+    def _ranges_are_ranges(self) -> Self:
+        ranges = {n: getattr(self, n) for n in INTERVALS}
+        for component, space in self.components.items():
+            if component not in COMPONENT_NAMES:
+                near = _suggestion(component, COMPONENT_NAMES)
+                raise ValueError(f"components.{component} is not a component.{near}")
+            ranges |= {f"components.{component}.{n}": getattr(space, n) for n in INTERVALS[1:]}
+        for name, bounds in ranges.items():
+            if bounds is None:
+                continue
+            low, high = bounds
+            if low > high:
+                raise ValueError(f"{name} = [{low}, {high}] must run from low to high")
+            field = name.rsplit(".", 1)[-1]
+            if field != "peak" and low < 0:
+                raise ValueError(f"{name} = [{low}, {high}] must not be negative")
+            if field in ("direction_layer", "peak_layer", "floor") and high > 1:
+                raise ValueError(f"{name} = [{low}, {high}] is a fraction and ends at 1")
+        if not self.scope:
+            raise ValueError("scope must hold `global`, `per-layer` or both")
+        return self
+
+
+INTERVALS = ("direction_layer", "peak", "peak_layer", "floor", "reach")
+COMPONENT_NAMES = get_args(WriterRow.model_fields["component"].annotation)
+
+
+class SearchSettings(Section):
+    """How many plans are tried, and how they are chosen."""
+
+    trials: int = Field(200, ge=1)
+    """Plans to try."""
+    startup_trials: int | None = Field(None, ge=0)
+    """Random plans before the sampler learns; min(60, 0.3 x trials) if unset."""
+    ei_candidates: int = Field(128, ge=1)
+    """Candidates that the sampler weighs per plan."""
+    seed: int = Field(0, ge=0)
+    """Seed of the sampler."""
+    seed_points: bool = True
+    """Begin with two plans known to be sensible: full strength everywhere, and the middle."""
+    concurrency: int | None = Field(None, ge=1)
+    """Plans in flight; the number of replicas if unset."""
+    trial_timeout_seconds: float | None = Field(None, gt=0)
+    """A trial that takes longer fails, and its replica is started anew."""
+    space: SpaceSettings = Field(default_factory=SpaceSettings)
+    """Where the plans come from."""
+
+    @property
+    def startup(self) -> int:
+        """Random plans before the sampler learns: min(60, 0.3 n) unless the recipe says."""
+        if self.startup_trials is not None:
+            return self.startup_trials
+        return min(60, int(0.3 * self.trials))
+
+
+class KeywordRate(Section):
+    """Share of answers that hold a marker of the behaviour, with a Wilson 95 % interval."""
+
+    kind: Literal["keyword-rate"]
+    name: str = "keyword-rate"
+    """Name of the score."""
+    goal: Goal = "minimize"
+    """`report` shows the score without searching for it."""
+    prompts: PromptSource
+    """Prompts that are answered."""
+    markers: tuple[str, ...] | Literal["broad", "strict"] = "broad"
+    """What marks the behaviour: a list of phrases, or a list that ships with the package."""
+    max_new_tokens: int = Field(100, ge=1)
+    """Tokens of an answer."""
+    empty_is_behaviour: bool = True
+    """Count empty and degenerate answers on the bad side (they are also counted apart)."""
+
+
+class KlDivergence(Section):
+    """KL divergence of the edited model from the base model, in nats per token."""
+
+    kind: Literal["kl-divergence"]
+    name: str = "kl-divergence"
+    """Name of the score."""
+    goal: Goal = "minimize"
+    """`report` shows the score without searching for it."""
+    prompts: PromptSource
+    """Prompts at whose answers the two models are compared."""
+    tokens: int = Field(1, ge=1)
+    """1: the first token of the answer. More: so many tokens of the base model's own answer."""
+
+
+class PluginScorer(Section):
+    """A scorer of your own; see `docs/extending.md`."""
+
+    kind: str
+    """`module:attribute`, importable where the replicas run."""
+    name: str
+    """Name of the score."""
+    goal: Goal = "minimize"
+    """`report` shows the score without searching for it."""
+    prompts: PromptSource | None = None
+    """Prompts handed to the scorer."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the scorer."""
+
+    @field_validator("kind")
+    @classmethod
+    def _names_an_attribute(cls, value: str) -> str:
+        if not PLUGIN.match(value):
+            near = _suggestion(value, ("keyword-rate", "kl-divergence"))
+            raise ValueError(f"{value!r} is not a scorer, nor a `module:attribute`.{near}")
+        return value
+
+
+def _scorer_kind(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if kind in ("keyword-rate", "kl-divergence") else "plugin"
+
+
+ScorerSettings = Annotated[
+    Annotated[KeywordRate, Tag("keyword-rate")]
+    | Annotated[KlDivergence, Tag("kl-divergence")]
+    | Annotated[PluginScorer, Tag("plugin")],
+    Discriminator(_scorer_kind),
+]
+
+
+class RunSettings(Section):
+    """What the run leaves behind, and how it computes."""
+
+    batch_size: int = Field(32, ge=1)
+    """Prompts of a forward pass. Part of the result: the same batches on any number of replicas."""
+    record_responses: bool = False
+    """Keep every trial's full answers under `responses/` (for `show --responses`)."""
+    dashboard: bool = True
+    """Start Ray's dashboard (on this machine only, 127.0.0.1) when Ray is started here."""
+    save_residuals: bool = True
+    """Keep the residuals under `residuals/`, so that a resumed run needs no extraction."""
+
+
+class Recipe(Section):
+    """Everything that describes a run."""
+
+    model: ModelSettings
+    prompts: PromptSettings
+    direction: DirectionSettings = Field(default_factory=DirectionSettings)
+    edit: EditSettings = Field(default_factory=EditSettings)
+    search: SearchSettings = Field(default_factory=SearchSettings)
+    scorers: tuple[ScorerSettings, ...] = Field(min_length=1)
+    run: RunSettings = Field(default_factory=RunSettings)
+
+    @model_validator(mode="after")
+    def _scorers_fit(self) -> Self:
+        names = [scorer.name for scorer in self.scorers]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two scorers are named {repeated[0]!r}; give one another `name`")
+        if all(scorer.goal == "report" for scorer in self.scorers):
+            raise ValueError('every scorer has goal = "report"; the search needs one to optimise')
+        return self
+
+    @classmethod
+    def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> Self:
+        """Read a recipe, apply `key=value` overrides, and check everything that needs no model.
+
+        Raises:
+            RecipeError: the file is missing or not TOML, or a value is wrong; the message has one
+                line per problem, each with the setting's full name.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(
+                f"{path} cannot be read ({error.strerror or error}).\n"
+                f"  Write one with:  ray-abliterate init {path}"
+            ) from None
+        except UnicodeDecodeError:
+            raise RecipeError(f"{path} is not UTF-8 text; a recipe is a TOML file.") from None
+        return cls.parse(text, source=path.name, overrides=overrides)
+
+    @classmethod
+    def parse(cls, text: str, source: str, overrides: tuple[str, ...] = ()) -> Self:
+        """The recipe in `text`; `source` names it in errors."""
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{source} is not TOML: {error}") from None
+        for override in overrides:
+            _apply(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("\n".join(_explain(source, error, values))) from None
+
+    def to_json(self) -> str:
+        """The whole recipe, defaults included, as indented JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`."""
+        return cls.model_validate_json(text)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.0.c=value` in a nested dictionary; the value is TOML, or else a plain string."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"{override!r} is not an override; write key=value, as search.trials=50")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node: Any = values
+    *parents, last = key.split(".")
+    for index, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_position(node, part, key)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"{key}: {'.'.join(parents[: index + 1])} is a value, not a section")
+    if isinstance(node, list):
+        node[_position(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _position(items: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise RecipeError(f"{key}: {part!r} must be a number from 0 to {len(items) - 1}")
+    return int(part)
+
+
+def _suggestion(word: str, known: tuple[str, ...] | list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _explain(source: str, error: ValidationError, values: dict[str, Any]) -> list[str]:
+    """One line per problem, in the recipe's own terms."""
+    lines = []
+    for problem in error.errors():
+        path = [part for part in problem["loc"] if part not in ("plugin", *SCORER_TAGS)]
+        name = ".".join(str(part) for part in path) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            siblings = _siblings(path)
+            near = difflib.get_close_matches(str(path[-1]), siblings, n=1, cutoff=0.5)
+            full = ".".join([*map(str, path[:-1]), near[0]]) if near else ""
+            hint = f" Did you mean {full}?" if near else f" Known: {', '.join(sorted(siblings))}."
+            lines.append(f"{source}: {name} is not a setting.{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{source}: {name} is missing.")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            shown = problem["input"]
+            found = f" (found {shown!r})" if isinstance(shown, str | int | float | bool) else ""
+            lines.append(f"{source}: {name}: {message}{found}")
+    return lines
+
+
+SCORER_TAGS = ("keyword-rate", "kl-divergence")
+
+
+def _siblings(path: list[Any]) -> list[str]:
+    """The settings that exist beside the one at `path`."""
+    model: Any = Recipe
+    for part in path[:-1]:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            continue  # A key of a table of sections, as the component in search.space.components.
+        if part == "scorers":
+            model = _AnyScorer
+            continue
+        model = next((t for t in _leaves(field.annotation) if hasattr(t, "model_fields")), None)
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
+
+
+class _AnyScorer:
+    """Stands for all scorers where a suggestion is looked for."""
+
+    model_fields = KeywordRate.model_fields | KlDivergence.model_fields | PluginScorer.model_fields
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    inner = [leaf for part in get_args(annotation) for leaf in _leaves(part)]
+    return inner or [annotation]

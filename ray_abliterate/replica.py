@@ -1,0 +1,198 @@
+"""A replica: one model in one process, with its weight cache and scorers. A plain class.
+
+All it is comes from its constructor, so a restarted replica answers as the old one did. What it
+learns later (products with directions, base logits) is memoised from arguments, never state.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ray_abliterate.architecture import WriterRow, find_writers, hidden_size
+from ray_abliterate.directions import Directions
+from ray_abliterate.errors import ScoreError
+from ray_abliterate.model import LanguageModel
+from ray_abliterate.plan import ModelShape, Plan
+from ray_abliterate.prompts import Prompt, PromptSet
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.residuals import ResidualShard
+from ray_abliterate.scorers import build
+from ray_abliterate.scoring import Scorecard, Scorer
+from ray_abliterate.weights import WeightCache
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every evaluation of a run shares, and travels by reference.
+
+    Attributes:
+        directions: The directions.
+        response_prefix: Tokens after which answers are compared.
+    """
+
+    directions: Directions
+    response_prefix: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Content key."""
+        vectors = self.directions.vectors.numpy().tobytes()
+        return hashlib.sha256(vectors + repr(self.response_prefix).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of one plan."""
+
+    scorecard: Scorecard
+    seconds: float
+    answers: tuple[dict[str, Any], ...] = ()
+    """Rows of prompt, answer and verdict, if they are recorded."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a replica knows of its model."""
+
+    shape: ModelShape
+    writers: int
+    parameters: int
+    model_bytes: int
+    cache_bytes: int
+    dtype: str
+    device: str
+    model_type: str
+    revision: str | None
+    notes: tuple[str, ...] = field(default=())
+
+
+class Replica:
+    """One model that extracts residuals, evaluates plans and answers."""
+
+    def __init__(
+        self, recipe: Recipe, source: str, prompts: Mapping[str, PromptSet], threads: int = 0
+    ) -> None:
+        """Load the model, find its writers, and copy them.
+
+        Args:
+            recipe: What the run is to do.
+            source: Local folder or Hub name of the model.
+            prompts: The scorers' prompt sets, by the scorer's name.
+            threads: CPU threads; 0 leaves torch's own choice.
+        """
+        if threads:
+            torch.set_num_threads(threads)
+        self._recipe = recipe
+        self._prompts = prompts
+        self.model = LanguageModel.load(source, recipe.model, recipe.run.batch_size)
+        rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
+        self._writers = find_writers(self.model.module, rows)
+        self.cache = WeightCache(self.model.module, self._writers, recipe.model.weight_cache)
+        self._scorers: tuple[Scorer, ...] = ()
+        self._prepared_for = ""
+
+    def describe(self) -> ModelFacts:
+        """The model's shape and sizes."""
+        module = self.model.module
+        parameters = list(module.parameters())
+        components = tuple(sorted({writer.component for writer in self._writers}))
+        notes = []
+        if not self.model.pads_safely:
+            notes.append("padding changes this model's output: batches hold prompts of one length")
+        return ModelFacts(
+            shape=ModelShape(len(self.model.blocks), hidden_size(module), components),
+            writers=len(self._writers),
+            parameters=sum(p.numel() for p in parameters),
+            model_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            cache_bytes=self.cache.bytes,
+            dtype=str(module.dtype).removeprefix("torch."),
+            device=_device_name(self.model.device),
+            model_type=module.config.model_type,
+            revision=getattr(module.config, "_commit_hash", None),
+            notes=tuple(notes),
+        )
+
+    def response_prefix(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
+        """The tokens that the base model's answers to all these prompts begin with."""
+        self.model.response_prefix = ()
+        return self.model.find_response_prefix(prompts)
+
+    def residuals(
+        self, index: int, prompts: Sequence[Prompt], response_prefix: tuple[int, ...]
+    ) -> ResidualShard:
+        """Residuals of one fixed batch of prompts, on the base model."""
+        self.model.response_prefix = response_prefix
+        return ResidualShard(index, self.model.residuals(prompts))
+
+    def evaluate(self, plan: Plan, setup: Setup) -> Evaluation:
+        """Score the model that a plan makes; the model is the base model again afterwards.
+
+        Raises:
+            ScoreError: a score is not a finite number, or says that nothing changed although
+                weights did.
+        """
+        self._prepare(setup)
+        started = time.perf_counter()
+        with self.cache.edited(plan, setup.directions):
+            scores = tuple(scorer.score(self.model) for scorer in self._scorers)
+            self._refuse_dead_metrics(scores)
+        rows = self._answers() if self._recipe.run.record_responses else ()
+        return Evaluation(Scorecard(scores), time.perf_counter() - started, rows)
+
+    def respond(
+        self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256
+    ) -> str:
+        """The edited model's next turn of a conversation."""
+        with self.cache.edited(plan, setup.directions):
+            return self.model.reply(turns, max_new_tokens)
+
+    def _prepare(self, setup: Setup) -> None:
+        """Scorers that know the base model, for this response prefix."""
+        key = setup.key
+        if key == self._prepared_for:
+            return
+        self.model.response_prefix = setup.response_prefix
+        recipe = self._recipe
+        scorers = build(recipe.scorers, self._prompts, recipe.run.record_responses)
+        for scorer in scorers:
+            scorer.prepare(self.model)
+        self._scorers, self._prepared_for = scorers, key
+
+    def _refuse_dead_metrics(self, scores: Sequence[Any]) -> None:
+        kinds = zip(self._recipe.scorers, scores, strict=True)
+        zero = [s.name for setting, s in kinds if setting.kind == "kl-divergence" and s.value == 0]
+        if zero and self.cache.differs():
+            raise ScoreError(
+                f"{zero[0]} is exactly 0 although weights were edited: the metric does not see "
+                "the edit (is the response prefix forcing the answer?)"
+            )
+
+    def _answers(self) -> tuple[dict[str, Any], ...]:
+        rows = []
+        for scorer in self._scorers:
+            if not hasattr(scorer, "last_answers"):
+                continue
+            for prompt, answer, shows in scorer.last_answers():
+                rows.append(
+                    {
+                        "scorer": scorer.name,
+                        "prompt": prompt.user,
+                        "answer": answer.text,
+                        "tokens": answer.tokens,
+                        "shows_behaviour": shows,
+                    }
+                )
+        return tuple(rows)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,278 @@
+"""The whole story: recipe → residuals → directions → baseline → search → frontier.
+
+Everything is left in the run directory as it comes; a run that was stopped goes on from there.
+"""
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ray_abliterate import directions as direction_methods
+from ray_abliterate.cluster.pool import ReplicaPool, connect
+from ray_abliterate.cluster.search import Search
+from ray_abliterate.directions import Directions
+from ray_abliterate.errors import PromptSourceError
+from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.plan import Plan, Space
+from ray_abliterate.progress import Unwatched, Watch
+from ray_abliterate.prompts import Prompt, PromptSet
+from ray_abliterate.recipe import PluginScorer, Recipe
+from ray_abliterate.replica import Setup
+from ray_abliterate.residuals import Residuals, join
+from ray_abliterate.rundir import Baseline, RunDirectory
+from ray_abliterate.scoring import resolve
+from ray_abliterate.sources import load_prompt_set, warn_on_overlap
+
+log = logging.getLogger(__name__)
+
+PREFIX_PROMPTS = 16
+"""Prompts of each set whose answers are compared to find the response prefix."""
+LIBRARIES = ("ray", "torch", "transformers", "optuna", "datasets", "safetensors", "pyarrow")
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """All prompt sets of a run."""
+
+    behaviour: PromptSet
+    neutral: PromptSet
+    scored: dict[str, PromptSet]
+    """By the scorer's name."""
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Origin, size and fingerprint of each set."""
+        named = {"behaviour": self.behaviour, "neutral": self.neutral, **self.scored}
+        return {
+            name: {"origin": s.origin, "prompts": len(s), "fingerprint": s.fingerprint}
+            for name, s in named.items()
+        }
+
+
+def run(
+    recipe: Recipe, directory: RunDirectory, base: Path, watch: Watch | None = None
+) -> Frontier:
+    """Run a recipe, or go on with a run that was stopped.
+
+    Args:
+        recipe: What to do.
+        directory: Where everything goes; holds this recipe.
+        base: The recipe's folder, for relative paths.
+        watch: Is told what happens.
+    """
+    watch = watch or Unwatched()
+    with directory.locked():
+        sets = load_prompts(recipe, directory, base, watch)
+        with watch.stage("model"):
+            source = model_source(recipe.model.name, watch.note)
+        with watch.stage("replicas"):
+            dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
+            starting = ReplicaPool.start(recipe, source, sets.scored)
+            pool = starting.__enter__()
+        try:
+            describe(recipe, directory, pool, dashboard, watch)
+            setup, residuals = find_directions(recipe, directory, pool, sets, watch)
+            shared = pool.put(setup)
+            baseline = measure_baseline(directory, pool, setup, shared, residuals, watch)
+            search(recipe, directory, pool, shared, baseline, watch)
+        finally:
+            starting.__exit__(None, None, None)
+    return Frontier.of(directory.trials())
+
+
+def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Watch) -> PromptSets:
+    """Read all prompt sets; on a resumed run, make sure that they are the same ones.
+
+    Raises:
+        PromptSourceError: a set cannot be read, or is not what the run began with.
+    """
+    for scorer in recipe.scorers:
+        if isinstance(scorer, PluginScorer):
+            resolve(scorer.kind)
+    with watch.stage("prompts"):
+        sets = PromptSets(
+            load_prompt_set("behaviour", recipe.prompts.behaviour, base),
+            load_prompt_set("neutral", recipe.prompts.neutral, base),
+            {
+                scorer.name: load_prompt_set(scorer.name, scorer.prompts, base)
+                for scorer in recipe.scorers
+                if scorer.prompts is not None
+            },
+        )
+    known = directory.environment.get("prompts")
+    for name, facts in sets.facts().items():
+        if known is not None and known[name]["fingerprint"] != facts["fingerprint"]:
+            raise PromptSourceError(
+                f"the prompts of {name!r} are not the ones the run began with "
+                f"({facts['origin']}).\n  Put them back, or start a new run with --to."
+            )
+    if known is None:
+        warnings = warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values()))
+        for warning in warnings:
+            watch.note(f"warning: {warning}")
+        directory.note(prompts=sets.facts(), warnings=warnings, base=str(base.resolve()))
+    return sets
+
+
+def model_source(name: str, note: Callable[[str], None]) -> str:
+    """The folder or Hub name behind `model.name`; `demo` and `planted` are built if need be."""
+    from ray_abliterate import demo
+    from ray_abliterate.demo import planted
+
+    if name == "demo":
+        try:
+            return str(demo.build_demo_model(demo.default_folder()))
+        except demo.DemoUnavailable as error:
+            note(f"warning: {error}")
+            note("warning: the tiny planted model stands in for it; its scores mean nothing")
+            return str(planted.build_planted_model(planted.default_folder()))
+    if name == "planted":
+        return str(planted.build_planted_model(planted.default_folder()))
+    return name
+
+
+def describe(
+    recipe: Recipe, directory: RunDirectory, pool: ReplicaPool, dashboard: str, watch: Watch
+) -> None:
+    """Note versions, device, model and replicas in `environment.json`."""
+    facts = pool.facts
+    shape = asdict(facts.shape)
+    model = {k: v for k, v in asdict(facts).items() if k != "shape"}
+    directory.note(
+        model={"name": recipe.model.name, **shape, **model},
+        replicas=asdict(pool.layout),
+        versions={"python": platform.python_version(), **_versions()},
+        machine=f"{platform.system()} {platform.machine()}",
+        started=directory.environment.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+    share = facts.cache_bytes / facts.model_bytes
+    watch.note(
+        f"{recipe.model.name}: {facts.parameters / 1e6:,.0f} M parameters in {facts.dtype} on "
+        f"{facts.device}, {facts.shape.layers} layers, {facts.writers} writers "
+        f"({', '.join(facts.shape.components)}); weight cache {share:.0%} of the model; "
+        f"{pool.layout.replicas} replica{'s' if pool.layout.replicas > 1 else ''}"
+    )
+    for note in facts.notes:
+        watch.note(note)
+    if dashboard:
+        watch.note(f"Ray dashboard: http://{dashboard.removeprefix('http://')}")
+
+
+def find_directions(
+    recipe: Recipe, directory: RunDirectory, pool: ReplicaPool, sets: PromptSets, watch: Watch
+) -> tuple[Setup, tuple[Residuals, Residuals] | None]:
+    """The directions and the response prefix, taken up from the directory or found now."""
+    known = directory.directions()
+    if known is not None and directory.baseline() is not None:
+        return Setup(known, tuple(directory.environment["response_prefix"])), None
+    prefix: tuple[int, ...] = ()
+    if recipe.direction.skip_common_prefix:
+        with watch.stage("common response prefix"):
+            prompts = [
+                *sets.behaviour.prompts[:PREFIX_PROMPTS],
+                *sets.neutral.prompts[:PREFIX_PROMPTS],
+            ]
+            prefix = tuple(pool.call("response_prefix", prompts))
+    directory.note(response_prefix=list(prefix))
+    with watch.stage("residuals"):
+        batches = {
+            name: list(prompts.batches(recipe.run.batch_size))
+            for name, prompts in (("behaviour", sets.behaviour), ("neutral", sets.neutral))
+        }
+        behaviour, neutral = extract(pool, batches, prefix, sets, watch)
+    if recipe.run.save_residuals:
+        directory.save_residuals("behaviour", behaviour)
+        directory.save_residuals("neutral", neutral)
+    with watch.stage("directions"):
+        found: Directions = direction_methods.compute(behaviour, neutral, recipe.direction)
+    directory.save_directions(found)
+    return Setup(found, prefix), (behaviour, neutral)
+
+
+def extract(
+    pool: ReplicaPool,
+    batches: dict[str, list[tuple[int, tuple[Prompt, ...]]]],
+    prefix: tuple[int, ...],
+    sets: PromptSets,
+    watch: Watch,
+) -> tuple[Residuals, Residuals]:
+    """Residuals of both sets: fixed batches over all replicas, joined in order."""
+    first = len(batches["behaviour"])
+    calls = [(index, prompts, prefix) for index, prompts in batches["behaviour"]]
+    calls += [(first + index, prompts, prefix) for index, prompts in batches["neutral"]]
+    shards = []
+    for shard in pool.map("residuals", calls):
+        shards.append(shard)
+        watch.step(len(shards), len(calls))
+    behaviour = [shard for shard in shards if shard.index < first]
+    neutral = [type(s)(s.index - first, s.values) for s in shards if s.index >= first]
+    return join(behaviour, sets.behaviour.fingerprint), join(neutral, sets.neutral.fingerprint)
+
+
+def measure_baseline(
+    directory: RunDirectory,
+    pool: ReplicaPool,
+    setup: Setup,
+    shared: Any,
+    residuals: tuple[Residuals, Residuals] | None,
+    watch: Watch,
+) -> Baseline:
+    """The base model's own scores, and how well each layer tells the sets apart."""
+    known = directory.baseline()
+    if known is not None or residuals is None:
+        assert known is not None
+        return known
+    with watch.stage("baseline"):
+        evaluation = pool.evaluate(Plan.nothing(), shared)
+    rows = direction_methods.separation(*residuals, setup.directions)
+    baseline = Baseline(evaluation.scorecard, tuple(rows), direction_methods.best_layer(rows))
+    directory.save_baseline(baseline)
+    for score in evaluation.scorecard.scores:
+        watch.note(
+            f"base model: {score.name} {score.value:.4g} [{score.low:.3g}, {score.high:.3g}]"
+        )
+    return baseline
+
+
+def search(
+    recipe: Recipe,
+    directory: RunDirectory,
+    pool: ReplicaPool,
+    shared: Any,
+    baseline: Baseline,
+    watch: Watch,
+) -> None:
+    """Try plans until the run has as many as the recipe wants."""
+    space = Space.of(pool.facts.shape, recipe.search.space, recipe.edit.norm)
+    goals = [(scorer.name, scorer.goal) for scorer in recipe.scorers if scorer.goal != "report"]
+    study = Search(directory.journal, space, recipe.search, goals)
+    listed = {trial.number: trial for trial in directory.trials()}
+    for trial in study.finished:
+        if listed.get(trial.number) != trial:
+            directory.append(trial)
+    done = {trial.number: trial for trial in study.finished}
+
+    def on_trial(trial: Trial, answers: tuple[dict[str, Any], ...]) -> None:
+        done[trial.number] = trial
+        directory.append(trial)
+        if answers:
+            directory.save_responses(trial.number, list(answers))
+        watch.trial(trial, len(done), recipe.search.trials, Frontier.of(done.values()))
+
+    seeds = space.seeds(float(baseline.best_layer)) if recipe.search.seed_points else ()
+    with watch.stage("search"):
+        study.run(pool, shared, seeds, on_trial, directory.tune)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in ("ray-abliterate", *LIBRARIES):
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed"
+    return found

@@ -1,0 +1,322 @@
+"""The run directory: everything a run leaves behind. The only module with file names.
+
+Every file is written whole (temporary name, then rename), except the append-only `trials.jsonl`
+and `study.journal`, whose torn last line is skipped on reading.
+"""
+
+import difflib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from ray_abliterate.directions import Directions
+from ray_abliterate.errors import (
+    RecipeChanged,
+    RunDirectoryError,
+    RunExists,
+    RunNotFound,
+    TrialNotFound,
+)
+from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.residuals import Residuals
+from ray_abliterate.scoring import Scorecard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The base model's scores, and how well each layer tells the two prompt sets apart."""
+
+    scorecard: Scorecard
+    separation: tuple[Mapping[str, float], ...]
+    """Per layer, as `directions.separation` gives it."""
+    best_layer: int
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A folder that holds one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, recipe_text: str) -> Self:
+        """Start a run in a folder that does not hold one.
+
+        Raises:
+            RunExists: the folder already holds a run, or other files.
+            RunDirectoryError: the folder cannot be written.
+        """
+        directory = cls(path)
+        if directory._recipe_file.exists():
+            done, wanted = len(directory.trials()), directory.recipe.search.trials
+            raise RunExists(
+                f"{path} already holds {done} of {wanted} trials.\n"
+                f"  Continue it with:  ray-abliterate resume {path}\n"
+                "  or choose another folder with --to."
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+            if not occupied:
+                _write(path / "recipe.toml", recipe_text.encode())
+                _write(directory._recipe_file, recipe.to_json().encode())
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{path} cannot be written ({error.strerror}).\n"
+                "  Choose a folder you may write to with --to."
+            ) from None
+        if occupied:
+            raise RunExists(f"{path} is not empty and not a run; choose another folder with --to.")
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The run in a folder.
+
+        Raises:
+            RunNotFound: the folder does not hold a run.
+        """
+        directory = cls(path)
+        if not directory._recipe_file.exists():
+            near = sorted(p.parent.as_posix() for p in path.parent.glob("*/recipe.resolved.json"))
+            runs = f"\n  Runs beside it: {', '.join(near)}" if near else ""
+            raise RunNotFound(
+                f"{path} holds no run (recipe.resolved.json is missing).{runs}\n"
+                f"  Start one with:  ray-abliterate run RECIPE --to {path}"
+            )
+        return directory
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one driver.
+
+        Raises:
+            RunDirectoryError: another process works on the run.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunDirectoryError(
+                f"{self.path} is in use by another process; wait for it or stop it first."
+            ) from None
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path} cannot be written ({error.strerror}).") from None
+        with lock:
+            yield
+
+    # The recipe
+
+    @property
+    def _recipe_file(self) -> Path:
+        return self.path / "recipe.resolved.json"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe the run was started with, overrides included."""
+        try:
+            return Recipe.from_json(self._recipe_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"{self._recipe_file} is damaged or from another version: {error}"
+            ) from None
+
+    def extend(self, trials: int) -> None:
+        """Raise the number of trials that the run is to have."""
+        recipe = self.recipe
+        search = recipe.search.model_copy(update={"trials": trials})
+        _write(self._recipe_file, recipe.model_copy(update={"search": search}).to_json().encode())
+
+    def refuse_changed(self, recipe: Recipe) -> None:
+        """Compare a recipe with the run's own, the number of trials aside.
+
+        Raises:
+            RecipeChanged: they differ; the message holds the difference.
+        """
+        search = recipe.search.model_copy(update={"trials": self.recipe.search.trials})
+        given = recipe.model_copy(update={"search": search}).to_json().splitlines()
+        own = self.recipe.to_json().splitlines()
+        changes = [
+            line
+            for line in difflib.unified_diff(own, given, "run", "recipe", n=0, lineterm="")
+            if not line.startswith(("@@", "---", "+++"))
+        ]
+        if changes:
+            raise RecipeChanged(
+                f"the recipe is not the one {self.path} was started with:\n"
+                + "\n".join(f"  {line}" for line in changes)
+                + "\n  Start a new run with --to, or resume without the recipe."
+            )
+
+    # What is known before the search
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, revisions and what was found about the model."""
+        file = self.path / "environment.json"
+        values: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        return values
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to `environment.json`."""
+        text = json.dumps({**self.environment, **facts}, indent=2, ensure_ascii=False)
+        _write(self.path / "environment.json", text.encode())
+
+    def save_residuals(self, name: str, residuals: Residuals) -> None:
+        """Keep the residuals of one prompt set."""
+        _write(self.path / "residuals" / f"{name}.arrow", residuals.to_arrow())
+
+    def residuals(self, name: str) -> Residuals | None:
+        """Residuals of one prompt set, if they were kept."""
+        file = self.path / "residuals" / f"{name}.arrow"
+        return Residuals.from_arrow(file.read_bytes()) if file.exists() else None
+
+    def save_directions(self, directions: Directions) -> None:
+        """Keep the directions."""
+        _write(self.path / "directions.safetensors", directions.to_bytes())
+
+    def directions(self) -> Directions | None:
+        """The directions, if they were computed."""
+        file = self.path / "directions.safetensors"
+        return Directions.from_bytes(file.read_bytes()) if file.exists() else None
+
+    def save_baseline(self, baseline: Baseline) -> None:
+        """Keep the base model's scores."""
+        values = {
+            "scores": baseline.scorecard.to_list(),
+            "separation": [dict(layer) for layer in baseline.separation],
+            "best_layer": baseline.best_layer,
+        }
+        _write(self.path / "baseline.json", json.dumps(values, indent=2).encode())
+
+    def baseline(self) -> Baseline | None:
+        """The base model's scores, if they were measured."""
+        file = self.path / "baseline.json"
+        if not file.exists():
+            return None
+        values = json.loads(file.read_text("utf-8"))
+        scorecard = Scorecard.from_list(values["scores"])
+        return Baseline(scorecard, tuple(values["separation"]), values["best_layer"])
+
+    # Trials
+
+    @property
+    def journal(self) -> Path:
+        """Optuna's journal: the one source of truth for resuming; optuna-dashboard opens it."""
+        return self.path / "study.journal"
+
+    def append(self, trial: Trial) -> None:
+        """Add one finished or failed trial to `trials.jsonl`."""
+        with (self.path / "trials.jsonl").open("ab+") as file:
+            if file.tell() and not _ends_line(file):
+                file.write(b"\n")
+            file.write(trial.to_json().encode() + b"\n")
+            file.flush()
+
+    def trials(self) -> tuple[Trial, ...]:
+        """All trials in order of number; a torn line is skipped, a repeated number counts once."""
+        file = self.path / "trials.jsonl"
+        found: dict[int, Trial] = {}
+        lines = file.read_text("utf-8", errors="replace").splitlines() if file.exists() else []
+        for position, line in enumerate(lines, start=1):
+            try:
+                trial = Trial.from_json(line)
+            except (ValueError, KeyError, TypeError):
+                if line.strip():
+                    log.warning("%s: line %d is torn and was skipped", file, position)
+                continue
+            found[trial.number] = trial
+        return tuple(found[number] for number in sorted(found))
+
+    def trial(self, number: int) -> Trial:
+        """One finished trial.
+
+        Raises:
+            TrialNotFound: there is none with this number, or it failed.
+        """
+        trials = {trial.number: trial for trial in self.trials()}
+        if number not in trials:
+            span = f"0 to {max(trials)}" if trials else "none yet"
+            members = ", ".join(str(t.number) for t in Frontier.of(trials.values()).members)
+            hint = f"\n  On the frontier: {members}" if members else ""
+            raise TrialNotFound(f"{self.path} has no trial {number} (it has {span}).{hint}")
+        if trials[number].scorecard is None:
+            raise TrialNotFound(f"trial {number} failed: {trials[number].error}")
+        return trials[number]
+
+    def save_responses(self, number: int, rows: list[dict[str, Any]]) -> None:
+        """Keep the answers of one trial, as a Parquet table."""
+        import io
+
+        import pyarrow
+        import pyarrow.parquet
+
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+        _write(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
+
+    def responses(self, number: int) -> list[dict[str, Any]]:
+        """Answers of one trial.
+
+        Raises:
+            TrialNotFound: they were not recorded.
+        """
+        import pyarrow.parquet
+
+        file = self.path / "responses" / f"{number:06d}.parquet"
+        if not file.exists():
+            raise TrialNotFound(
+                f"{self.path} holds no answers of trial {number}.\n"
+                "  They are kept by runs with [run] record_responses = true; "
+                f"to see some now:  ray-abliterate chat {self.path} --trial {number}"
+            )
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+        return rows
+
+    # Other places
+
+    @property
+    def tune(self) -> Path:
+        """Where Ray Tune keeps its own files (TensorBoard events)."""
+        return self.path / "tune"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.path / "report.html"
+
+    def save_report(self, html: str) -> None:
+        """Write the report."""
+        _write(self.report, html.encode())
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole: under a temporary name beside it, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

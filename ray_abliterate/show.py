@@ -1,0 +1,56 @@
+"""One trial, printed: its plan, its scores beside the base model's, its answers on request."""
+
+from rich.console import Console
+from rich.table import Table
+
+from ray_abliterate.frontier import Trial
+from ray_abliterate.live import describe_score
+from ray_abliterate.rundir import RunDirectory
+
+
+def print_trial(directory: RunDirectory, trial: Trial, output: Console) -> None:
+    """Scores, then the plan with its strengths by layer."""
+    assert trial.scorecard is not None
+    baseline = directory.baseline()
+    plan = trial.plan
+    scope = "one direction for all layers" if plan.scope == "global" else "each layer's direction"
+    where = f", taken at layer {plan.direction_layer:.2f}" if plan.scope == "global" else ""
+    output.print(f"Trial {trial.number}: {scope}{where}; norm mode {plan.norm!r}")
+    scores = Table(show_edge=False, pad_edge=False)
+    for heading in ("score", "this trial", "base model", "goal", "unit"):
+        scores.add_column(heading)
+    for score in trial.scorecard.scores:
+        base = describe_score(baseline.scorecard[score.name]) if baseline else ""
+        scores.add_row(score.name, describe_score(score), base, score.goal, score.unit)
+    output.print(scores)
+    layers = directory.environment.get("model", {}).get("layers")
+    profiles = Table(show_edge=False, pad_edge=False)
+    for heading in ("component", "peak", "at layer", "floor", "reach", "strength by layer"):
+        profiles.add_column(heading)
+    for component, profile in plan.profiles:
+        strengths = profile.strengths(layers) if layers else ()
+        profiles.add_row(
+            component,
+            f"{profile.peak:.3f}",
+            f"{profile.peak_layer:.1f}",
+            f"{profile.floor:.2f}",
+            f"{profile.reach:.1f}",
+            _sparkline(strengths),
+        )
+    output.print(profiles)
+    output.print(f"{trial.seconds:.1f} s. Export it with:", markup=False)
+    output.print(f"  ray-abliterate export {directory.path} --trial {trial.number} --to DIR")
+
+
+def _sparkline(values: tuple[float, ...]) -> str:
+    """A bar per layer, the tallest at strength 1.5."""
+    bars = " ▁▂▃▄▅▆▇█"
+    return "".join(bars[min(8, round(8 * value / 1.5))] for value in values)
+
+
+def print_responses(directory: RunDirectory, number: int, output: Console) -> None:
+    """Every recorded prompt and answer."""
+    for row in directory.responses(number):
+        mark = "shows the behaviour" if row["shows_behaviour"] else "clean"
+        output.print(f"> {row['prompt']}", markup=False, style="bold")
+        output.print(f"{row['answer']}\n  ({mark}, {row['tokens']} tokens)\n", markup=False)

@@ -1,0 +1,198 @@
+"""The layer-wise weight cache: pristine copies of writers only, and edits undone bit for bit.
+
+    with cache.edited(plan, directions):
+        ...                      # the model is the plan's
+    # every writer has its own bits again, also if the body raised
+
+Weights are written in place (same storage), so tied tensors, hooks and views stay valid.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ray_abliterate import ablation
+from ray_abliterate.architecture import Writer, oriented, post_norm_gain
+from ray_abliterate.directions import Directions
+from ray_abliterate.errors import ModelError
+from ray_abliterate.plan import Plan
+from ray_abliterate.recipe import Norm
+
+log = logging.getLogger(__name__)
+
+PROJECTION_BUDGET_BYTES = 2 * 2**30
+"""Products kept per model; writers beyond it (many experts) are multiplied anew in each trial."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One writer: the live tensors, and their pristine copies."""
+
+    writer: Writer
+    weight: Tensor
+    pristine: Tensor
+    bias: Tensor | None
+    pristine_bias: Tensor | None
+    gain: Tensor | None
+
+
+class WeightCache:
+    """Pristine writer weights of one model, by layer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        writers: tuple[Writer, ...],
+        location: Literal["device", "cpu"] = "device",
+    ) -> None:
+        """Copy every writer.
+
+        Args:
+            model: The model, untouched.
+            writers: As `architecture.find_writers` gives them.
+            location: `device` keeps copies beside the weights (restores at memory speed), `cpu` in
+                CPU memory, pinned where there is a GPU.
+        """
+        self._targets = [_target(model, writer, location) for writer in writers]
+        self._projections: dict[tuple[Norm, str], ablation.Projections] = {}
+        self._directions: Directions | None = None
+        self._dirty: set[int] = set()
+        self._open = False
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pristine copies."""
+        tensors = [t for x in self._targets for t in (x.pristine, x.pristine_bias) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have writers."""
+        return tuple(sorted({target.writer.layer for target in self._targets}))
+
+    def restore(self, layer: int | None = None) -> None:
+        """Put the pristine bits back into one layer, or into all that were written to."""
+        layers = self._dirty if layer is None else {layer}
+        with torch.no_grad():
+            for target in self._targets:
+                if target.writer.layer not in layers:
+                    continue
+                target.weight.copy_(target.pristine, non_blocking=True)
+                if target.bias is not None and target.pristine_bias is not None:
+                    target.bias.copy_(target.pristine_bias, non_blocking=True)
+        self._dirty -= set(layers)
+
+    @contextmanager
+    def edited(self, plan: Plan, directions: Directions) -> Iterator[None]:
+        """The model is the plan's inside the block, and its own again after it.
+
+        Raises:
+            ModelError: an edit is open already (edits don't nest), or the directions are of
+                another model.
+        """
+        if self._open:
+            raise ModelError("an edit is already open on this model; edits don't nest")
+        self._open = True
+        try:
+            self._apply(plan, directions)
+            yield
+        finally:
+            self.restore()
+            self._open = False
+
+    def differs(self) -> bool:
+        """Whether any writer's bits differ from the pristine ones now."""
+        return any(
+            not torch.equal(target.weight, target.pristine.to(target.weight.device))
+            for target in self._targets
+            if target.writer.layer in self._dirty
+        )
+
+    @torch.no_grad()
+    def _apply(self, plan: Plan, directions: Directions) -> None:
+        layers = directions.layers
+        self._use(directions)
+        shared = directions.blend(min(plan.direction_layer, layers - 1.0))
+        strengths = {component: plan.strengths(component, layers) for component, _ in plan.profiles}
+        for target in self._targets:
+            writer = target.writer
+            strength = strengths.get(writer.component, (0.0,) * layers)[writer.layer]
+            blend = shared if plan.scope == "global" else ((writer.layer, 1.0),)
+            if strength == 0 or not all(directions.usable[row] for row, _ in blend):
+                continue
+            self._dirty.add(writer.layer)
+            edit = self._edit(target, plan.norm, blend, strength)
+            edit.apply_(oriented(target.weight, writer), oriented(target.pristine, writer))
+            if target.bias is not None and target.pristine_bias is not None:
+                edit.apply_to_bias_(target.bias, target.pristine_bias)
+
+    def _use(self, directions: Directions) -> None:
+        """Forget the products of other directions."""
+        if self._directions is not None and torch.equal(
+            self._directions.vectors, directions.vectors
+        ):
+            return
+        for target in self._targets:
+            if target.writer.layer >= directions.layers:
+                raise ModelError(
+                    f"the directions are of a model with {directions.layers} layers, "
+                    f"this one has a writer in layer {target.writer.layer}"
+                )
+        self._directions = directions
+        self._projections.clear()
+
+    def _edit(
+        self, target: _Target, norm: Norm, blend: tuple[tuple[int, float], ...], strength: float
+    ) -> ablation.Edit:
+        key = (norm, target.writer.parameter)
+        if key not in self._projections:
+            spent = sum(p.bytes for p in self._projections.values())
+            if spent + self._estimate(target, norm) > PROJECTION_BUDGET_BYTES:
+                rows = [row for row, _ in blend]
+                some = ablation.project(self._pristine(target), self._rows_of(target)[rows], norm)
+                moved = tuple((i, weight) for i, (_, weight) in enumerate(blend))
+                return ablation.edit(some, moved, strength)
+            full = ablation.project(self._pristine(target), self._rows_of(target), norm)
+            self._projections[key] = full
+        return ablation.edit(self._projections[key], blend, strength)
+
+    def _rows_of(self, target: _Target) -> Tensor:
+        """All directions as this writer sees them: pulled back through the norm after it."""
+        assert self._directions is not None
+        vectors = self._directions.vectors.to(target.weight.device)
+        return vectors if target.gain is None else vectors * target.gain.to(vectors.device)
+
+    @staticmethod
+    def _pristine(target: _Target) -> Tensor:
+        return oriented(target.pristine, target.writer).to(target.weight.device)
+
+    def _estimate(self, target: _Target, norm: Norm) -> int:
+        assert self._directions is not None
+        experts, hidden, fan_in = oriented(target.pristine, target.writer).shape
+        return 4 * self._directions.layers * experts * (fan_in + (hidden if norm == "row" else 0))
+
+
+def _target(model: nn.Module, writer: Writer, location: str) -> _Target:
+    weight = model.get_parameter(writer.parameter)
+    bias = model.get_parameter(writer.bias) if writer.bias else None
+    return _Target(
+        writer,
+        weight.data,
+        _copy(weight, location),
+        bias.data if bias is not None else None,
+        _copy(bias, location) if bias is not None else None,
+        post_norm_gain(model, writer),
+    )
+
+
+def _copy(tensor: Any, location: str) -> Tensor:
+    copy: Tensor = tensor.detach().clone()
+    if location == "device" or copy.device.type == "cpu":
+        return copy
+    copy = copy.cpu()
+    return copy.pin_memory() if torch.cuda.is_available() else copy
