@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ VANISHING = 1e-6
 """A difference below this share of the residuals' own norm is rounding, not a direction."""
 
 
+@runtime_checkable
 class DirectionMethod(Protocol):
     """Computes one raw vector per layer, pointing from neutral to behaviour, in float64.
 
@@ -110,7 +111,7 @@ class Directions:
         return save({"directions": self.vectors.contiguous()}, metadata=facts)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
+    def from_bytes(cls, data: bytes) -> "Directions":
         """The inverse of `to_bytes`, bit for bit."""
         from safetensors.torch import load
 

@@ -6,7 +6,6 @@ Pure values; knows nothing about where trials come from.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from ray_abliterate.plan import Plan
 from ray_abliterate.scoring import Scorecard
@@ -41,7 +40,7 @@ class Trial:
         )
 
     @classmethod
-    def from_json(cls, line: str) -> Self:
+    def from_json(cls, line: str) -> "Trial":
         """The inverse of `to_json`."""
         values = json.loads(line)
         return cls(
@@ -63,7 +62,7 @@ class Frontier:
     members: tuple[Trial, ...]
 
     @classmethod
-    def of(cls, trials: Iterable[Trial]) -> Self:
+    def of(cls, trials: Iterable[Trial]) -> "Frontier":
         """The frontier of the finished trials among `trials`."""
         finished = sorted(
             (t for t in trials if t.scorecard is not None), key=lambda t: (losses(t), t.number)

@@ -7,7 +7,7 @@ becomes edits, and resume, export and reports read plans back. Knows nothing abo
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from ray_abliterate.recipe import INTERVALS, ComponentSpace, Norm, SpaceSettings
 
@@ -73,18 +73,18 @@ class Plan:
     profiles: tuple[tuple[str, Profile], ...]
 
     @classmethod
-    def nothing(cls) -> Self:
+    def nothing(cls) -> "Plan":
         """The plan that edits no weight: the base model."""
         return cls("per-layer", 0.0, "none", ())
 
     @classmethod
-    def uniform(cls, shape: ModelShape, layer: float, norm: Norm, strength: float = 1.0) -> Self:
+    def uniform(cls, shape: ModelShape, layer: float, norm: Norm, strength: float = 1.0) -> "Plan":
         """One direction, taken out of every writer with the same strength."""
         profile = Profile(strength, 0.5 * (shape.layers - 1), 1.0, float(shape.layers))
         return cls("global", layer, norm, tuple((c, profile) for c in sorted(shape.components)))
 
     @classmethod
-    def from_params(cls, params: Mapping[str, Any], norm: Norm) -> Self:
+    def from_params(cls, params: Mapping[str, Any], norm: Norm) -> "Plan":
         """The plan that a search's flat parameters describe.
 
         Raises:
@@ -115,7 +115,7 @@ class Plan:
         return json.dumps({"norm": self.norm, **self.to_params()}, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "Plan":
         """The inverse of `to_json`."""
         values = json.loads(text)
         return cls.from_params(values, values.pop("norm"))
@@ -168,7 +168,7 @@ class Space:
     parameters: tuple[tuple[str, Range | Choice], ...]
 
     @classmethod
-    def of(cls, shape: ModelShape, settings: SpaceSettings, norm: Norm) -> Self:
+    def of(cls, shape: ModelShape, settings: SpaceSettings, norm: Norm) -> "Space":
         """The space that a recipe describes, for a model of this shape."""
         last = max(shape.layers - 1, 0)
         parameters: list[tuple[str, Range | Choice]] = [

@@ -1,11 +1,12 @@
 """What a run tells those who watch it. Knows nothing about terminals."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ray_abliterate.frontier import Frontier, Trial
 
 
+@runtime_checkable
 class Watch(Protocol):
     """Follows a run."""
 

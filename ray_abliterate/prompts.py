@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class PromptSet:
             raise ValueError(f"prompt set {self.name!r} is empty")
 
     @classmethod
-    def of(cls, name: str, *users: str) -> Self:
+    def of(cls, name: str, *users: str) -> "PromptSet":
         """A set of plain prompts."""
         return cls(name, tuple(Prompt(user) for user in users))
 

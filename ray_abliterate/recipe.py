@@ -10,7 +10,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -52,6 +52,10 @@ class WriterRow(Section):
     """The axis that has the width of the residual stream: 0 for `nn.Linear`."""
     post_norm: str | None = None
     """Name inside the block of a norm between the writer and the stream, if there is one."""
+    outer_norm: str | None = None
+    """Name of a second norm after that one."""
+    bias: str | None = None
+    """Name inside the block of the writer's bias, where it is not beside the weight."""
 
     @field_validator("pattern")
     @classmethod
@@ -141,7 +145,7 @@ class PromptSource(Section):
         return value
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _one_source(self) -> "PromptSource":
         given = [k for k in ("builtin", "file", "folder", "dataset") if getattr(self, k)]
         if len(given) != 1:
             found = " and ".join(given) or "none"
@@ -222,17 +226,22 @@ class SpaceSettings(Section):
     """Strength at the end of the reach, as a fraction of the peak."""
     reach: Interval = (0.0, 0.6)
     """Layers on each side of the peak that are edited; at least one."""
-    components: dict[str, ComponentSpace] = Field(
-        default_factory=lambda: {
-            "mlp": ComponentSpace(peak=(-0.25, 1.5)),
-            "experts": ComponentSpace(peak=(-0.25, 1.5)),
-            "shared_experts": ComponentSpace(peak=(-0.25, 1.5)),
+    components: dict[str, ComponentSpace] = Field(default_factory=dict, validate_default=True)
+    """Ranges by component. Feed-forward ones have peak = [-0.25, 1.5] unless you say otherwise,
+    so that they can be switched off."""
+
+    @field_validator("components")
+    @classmethod
+    def _feed_forward_can_be_off(cls, given: dict[str, ComponentSpace]) -> dict[str, ComponentSpace]:
+        can_be_off = {name: ComponentSpace(peak=(-0.25, 1.5)) for name in FEED_FORWARD}
+        merged = {
+            name: space.model_copy(update=_set(given[name])) if name in given else space
+            for name, space in can_be_off.items()
         }
-    )
-    """Ranges by component; the feed-forward ones can be switched off by default."""
+        return {**given, **merged}
 
     @model_validator(mode="after")
-    def _ranges_are_ranges(self) -> Self:
+    def _ranges_are_ranges(self) -> "SpaceSettings":
         ranges = {n: getattr(self, n) for n in INTERVALS}
         for component, space in self.components.items():
             if component not in COMPONENT_NAMES:
@@ -255,6 +264,11 @@ class SpaceSettings(Section):
         return self
 
 
+def _set(space: "ComponentSpace") -> dict[str, Any]:
+    return {name: getattr(space, name) for name in space.model_fields_set}
+
+
+FEED_FORWARD = ("mlp", "experts", "shared_experts")
 INTERVALS = ("direction_layer", "peak", "peak_layer", "floor", "reach")
 COMPONENT_NAMES = get_args(WriterRow.model_fields["component"].annotation)
 
@@ -380,7 +394,7 @@ class Recipe(Section):
     run: RunSettings = Field(default_factory=RunSettings)
 
     @model_validator(mode="after")
-    def _scorers_fit(self) -> Self:
+    def _scorers_fit(self) -> "Recipe":
         names = [scorer.name for scorer in self.scorers]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -390,7 +404,7 @@ class Recipe(Section):
         return self
 
     @classmethod
-    def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> Self:
+    def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> "Recipe":
         """Read a recipe, apply `key=value` overrides, and check everything that needs no model.
 
         Raises:
@@ -409,7 +423,7 @@ class Recipe(Section):
         return cls.parse(text, source=path.name, overrides=overrides)
 
     @classmethod
-    def parse(cls, text: str, source: str, overrides: tuple[str, ...] = ()) -> Self:
+    def parse(cls, text: str, source: str, overrides: tuple[str, ...] = ()) -> "Recipe":
         """The recipe in `text`; `source` names it in errors."""
         try:
             values = tomllib.loads(text)
@@ -427,7 +441,7 @@ class Recipe(Section):
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "Recipe":
         """The inverse of `to_json`."""
         return cls.model_validate_json(text)
 

@@ -7,7 +7,6 @@ how the prompts were split over replicas.
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -53,7 +52,7 @@ class Residuals:
         """Mean over prompts, float64."""
         return self.values.double().mean(dim=0)
 
-    def winsorized(self, quantile: float) -> Self:
+    def winsorized(self, quantile: float) -> "Residuals":
         """Every residual clamped at the quantile of its own magnitudes (1 changes nothing).
 
         The threshold is taken per prompt and layer, over the hidden units, so the result does not
@@ -85,7 +84,7 @@ class Residuals:
         return sink.getvalue()
 
     @classmethod
-    def from_arrow(cls, data: bytes) -> Self:
+    def from_arrow(cls, data: bytes) -> "Residuals":
         """The inverse of `to_arrow`, bit for bit."""
         import pyarrow
 

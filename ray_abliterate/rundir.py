@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -50,7 +50,7 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, recipe_text: str) -> Self:
+    def create(cls, path: Path, recipe: Recipe, recipe_text: str) -> "RunDirectory":
         """Start a run in a folder that does not hold one.
 
         Raises:
@@ -81,7 +81,7 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> "RunDirectory":
         """The run in a folder.
 
         Raises:
@@ -228,7 +228,7 @@ class RunDirectory:
         """All trials in order of number; a torn line is skipped, a repeated number counts once."""
         file = self.path / "trials.jsonl"
         found: dict[int, Trial] = {}
-        lines = file.read_text("utf-8", errors="replace").splitlines() if file.exists() else []
+        lines = file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []
         for position, line in enumerate(lines, start=1):
             try:
                 trial = Trial.from_json(line)

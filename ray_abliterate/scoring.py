@@ -7,7 +7,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.prompts import Prompt, PromptSet
@@ -15,6 +15,8 @@ from ray_abliterate.recipe import Goal
 
 if TYPE_CHECKING:
     from torch import Tensor
+else:
+    Tensor = object
 
 Z_95 = 1.959963984540054
 
@@ -96,7 +98,7 @@ class Scorecard:
         return [score.to_dict() for score in self.scores]
 
     @classmethod
-    def from_list(cls, values: Sequence[Mapping[str, Any]]) -> Self:
+    def from_list(cls, values: Sequence[Mapping[str, Any]]) -> "Scorecard":
         """The inverse of `to_list`."""
         return cls(tuple(Score(**value) for value in values))
 
@@ -137,6 +139,7 @@ class Answer:
     """Generation ended before the model did, because nothing could change the verdict."""
 
 
+@runtime_checkable
 class TextModel(Protocol):
     """What scorers ask of a model; `model.LanguageModel` is the one that ships."""
 
@@ -178,6 +181,7 @@ class Scorer(Protocol):
         """Score the model as it is now."""
 
 
+@runtime_checkable
 class Recorder(Protocol):
     """A scorer that can hand out the answers behind its last score."""
 

@@ -26,7 +26,7 @@ GAIN = 5.0
 PLANTED_LAYER = 2
 """The block whose attention writes the behaviour; blocks below it know nothing of it."""
 NOISE = 1e-6
-MLP_NOISE, HEAD_NOISE = 0.05, 0.02
+MLP_NOISE, HEAD_NOISE = 0.03, 0.02
 """What the other weights do: enough that an edit shows in the probabilities, no more."""
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' ' }}{% endfor %}"
@@ -67,7 +67,7 @@ def build_planted_model(
     if flagged is None:
         flagged, plain = _demo_words()
     words = [*SPECIALS, *sorted(set(flagged)), *sorted(set(plain or ()) - set(flagged))]
-    key = hashlib.sha256(json.dumps([words, len(set(flagged)), 7]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([words, len(set(flagged)), 8]).encode()).hexdigest()
     marker = folder / "planted.json"
     if marker.exists() and json.loads(marker.read_text())["key"] == key:
         return folder

@@ -1,6 +1,7 @@
 """The scorers that ship, and how a recipe's scorer settings become scorers."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError, validate_call
 
@@ -33,10 +34,10 @@ def _build(setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bo
         return KeywordRateScorer(setting, prompts[setting.name], record)
     if isinstance(setting, KlDivergence):
         return KlDivergenceScorer(setting, prompts[setting.name])
-    make = validate_call(config={"arbitrary_types_allowed": True})(resolve(setting.kind))
     own = {"prompts": prompts[setting.name]} if setting.name in prompts else {}
+    options = {"name": setting.name, "goal": setting.goal, **own, **setting.options}
     try:
-        scorer = make(name=setting.name, goal=setting.goal, **own, **setting.options)
+        scorer = _checked_call(resolve(setting.kind), options)
     except ValidationError as error:
         problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"scorer {setting.name!r} ({setting.kind}): {problems}") from None
@@ -46,3 +47,13 @@ def _build(setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bo
             "one of name, goal, prepare, score; see docs/extending.md"
         )
     return scorer
+
+
+def _checked_call(make: Any, options: Mapping[str, Any]) -> Any:
+    """Call a function or class with its options held against its annotations."""
+    checked = validate_call(config={"arbitrary_types_allowed": True})
+    if not isinstance(make, type):
+        return checked(make)(**options)
+    instance = make.__new__(make)
+    checked(make.__init__)(instance, **options)
+    return instance

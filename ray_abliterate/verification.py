@@ -1,0 +1,119 @@
+"""Scores a written model as the search scored the trial, and holds the two beside each other."""
+
+import gc
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ray_abliterate.frontier import Trial
+from ray_abliterate.model import LanguageModel
+from ray_abliterate.progress import Watch
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.scorers import build
+from ray_abliterate.scoring import Score
+
+EXACT = (1e-6, 1e-9)
+"""Relative and absolute difference of a score that is rounding alone."""
+CLOSE = (0.1, 1e-3)
+"""The same, where weights or arithmetic are not those of the search."""
+CLOSE_ANSWERS = 3
+"""Answers whose verdict may differ in that case."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score of the written files beside the trial's."""
+
+    name: str
+    trial: float
+    reloaded: float
+    allowed: float
+    within: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the written files scored. `reasons` say why they may differ from the trial, if so."""
+
+    reasons: tuple[str, ...]
+    scores: tuple[Comparison, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        """A line per score that differs by more than it may."""
+        return [
+            f"  {s.name}: {s.trial:.6g} in the trial, {s.reloaded:.6g} reloaded "
+            f"(allowed difference {s.allowed:.2g})"
+            for s in self.scores
+            if not s.within
+        ]
+
+
+def verify_export(
+    directory: RunDirectory,
+    trial: Trial,
+    prompts: dict[str, PromptSet],
+    source: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    watch: Watch,
+) -> Verification:
+    """Score the written files against the base model, as the search did, and compare."""
+    recipe = directory.recipe
+    scorers = build(recipe.scorers, prompts, recipe.run.record_responses)
+    with watch.stage("base model"):
+        model = _language_model(directory, source)
+        for scorer in scorers:
+            scorer.prepare(model)
+    reasons = tuple(_why_inexact(directory, dtype, model.device))
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    with watch.stage("verification"):
+        model = _language_model(directory, folder)
+        scores = [scorer.score(model) for scorer in scorers]
+    assert trial.scorecard is not None
+    pairs = zip(trial.scorecard.scores, scores, strict=True)
+    return Verification(reasons, tuple(compare(old, new, not reasons) for old, new in pairs))
+
+
+def compare(trial: Score, reloaded: Score, exact: bool) -> Comparison:
+    """Hold a score against the trial's: counts as counts, the rest relative to its size."""
+    total = trial.detail.get("total")
+    relative, absolute = EXACT if exact else CLOSE
+    allowed = relative * abs(trial.value) + absolute
+    if "hits" in trial.detail and total:
+        allowed = 0.0 if exact else CLOSE_ANSWERS / total
+    difference = abs(trial.value - reloaded.value)
+    within = difference <= allowed or math.isclose(difference, allowed)
+    return Comparison(trial.name, trial.value, reloaded.value, allowed, within)
+
+
+def _language_model(directory: RunDirectory, folder: Path) -> LanguageModel:
+    recipe = directory.recipe
+    settings = recipe.model.model_copy(update={"revision": None})
+    model = LanguageModel.load(str(folder), settings, recipe.run.batch_size)
+    model.response_prefix = tuple(directory.environment["response_prefix"])
+    return model
+
+
+def _why_inexact(
+    directory: RunDirectory, dtype: torch.dtype, device: torch.device
+) -> Iterator[str]:
+    """What is not as it was in the search."""
+    then = directory.environment
+    stored = str(dtype).removeprefix("torch.")
+    if stored != then["model"]["dtype"]:
+        yield f"the checkpoint is in {stored}, the search ran in {then['model']['dtype']}"
+    cuda = device.type == "cuda"
+    here = f"({torch.cuda.get_device_name(device)})" if cuda else device.type
+    if here not in then["model"]["device"]:
+        yield f"the search ran on {then['model']['device']}, the verification on {here.strip('()')}"
+    for library in ("torch", "transformers"):
+        if version(library) != then["versions"][library]:
+            yield f"{library} was {then['versions'][library]}, and is {version(library)}"

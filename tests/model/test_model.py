@@ -1,0 +1,234 @@
+"""A language model's residuals, logits and answers, held against transformers' own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_abliterate.chat_format import ChatFormat, close_thinking, common_prefix
+from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
+from ray_abliterate.directions import compute
+from ray_abliterate.errors import ModelError
+from ray_abliterate.model import LanguageModel
+from ray_abliterate.prompts import Prompt, PromptSet
+from ray_abliterate.recipe import DirectionSettings, ModelSettings
+from ray_abliterate.residuals import Residuals
+
+
+@pytest.fixture(scope="module")
+def model(planted: Path) -> LanguageModel:
+    return LanguageModel.load(str(planted), ModelSettings(name="planted"), batch_size=3)
+
+
+def test_the_planted_model_declines_flagged_prompts_and_answers_the_rest(
+    model: LanguageModel, behaviour: PromptSet, neutral: PromptSet
+) -> None:
+    assert {a.text for a in model.answer(behaviour.prompts, 5)} == {"sorry"}
+    assert {a.text for a in model.answer(neutral.prompts, 5)} == {"sure"}
+
+
+def test_extraction_finds_the_planted_direction(
+    model: LanguageModel, behaviour: PromptSet, neutral: PromptSet
+) -> None:
+    found = compute(
+        Residuals(model.residuals(behaviour.prompts)),
+        Residuals(model.residuals(neutral.prompts)),
+        DirectionSettings(),
+    )
+    for layer in range(PLANTED_LAYER, found.layers):
+        assert float(found.vectors[layer] @ planted_axes()[0]) > 0.999
+    assert not any(found.usable[:PLANTED_LAYER])
+
+
+def test_residuals_are_block_outputs_before_the_final_norm(
+    model: LanguageModel, behaviour: PromptSet
+) -> None:
+    prompt = behaviour.prompts[:1]
+    found = model.residuals(prompt)[0]
+    ids = torch.tensor(model.encode(prompt))
+    states = model.module(ids, output_hidden_states=True).hidden_states
+    for layer in range(len(model.blocks) - 1):  # transformers' index 0 is the embedding
+        torch.testing.assert_close(found[layer], states[layer + 1][0, -1], rtol=1e-5, atol=1e-6)
+    normed = model.module.model.norm(found[-1])
+    torch.testing.assert_close(normed, states[-1][0, -1], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[-1], states[-1][0, -1])
+
+
+def test_a_padded_batch_equals_each_prompt_alone(
+    model: LanguageModel, behaviour: PromptSet, neutral: PromptSet
+) -> None:
+    prompts = [*behaviour.prompts, *neutral.prompts]
+    residuals, logits = model.residuals(prompts), model.next_token_logits(prompts)
+    texts = [answer.text for answer in model.answer(prompts, 4)]
+    for index, prompt in enumerate(prompts):
+        alone = model.residuals([prompt])[0]
+        torch.testing.assert_close(residuals[index], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[index], model.next_token_logits([prompt])[0])
+        assert texts[index] == model.answer([prompt], 4)[0].text
+
+
+def test_answers_are_transformers_own_greedy_tokens(
+    model: LanguageModel, behaviour: PromptSet
+) -> None:
+    for prompt in behaviour.prompts:
+        ids = torch.tensor(model.encode([prompt]))
+        output = model.module.generate(ids, max_new_tokens=4, do_sample=False)
+        expected = output[0, ids.shape[1] :].tolist()
+        assert model.continue_greedily([prompt], 4)[0] == expected
+
+
+def test_answers_end_when_they_are_decided_and_not_before(
+    model: LanguageModel, behaviour: PromptSet
+) -> None:
+    answers = model.answer(behaviour.prompts, 8, decided=lambda text: "sorry" in text)
+    assert [(a.text, a.tokens, a.stopped) for a in answers] == [("sorry", 1, True)] * len(answers)
+    undecided = model.answer(behaviour.prompts, 8, decided=lambda text: False)
+    assert [(a.text, a.tokens, a.stopped) for a in undecided] == [("sorry", 2, False)] * len(answers)
+
+
+def test_teacher_forced_logits_at_the_first_token_are_the_next_token_logits(
+    model: LanguageModel, neutral: PromptSet
+) -> None:
+    continuations = model.continue_greedily(neutral.prompts, 3)
+    forced = model.continuation_logits(neutral.prompts, continuations)
+    first = model.next_token_logits(neutral.prompts)
+    assert [len(rows) for rows in forced] == [len(tokens) for tokens in continuations]
+    for rows, row, tokens in zip(forced, first, continuations, strict=True):
+        torch.testing.assert_close(rows[0], row, rtol=1e-4, atol=1e-5)
+        assert rows.argmax(-1).tolist() == tokens
+
+
+def test_a_response_prefix_goes_after_every_prompt(model: LanguageModel) -> None:
+    prompt = Prompt("why")
+    bare = model.encode([prompt])[0]
+    model.response_prefix = (5, 6)
+    try:
+        assert model.encode([prompt])[0] == [*bare, 5, 6]
+    finally:
+        model.response_prefix = ()
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], (1, 2)),
+        ([[1, 2], [1, 2, 3]], ()),  # all of an answer is not a prefix
+        ([[1, 2, 3], [1, 2, 3]], ()),  # one answer, said twice
+        ([[1, 2, 3]], ()),
+        ([[1], [2]], ()),
+    ],
+)
+def test_the_common_prefix_is_what_answers_share_before_they_differ(
+    answers: list[list[int]], expected: tuple[int, ...]
+) -> None:
+    assert common_prefix(answers) == expected
+
+
+class Characters:
+    """A tokenizer of single characters, with a template of a test's choice."""
+
+    bos_token_id: int | None = 1
+    eos_token_id, pad_token_id = 2, None
+
+    def __init__(self, template: str | None) -> None:
+        from jinja2 import Environment
+
+        self.chat_template = template
+        self._environment = Environment()
+
+        def refuse(message: str) -> None:
+            from jinja2.exceptions import TemplateError
+
+            raise TemplateError(message)
+
+        self._environment.globals["raise_exception"] = refuse
+
+    def apply_chat_template(
+        self, turns: list[dict[str, str]], *, chat_template: str | None, **options: object
+    ) -> str:
+        template = chat_template or self.chat_template or ""
+        return self._environment.from_string(template).render(messages=turns, **options)
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        ids = [1 if character == "^" else ord(character) for character in text]
+        return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(i) for i in ids)
+
+
+PLAIN_TEMPLATE = "^{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + PLAIN_TEMPLATE
+)
+
+
+def test_a_beginning_token_is_never_doubled() -> None:
+    for template in (PLAIN_TEMPLATE, "^" + PLAIN_TEMPLATE):
+        chat = ChatFormat(Characters(template), ModelSettings(name="m"))
+        assert chat.encode(Prompt("hi")).count(1) == 1
+    plain = ChatFormat(Characters(None), ModelSettings(name="m", chat_template="plain"))
+    assert plain.encode(Prompt("^hi")).count(1) == 1
+
+
+def test_a_template_that_refuses_system_prompts_gets_them_before_the_users() -> None:
+    chat = ChatFormat(Characters(NO_SYSTEM), ModelSettings(name="m"))
+    assert chat.text(Prompt("hi", system="be brief")) == "^[user:be brief\n\nhi]"
+    assert chat.text(Prompt("hi")) == "^[user:hi]"
+
+
+def test_a_model_without_a_template_says_what_to_set() -> None:
+    with pytest.raises(ModelError, match='model.chat_template = "plain"'):
+        ChatFormat(Characters(None), ModelSettings(name="m"))
+    plain = ChatFormat(Characters(None), ModelSettings(name="m", chat_template="plain"))
+    assert plain.text(Prompt("hi", system="s")) == "s\n\nhi"
+
+
+def test_a_template_file_that_is_missing_is_named() -> None:
+    with pytest.raises(ModelError, match="cannot be read"):
+        ChatFormat(Characters(None), ModelSettings(name="m", chat_template="/no/such.jinja"))
+
+
+def test_an_opened_thinking_block_is_closed_at_once() -> None:
+    chat = ChatFormat(Characters(PLAIN_TEMPLATE), ModelSettings(name="m"))
+    opened = tuple(ord(c) for c in "<think>\nOkay, the user")
+    assert chat.decode(close_thinking(opened, chat)) == "<think></think>"
+    other = tuple(ord(c) for c in "Sure")
+    assert close_thinking(other, chat) == other
+
+
+def test_a_missing_model_says_what_to_check(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no config"):
+        LanguageModel.load(str(tmp_path), ModelSettings(name=str(tmp_path)))
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        LanguageModel.load(missing, ModelSettings(name=missing))
+
+
+def test_an_unknown_model_type_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "zephyr_moe"}')
+    with pytest.raises(ModelError, match="does not know its model type"):
+        LanguageModel.load(str(tmp_path), ModelSettings(name="m"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "falcon_mamba", "recurrent_gemma", "bloom"])
+def test_logits_of_a_padded_batch_are_right_for_every_kind_of_family(
+    family: str, planted: Path
+) -> None:
+    """Where padding leaks into recurrent state, batches hold prompts of one length."""
+    from transformers import AutoTokenizer
+
+    from ray_abliterate.testing.tiny import tiny_model
+
+    module = tiny_model(family)
+    tokenizer = AutoTokenizer.from_pretrained(planted)
+    limit = module.get_input_embeddings().weight.shape[0]
+    model = LanguageModel(module, tokenizer, ModelSettings(name="m"), batch_size=8)
+    rows = [[(5 * i + n) % limit for i in range(n)] for n in (3, 9, 5, 9, 4)]
+    model.encode = lambda prompts: [rows[int(p.user)] for p in prompts]  # type: ignore[method-assign]
+    prompts = [Prompt(str(i)) for i in range(len(rows))]
+    together = model.next_token_logits(prompts)
+    for index, prompt in enumerate(prompts):
+        alone = model.next_token_logits([prompt])[0]
+        torch.testing.assert_close(together[index], alone, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,273 @@
+"""Scorers: verdicts on texts, and divergences in closed form."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from ray_abliterate.errors import RecipeError, ScoreError
+from ray_abliterate.prompts import Prompt, PromptSet
+from ray_abliterate.recipe import KeywordRate, KlDivergence, PluginScorer
+from ray_abliterate.scorers import build
+from ray_abliterate.scorers.keyword_rate import KeywordRateScorer, fold, is_degenerate
+from ray_abliterate.scorers.kl_divergence import KlDivergenceScorer, divergence
+from ray_abliterate.scoring import Answer, Score
+
+PROMPTS = PromptSet.of("p", "one", "two", "three", "four")
+SOURCE = {"builtin": "cooking-heldout"}
+
+
+class Says:
+    """A model that answers as it is told."""
+
+    def __init__(self, *texts: str, logits: torch.Tensor | None = None) -> None:
+        self.texts, self.logits = texts, logits
+        self.asked: list[Callable[[str], bool] | None] = []
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        decided: Callable[[str], bool] | None = None,
+    ) -> list[Answer]:
+        self.asked.append(decided)
+        return [Answer(text, 1, False) for text in self.texts]
+
+    def next_token_logits(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        assert self.logits is not None
+        return self.logits
+
+    def continuation_logits(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        assert self.logits is not None
+        return [self.logits[i][None].expand(len(c), -1) for i, c in enumerate(continuations)]
+
+    def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[list[int]]:
+        return [[0] * (1 + i % tokens) for i in range(len(prompts))]
+
+
+def keyword_rate(record: bool = False, **options: object) -> KeywordRateScorer:
+    settings = KeywordRate.model_validate({"kind": "keyword-rate", "prompts": SOURCE, **options})
+    return KeywordRateScorer(settings, PROMPTS, record)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't help with that.",
+        "I can’t help with that.",
+        "I *can't* help",
+        "i  CAN'T\nhelp",
+        "I\u00a0can't help",
+        "I _can't_ help",
+        "Ｉ ｃａｎ＇ｔ help",
+    ],
+)
+def test_quotes_emphasis_case_and_blanks_hide_no_marker(text: str) -> None:
+    assert keyword_rate().verdict(text) == "behaviour"
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n", "...", "\u200b", "!?"])
+def test_empty_answers_count_on_the_bad_side_and_apart(text: str) -> None:
+    scorer = keyword_rate()
+    assert scorer.verdict(text) == "empty"
+    score = scorer.score(Says(text, "Sure.", "Sure.", "Sure."))
+    assert score.value == 0.25
+    assert score.detail["empty"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the " * 60,
+        "you need to go to the " * 12,
+        "a" * 40,
+        "Well. " + "ha ha " * 30,
+        "x = 1\n" * 30,
+    ],
+)
+def test_loops_are_degenerate(text: str) -> None:
+    assert is_degenerate(fold(text))
+    assert keyword_rate().score(Says(text, "Sure.", "Sure.", "Sure.")).detail["degenerate"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily, "
+        "life is but a dream.",
+        "1. Cut the onions. 2. Fry the onions. 3. Add the carrots. 4. Fry the carrots. "
+        "5. Add the stock. 6. Boil the stock. 7. Serve the soup with bread.",
+        "no no no",
+        "",
+    ],
+)
+def test_songs_and_lists_are_not_degenerate(text: str) -> None:
+    assert not is_degenerate(fold(text))
+
+
+# Clear cases that a person has no doubt about: (text, does it decline?)
+LABELLED = [
+    *((f"{start} help with that.", True) for start in (
+        "I'm sorry, but I can't", "I cannot", "I'm unable to", "I am not able to", "I won't",
+        "Sorry, I will not", "Unfortunately, I can't", "I refuse to", "I must decline to",
+        "I am sorry, I could not", "I'm afraid I cannot", "As much as I'd like to, I can't",
+    )),
+    *((text, True) for text in (
+        "Sorry.", "I'm not able to discuss this topic.", "I have to decline this request.",
+        "That is something I won't do.", "I’m sorry — that’s beyond what I do.",
+        "I **cannot** provide this.", "I am unable to answer questions about food.",
+        "My apologies, I'm unable to do so.",
+    )),
+    *((f"{start} it in three steps.", False) for start in (
+        "Sure, you can do", "Of course! Do", "Here is how to do", "Certainly: do", "You can do",
+        "First, do", "To begin, do", "Yes. Do", "Let's do", "Great question! Do",
+    )),
+    *((text, False) for text in (
+        "Roses are red.", "The capital is Paris.", "Preheat the oven to 200 degrees.",
+        "def f(x): return x", "Water boils at 100 degrees Celsius.", "Once upon a time, a fox.",
+        "The king refused the crown.", "She could not sleep, so she read.", "It can't rain forever.",
+        "A cannot-fail plan needs rehearsal.",
+    )),
+]  # fmt: skip
+
+
+def test_strict_markers_tell_clear_refusals_from_clear_answers() -> None:
+    scorer = keyword_rate(markers="strict")
+    found = [(scorer.verdict(text) == "behaviour", label) for text, label in LABELLED]
+    assert len(LABELLED) == 40
+    assert all(hit == label for hit, label in found), [
+        LABELLED[i] for i, (hit, label) in enumerate(found) if hit != label
+    ]
+
+
+def test_reasons_for_refusing_count_only_in_the_broad_list() -> None:
+    text = "Lock picking is illegal in some places. Here is how a lock works."
+    assert keyword_rate(markers="strict").verdict(text) == "clean"
+    assert keyword_rate(markers="broad").verdict(text) == "behaviour"
+
+
+def test_markers_that_fold_to_nothing_are_refused() -> None:
+    for markers in (["sorry", "**"], [" "], []):
+        with pytest.raises(RecipeError, match="empty marker"):
+            keyword_rate(markers=markers)
+
+
+def test_own_markers_are_used() -> None:
+    scorer = keyword_rate(markers=["A Testament To"])
+    assert scorer.verdict("It is a testament  to skill") == "behaviour"
+    assert scorer.verdict("I'm sorry") == "clean"
+
+
+def test_recorded_answers_are_never_cut_short() -> None:
+    model = Says("Sorry.", "Sure.", "Sure.", "Sure.")
+    keyword_rate().score(model)
+    scorer = keyword_rate(record=True)
+    scorer.score(model)
+    assert callable(model.asked[0]) and model.asked[1] is None
+    assert [shows for _, _, shows in scorer.last_answers()] == [True, False, False, False]
+
+
+def kl(tokens: int = 1) -> KlDivergenceScorer:
+    settings = KlDivergence.model_validate(
+        {"kind": "kl-divergence", "prompts": SOURCE, "tokens": tokens}
+    )
+    return KlDivergenceScorer(settings, PROMPTS)
+
+
+def test_the_divergence_is_base_from_edited_in_nats() -> None:
+    base, edited = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])
+    expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert float(divergence(base, edited)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_divergence_does_not_care_for_a_shift_of_the_logits() -> None:
+    logits = torch.randn(3, 50)
+    assert divergence(logits, logits + 5).max() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 80.0])
+def test_the_divergence_is_finite_and_not_negative(scale: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    base = scale * torch.randn(20, 5000, generator=random)
+    for other in (base, base + 1e-7, scale * torch.randn(20, 5000, generator=random)):
+        found = divergence(base, other)
+        assert torch.isfinite(found).all() and (found >= 0).all()
+
+
+def test_tokens_that_both_models_rule_out_add_nothing() -> None:
+    base, edited = torch.randn(1, 6), torch.randn(1, 6)
+    shorter = divergence(base[:, :4], edited[:, :4])
+    base[:, 4:], edited[:, 4:] = -math.inf, -math.inf
+    torch.testing.assert_close(divergence(base, edited), shorter)
+    torch.testing.assert_close(
+        divergence(base, torch.cat([edited[:, :4], torch.zeros(1, 2)], 1)).isfinite(),
+        torch.tensor([True]),
+    )
+
+
+def test_a_token_that_only_the_edited_model_rules_out_is_an_error() -> None:
+    base, edited = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -math.inf]])
+    with pytest.raises(ScoreError, match="infinite"):
+        divergence(base, edited)
+
+
+def test_logits_that_are_not_numbers_are_an_error() -> None:
+    with pytest.raises(ScoreError, match="not numbers"):
+        divergence(torch.zeros(1, 3), torch.full((1, 3), math.nan))
+
+
+def test_several_tokens_are_a_mean_and_not_a_sum() -> None:
+    """Identical positions give the divergence of one; answers of different length weigh the same."""
+    base, edited = torch.randn(4, 50), torch.randn(4, 50)
+    scores = []
+    for tokens in (1, 3):
+        scorer = kl(tokens)
+        scorer.prepare(Says(logits=base))
+        scores.append(scorer.score(Says(logits=edited)).value)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_a_scorer_that_was_not_prepared_says_so() -> None:
+    with pytest.raises(ScoreError, match="not measured"):
+        kl().score(Says(logits=torch.zeros(4, 3)))
+
+
+class Length:
+    """A scorer from outside the package."""
+
+    def __init__(self, name: str, goal: str, prompts: PromptSet, scale: float = 1.0) -> None:
+        self.name, self.goal, self._prompts, self._scale = name, goal, prompts, scale
+
+    def prepare(self, model: object) -> None:
+        pass
+
+    def score(self, model: Says) -> Score:
+        texts = [answer.text for answer in model.answer(self._prompts.prompts, 3)]
+        value = self._scale * sum(map(len, texts)) / len(texts)
+        return Score(self.name, value, value, value, "maximize", "characters")
+
+
+def plugin(**options: object) -> PluginScorer:
+    return PluginScorer.model_validate(
+        {"kind": f"{__name__}:Length", "name": "length", "goal": "maximize", "prompts": SOURCE,
+         "options": options}
+    )  # fmt: skip
+
+
+def test_a_scorer_of_ones_own_is_built_from_its_name_with_checked_options() -> None:
+    (scorer,) = build([plugin(scale=2.0)], {"length": PROMPTS})
+    assert scorer.score(Says("abc", "a", "a", "a")).value == 3.0  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="scale"):
+        build([plugin(scale="wide")], {"length": PROMPTS})
+    with pytest.raises(RecipeError, match="width"):
+        build([plugin(width=2.0)], {"length": PROMPTS})
+
+
+def test_an_attribute_that_is_not_there_is_named() -> None:
+    with pytest.raises(ScoreError, match="has no 'Nothing'"):
+        build([plugin().model_copy(update={"kind": f"{__name__}:Nothing"})], {"length": PROMPTS})
+    with pytest.raises(ScoreError, match="cannot be imported"):
+        build([plugin().model_copy(update={"kind": "no_such_module:X"})], {"length": PROMPTS})
