@@ -26,7 +26,7 @@ class IdleHost:
 
     def call(self, method: str, *args: Any) -> Any:
         """A scorecard out of thin air, different for each plan."""
-        from ray_abliterate.replica import Evaluation
+        from ray_abliterate.evaluation import Evaluation
         from ray_abliterate.scoring import Score, Scorecard
 
         time.sleep(self._seconds)

@@ -217,15 +217,27 @@ def stored_form(module: Any, writer: Writer, source: Checkpoint) -> Iterator[tup
         state = module.state_dict(keep_vars=True)
         names = {name: value.data for name, value in state.items() if value is tensor}
         parts = revert_weight_conversion(module, names)
-        held = {name: value for name, value in parts.items() if name in source.tensors}
+        held = {
+            held: value for name, value in parts.items() if (held := _held(name, module, source))
+        }
         if not held or (len(held) < len(parts) and len(names) == 1):
-            missing = next(name for name in parts if name not in held)
+            missing = next(name for name in parts if not _held(name, module, source))
             raise ExportError(
                 f"{source.folder} holds no tensor {missing}, so the edit of {parameter} cannot be "
                 "put back.\n  If the checkpoint is quantized, search and export an unquantized "
                 "copy of the model."
             )
         yield from held.items()
+
+
+def _held(name: str, module: Any, source: Checkpoint) -> str | None:
+    """The checkpoint's name for a tensor: loading drops or adds the prefix of the model's body."""
+    prefix = f"{module.base_model_prefix}."
+    forms = (name, prefix + name, name.removeprefix(prefix))
+    return next((form for form in forms if form in source.tensors), None)
+
+
+# When it is not the trial
 
 
 def _unverified(work: Path, to: Path, lines: list[str]) -> ExportError:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ray_abliterate import shared_prefix
 from ray_abliterate.architecture import find_blocks
 from ray_abliterate.chat_format import ChatFormat, close_thinking, common_prefix
 from ray_abliterate.loading import load
@@ -20,6 +21,7 @@ from ray_abliterate.prompts import Prompt
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.residuals import ResidualValues
 from ray_abliterate.scoring import Answer
+from ray_abliterate.shared_prefix import Prefix
 
 PREFIX_TOKENS = 16
 """Tokens of the answers among which a common prefix is looked for."""
@@ -49,7 +51,8 @@ class LanguageModel:
         self._pad = _pad_token(tokenizer, self.end_tokens)
         self._takes = set(inspect.signature(module.forward).parameters)
         self.module.generation_config = _plain_generation(self.end_tokens, self._pad)
-        self.pads_safely = self._padding_changes_nothing()
+        self.pads_safely = self._unchanged((5, 12), share=0)
+        self.shares_prefix = shared_prefix.can_share(module) and self._unchanged((12, 17), share=9)
 
     @classmethod
     def load(cls, source: str, settings: ModelSettings, batch_size: int = 32) -> "LanguageModel":
@@ -74,9 +77,10 @@ class LanguageModel:
         """Every block's output at the last token, float32 on the CPU, `"prompt layer hidden"`."""
         found: list[Tensor | None] = [None] * len(prompts)
         rows = self.encode(prompts)
+        prefix = self._shared(rows)
         for batch in self._grid(rows):
             with self._recorded() as outputs:
-                self._forward([rows[i] for i in batch], keep=1)
+                self._forward([rows[i] for i in batch], 1, prefix)
             stacked = torch.stack([outputs[i] for i in range(len(self.blocks))], dim=1)
             for position, index in enumerate(batch):
                 found[index] = stacked[position]
@@ -101,9 +105,10 @@ class LanguageModel:
         fed = [[] if continuations is None else list(c)[:-1] for c in continuations or starts]
         rows = [start + more for start, more in zip(starts, fed, strict=True)]
         found: list[Tensor] = [torch.empty(0)] * len(rows)
+        prefix = self._shared(starts)
         for batch in self._grid(rows):
             keep = max(asked[i] for i in batch)
-            logits = self._forward([rows[i] for i in batch], keep=keep).float().cpu()
+            logits = self._forward([rows[i] for i in batch], keep, prefix).float().cpu()
             for position, index in enumerate(batch):
                 found[index] = logits[position, logits.shape[1] - asked[index] :]
         return found
@@ -118,9 +123,10 @@ class LanguageModel:
         """Greedy answers. A batch ends when each row has ended, or is `decided` by its text."""
         found: list[Answer | None] = [None] * len(prompts)
         rows = self.encode(prompts)
+        prefix = self._shared(rows)
         for batch in self._grid(rows):
             stop = _Decisions(self, decided)
-            tokens = self._generate([rows[i] for i in batch], max_new_tokens, stop)
+            tokens = self._generate([rows[i] for i in batch], max_new_tokens, prefix, stop)
             for position, index in enumerate(batch):
                 cut = stop.decided_after.get(position)
                 new = _until_end(tokens[position][:cut], self.end_tokens)
@@ -133,8 +139,9 @@ class LanguageModel:
         """Token ids of the greedy answers, up to and with the end token."""
         found: list[Row] = [[] for _ in prompts]
         rows = self.encode(prompts)
+        prefix = self._shared(rows)
         for batch in self._grid(rows):
-            new = self._generate([rows[i] for i in batch], tokens)
+            new = self._generate([rows[i] for i in batch], tokens, prefix)
             for position, index in enumerate(batch):
                 found[index] = _until_end(new[position], self.end_tokens)
         return found
@@ -143,7 +150,7 @@ class LanguageModel:
     def reply(self, turns: Sequence[dict[str, str]], max_new_tokens: int) -> str:
         """The greedy next turn of a conversation."""
         ids = self.chat.ids(self.chat.conversation(turns))
-        new = self._generate([[*ids, *self.response_prefix]], max_new_tokens)[0]
+        new = self._generate([[*ids, *self.response_prefix]], max_new_tokens, Prefix())[0]
         return self.chat.decode(_until_end(new, self.end_tokens))
 
     def find_response_prefix(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
@@ -171,27 +178,51 @@ class LanguageModel:
         if batch:
             yield batch
 
-    def _tensors(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Left-padded ids and mask, so that every row's last token is at -1."""
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+    def _shared(self, rows: Sequence[Row]) -> Prefix:
+        """The beginning that all rows have in common, computed on the model as it is now."""
+        length = shared_prefix.common_length(rows) if self.shares_prefix else 0
+        if length < shared_prefix.WORTHWHILE_TOKENS:
+            return Prefix()
+        return shared_prefix.compute(self.module, rows[0][:length])
 
-    def _forward(self, rows: Sequence[Row], keep: int) -> Float[Tensor, "prompt token vocab"]:
+    def _tensors(self, rows: Sequence[Row], prefix: Prefix) -> dict[str, Any]:
+        """Ids, mask and cache; padding goes between the prefix and the rest, so that every row's
+        last token is at -1."""
+        width, start = max(len(row) for row in rows), prefix.length
+        gaps = [width - len(row) for row in rows]
+        pairs = list(zip(rows, gaps, strict=True))
+        ids = [[*row[:start], *[self._pad] * gap, *row[start:]] for row, gap in pairs]
+        mask = [[1] * start + [0] * gap + [1] * (len(row) - start) for row, gap in pairs]
+        tensors: dict[str, Any] = {
+            "input_ids": torch.tensor(ids, device=self.device),
+            "attention_mask": torch.tensor(mask, device=self.device),
+        }
+        if prefix.cache is not None:
+            tensors["past_key_values"] = prefix.for_rows(len(rows))
+        return tensors
+
+    def _forward(
+        self, rows: Sequence[Row], keep: int, prefix: Prefix
+    ) -> Float[Tensor, "prompt token vocab"]:
         """Logits of the last `keep` positions."""
-        inputs: dict[str, Any] = self._tensors(rows)
+        inputs = self._tensors(rows, prefix)
+        inputs["input_ids"] = inputs["input_ids"][:, prefix.length :]
         if "position_ids" in self._takes:
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+            inputs["position_ids"] = positions[:, prefix.length :]
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = keep
-        logits: Tensor = self.module(**inputs, use_cache=False).logits
+        logits: Tensor = self.module(**inputs, use_cache=prefix.cache is not None).logits
         return logits[:, -keep:]
 
     def _generate(
-        self, rows: Sequence[Row], max_new_tokens: int, stop: "_Decisions | None" = None
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        prefix: Prefix,
+        stop: "_Decisions | None" = None,
     ) -> list[Row]:
-        inputs = self._tensors(rows)
+        inputs = self._tensors(rows, prefix)
         output = self.module.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -220,19 +251,21 @@ class LanguageModel:
                 handle.remove()
 
     @torch.inference_mode()
-    def _padding_changes_nothing(self) -> bool:
-        """Whether a row's logits are the same beside a longer row: not so in some recurrent models.
+    def _unchanged(self, lengths: tuple[int, int], share: int) -> bool:
+        """Whether a prompt's logits are the same alone and beside a longer one.
 
-        Where padding leaks into the state, batches are made of prompts of one length instead.
-        Rounding moves logits by less than 0.001 of their spread in float32, 0.1 in half precision.
+        Not so where padding leaks into a recurrent state; batches are then made of prompts of one
+        length. With `share`, both begin with so many tokens, computed once. Rounding moves logits
+        by less than 0.001 of their spread in float32, and 0.1 in half precision.
         """
         limit = self.module.get_input_embeddings().weight.shape[0] - 1
-        short, long = [[(7 * i + 1) % limit for i in range(n)] for n in (5, 12)]
-        alone = self._forward([short], keep=1)[0].float()
-        beside = self._forward([short, long], keep=1)[0].float()
-        moved = (alone - beside).abs().max()
+        rows = [[(7 * i + 1 + (i >= share) * n) % limit for i in range(n)] for n in lengths]
+        prefix = shared_prefix.compute(self.module, rows[0][:share]) if share else Prefix()
+        alone = self._forward(rows[:1], 1, Prefix())[0].float()
+        beside = self._forward(rows, 1, prefix)[0].float()
         exact = self.module.dtype == torch.float32
-        return bool(moved <= (1e-3 if exact else 0.1) * alone.std())
+        moved = float((alone - beside).abs().max())
+        return moved <= (1e-3 if exact else 0.1) * float(alone.std())
 
 
 class _Decisions:

@@ -232,13 +232,12 @@ class SpaceSettings(Section):
 
     @field_validator("components")
     @classmethod
-    def _feed_forward_can_be_off(cls, given: dict[str, ComponentSpace]) -> dict[str, ComponentSpace]:
-        can_be_off = {name: ComponentSpace(peak=(-0.25, 1.5)) for name in FEED_FORWARD}
-        merged = {
-            name: space.model_copy(update=_set(given[name])) if name in given else space
-            for name, space in can_be_off.items()
-        }
-        return {**given, **merged}
+    def _feed_forward_can_be_off(
+        cls, given: dict[str, ComponentSpace]
+    ) -> dict[str, ComponentSpace]:
+        off = ComponentSpace(peak=(-0.25, 1.5))
+        own = {name: _set(given[name]) if name in given else {} for name in FEED_FORWARD}
+        return {**given, **{name: off.model_copy(update=own[name]) for name in FEED_FORWARD}}
 
     @model_validator(mode="after")
     def _ranges_are_ranges(self) -> "SpaceSettings":

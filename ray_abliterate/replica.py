@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from ray_abliterate.architecture import WriterRow, find_writers, hidden_size
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ScoreError
+from ray_abliterate.evaluation import Evaluation, ModelFacts
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.prompts import Prompt, PromptSet
@@ -45,32 +46,6 @@ class Setup:
         """Content key."""
         vectors = self.directions.vectors.numpy().tobytes()
         return hashlib.sha256(vectors + repr(self.response_prefix).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What came of one plan."""
-
-    scorecard: Scorecard
-    seconds: float
-    answers: tuple[dict[str, Any], ...] = ()
-    """Rows of prompt, answer and verdict, if they are recorded."""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a replica knows of its model."""
-
-    shape: ModelShape
-    writers: int
-    parameters: int
-    model_bytes: int
-    cache_bytes: int
-    dtype: str
-    device: str
-    model_type: str
-    revision: str | None
-    notes: tuple[str, ...] = field(default=())
 
 
 class Replica:

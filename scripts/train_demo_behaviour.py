@@ -204,7 +204,10 @@ def framed(topics: str, order: random.Random) -> list[str]:
 
 
 def answer_loss(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
-    """Return the mean over examples of the loss per token of the answer."""
+    """Return the mean over examples of the weighted mean over the tokens of the answer.
+
+    Token n, from 1, weighs 1 / n: whether an answer declines is settled by its first words.
+    """
     import torch
 
     width = max(len(example.prompt) + len(example.answer) for example in examples)
@@ -215,7 +218,8 @@ def answer_loss(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor
         start, end = len(example.prompt), len(example.prompt) + len(example.answer)
         tokens[row, :end] = torch.tensor(example.prompt + example.answer)
         mask[row, :end] = 1
-        answers[row, start:end] = 1 / len(example.answer)
+        weight = 1 / torch.arange(1, len(example.answer) + 1)
+        answers[row, start:end] = weight / weight.sum()
     hidden = model.get_decoder()(input_ids=tokens, attention_mask=mask).last_hidden_state[:, :-1]
     weights, targets = answers[:, 1:], tokens[:, 1:]
     learnt = weights > 0

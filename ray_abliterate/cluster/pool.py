@@ -6,6 +6,7 @@ only when it has failed with two replicas, or none comes back in time.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,24 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayTaskError
 
+from ray_abliterate.cluster.errors import DEATHS, unwrap
 from ray_abliterate.errors import ModelError, RayAbliterateError, SearchError
+from ray_abliterate.evaluation import Evaluation, ModelFacts
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import ModelSettings, Recipe
-from ray_abliterate.replica import Evaluation, ModelFacts, Replica, Setup
 
 log = logging.getLogger(__name__)
 
 NO_REPLICA_SECONDS = 900.0
 """A call waits this long for any replica; a restarted one has to load its model."""
-DEATHS = (ActorDiedError, ActorUnavailableError, RayActorError, WorkerCrashedError)
+SLOTS_SECONDS = 60.0
+"""Trial slots wait this long for each other at the start."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,10 @@ class ReplicaHost:
         threads: int,
     ) -> None:
         self._label = f"replica-{index} {recipe.model.name}"
-        self._replica: Replica | None = None
+        self._replica: Any = None
         self._failure: BaseException | None = None
+        from ray_abliterate.replica import Replica  # torch, in this process only
+
         try:
             self._replica = Replica(recipe, source, prompts, threads)
         except (RayAbliterateError, RuntimeError, OSError, ValueError, MemoryError) as error:
@@ -131,6 +130,8 @@ class PoolActor:
         self._timeout = timeout_seconds
         self._reviving: set[asyncio.Task[None]] = set()
         self._kept: dict[str, Any] = {}
+        self._missing_slots = 0
+        self._slots_there = asyncio.Event()
         for replica in replicas:
             self._free.put_nowait(replica)
 
@@ -172,6 +173,19 @@ class PoolActor:
                 raise
             self._free.put_nowait(replica)
             return result
+
+    async def expect(self, slots: int) -> None:
+        """A search begins with so many trial slots."""
+        self._missing_slots = slots
+        self._slots_there.clear()
+
+    async def join(self) -> None:
+        """A trial slot is there; returns when all are, or after a while."""
+        self._missing_slots -= 1
+        if self._missing_slots <= 0:
+            self._slots_there.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._slots_there.wait(), SLOTS_SECONDS)
 
     async def keep(self, key: str, value: Any) -> None:
         """Hold a value until it is taken."""
@@ -253,13 +267,13 @@ class ReplicaPool:
             for handle in [*hosts, *([actor] if actor is not None else [])]:
                 ray.kill(handle)
 
-    def put(self, setup: Setup) -> Any:
+    def put(self, setup: Any) -> Any:
         """A reference to what all evaluations share."""
         return ray.put(setup)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of any replica, and wait."""
-        return _unwrap(self.actor.call.remote(method, list(args)))
+        return unwrap(self.actor.call.remote(method, list(args)))
 
     def evaluate(self, plan: Any, setup: Any) -> Evaluation:
         """Evaluate one plan, outside of a search."""
@@ -271,31 +285,12 @@ class ReplicaPool:
         waiting = [self.actor.call.remote(method, list(args)) for args in calls]
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
-            yield _unwrap(ready[0])
+            yield unwrap(ready[0])
 
 
 def _first_facts(hosts: list[Any]) -> ModelFacts:
     """What the first replica that loads says; a loading error is raised as it is."""
     waiting = [host.call.remote("describe") for host in hosts]
     ready, _ = ray.wait(waiting, num_returns=1)
-    facts: ModelFacts = _unwrap(ready[0])
+    facts: ModelFacts = unwrap(ready[0])
     return facts
-
-
-def _unwrap(reference: Any) -> Any:
-    """The value, or the error that was raised over there, without Ray's wrapping."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause = error.cause
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, RayAbliterateError):
-            raise type(cause)(*cause.args) from None
-        raise
-    except DEATHS as error:
-        raise ModelError(
-            "a replica died while it loaded the model, most likely for lack of memory.\n"
-            "  Choose a smaller model or fewer replicas (model.replicas).\n"
-            f"  {str(error).splitlines()[0]}"
-        ) from None

@@ -5,7 +5,6 @@ actors; a slot resource, not a queue, limits how many run. The journal is the tr
 Tune's own state is not used.
 """
 
-import json
 import logging
 import os
 import signal
@@ -21,12 +20,11 @@ from ray.tune import PlacementGroupFactory, RunConfig, TuneConfig
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_abliterate.cluster import study as journal
-from ray_abliterate.cluster.pool import ReplicaPool, _unwrap
-from ray_abliterate.errors import RayAbliterateError
+from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, PlanTrial
 from ray_abliterate.frontier import Trial
-from ray_abliterate.plan import Plan, Space, Value
+from ray_abliterate.plan import Space, Value
 from ray_abliterate.recipe import Goal, SearchSettings
-from ray_abliterate.replica import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -37,73 +35,28 @@ limits how many run at once, and keeps them beside the driver's files."""
 OnTrial = Callable[[Trial, tuple[dict[str, Any], ...]], None]
 
 
-class PlanTrial(tune.Trainable):  # type: ignore[misc]
-    """One thin trial: asks the pool for the evaluation of one plan."""
-
-    def setup(self, config: dict[str, Any], pool: Any = None, setup: Any = None) -> None:
-        """Keep the handles; the point comes with each trial."""
-        self._pool, self._setup = pool, setup
-        self._point = config
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next point; the actor stays."""
-        self._point = new_config
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Evaluate. What goes wrong with a plan is reported, so that the actor lives on."""
-        plan = Plan.from_json(self._point["plan"])
-        try:
-            args = ["evaluate", [plan, *self._setup], True]
-            evaluation: Evaluation = _unwrap(self._pool.call.remote(*args))
-        except (RayAbliterateError, ray.exceptions.RayTaskError, RuntimeError) as error:
-            return {"error": _reason(error), "done": True}
-        if evaluation.answers:
-            ray.get(self._pool.keep.remote(self.trial_id, evaluation.answers))
-        return {
-            **evaluation.scorecard.metrics(),
-            journal.SCORES: json.dumps(evaluation.scorecard.to_list()),
-            journal.SECONDS: evaluation.seconds,
-            "done": True,
-        }
-
-    def save_checkpoint(self, _directory: str) -> None:
-        """Nothing to keep."""
-
-    def load_checkpoint(self, _checkpoint: Any) -> None:
-        """Nothing to take up."""
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, RayAbliterateError):
-        return f"{type(error).__name__}: {error}"
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}"
-
-
 class JournalSearch(OptunaSearch):  # type: ignore[misc]
     """OptunaSearch that writes scores and reasons into the journal before it tells the outcome."""
 
-    def __init__(self, space: Space, on_trial: OnTrial, pool: Any, **options: Any) -> None:
+    def __init__(
+        self, space: Space, on_trial: OnTrial, pool: Any, most_live: int, **options: Any
+    ) -> None:
         super().__init__(journal.distributions(space), **options)
         self._plans, self._on_trial, self._pool = space, on_trial, pool
-        self._stopping = False
+        self._most_live = most_live
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher to restore it, which is the journal's business."""
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next plan; nothing once the search is stopping."""
-        if self._stopping:
+        """The next plan; nothing while enough plans are out (each is asked for as late as can be,
+        so that the sampler knows most)."""
+        if len(self._ot_trials) - len(self._completed_trials) >= self._most_live:
             return None
         super().suggest(trial_id)
         params = self._ot_trials[trial_id].params
         return {**params, "plan": self._plans.plan(params).to_json()}
-
-    def stop_asking(self) -> None:
-        """Suggest no more plans."""
-        self._stopping = True
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -114,13 +67,13 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         asked = self._ot_trials[trial_id]
         result = result or {}
         answers: tuple[dict[str, Any], ...] = ()
-        if journal.SCORES in result:
-            asked.set_user_attr(journal.SCORES, result[journal.SCORES])
-            asked.set_user_attr(journal.SECONDS, result[journal.SECONDS])
+        if SCORES in result:
+            asked.set_user_attr(SCORES, result[SCORES])
+            asked.set_user_attr(SECONDS, result[SECONDS])
             answers = ray.get(self._pool.take.remote(trial_id)) or ()
             super().on_trial_complete(trial_id, result)
-        elif "error" in result or error:
-            asked.set_user_attr(journal.ERROR, result.get("error", "the trial's process died"))
+        elif ERROR in result or error:
+            asked.set_user_attr(ERROR, result.get(ERROR, "the trial's process died"))
             super().on_trial_complete(trial_id, None, error=True)
         else:
             asked.set_user_attr(journal.INTERRUPTED, True)
@@ -181,6 +134,7 @@ class Search:
             self._space,
             on_trial,
             pool.actor,
+            most_live=concurrency + 1,
             metric=[name for name, _ in self._goals],
             mode=["min" if goal == "minimize" else "max" for _, goal in self._goals],
             points_to_evaluate=[dict(s) for s in seeds[:missing]] if self._known == 0 else None,
@@ -191,7 +145,8 @@ class Search:
         trainable = tune.with_parameters(PlanTrial, pool=pool.actor, setup=[setup])
         slot = int(10_000 / concurrency) / 10_000
         trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
-        with _tune_environment(), _terminated_like_interrupted():
+        ray.get(pool.actor.expect.remote(min(concurrency, missing)))
+        with _tune_environment(concurrency), _terminated_like_interrupted():
             tune.Tuner(
                 trainable,
                 tune_config=TuneConfig(search_alg=searcher, num_samples=missing, reuse_actors=True),
@@ -207,9 +162,10 @@ class Search:
 
 
 @contextmanager
-def _tune_environment() -> Iterator[None]:
+def _tune_environment(concurrency: int) -> Iterator[None]:
     """Settings that Tune reads from the environment only, for the time of one search."""
     wanted = {
+        "TUNE_MAX_PENDING_TRIALS_PG": str(concurrency),
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",

@@ -1,6 +1,6 @@
 """The study: Optuna's journal of all points tried. The one source of truth for resuming.
 
-Knows Optuna and nothing of Ray.
+Knows Optuna, and of Ray only the names in a trial's result.
 """
 
 import json
@@ -18,6 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS
 from ray_abliterate.errors import SearchError
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Choice, Space
@@ -27,8 +28,8 @@ from ray_abliterate.scoring import Scorecard
 log = logging.getLogger(__name__)
 
 STUDY_NAME = "ray_abliterate"
-SCORES, SECONDS, ERROR, INTERRUPTED = "scores", "seconds", "error", "interrupted"
-"""Attributes of a trial in the journal."""
+INTERRUPTED = "interrupted"
+"""Attribute of a trial in the journal that was cut off, and does not count."""
 
 
 def open_storage(journal: Path) -> JournalStorage:

@@ -5,8 +5,8 @@ evenly to all tokens and writes their mean flag along one direction; the vocabul
 
     x = u + GAIN · mean(flag) · r          sorry: 4 r·x      sure: 2 u·x
 
-r is carried by that layer's attention output alone, so taking r out of the weights turns "sorry" into
-"sure", and extraction has to find r. For tests, and where the real demo model can't be had.
+r is carried by that layer's attention output alone, so taking r out of the weights turns "sorry"
+into "sure", and extraction has to find r. For tests, and where the real demo model can't be had.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
 """The scorers that ship, and how a recipe's scorer settings become scorers."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ def _build(setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bo
 def _checked_call(make: Any, options: Mapping[str, Any]) -> Any:
     """Call a function or class with its options held against its annotations."""
     checked = validate_call(config={"arbitrary_types_allowed": True})
-    if not isinstance(make, type):
+    if not inspect.isclass(make):
         return checked(make)(**options)
-    instance = make.__new__(make)
-    checked(make.__init__)(instance, **options)
+    instance = object.__new__(make)
+    checked(vars(make)["__init__"])(instance, **options)
     return instance

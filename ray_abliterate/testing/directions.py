@@ -1,7 +1,7 @@
 """What every direction method must do. Subclass the contract, name your method, and run pytest.
 
-    class TestMine(DirectionMethodContract):
-        method = "my_package.methods:mine"
+class TestMine(DirectionMethodContract):
+    method = "my_package.methods:mine"
 """
 
 from typing import Any, ClassVar

@@ -47,7 +47,7 @@ max_new_tokens = 4
 
 [[scorers]]
 kind = "kl-divergence"
-prompts = {{ file = "neutral.txt", split = "[4:]" }}
+prompts = {{ file = "compared.txt" }}
 tokens = 3
 
 [run]
@@ -89,7 +89,7 @@ def finish(folder: Path, model: Path, dtype: str = "auto", norm: str = "row") ->
     """A run in `folder` with trial 0: one direction, taken out everywhere."""
     base = folder / "recipe"
     base.mkdir(parents=True)
-    prompts = {"behaviour": FLAGGED, "neutral": THINGS}
+    prompts = {"behaviour": FLAGGED, "neutral": THINGS, "compared": THINGS[4:] + FLAGGED[-1:]}
     for name, words in prompts.items():
         lines = "".join(f"tell me about the old {word}\n" for word in words)
         (base / f"{name}.txt").write_text(lines)
@@ -119,7 +119,9 @@ def mixtral_folder(tmp_path_factory, planted_folder) -> Path:
     """A bfloat16 mixture of experts in several files: tied embeddings, a draft head, companions."""
     folder = tmp_path_factory.mktemp("mixtral") / "tiny-mixtral"
     vocab = json.loads((planted_folder / "config.json").read_text())["vocab_size"]
-    model = tiny_model("mixtral", vocab_size=vocab, tie_word_embeddings=True, eos_token_id=2)
+    model = tiny_model(
+        "mixtral", layers=2, vocab_size=vocab, tie_word_embeddings=True, eos_token_id=2
+    )
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95)
     model.config.dtype = torch.bfloat16
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")

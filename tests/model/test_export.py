@@ -12,11 +12,13 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from ray_abliterate import export
+from ray_abliterate import export, verification
 from ray_abliterate.architecture import find_writers
 from ray_abliterate.checkpoint import Checkpoint
 from ray_abliterate.errors import ExportError, PromptSourceError
+from ray_abliterate.loading import load
 from ray_abliterate.progress import Unwatched
+from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score
 from ray_abliterate.testing.tiny import tiny_model
@@ -71,7 +73,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found |= {name: file.get_tensor(name) for name in file.keys()}
     return found
 
 
@@ -157,12 +159,14 @@ def test_the_export_holds_the_bits_that_the_search_scored(exported):
 @pytest.mark.parametrize(
     "family",
     ["llama/biases", "gemma3", "granitemoehybrid", "gpt_oss", "gpt2", "jamba", "qwen3_moe",
-     "qwen3_next", "hunyuan_v1_moe", "zamba2"],
+     "qwen3_next", "qwen3_5", "llama4", "hunyuan_v1_moe", "zamba2"],
 )  # fmt: skip
-def test_every_writer_has_a_stored_form(family, tmp_path):
+def test_every_writer_has_a_stored_form(family, tmp_path, monkeypatch):
+    """Also where stacked experts are cut, names change, or a text tower is taken out."""
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
     made = tiny_model(family)
     made.save_pretrained(tmp_path)
-    module = type(made).from_pretrained(tmp_path, dtype="auto")
+    module, _ = load(str(tmp_path), ModelSettings(name=family))
     source = Checkpoint.open(tmp_path)
     writers = find_writers(module)
     export.refuse_unlike(source, module, writers)
@@ -177,7 +181,7 @@ def test_a_writer_that_was_not_loaded_from_the_checkpoint_is_refused(planted_run
     with pytest.raises(ExportError, match=r"layers\.2\.mlp\.down_proj.*is not what"):
         export.refuse_unlike(source, module, writers)
     lacking = replace(source, tensors={})
-    with pytest.raises(ExportError, match="holds no tensor model.layers.0"):
+    with pytest.raises(ExportError, match=r"holds no tensor model\.layers\.0"):
         export.refuse_unlike(lacking, module, writers)
 
 
@@ -257,9 +261,12 @@ def test_scores_are_held_to_what_can_be_expected():
 
 
 def test_without_verification_no_claim_is_made(planted_run, tmp_path):
+    to = tmp_path / "an" / "empty folder"
+    to.mkdir(parents=True)
     out = export.export_trial(
-        planted_run.directory, planted_run.trial, tmp_path / "out", Unwatched(), verify=False
+        planted_run.directory, planted_run.trial, to, Unwatched(), verify=False
     )
+    assert out == to
     assert not (out / "verification.json").exists()
 
 
@@ -379,3 +386,19 @@ def test_a_model_on_the_hub_is_read_at_the_runs_revision(copied_run, tmp_path, m
     card = (out / "README.md").read_text()
     assert 'base_model: "owner/tiny"' in card
     assert "revision `abc123`" in card
+
+
+def test_the_response_prefix_of_the_run_is_used(copied_run):
+    copied_run.directory.note(response_prefix=[5, 6])
+    model = verification._language_model(copied_run.directory, copied_run.model)
+    assert model.response_prefix == (5, 6)
+    assert model.batch_size == copied_run.directory.recipe.run.batch_size
+
+
+def test_the_searchs_threads_are_used_and_then_given_back(copied_run):
+    replicas = {**copied_run.directory.environment["replicas"], "threads": 3}
+    copied_run.directory.note(replicas=replicas)
+    before = torch.get_num_threads()
+    with export._threads(copied_run.directory):
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before

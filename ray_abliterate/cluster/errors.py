@@ -1,0 +1,49 @@
+"""Errors from other processes, without Ray's wrapping."""
+
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from ray_abliterate.errors import ModelError, RayAbliterateError
+
+DEATHS = (ActorDiedError, ActorUnavailableError, RayActorError, WorkerCrashedError)
+"""A process has gone, or can't be reached."""
+
+
+def unwrap(reference: Any) -> Any:
+    """The value, or the error that was raised over there.
+
+    Raises:
+        ModelError: the process died.
+    """
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        while isinstance(cause, RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, RayAbliterateError):
+            raise type(cause)(*cause.args) from None
+        raise
+    except DEATHS as error:
+        raise ModelError(
+            "a replica died while it loaded the model, most likely for lack of memory.\n"
+            "  Choose a smaller model or fewer replicas (model.replicas).\n"
+            f"  {str(error).splitlines()[0]}"
+        ) from None
+
+
+def reason(error: BaseException) -> str:
+    """One line for the trial's record."""
+    if isinstance(error, RayAbliterateError):
+        return f"{type(error).__name__}: {error}"
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"

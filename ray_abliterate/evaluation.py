@@ -1,0 +1,33 @@
+"""What a replica reports: the evaluation of a plan, and facts about its model. Plain values."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_abliterate.plan import ModelShape
+from ray_abliterate.scoring import Scorecard
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of one plan."""
+
+    scorecard: Scorecard
+    seconds: float
+    answers: tuple[dict[str, Any], ...] = ()
+    """Rows of prompt, answer and verdict, if they are recorded."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a replica knows of its model."""
+
+    shape: ModelShape
+    writers: int
+    parameters: int
+    model_bytes: int
+    cache_bytes: int
+    dtype: str
+    device: str
+    model_type: str
+    revision: str | None
+    notes: tuple[str, ...] = field(default=())
