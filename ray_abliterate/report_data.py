@@ -1,0 +1,100 @@
+"""What the report and its figures know of a run, and how they word it."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.plan import ModelShape, Plan, Space
+from ray_abliterate.rundir import Baseline, RunDirectory
+from ray_abliterate.scoring import Score, Scorecard
+
+Figure = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What is read of the run directory."""
+
+    recipe: Any
+    environment: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+    frontier: Frontier
+    base: Baseline | None
+
+    @classmethod
+    def read(cls, directory: RunDirectory) -> "RunData":
+        """Read a run directory."""
+        trials = directory.trials()
+        environment, base = directory.environment, directory.baseline()
+        return cls(directory.recipe, environment, trials, Frontier.of(trials), base)
+
+    @property
+    def finished(self) -> list[tuple[Trial, Scorecard]]:
+        """Trials with scores."""
+        return [(t, t.scorecard) for t in self.trials if t.scorecard is not None]
+
+    @property
+    def failed(self) -> list[Trial]:
+        """Trials without."""
+        return [t for t in self.trials if t.scorecard is None]
+
+    @property
+    def best(self) -> list[Scorecard]:
+        """The frontier's scorecards."""
+        return [t.scorecard for t in self.frontier.members if t.scorecard is not None]
+
+    @property
+    def baseline(self) -> Scorecard | None:
+        """The base model's scorecard, if it was measured."""
+        return self.base.scorecard if self.base else None
+
+    @property
+    def objectives(self) -> tuple[Score, ...]:
+        """Scores that were searched for."""
+        return self.best[0].objectives if self.best else ()
+
+    @property
+    def space(self) -> Space | None:
+        """The search space, if the model is known."""
+        facts = self.environment.get("model")
+        if not isinstance(facts, Mapping) or not {"layers", "hidden", "components"} <= set(facts):
+            return None
+        shape = ModelShape(facts["layers"], facts["hidden"], tuple(facts["components"]))
+        return Space.of(shape, self.recipe.search.space, self.recipe.edit.norm)
+
+
+def number_text(value: float) -> str:
+    """A number in few digits."""
+    return f"{value:.3g}"
+
+
+def value_text(score: Score) -> str:
+    """A score with its interval."""
+    return f"{number_text(score.value)} [{number_text(score.low)}, {number_text(score.high)}]"
+
+
+def counts_text(score: Score) -> str:
+    """Hits and total, if the score has them."""
+    hits, total = score.detail.get("hits"), score.detail.get("total")
+    return f"{hits}/{total}" if isinstance(hits, int) and isinstance(total, int) else ""
+
+
+def title_text(score: Score) -> str:
+    """Name and unit, escaped."""
+    return html.escape(f"{score.name} ({score.unit})" if score.unit else score.name)
+
+
+def hover_text(label: str, scorecard: Scorecard, plan: Plan | None = None) -> str:
+    """What a point says when pointed at, escaped."""
+    lines = [f"<b>{html.escape(label)}</b>"]
+    lines += [html.escape(f"{s.name} {value_text(s)} {counts_text(s)}") for s in scorecard.scores]
+    if plan is not None:
+        where = f" {number_text(plan.direction_layer)}" if plan.scope == "global" else ""
+        lines.append(f"direction {plan.scope}{where}, norm {plan.norm}")
+        for name, p in plan.profiles:
+            tent = f"peak {number_text(p.peak)} at layer {number_text(p.peak_layer)}"
+            sides = f"floor {number_text(p.floor)}, reach {number_text(p.reach)}"
+            lines.append(f"{html.escape(name)}: {tent}, {sides}" if p.peak > 0 else f"{name}: off")
+    return "<br>".join(lines)

@@ -1,0 +1,68 @@
+"""Stand-ins for the process a replica lives in: they score plans at once, or misbehave."""
+
+import math
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+
+from ray_abliterate.cluster.pool import PoolActor
+from ray_abliterate.errors import ScoreError
+from ray_abliterate.evaluation import Evaluation
+from ray_abliterate.plan import ModelShape, Space
+from ray_abliterate.recipe import SpaceSettings
+from ray_abliterate.scoring import Score, Scorecard
+
+GOALS = [("rate", "minimize"), ("kl", "minimize")]
+SHAPE = ModelShape(8, 32, ("attn", "mlp"))
+SPACE = Space.of(SHAPE, SpaceSettings(), "none")
+
+
+class Host:
+    """Scores a plan by its peak; `folder` counts calls and holds switches."""
+
+    def __init__(self, folder: str, seconds: float = 0.0) -> None:
+        self.folder, self.seconds = Path(folder), seconds
+
+    def _once(self, name: str) -> bool:
+        """Whether a switch is set; taking it resets it (one process only)."""
+        try:
+            (self.folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def call(self, method: str, *args: Any) -> Any:
+        if method == "describe":
+            return "facts"
+        if method == "echo":
+            return args
+        if method == "die":
+            os._exit(1)
+        if method == "raise":
+            raise ScoreError("the score is broken")
+        if method == "sleep":
+            time.sleep(args[0])
+            return "slept"
+        time.sleep(self.seconds)
+        if self._once("die-once"):
+            os._exit(1)
+        plan = args[0]
+        if self._once("nan-once"):
+            Score("rate", math.nan, 0, 0)
+        peak = plan.profiles[0][1].peak
+        scores = (Score("rate", 2 - peak, 0, 2), Score("kl", peak, 0, 2))
+        return Evaluation(Scorecard(scores), self.seconds)
+
+
+def pool_of(
+    folder: Path, count: int, seconds: float = 0.0, timeout: float | None = None
+) -> SimpleNamespace:
+    """A real pool actor over stand-ins."""
+    host = ray.remote(Host).options(num_cpus=0, max_restarts=-1)
+    hosts = [host.remote(str(folder), seconds) for _ in range(count)]
+    actor = ray.remote(PoolActor).options(num_cpus=0, max_concurrency=100).remote(hosts, timeout)
+    return SimpleNamespace(actor=actor, hosts=hosts, layout=SimpleNamespace(replicas=count))

@@ -1,0 +1,88 @@
+"""The pool: leases, deaths, errors, time limits, layouts."""
+
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from ray_abliterate.cluster.errors import unwrap
+from ray_abliterate.cluster.pool import ReplicaPool, connect, plan_layout
+from ray_abliterate.errors import ModelError, ScoreError, SearchError
+from ray_abliterate.plan import ModelShape, Plan
+from ray_abliterate.recipe import ModelSettings, Recipe
+from tests.cluster.hosts import pool_of
+
+PLAN = Plan.uniform(ModelShape(8, 32, ("attn",)), 3.0, "none")
+
+
+def test_calls_are_spread_over_replicas_and_leave_them_free(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 2)
+    ray.get([pool.actor.call.remote("sleep", [0.0]) for _ in range(2)])
+    started = time.monotonic()
+    ray.get([pool.actor.call.remote("sleep", [0.5]) for _ in range(4)])
+    assert 0.9 < time.monotonic() - started < 1.8
+
+
+def test_an_error_comes_back_as_itself_and_frees_the_replica(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 1)
+    for _ in range(3):
+        with pytest.raises(ScoreError, match="the score is broken"):
+            unwrap(pool.actor.call.remote("raise", []))
+    assert unwrap(pool.actor.call.remote("echo", [1, 2])) == (1, 2)
+
+
+def test_work_of_a_replica_that_dies_goes_to_another_at_once(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 2)
+    (tmp_path / "die-once").touch()
+    evaluation = unwrap(pool.actor.call.remote("evaluate", [PLAN]))
+    assert evaluation.scorecard["rate"].value == 1.0
+    ray.get([pool.actor.call.remote("echo", [i]) for i in range(10)], timeout=30)
+
+
+def test_a_call_that_kills_two_replicas_fails_and_both_come_back(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 2)
+    with pytest.raises(SearchError, match="two replicas died"):
+        unwrap(pool.actor.call.remote("die", []))
+    started = time.monotonic()
+    ray.get([pool.actor.call.remote("sleep", [1.0]) for _ in range(2)], timeout=60)
+    assert time.monotonic() - started < 50
+
+
+def test_a_replica_that_hangs_is_started_anew(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 1, timeout=0.5)
+    with pytest.raises(SearchError, match="trial_timeout_seconds = 0.5"):
+        unwrap(pool.actor.call.remote("sleep", [60.0], True))
+    assert unwrap(pool.actor.call.remote("echo", ["back"])) == ("back",)
+
+
+def test_replicas_fit_the_gpus_there_are() -> None:
+    def layout(gpus: float, **settings: object) -> tuple[int, float]:
+        found = plan_layout(ModelSettings.model_validate({"name": "m", **settings}), 16, gpus)
+        return found.replicas, found.gpus
+
+    assert layout(0) == (1, 0)
+    assert layout(8) == (8, 1)
+    assert layout(8, gpus_per_replica=2) == (4, 2)
+    assert layout(1, gpus_per_replica=0.25) == (4, 0.25)
+    assert layout(8, replicas=3) == (3, 1)
+    assert layout(8, gpus_per_replica=0, replicas=2) == (2, 0)
+    with pytest.raises(ModelError, match="there are 1 GPUs"):
+        layout(1, gpus_per_replica=2)
+    with pytest.raises(ModelError, match="4 fit"):
+        layout(8, gpus_per_replica=2, replicas=5)
+
+
+def test_cpu_threads_are_shared_out() -> None:
+    settings = ModelSettings(name="m", replicas=3)
+    assert plan_layout(settings, 7, 0).threads == 2
+    assert plan_layout(ModelSettings(name="m", replicas=3), 2, 0).threads == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_one_clear_error(recipe: Recipe, tmp_path: Path) -> None:
+    connect(dashboard=False)
+    with (
+        pytest.raises(ModelError, match=r"no config\.json"),
+        ReplicaPool.start(recipe, str(tmp_path), {}),
+    ):
+        pass

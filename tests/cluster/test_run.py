@@ -1,0 +1,129 @@
+"""The whole story on the planted model: the same result on any number of replicas, and again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
+from ray_abliterate.plan import ModelShape, Plan
+from ray_abliterate.progress import Unwatched
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.run import PromptSets, extract, run
+from ray_abliterate.rundir import RunDirectory
+from tests.conftest import RECIPE
+
+COMMAND = [sys.executable, "-m", "ray_abliterate"]
+
+
+def with_replicas(recipe: Recipe, count: int) -> Recipe:
+    model = recipe.model.model_copy(update={"replicas": count})
+    return recipe.model_copy(update={"model": model})
+
+
+def test_a_run_finds_the_planted_direction_and_an_edit_that_removes_the_behaviour(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    directory = RunDirectory.create(tmp_path / "run", recipe, recipe_file.read_text())
+    frontier = run(recipe, directory, tmp_path)
+    best = min(frontier.members, key=lambda t: t.scorecard.losses)  # type: ignore[union-attr]
+    baseline = directory.baseline()
+    assert best.scorecard is not None and baseline is not None
+    assert baseline.scorecard["keyword-rate"].value == 1.0
+    assert baseline.scorecard["kl-divergence"].value == 0.0
+    assert best.scorecard["keyword-rate"].value == 0.0
+    assert 0 < best.scorecard["kl-divergence"].value < 0.01
+    directions = directory.directions()
+    assert directions is not None
+    assert float(directions.vectors[PLANTED_LAYER] @ planted_axes()[0]) > 0.999
+    assert len(directory.trials()) == recipe.search.trials
+    facts = directory.environment
+    assert facts["model"]["layers"] == 4 and facts["prompts"]["behaviour"]["prompts"] == 7
+    # a finished run, taken up again, does nothing and loses nothing
+    before = (tmp_path / "run" / "trials.jsonl").read_bytes()
+    assert run(recipe, directory, tmp_path).members == frontier.members
+    assert (tmp_path / "run" / "trials.jsonl").read_bytes() == before
+
+
+def test_directions_and_scores_are_the_same_on_one_two_and_three_replicas(
+    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet
+) -> None:
+    from ray_abliterate.directions import compute
+    from ray_abliterate.replica import Setup
+
+    scored = {"keyword-rate": behaviour, "kl-divergence": neutral}
+    sets = PromptSets(behaviour, neutral, scored)
+    batches = {s.name: list(s.batches(2)) for s in (behaviour, neutral)}
+    plan = Plan.uniform(ModelShape(4, 32, ("attn", "mlp")), 2.6, "row", 0.9)
+    found = []
+    for count in (1, 2, 3):
+        with ReplicaPool.start(with_replicas(recipe, count), str(planted), scored) as pool:
+            residuals = extract(pool, batches, (), sets, Unwatched())
+            directions = compute(*residuals, recipe.direction)
+            reference = pool.put(Setup(directions))
+            cards = [pool.evaluate(plan, reference).scorecard for _ in range(count)]
+            found.append((directions.vectors, cards))
+    for vectors, cards in found[1:]:
+        assert torch.equal(vectors, found[0][0])
+        assert all(card == found[0][1][0] for card in cards)
+
+
+def start(folder: Path, trials: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, "run", "recipe.toml", f"search.trials={trials}", "--to", "run"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+
+
+def wait_for_trials(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    file = folder / "run" / "trials.jsonl"
+    while time.monotonic() < deadline:
+        if file.exists() and file.read_text().count("\n") >= count:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"no {count} trials within two minutes")
+
+
+def resumed(folder: Path, *options: str) -> str:
+    done = subprocess.run(
+        [*COMMAND, "resume", "run", *options], cwd=folder, capture_output=True, text=True,
+        timeout=200, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_keeps_every_finished_trial_and_resumes_to_exactly_n(
+    sign: signal.Signals, recipe_file: Path, planted: Path, tmp_path: Path
+) -> None:
+    recipe_file.write_text(RECIPE.format(model=planted, replicas=1, trials=400))
+    process = start(tmp_path, 400)
+    wait_for_trials(tmp_path, 5)
+    process.send_signal(sign)
+    output = process.communicate(timeout=90)[0]
+    directory = RunDirectory.open(tmp_path / "run")
+    finished = {trial.number: trial for trial in directory.trials()}
+    assert len(finished) >= 5
+    if sign != signal.SIGKILL:
+        assert process.returncode == 130, output
+        assert "ray-abliterate resume" in output
+    wanted = len(finished) + 4
+    resumed(tmp_path, "--trials", str(wanted))
+    after = {trial.number: trial for trial in directory.trials()}
+    assert {number: after[number] for number in finished} == finished
+    assert len(after) == wanted
+    plans = [trial.plan for trial in after.values()]
+    assert len(set(plans)) == len(plans)
+    lines = (tmp_path / "run" / "study.journal").read_text().splitlines()
+    assert all(json.loads(line) for line in lines)
