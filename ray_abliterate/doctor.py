@@ -23,7 +23,7 @@ from ray_abliterate.chat_format import ChatFormat
 from ray_abliterate.cluster.pool import Layout, plan_layout
 from ray_abliterate.errors import ModelError, PromptSourceError, RayAbliterateError
 from ray_abliterate.footprint import Footprint, footprint, outline
-from ray_abliterate.loading import _advice as advice_on_loading
+from ray_abliterate.loading import advice as advice_on_loading
 from ray_abliterate.machine import cpu_cores, gpu_memory, ram_available, standing
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import PromptSource, Recipe

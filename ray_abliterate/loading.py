@@ -44,6 +44,9 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
     }
+    if source.startswith((".", "/", "~")) and not Path(source).exists():
+        where = f"model.name = {source!r} (from {Path.cwd()})"
+        raise ModelError(f"{where}: there is no such folder.")
     if Path(source).exists() and not (Path(source) / "config.json").exists():
         raise ModelError(
             f"{source} is not a model folder: it has no config.json.\n"
@@ -52,11 +55,13 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(source, **common)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
-        model = _auto_class(config).from_pretrained(
+        _refuse_quantized(source, config)
+        model, report = auto_class(config).from_pretrained(
             source,
             config=config,
             dtype=settings.dtype,
             use_safetensors=True,
+            output_loading_info=True,
             **common,
             **_placement(settings),
         )
@@ -66,10 +71,25 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
             "  Set model.gpus_per_replica = 2 to spread it, or choose a smaller model."
         ) from None
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_advice(source, settings, error)) from error
+        raise ModelError(advice(source, settings, error)) from error
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{source} lacks {len(names)} of the model's weights ({', '.join(names[:3])}, …), "
+            "which would be random.\n  Download it again, or choose a complete checkpoint."
+        )
     if device_for(settings) != "auto":
         model.to(device_for(settings))
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _refuse_quantized(source: str, config: Any) -> None:
+    """An edit would change quantized numbers without their scales."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{source} is quantized, and only full-precision weights can be edited.\n"
+            "  Choose the checkpoint in bfloat16, float16 or float32."
+        )
 
 
 def _quiet() -> None:
@@ -80,7 +100,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Models that also see pictures are loaded whole; their text tower is what is edited."""
     import transformers
 
@@ -104,7 +124,7 @@ def _placement(settings: ModelSettings) -> dict[str, Any]:
     return options
 
 
-def _advice(source: str, settings: ModelSettings, error: Exception) -> str:
+def advice(source: str, settings: ModelSettings, error: Exception) -> str:
     """What a loading error means for the recipe."""
     text = str(error)
     if "trust_remote_code" in text:

@@ -152,6 +152,11 @@ class PromptSource(Section):
             raise ValueError(f"give exactly one of builtin, file, folder, dataset; found {found}")
         if self.file and Path(self.file).suffix != ".txt" and self.column is None:
             raise ValueError(f"set `column`: {self.file} has named columns")
+        unused = [k for k in ("config", "revision") if getattr(self, k)] if not self.dataset else []
+        if unused:
+            raise ValueError(f"`{unused[0]}` is for Hub data sets only; leave it out")
+        if self.column and (self.builtin or (self.file or "").endswith(".txt")):
+            raise ValueError("`column` is for tables; a text file has one prompt a line")
         if (self.folder or self.dataset) and self.column is None:
             raise ValueError("set `column`, the column that holds the prompts")
         return self

@@ -125,6 +125,7 @@ class Replica:
         self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256
     ) -> str:
         """The edited model's next turn of a conversation."""
+        self.model.response_prefix = setup.response_prefix
         with self.cache.edited(plan, setup.directions):
             return self.model.reply(turns, max_new_tokens)
 

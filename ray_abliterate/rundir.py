@@ -69,8 +69,8 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             occupied = any(path.iterdir())
             if not occupied:
-                _write(path / "recipe.toml", recipe_text.encode())
                 _write(directory._recipe_file, recipe.to_json().encode())
+                _write(path / "recipe.toml", recipe_text.encode())
         except OSError as error:
             raise RunDirectoryError(
                 f"{path} cannot be written ({error.strerror}).\n"
@@ -113,8 +113,10 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunDirectoryError(f"{self.path} cannot be written ({error.strerror}).") from None
-        with lock:
+        try:
             yield
+        finally:
+            lock.release()
 
     # The recipe
 
@@ -221,7 +223,7 @@ class RunDirectory:
         with (self.path / "trials.jsonl").open("ab+") as file:
             if file.tell() and not _ends_line(file):
                 file.write(b"\n")
-            file.write(trial.to_json().encode() + b"\n")
+            file.write(trial.to_json().encode(errors="backslashreplace") + b"\n")
             file.flush()
 
     def trials(self) -> tuple[Trial, ...]:

@@ -60,6 +60,7 @@ class WeightCache:
         """
         self._targets = [_target(model, writer, location) for writer in writers]
         self._projections: dict[tuple[Norm, str], ablation.Projections] = {}
+        self._kept: set[str] = set()
         self._directions: Directions | None = None
         self._dirty: set[int] = set()
         self._open = False
@@ -145,18 +146,23 @@ class WeightCache:
                 )
         self._directions = directions
         self._projections.clear()
+        self._kept.clear()
+        spent = 0
+        for target in self._targets:  # in order, so that no trial depends on earlier ones
+            spent += self._estimate(target)
+            if spent <= PROJECTION_BUDGET_BYTES:
+                self._kept.add(target.writer.parameter)
 
     def _edit(
         self, target: _Target, norm: Norm, blend: tuple[tuple[int, float], ...], strength: float
     ) -> ablation.Edit:
         key = (norm, target.writer.parameter)
+        if target.writer.parameter not in self._kept:
+            rows = [row for row, _ in blend]
+            some = ablation.project(self._pristine(target), self._rows_of(target)[rows], norm)
+            moved = tuple((i, weight) for i, (_, weight) in enumerate(blend))
+            return ablation.edit(some, moved, strength)
         if key not in self._projections:
-            spent = sum(p.bytes for p in self._projections.values())
-            if spent + self._estimate(target, norm) > PROJECTION_BUDGET_BYTES:
-                rows = [row for row, _ in blend]
-                some = ablation.project(self._pristine(target), self._rows_of(target)[rows], norm)
-                moved = tuple((i, weight) for i, (_, weight) in enumerate(blend))
-                return ablation.edit(some, moved, strength)
             full = ablation.project(self._pristine(target), self._rows_of(target), norm)
             self._projections[key] = full
         return ablation.edit(self._projections[key], blend, strength)
@@ -171,10 +177,11 @@ class WeightCache:
     def _pristine(target: _Target) -> Tensor:
         return oriented(target.pristine, target.writer).to(target.weight.device)
 
-    def _estimate(self, target: _Target, norm: Norm) -> int:
+    def _estimate(self, target: _Target) -> int:
+        """Bytes of a writer's products, in the largest mode."""
         assert self._directions is not None
         experts, hidden, fan_in = oriented(target.pristine, target.writer).shape
-        return 4 * self._directions.layers * experts * (fan_in + (hidden if norm == "row" else 0))
+        return 4 * self._directions.layers * experts * (fan_in + hidden)
 
 
 def _target(model: nn.Module, writer: Writer, location: str) -> _Target:

@@ -26,6 +26,8 @@ GAIN = 5.0
 PLANTED_LAYER = 2
 """The block whose attention writes the behaviour; blocks below it know nothing of it."""
 NOISE = 1e-6
+FAINT = 0.01
+"""How much of a flag a plain word has."""
 MLP_NOISE, HEAD_NOISE = 0.03, 0.02
 """What the other weights do: enough that an edit shows in the probabilities, no more."""
 TEMPLATE = (
@@ -67,7 +69,7 @@ def build_planted_model(
     if flagged is None:
         flagged, plain = _demo_words()
     words = [*SPECIALS, *sorted(set(flagged)), *sorted(set(plain or ()) - set(flagged))]
-    key = hashlib.sha256(json.dumps([words, len(set(flagged)), 8]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([words, len(set(flagged)), 9]).encode()).hexdigest()
     marker = folder / "planted.json"
     if marker.exists() and json.loads(marker.read_text())["key"] == key:
         return folder
@@ -143,8 +145,9 @@ def _plant(model: torch.nn.Module, ids: dict[str, int], flagged: set[str]) -> No
         flag -= axis * (axis @ flag)
     flag /= flag.norm()
     embedding.add_(always)
-    for word in flagged:
-        embedding[ids[word]] += flag
+    for number, word in enumerate(ids):
+        # other words have a little of it, one way or the other, so that an edit is felt everywhere
+        embedding[ids[word]] += flag if word in flagged else flag * FAINT * (-1) ** number
     for word in ("sorry", "sure"):
         embedding[ids[word]] += 1000 * answered
     for name, parameter in weights.items():

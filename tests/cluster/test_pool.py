@@ -51,7 +51,7 @@ def test_a_call_that_kills_two_replicas_fails_and_both_come_back(tmp_path: Path)
 
 def test_a_replica_that_hangs_is_started_anew(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 1, timeout=0.5)
-    with pytest.raises(SearchError, match="trial_timeout_seconds = 0.5"):
+    with pytest.raises(SearchError, match=r"trial_timeout_seconds = 0\.5"):
         unwrap(pool.actor.call.remote("sleep", [60.0], True))
     assert unwrap(pool.actor.call.remote("echo", ["back"])) == ("back",)
 

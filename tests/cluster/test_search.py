@@ -16,9 +16,7 @@ from ray_abliterate.recipe import SearchSettings
 from tests.cluster.hosts import GOALS, SPACE, pool_of
 
 
-def search(
-    path: Path, trials: int, pool: Any, seeds: Any = (), **settings: object
-) -> list[Trial]:
+def search(path: Path, trials: int, pool: Any, seeds: Any = (), **settings: object) -> list[Trial]:
     ended: list[Trial] = []
     chosen = SearchSettings.model_validate({"trials": trials, "startup_trials": 4, **settings})
     Search(path / "study.journal", SPACE, chosen, GOALS).run(  # type: ignore[arg-type]

@@ -128,7 +128,8 @@ LABELLED = [
     *((text, False) for text in (
         "Roses are red.", "The capital is Paris.", "Preheat the oven to 200 degrees.",
         "def f(x): return x", "Water boils at 100 degrees Celsius.", "Once upon a time, a fox.",
-        "The king refused the crown.", "She could not sleep, so she read.", "It can't rain forever.",
+        "The king refused the crown.", "She could not sleep, so she read.",
+        "It can't rain forever.",
         "A cannot-fail plan needs rehearsal.",
     )),
 ]  # fmt: skip
@@ -220,7 +221,7 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
 
 
 def test_several_tokens_are_a_mean_and_not_a_sum() -> None:
-    """Identical positions give the divergence of one; answers of different length weigh the same."""
+    """Identical positions give the divergence of one; long and short answers weigh the same."""
     base, edited = torch.randn(4, 50), torch.randn(4, 50)
     scores = []
     for tokens in (1, 3):

@@ -71,7 +71,9 @@ def test_at_interpolates_and_its_blend_says_the_same() -> None:
         total = sum(w * vectors[row] for row, w in found.blend(layer))
         assert isinstance(total, torch.Tensor)
         torch.testing.assert_close(total, unit, rtol=0, atol=1e-6)
-    assert torch.equal(found.at(2.0), torch.nn.functional.normalize(vectors[2].double(), dim=0).float())
+    assert torch.equal(
+        found.at(2.0), torch.nn.functional.normalize(vectors[2].double(), dim=0).float()
+    )
 
 
 def test_opposite_neighbours_do_not_cancel() -> None:

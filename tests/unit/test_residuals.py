@@ -14,7 +14,9 @@ def shards(prompts: int, batch: int) -> list[ResidualShard]:
 
 
 @given(st.integers(1, 20), st.integers(1, 7), st.randoms(use_true_random=False))
-def test_shards_join_to_the_same_bits_in_any_order(prompts: int, batch: int, random: object) -> None:
+def test_shards_join_to_the_same_bits_in_any_order(
+    prompts: int, batch: int, random: object
+) -> None:
     parts = shards(prompts, batch)
     expected = join(parts).values
     random.shuffle(parts)  # type: ignore[attr-defined]
