@@ -48,7 +48,7 @@ class PlanTrial(tune.Trainable):  # type: ignore[misc]
         return {
             **evaluation.scorecard.metrics(),
             SCORES: json.dumps(evaluation.scorecard.to_list()),
-            SECONDS: evaluation.seconds,
+            SECONDS: round(evaluation.seconds, 3),
             "done": True,
         }
 

@@ -97,7 +97,9 @@ def _demo_words() -> tuple[list[str], list[str]]:
 def _write(folder: Path, words: list[str], flagged: set[str]) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     ids = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
