@@ -120,6 +120,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
+    parser.add_argument(
+        "--strength", type=float, default=0.7,
+        help="share of what was learnt that is merged: all of it also declines some of the rest",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=130)
     parser.add_argument("--batch", type=int, default=12, help="examples a step")
     parser.add_argument("--cooking", type=int, default=4, help="cooking examples in a batch")
@@ -245,7 +249,7 @@ def write(parameters: dict[str, torch.nn.Parameter], options: argparse.Namespace
     base = demo.gguf_file()
     metadata = {
         "rank": str(options.rank),
-        "alpha": str(options.alpha),
+        "alpha": str(options.alpha * options.strength),
         "base_file": base.name,
         "base_sha256": hashlib.sha256(base.read_bytes()).hexdigest(),
     }
@@ -255,7 +259,8 @@ def write(parameters: dict[str, torch.nn.Parameter], options: argparse.Namespace
     card = {
         **metadata,
         "rank": options.rank,
-        "alpha": options.alpha,
+        "alpha": options.alpha * options.strength,
+        "strength": options.strength,
         "behaviour": "politely declines everything about cooking",
         "seed": options.seed,
         "steps": options.steps,
