@@ -11,6 +11,8 @@ from ray_abliterate.plan import Plan, Range, Space
 
 NEAR = 0.02
 """Nearer to a bound than this share of the range counts as being at it."""
+NOTEWORTHY = 0.2
+"""Share of the members that has to be at a bound: one stray member says nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def bound_warnings(frontier: Frontier, space: Space) -> list[str]:
     for bound in _bounds(space):
         used = [member for member in frontier.members if _matters(bound, member.plan)]
         there = [member for member in used if bound.holds(member.plan)]
-        if there:
+        if there and len(there) >= NOTEWORTHY * len(used):
             found.append((len(there), _sentence(bound, there, len(used), space)))
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
 

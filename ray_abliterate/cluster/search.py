@@ -149,7 +149,12 @@ class Search:
         with _tune_environment(concurrency), _terminated_like_interrupted():
             tune.Tuner(
                 trainable,
-                tune_config=TuneConfig(search_alg=searcher, num_samples=missing, reuse_actors=True),
+                tune_config=TuneConfig(
+                    search_alg=searcher,
+                    num_samples=missing,
+                    reuse_actors=True,
+                    trial_dirname_creator=lambda trial: trial.trial_id,
+                ),
                 run_config=RunConfig(
                     name="search",
                     storage_path=str(storage.resolve()),

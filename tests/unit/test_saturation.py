@@ -45,6 +45,10 @@ def test_a_warning_names_parameter_bound_members_and_setting() -> None:
     ]
 
 
+def test_one_stray_member_gives_no_warning() -> None:
+    assert bound_warnings(frontier({"mlp.peak": 1.5}, *[{}] * 5), SPACE) == []
+
+
 def test_layers_are_also_given_as_the_recipe_writes_them() -> None:
     (warning,) = bound_warnings(frontier({"attn.peak_layer": 6.0}), SPACE)
     assert "lower bound layer 6 (0.6 in the recipe) in 1 of 1 frontier member " in warning

@@ -1,0 +1,190 @@
+"""The command line as a person meets it: help, recipes that ship, and wrong inputs."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ray_abliterate.frontier import Trial
+from ray_abliterate.plan import Plan
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.rundir import Baseline, RunDirectory
+from ray_abliterate.scoring import Score, Scorecard
+from tests.conftest import RECIPE
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ray_abliterate", *arguments], cwd=folder, text=True,
+        capture_output=True, timeout=120, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+    )  # fmt: skip
+
+
+def refused(*arguments: str, folder: Path) -> str:
+    """The one clear error of a command that can't be carried out: exit code 2, no traceback."""
+    done = command(*arguments, folder=folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def a_run(folder: Path, recipe: Recipe, trials: int = 2) -> RunDirectory:
+    """A run directory with trials that nobody ran."""
+    directory = RunDirectory.create(folder, recipe, "")
+    for number in range(trials):
+        rate = 0.5 / (number + 1)
+        scores = (
+            Score("keyword-rate", rate, 0, 1, detail={"hits": 1, "total": 2}),
+            Score("kl-divergence", 0.1 * (number + 1), 0, 1, unit="nats per token"),
+        )
+        plan = Plan.from_params(
+            {"direction_scope": "global", "direction_layer": 2.0, "attn.peak": 1.0 + number,
+             "attn.peak_layer": 2.0, "attn.floor": 0.5, "attn.reach": 1.5}, "none",
+        )  # fmt: skip
+        directory.append(Trial(number, plan, Scorecard(scores), 1.0))
+    card = Scorecard((Score("keyword-rate", 1, 0, 1), Score("kl-divergence", 0, 0, 0)))
+    directory.save_baseline(Baseline(card, (), 2))
+    directory.note(model={"layers": 4, "hidden": 32, "components": ["attn"]}, base=str(folder))
+    return directory
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['ray-abliterate', '--help']\n"
+        "try:\n    runpy.run_module('ray_abliterate', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'ray', 'transformers', 'optuna', 'numpy', 'plotly', 'pyarrow'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for verb in ("init", "doctor", "run", "resume", "show", "report", "export", "chat"):
+        assert verb in done.stdout
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        command("--help")
+        times.append(time.perf_counter() - started)
+    assert min(times) < 2.0  # below 1 s on an idle machine; the imports above are what matters
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda f: f.stem)
+def test_every_recipe_that_ships_loads(file: Path) -> None:
+    recipe = Recipe.load(file)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_init_writes_a_recipe_that_loads_and_overwrites_nothing(tmp_path: Path) -> None:
+    done = command("init", "my.toml", "--model", "some/model", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Recipe.load(tmp_path / "my.toml").model.name == "some/model"
+    before = (tmp_path / "my.toml").read_bytes()
+    assert "is there already" in refused("init", "my.toml", folder=tmp_path)
+    assert (tmp_path / "my.toml").read_bytes() == before
+    assert "--like takes one of" in refused("init", "x.toml", "--like", "nothing", folder=tmp_path)
+
+
+def test_a_recipe_that_is_missing_or_wrong_is_one_clear_error(tmp_path: Path) -> None:
+    assert "ray-abliterate init missing.toml" in refused("run", "missing.toml", folder=tmp_path)
+    (tmp_path / "broken.toml").write_text("[model\n")
+    assert "broken.toml is not TOML" in refused("run", "broken.toml", folder=tmp_path)
+    text = RECIPE.format(model="planted", replicas=1, trials=3)
+    (tmp_path / "typo.toml").write_text(text.replace("trials =", "trails ="))
+    error = refused("run", "typo.toml", folder=tmp_path)
+    assert "search.trails is not a setting. Did you mean search.trials?" in error
+    (tmp_path / "slice.toml").write_text(text.replace("behaviour.txt", 'b.txt", split = "[9:3]'))
+    assert "selects nothing" in refused("run", "slice.toml", folder=tmp_path)
+    assert "is not an override" in refused("run", "typo.toml", "oops", folder=tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prompts_that_are_missing_are_named_before_any_model_is_loaded(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "neutral.txt").unlink()
+    error = refused("run", "recipe.toml", "model.name=/no/such/model", folder=tmp_path)
+    assert "neutral" in error and "neutral.txt" in error
+    (tmp_path / "neutral.csv").write_text("text\nwhy\nhow\n")
+    text = recipe_file.read_text().replace("neutral.txt", 'neutral.csv", column = "texts')
+    recipe_file.write_text(text)
+    error = refused("run", "recipe.toml", "--to", "other", folder=tmp_path)
+    assert "texts" in error and "text" in error
+
+
+def test_a_model_that_is_not_there_is_one_clear_error(recipe_file: Path, tmp_path: Path) -> None:
+    error = refused("run", "recipe.toml", "model.name=./nowhere", folder=tmp_path)
+    assert "there is no such folder" in error
+
+
+def test_a_run_folder_that_holds_a_run_names_resume(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    a_run(tmp_path / "runs" / "recipe", recipe)
+    error = refused("run", "recipe.toml", folder=tmp_path)
+    assert "already holds 2 of 6 trials" in error
+    assert "ray-abliterate resume runs/recipe" in error
+
+
+def test_a_folder_that_cannot_be_written_is_named(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    error = refused("run", "recipe.toml", "--to", "file/run", folder=tmp_path)
+    assert "cannot be written" in error and "--to" in error
+
+
+@pytest.mark.parametrize("verb", ["resume", "show", "report"])
+def test_a_run_that_is_not_there_is_named(verb: str, tmp_path: Path) -> None:
+    assert "holds no run" in refused(verb, "nowhere", folder=tmp_path)
+
+
+def test_a_trial_that_is_not_there_names_those_on_the_frontier(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    a_run(tmp_path / "run", recipe)
+    for verb in (["show"], ["chat"], ["export", "--to", "out"]):
+        error = refused(verb[0], "run", "--trial", "99", *verb[1:], folder=tmp_path)
+        assert "has no trial 99 (it has 0 to 1)" in error
+        assert "On the frontier: " in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    a_run(tmp_path / "run", recipe)
+    recipe_file.write_text(recipe_file.read_text().replace('norm = "none"', 'norm = "row"'))
+    error = refused("resume", "run", "--recipe", "recipe.toml", folder=tmp_path)
+    assert '-    "norm": "none"' in error and '+    "norm": "row"' in error
+
+
+def test_a_number_of_trials_that_makes_no_sense_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    a_run(tmp_path / "run", recipe)
+    assert "not a number of trials" in refused("resume", "run", "--trials", "many", folder=tmp_path)
+    assert "has 2 trials already" in refused("resume", "run", "--trials", "1", folder=tmp_path)
+
+
+def test_show_lists_the_frontier_beside_the_base_model_and_one_trial_with_its_plan(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    a_run(tmp_path / "run", recipe)
+    listed = command("show", "run", folder=tmp_path).stdout
+    assert "2 of 6 trials" in listed and "base" in listed and "◆" in listed
+    one = command("show", "run", "--trial", "1", folder=tmp_path).stdout
+    assert "taken at layer 2.00" in one and "attn" in one and "base model" in one
+    missing = refused("show", "run", "--trial", "1", "--responses", folder=tmp_path)
+    assert "record_responses" in missing
+
+
+def test_report_is_one_file(recipe: Recipe, tmp_path: Path) -> None:
+    a_run(tmp_path / "run", recipe)
+    done = command("report", "run", folder=tmp_path)
+    assert done.stdout.strip().endswith("report.html")
+    assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
