@@ -10,6 +10,7 @@ state dict from the safetensors file again (page cache warm, the baseline's best
 import argparse
 import statistics
 import time
+from typing import Any
 
 from benchmarks import save
 
@@ -52,24 +53,33 @@ def main() -> None:
         started = time.perf_counter()
         module.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         reloading.append(time.perf_counter() - started)
+    figures = summary(module, cache.bytes, applying, restoring, reloading)
+    print(save("weight_cache", figures))
+    print(f"cache: {figures['cache_share']:.1%} of the model")
+    print(f"restore is {figures['reload_over_restore']} times faster than reload")
+
+
+def summary(
+    module: Any,
+    cache_bytes: int,
+    applying: list[float],
+    restoring: list[float],
+    reloading: list[float],
+) -> dict[str, Any]:
+    """The figures."""
     model_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     apply, restore, reload = map(statistics.median, (applying, restoring, reloading))
-    figures = {
+    return {
         "model": "SmolLM2-135M-Instruct (demo), float32",
         "model_bytes": model_bytes,
-        "cache_bytes": cache.bytes,
-        "cache_share": round(cache.bytes / model_bytes, 4),
+        "cache_bytes": cache_bytes,
+        "cache_share": round(cache_bytes / model_bytes, 4),
         "apply_seconds": [round(x, 4) for x in applying],
         "restore_seconds": [round(x, 4) for x in restoring],
         "reload_seconds": [round(x, 4) for x in reloading],
         "reload_over_restore": round(reload / restore, 1),
         "reload_over_switch": round(reload / (apply + restore), 1),
     }
-    print(save("weight_cache", figures))
-    print(f"cache: {cache.bytes / 1e6:.0f} MB of {model_bytes / 1e6:.0f} MB", end=" ")
-    print(f"({cache.bytes / model_bytes:.1%})")
-    print(f"apply {1000 * apply:.0f} ms, restore {1000 * restore:.0f} ms, reload", end=" ")
-    print(f"{1000 * reload:.0f} ms: restore is {reload / restore:.1f} times faster")
 
 
 if __name__ == "__main__":
