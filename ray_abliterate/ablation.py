@@ -143,14 +143,21 @@ def edit(projections: Projections, blend: tuple[tuple[int, float], ...], strengt
     if projections.norm == "row":
         assert projections.outer is not None and projections.norms is not None
         g = torch.einsum("r,reh->eh", weights, projections.outer[rows])
-        reach = b.double().square().sum(dim=1, keepdim=True)
-        kept = 1 - 2 * strength * v * g.double() + strength**2 * v.double() ** 2 * reach
+        wide = _widest(b)
+        reach = b.to(wide).square().sum(dim=1, keepdim=True)
+        kept = 1 - 2 * strength * v * g.to(wide) + strength**2 * v.to(wide) ** 2 * reach
         s = kept.clamp_min(TINY).rsqrt().float()
         a = a * projections.norms
     elif projections.norm == "column":
         assert projections.norms is not None
-        squares = projections.norms.double().square()
-        kept = squares - (2 * strength - strength**2) * b.double() ** 2
+        wide = _widest(b)
+        squares = projections.norms.to(wide).square()
+        kept = squares - (2 * strength - strength**2) * b.to(wide) ** 2
         floor = (TINY * squares).clamp_min(1e-30)
         c = torch.where(squares > 0, (squares / kept.clamp_min(floor)).sqrt(), 1.0).float()
     return Edit(a.contiguous(), b, s, c, v, strength)
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    """float64 where the device has it (Apple's GPUs don't): differences of nearly equal numbers."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def run(
     with directory.locked():
         sets = load_prompts(recipe, directory, base, watch)
         with watch.stage("model"):
-            source = model_source(recipe.model.name, watch.note)
+            source = model_source(recipe.model.name, partial(warn, directory, watch))
         with watch.stage("replicas"):
             dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
             starting = ReplicaPool.start(recipe, source, sets.scored)
@@ -82,6 +83,14 @@ def run(
         finally:
             starting.__exit__(None, None, None)
     return Frontier.of(directory.trials())
+
+
+def warn(directory: RunDirectory, watch: Watch, text: str) -> None:
+    """Say it now, and in the report."""
+    watch.note(f"warning: {text}")
+    known = directory.environment.get("warnings", [])
+    if text not in known:
+        directory.note(warnings=[*known, text])
 
 
 def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Watch) -> PromptSets:
@@ -111,10 +120,9 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
                 f"({facts['origin']}).\n  Put them back, or start a new run with --to."
             )
     if known is None:
-        warnings = warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values()))
-        for warning in warnings:
-            watch.note(f"warning: {warning}")
-        directory.note(prompts=sets.facts(), warnings=warnings, base=str(base.resolve()))
+        directory.note(prompts=sets.facts(), base=str(base.resolve()))
+        for sentence in warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values())):
+            warn(directory, watch, sentence)
     return sets
 
 
@@ -127,8 +135,8 @@ def model_source(name: str, note: Callable[[str], None]) -> str:
         try:
             return str(demo.build_demo_model(demo.default_folder()))
         except demo.DemoUnavailable as error:
-            note(f"warning: {error}")
-            note("warning: the tiny planted model stands in for it; its scores mean nothing")
+            note(str(error))
+            note("the tiny planted model stands in for the demo's; its scores mean nothing")
             return str(planted.build_planted_model(planted.default_folder()))
     if name == "planted":
         return str(planted.build_planted_model(planted.default_folder()))

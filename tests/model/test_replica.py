@@ -1,0 +1,109 @@
+"""A replica: what it is comes from its constructor, and a score from nothing but the plan."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_abliterate.directions import Directions, compute
+from ray_abliterate.errors import ScoreError
+from ray_abliterate.model import LanguageModel
+from ray_abliterate.plan import Plan
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.replica import Replica, Setup
+from ray_abliterate.residuals import Residuals
+
+
+@pytest.fixture
+def replica(recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet) -> Replica:
+    sets = {"keyword-rate": behaviour, "kl-divergence": neutral}
+    return Replica(recipe, str(planted), sets)
+
+
+@pytest.fixture
+def setup(replica: Replica, recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> Setup:
+    shards = [replica.residuals(0, s.prompts, ()).values for s in (behaviour, neutral)]
+    return Setup(compute(*map(Residuals, shards), recipe.direction))
+
+
+def plans(replica: Replica) -> list[Plan]:
+    shape = replica.describe().shape
+    return [Plan.uniform(shape, 2.3, "none", s) for s in (1.0, 0.9, 0.0)]
+
+
+def test_the_base_model_has_no_divergence_and_the_edited_one_has(
+    replica: Replica, setup: Setup
+) -> None:
+    base = replica.evaluate(Plan.nothing(), setup).scorecard
+    edited = replica.evaluate(plans(replica)[0], setup).scorecard
+    assert (base["keyword-rate"].value, base["kl-divergence"].value) == (1.0, 0.0)
+    assert edited["keyword-rate"].value == 0.0
+    assert edited["kl-divergence"].value > 0.0
+
+
+def test_a_score_depends_on_the_plan_and_not_on_earlier_trials(
+    replica: Replica, setup: Setup
+) -> None:
+    first, second, nothing = plans(replica)
+    alone = replica.evaluate(first, setup).scorecard
+    for plan in (second, nothing, Plan.nothing()):
+        replica.evaluate(plan, setup)
+    assert replica.evaluate(first, setup).scorecard == alone
+
+
+def test_a_replica_made_anew_gives_the_same_scores(
+    replica: Replica, setup: Setup, recipe: Recipe, planted: Path,
+    behaviour: PromptSet, neutral: PromptSet,
+) -> None:  # fmt: skip
+    sets = {"keyword-rate": behaviour, "kl-divergence": neutral}
+    plan = plans(replica)[1]
+    again = Replica(recipe, str(planted), sets).evaluate(plan, setup).scorecard
+    assert replica.evaluate(plan, setup).scorecard == again
+
+
+def test_a_metric_that_does_not_see_an_edit_is_an_error_and_not_a_score(
+    replica: Replica, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant = torch.randn(7, 30)
+    monkeypatch.setattr(LanguageModel, "next_token_logits", lambda self, prompts: constant)
+    assert replica.evaluate(Plan.nothing(), setup).scorecard["kl-divergence"].value == 0.0
+    with pytest.raises(ScoreError, match="exactly 0 although weights were edited"):
+        replica.evaluate(plans(replica)[0], setup)
+
+
+def test_an_error_in_a_scorer_leaves_the_base_model(
+    replica: Replica, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = replica.evaluate(Plan.nothing(), setup).scorecard
+    with monkeypatch.context() as broken:
+        broken.setattr(LanguageModel, "answer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            replica.evaluate(plans(replica)[0], setup)
+    assert replica.evaluate(Plan.nothing(), setup).scorecard == before
+
+
+def test_answers_are_kept_whole_when_the_recipe_asks_for_them(
+    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet, setup: Setup
+) -> None:
+    run = recipe.run.model_copy(update={"record_responses": True})
+    sets = {"keyword-rate": behaviour, "kl-divergence": neutral}
+    recording = Replica(recipe.model_copy(update={"run": run}), str(planted), sets)
+    rows = recording.evaluate(Plan.nothing(), setup).answers
+    assert [row["prompt"] for row in rows] == [prompt.user for prompt in behaviour.prompts]
+    assert {(row["answer"], row["shows_behaviour"]) for row in rows} == {("sorry", True)}
+
+
+def test_another_setup_is_prepared_anew(replica: Replica, setup: Setup) -> None:
+    plan = plans(replica)[0]
+    there = replica.evaluate(plan, setup).scorecard
+    vectors = setup.directions.vectors.roll(1, dims=1)
+    other = Setup(Directions(vectors, "other", {}))
+    assert replica.evaluate(plan, other).scorecard != there
+    assert replica.evaluate(plan, setup).scorecard == there
+
+
+def test_chat_shows_the_edit(replica: Replica, setup: Setup) -> None:
+    turns = [{"role": "user", "content": "explain the soup"}]
+    assert replica.respond(turns, Plan.nothing(), setup, 4) == "sorry"
+    assert replica.respond(turns, plans(replica)[0], setup, 4) == "sure"
