@@ -120,9 +120,8 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
                 f"({facts['origin']}).\n  Put them back, or start a new run with --to."
             )
     if known is None:
-        directory.note(prompts=sets.facts(), base=str(base.resolve()))
-        for sentence in warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values())):
-            warn(directory, watch, sentence)
+        overlaps = warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values()))
+        directory.note(prompts=sets.facts(), warnings=overlaps, base=str(base.resolve()))
     return sets
 
 
