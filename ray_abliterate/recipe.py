@@ -5,7 +5,6 @@ wrong recipe is refused before anything heavy is loaded. The text under a field 
 documentation, in `docs/recipe.md` and in `ray-abliterate init`.
 """
 
-import difflib
 import json
 import re
 import tomllib
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from ray_abliterate.errors import RecipeError
+from ray_abliterate.recipe_text import apply_override, explain, suggestion
 
 Norm = Literal["none", "row", "column"]
 Goal = Literal["minimize", "maximize", "report"]
@@ -249,7 +249,7 @@ class SpaceSettings(Section):
         ranges = {n: getattr(self, n) for n in INTERVALS}
         for component, space in self.components.items():
             if component not in COMPONENT_NAMES:
-                near = _suggestion(component, COMPONENT_NAMES)
+                near = suggestion(component, COMPONENT_NAMES)
                 raise ValueError(f"components.{component} is not a component.{near}")
             ranges |= {f"components.{component}.{n}": getattr(space, n) for n in INTERVALS[1:]}
         for name, bounds in ranges.items():
@@ -355,7 +355,7 @@ class PluginScorer(Section):
     @classmethod
     def _names_an_attribute(cls, value: str) -> str:
         if not PLUGIN.match(value):
-            near = _suggestion(value, ("keyword-rate", "kl-divergence"))
+            near = suggestion(value, ("keyword-rate", "kl-divergence"))
             raise ValueError(f"{value!r} is not a scorer, nor a `module:attribute`.{near}")
         return value
 
@@ -434,11 +434,11 @@ class Recipe(Section):
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{source} is not TOML: {error}") from None
         for override in overrides:
-            _apply(values, override)
+            apply_override(values, override)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecipeError("\n".join(_explain(source, error, values))) from None
+            raise RecipeError("\n".join(explain(source, error, cls))) from None
 
     def to_json(self) -> str:
         """The whole recipe, defaults included, as indented JSON."""
@@ -448,90 +448,3 @@ class Recipe(Section):
     def from_json(cls, text: str) -> "Recipe":
         """The inverse of `to_json`."""
         return cls.model_validate_json(text)
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set `a.b.0.c=value` in a nested dictionary; the value is TOML, or else a plain string."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise RecipeError(f"{override!r} is not an override; write key=value, as search.trials=50")
-    try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    node: Any = values
-    *parents, last = key.split(".")
-    for index, part in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_position(node, part, key)]
-        elif isinstance(node, dict):
-            node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise RecipeError(f"{key}: {'.'.join(parents[: index + 1])} is a value, not a section")
-    if isinstance(node, list):
-        node[_position(node, last, key)] = value
-    else:
-        node[last] = value
-
-
-def _position(items: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise RecipeError(f"{key}: {part!r} must be a number from 0 to {len(items) - 1}")
-    return int(part)
-
-
-def _suggestion(word: str, known: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else ""
-
-
-def _explain(source: str, error: ValidationError, values: dict[str, Any]) -> list[str]:
-    """One line per problem, in the recipe's own terms."""
-    lines = []
-    for problem in error.errors():
-        path = [part for part in problem["loc"] if part not in ("plugin", *SCORER_TAGS)]
-        name = ".".join(str(part) for part in path) or "recipe"
-        if problem["type"] == "extra_forbidden":
-            siblings = _siblings(path)
-            near = difflib.get_close_matches(str(path[-1]), siblings, n=1, cutoff=0.5)
-            full = ".".join([*map(str, path[:-1]), near[0]]) if near else ""
-            hint = f" Did you mean {full}?" if near else f" Known: {', '.join(sorted(siblings))}."
-            lines.append(f"{source}: {name} is not a setting.{hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{source}: {name} is missing.")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            shown = problem["input"]
-            found = f" (found {shown!r})" if isinstance(shown, str | int | float | bool) else ""
-            lines.append(f"{source}: {name}: {message}{found}")
-    return lines
-
-
-SCORER_TAGS = ("keyword-rate", "kl-divergence")
-
-
-def _siblings(path: list[Any]) -> list[str]:
-    """The settings that exist beside the one at `path`."""
-    model: Any = Recipe
-    for part in path[:-1]:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        if field is None:
-            continue  # A key of a table of sections, as the component in search.space.components.
-        if part == "scorers":
-            model = _AnyScorer
-            continue
-        model = next((t for t in _leaves(field.annotation) if hasattr(t, "model_fields")), None)
-    return list(model.model_fields) if hasattr(model, "model_fields") else []
-
-
-class _AnyScorer:
-    """Stands for all scorers where a suggestion is looked for."""
-
-    model_fields = KeywordRate.model_fields | KlDivergence.model_fields | PluginScorer.model_fields
-
-
-def _leaves(annotation: Any) -> list[Any]:
-    inner = [leaf for part in get_args(annotation) for leaf in _leaves(part)]
-    return inner or [annotation]
