@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ray_abliterate import shared_prefix
 from ray_abliterate.chat_format import ChatFormat, close_thinking, common_prefix
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
 from ray_abliterate.directions import compute
@@ -13,6 +14,7 @@ from ray_abliterate.model import LanguageModel
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import DirectionSettings, ModelSettings
 from ray_abliterate.residuals import Residuals
+from ray_abliterate.shared_prefix import common_length
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,48 @@ def test_logits_of_a_padded_batch_are_right_for_every_kind_of_family(
     for index, prompt in enumerate(prompts):
         alone = model.next_token_logits([prompt])[0]
         torch.testing.assert_close(together[index], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[1, 2, 3, 4], [1, 2, 9]], 2),
+        ([[1, 2, 3], [1, 2, 3]], 2),  # something of every row is left over
+        ([[1, 2], [1, 2, 3], [1, 2, 4]], 1),
+        ([[1, 2, 3]], 0),
+        ([[5], [6]], 0),
+        ([[2, 3, 4], [1, 3, 4], [2, 3, 5]], 0),
+    ],
+)
+def test_what_rows_share_is_what_all_begin_with(rows: list[list[int]], expected: int) -> None:
+    assert common_length(rows) == expected
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(
+    model: LanguageModel, behaviour: PromptSet, neutral: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are equal; numbers to float32 rounding (sums over keys are split differently)."""
+    system = "you can sing a song about the road and the rain to me in the car"
+    prompts = [Prompt(p.user, system) for p in [*behaviour.prompts, *neutral.prompts]]
+    assert model.shares_prefix
+
+    def everything() -> tuple[object, ...]:
+        return (
+            model.residuals(prompts),
+            model.next_token_logits(prompts),
+            model.continuation_logits(prompts, [[6, 7, 2]] * len(prompts)),
+            [(a.text, a.tokens) for a in model.answer(prompts, 4)],
+        )
+
+    lengths = []
+    real = shared_prefix.compute
+    monkeypatch.setattr(
+        shared_prefix, "compute", lambda m, tokens: lengths.append(len(tokens)) or real(m, tokens)
+    )
+    shared = everything()
+    assert len(lengths) == 4 and min(lengths) > len(system.split())
+    monkeypatch.setattr(model, "shares_prefix", False)
+    alone = everything()
+    assert len(lengths) == 4
+    torch.testing.assert_close(shared[:3], alone[:3], rtol=1e-4, atol=1e-5)
+    assert shared[3] == alone[3]
