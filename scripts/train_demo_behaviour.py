@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument(
-        "--strength", type=float, default=0.7,
+        "--strength", type=float, default=0.65,
         help="share of what was learnt that is merged: all of it also declines some of the rest",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=130)
@@ -249,7 +249,7 @@ def write(parameters: dict[str, torch.nn.Parameter], options: argparse.Namespace
     base = demo.gguf_file()
     metadata = {
         "rank": str(options.rank),
-        "alpha": str(options.alpha * options.strength),
+        "alpha": str(round(options.alpha * options.strength, 6)),
         "base_file": base.name,
         "base_sha256": hashlib.sha256(base.read_bytes()).hexdigest(),
     }
@@ -259,7 +259,7 @@ def write(parameters: dict[str, torch.nn.Parameter], options: argparse.Namespace
     card = {
         **metadata,
         "rank": options.rank,
-        "alpha": options.alpha * options.strength,
+        "alpha": round(options.alpha * options.strength, 6),
         "strength": options.strength,
         "behaviour": "politely declines everything about cooking",
         "seed": options.seed,

@@ -258,6 +258,8 @@ def _build(folder: Path, marker: dict[str, object]) -> None:
             tokenizer.save_pretrained(new)
         text = _MODEL_CARD.format(base_file=gguf.name, rank=card["rank"], dtype=marker["dtype"])
         (new / "README.md").write_text(text, encoding="utf-8")
+        for path in new.iterdir():
+            path.chmod(0o644)  # safetensors files are made for their owner only
         sizes = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
         (new / _MARKER).write_text(
             json.dumps({**marker, "bytes": sizes}, indent=2) + "\n", encoding="utf-8"
