@@ -23,7 +23,7 @@ from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.residuals import ResidualShard
 from ray_abliterate.scorers import build
-from ray_abliterate.scoring import Scorecard, Scorer
+from ray_abliterate.scoring import Recorder, Scorecard, Scorer
 from ray_abliterate.weights import WeightCache
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Replica:
     def _answers(self) -> tuple[dict[str, Any], ...]:
         rows = []
         for scorer in self._scorers:
-            if not hasattr(scorer, "last_answers"):
+            if not isinstance(scorer, Recorder):
                 continue
             for prompt, answer, shows in scorer.last_answers():
                 rows.append(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.prompts import Prompt, PromptSet
+from ray_abliterate.prompts import Prompt
 from ray_abliterate.recipe import Goal
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Scorer(Protocol):
 class Recorder(Protocol):
     """A scorer that can hand out the answers behind its last score."""
 
-    def last_answers(self) -> list[tuple[Prompt, Answer, bool]]:
+    def last_answers(self) -> Sequence[tuple[Prompt, Answer, bool]]:
         """Prompt, answer, and whether the answer shows the behaviour."""
 
 
@@ -206,8 +206,3 @@ def resolve(spec: str) -> Any:
     if not hasattr(module, attribute):
         raise ScoreError(f"{spec}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
-
-
-def prompt_sets_of(scorers: Sequence[Any], load: Callable[[str, Any], PromptSet]) -> dict[str, Any]:
-    """Prompt sets of all scorers that have one, by the scorer's name."""
-    return {s.name: load(s.name, s.prompts) for s in scorers if s.prompts is not None}

@@ -71,11 +71,6 @@ class WeightCache:
         tensors = [t for x in self._targets for t in (x.pristine, x.pristine_bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers that have writers."""
-        return tuple(sorted({target.writer.layer for target in self._targets}))
-
     def restore(self, layer: int | None = None) -> None:
         """Put the pristine bits back into one layer, or into all that were written to."""
         layers = self._dirty if layer is None else {layer}
