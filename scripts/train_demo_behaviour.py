@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument(
-        "--strength", type=float, default=0.65,
+        "--strength", type=float, default=0.68,
         help="share of what was learnt that is merged: all of it also declines some of the rest",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=130)
