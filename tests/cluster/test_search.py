@@ -121,7 +121,7 @@ def test_a_line_damaged_in_the_middle_of_the_journal_is_named_and_nothing_is_tou
     assert file.read_bytes() == damaged
 
 
-def test_plans_in_flight_keep_a_distance_from_each_other(tmp_path: Path) -> None:
+def test_plans_in_flight_are_all_different(tmp_path: Path) -> None:
     """Eight are asked for before any is told (constant liar)."""
     settings = SearchSettings(trials=100, startup_trials=10)
     study = optuna.create_study(
