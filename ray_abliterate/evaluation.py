@@ -30,4 +30,6 @@ class ModelFacts:
     device: str
     model_type: str
     revision: str | None
+    fingerprint: str = ""
+    """Of the first and the last writer's bits: tells whether the weights are the same."""
     notes: tuple[str, ...] = field(default=())

@@ -91,8 +91,15 @@ class Replica:
             device=_device_name(self.model.device),
             model_type=module.config.model_type,
             revision=getattr(module.config, "_commit_hash", None),
+            fingerprint=self._fingerprint(),
             notes=tuple(notes),
         )
+
+    def _fingerprint(self) -> str:
+        ends = (self._writers[0].parameter, self._writers[-1].parameter)
+        bits = [self.model.module.get_parameter(n).detach().cpu().contiguous() for n in ends]
+        data = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in bits)
+        return hashlib.sha256(data).hexdigest()
 
     def response_prefix(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
         """The tokens that the base model's answers to all these prompts begin with."""

@@ -17,7 +17,7 @@ from ray_abliterate import directions as direction_methods
 from ray_abliterate.cluster.pool import ReplicaPool, connect
 from ray_abliterate.cluster.search import Search
 from ray_abliterate.directions import Directions
-from ray_abliterate.errors import PromptSourceError
+from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
@@ -149,6 +149,12 @@ def describe(
     facts = pool.facts
     shape = asdict(facts.shape)
     model = {k: v for k, v in asdict(facts).items() if k != "shape"}
+    known = directory.environment.get("model", {}).get("fingerprint", facts.fingerprint)
+    if known != facts.fingerprint:
+        raise ModelError(
+            f"the weights of {recipe.model.name} are not the ones the run began with.\n"
+            "  Put them back (or pin model.revision), or start a new run with --to."
+        )
     directory.note(
         model={"name": recipe.model.name, **shape, **model},
         replicas=asdict(pool.layout),

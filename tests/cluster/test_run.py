@@ -13,6 +13,7 @@ import torch
 
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
+from ray_abliterate.errors import ModelError
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.prompts import PromptSet
@@ -51,6 +52,11 @@ def test_a_run_finds_the_planted_direction_and_an_edit_that_removes_the_behaviou
     before = (tmp_path / "run" / "trials.jsonl").read_bytes()
     assert run(recipe, directory, tmp_path).members == frontier.members
     assert (tmp_path / "run" / "trials.jsonl").read_bytes() == before
+    # other weights under the same name are refused
+    facts = directory.environment["model"]
+    directory.note(model={**facts, "fingerprint": "other"})
+    with pytest.raises(ModelError, match="not the ones the run began with"):
+        run(recipe, directory, tmp_path)
 
 
 def test_directions_and_scores_are_the_same_on_one_two_and_three_replicas(
