@@ -20,7 +20,7 @@ from ray_abliterate.loading import load
 from ray_abliterate.prompts import Prompt
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.residuals import ResidualValues
-from ray_abliterate.scoring import Answer
+from ray_abliterate.scoring import Answer, AnswerWatch
 from ray_abliterate.shared_prefix import Prefix
 
 PREFIX_TOKENS = 16
@@ -118,14 +118,14 @@ class LanguageModel:
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        decided: Callable[[str], bool] | None = None,
+        watch: AnswerWatch | None = None,
     ) -> list[Answer]:
-        """Greedy answers. A batch ends when each row has ended, or is `decided` by its text."""
+        """Greedy answers. A batch ends when each row has ended, or is decided by its text."""
         found: list[Answer | None] = [None] * len(prompts)
         rows = self.encode(prompts)
         prefix = self._shared(rows)
         for batch in self._grid(rows):
-            stop = _Decisions(self, decided)
+            stop = _Decisions(self, watch, batch)
             tokens = self._generate([rows[i] for i in batch], max_new_tokens, prefix, stop)
             for position, index in enumerate(batch):
                 cut = stop.decided_after.get(position)
@@ -226,7 +226,7 @@ class LanguageModel:
         output = self.module.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
-            stopping_criteria=[stop] if stop and stop.decided else None,
+            stopping_criteria=[stop] if stop and stop.watch else None,
         )
         new: list[Row] = output[:, inputs["input_ids"].shape[1] :].tolist()
         return new
@@ -271,23 +271,27 @@ class LanguageModel:
 class _Decisions:
     """A stopping criterion: ends a row as soon as its text decides the verdict."""
 
-    def __init__(self, model: LanguageModel, decided: Callable[[str], bool] | None) -> None:
-        self.decided = decided
+    def __init__(
+        self, model: LanguageModel, watch: AnswerWatch | None, batch: Sequence[int]
+    ) -> None:
+        self.watch, self._batch = watch, batch
         self.decided_after: dict[int, int] = {}
         """Row and number of new tokens after which it was decided."""
         self._model = model
         self._start = -1
+        self._seen = [""] * len(batch)
 
     def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         if self._start < 0:
             self._start = input_ids.shape[1] - 1
-        assert self.decided is not None
+        assert self.watch is not None
         new = input_ids[:, self._start :].tolist()
         for row, ids in enumerate(new):
             if row in self.decided_after:
                 continue
             text = self._model.chat.decode(_until_end(ids, self._model.end_tokens))
-            if self.decided(text):
+            added, self._seen[row] = text[len(self._seen[row]) :], text
+            if self.watch.read(self._batch[row], added) or self.watch.enough():
                 self.decided_after[row] = len(ids)
         done = [row in self.decided_after for row in range(len(new))]
         return torch.tensor(done, device=input_ids.device)

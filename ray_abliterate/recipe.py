@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ray_abliterate.errors import RecipeError
+from ray_abliterate.markers import fold
 from ray_abliterate.recipe_text import apply_override, explain, suggestion
 
 Norm = Literal["none", "row", "column"]
@@ -321,6 +322,19 @@ class KeywordRate(Section):
     """Tokens of an answer."""
     empty_is_behaviour: bool = True
     """Count empty and degenerate answers on the bad side (they are also counted apart)."""
+
+    @field_validator("markers")
+    @classmethod
+    def _something_is_looked_for(cls, markers: Any) -> Any:
+        if not markers:
+            raise ValueError("[] looks for nothing; give phrases, or `broad` or `strict`")
+        blank = [m for m in markers if not fold(m)] if not isinstance(markers, str) else []
+        if blank:
+            raise ValueError(
+                f"{blank[0]!r} has nothing left when blanks and emphasis (*, _) are taken out; "
+                "leave it out"
+            )
+        return markers
 
 
 class KlDivergence(Section):

@@ -5,7 +5,7 @@ Knows nothing about models beyond the few methods a scorer calls (`TextModel`).
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -140,6 +140,17 @@ class Answer:
 
 
 @runtime_checkable
+class AnswerWatch(Protocol):
+    """Follows answers while they are written, and ends those that are decided."""
+
+    def read(self, index: int, text: str) -> bool:
+        """`text` was added to the answer to prompt `index`; True: its verdict can't change."""
+
+    def enough(self) -> bool:
+        """No answer needs to go on: what has been read decides. Asked between steps."""
+
+
+@runtime_checkable
 class TextModel(Protocol):
     """What scorers ask of a model; `model.LanguageModel` is the one that ships."""
 
@@ -158,9 +169,9 @@ class TextModel(Protocol):
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        decided: Callable[[str], bool] | None = None,
+        watch: AnswerWatch | None = None,
     ) -> list[Answer]:
-        """Greedy answers; `decided(text so far)` ends one early."""
+        """Greedy answers; `watch` follows them, and may end them early."""
 
 
 @runtime_checkable

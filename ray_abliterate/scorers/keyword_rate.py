@@ -1,15 +1,15 @@
 """`keyword-rate`: the share of answers that hold a marker of the behaviour.
 
-A marker is looked for in folded text: lower case, straight quotes, no markdown emphasis, single
-blanks. Answers that are empty or loop count on the bad side: silence is not success.
+A marker is looked for in folded text (`markers.fold`), while the answer is written: an answer with
+a marker is decided, and ends. Answers that are empty or loop count on the bad side: silence is not
+success.
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
-from ray_abliterate.errors import RecipeError
+from ray_abliterate.markers import MarkerReader, Markers, fold
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import KeywordRate
 from ray_abliterate.scoring import Answer, Score, TextModel, wilson
@@ -59,16 +59,7 @@ BROAD = (
 
 MARKERS: dict[str, tuple[str, ...]] = {"strict": STRICT, "broad": BROAD}
 
-QUOTES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "“": '"', "”": '"'})
-EMPHASIS = re.compile(r"[*_]")
-
 Verdict = Literal["behaviour", "empty", "degenerate", "clean"]
-
-
-def fold(text: str) -> str:
-    """Text as markers see it: NFKC, lower case, straight quotes, no `*` or `_`, single blanks."""
-    text = unicodedata.normalize("NFKC", text).translate(QUOTES)
-    return " ".join(EMPHASIS.sub("", text).lower().split())
 
 
 def is_degenerate(text: str) -> bool:
@@ -93,18 +84,13 @@ class KeywordRateScorer:
         """Read the markers.
 
         Raises:
-            RecipeError: no marker is left after folding.
+            RecipeError: there is no marker, or one has nothing left after folding.
         """
         self.name, self.goal = settings.name, settings.goal
         self._settings, self._prompts, self._record = settings, prompts, record
         given = settings.markers
         markers = MARKERS[given] if isinstance(given, str) else given
-        self._markers = tuple(fold(marker) for marker in markers)
-        if not self._markers or not all(self._markers):
-            raise RecipeError(
-                f"scorer {self.name!r}: markers = {list(markers)!r} holds an empty marker, or "
-                "none; give phrases with letters, or `broad` or `strict`"
-            )
+        self._markers = Markers(markers, f"scorer {self.name!r}")
         self._last: list[tuple[Prompt, Answer, bool]] = []
 
     def prepare(self, model: TextModel) -> None:
@@ -112,8 +98,8 @@ class KeywordRateScorer:
 
     def score(self, model: TextModel) -> Score:
         """The rate, with its Wilson interval; `detail` counts each kind of answer."""
-        decided = None if self._record else self._has_marker
-        answers = model.answer(self._prompts.prompts, self._settings.max_new_tokens, decided)
+        watch = None if self._record else _MarkerWatch(self._markers)
+        answers = model.answer(self._prompts.prompts, self._settings.max_new_tokens, watch)
         verdicts = [self.verdict(answer.text) for answer in answers]
         bad = [self._counts(verdict) for verdict in verdicts]
         self._last = list(zip(self._prompts.prompts, answers, bad, strict=True))
@@ -130,21 +116,35 @@ class KeywordRateScorer:
     def verdict(self, text: str) -> Verdict:
         """What one answer shows."""
         folded = fold(text)
+        if self._markers.found_in(folded):
+            return "behaviour"
         if not any(character.isalnum() for character in folded):
             return "empty"
-        if self._has_marker(text):
-            return "behaviour"
         return "degenerate" if is_degenerate(folded) else "clean"
 
     def last_answers(self) -> Sequence[tuple[Prompt, Answer, bool]]:
         """Prompt, answer and verdict of the last score."""
         return self._last
 
-    def _has_marker(self, text: str) -> bool:
-        folded = fold(text)
-        return any(marker in folded for marker in self._markers)
-
     def _counts(self, verdict: Verdict) -> bool:
         if verdict in ("empty", "degenerate"):
             return self._settings.empty_is_behaviour
         return verdict == "behaviour"
+
+
+class _MarkerWatch:
+    """Ends each answer at its first marker."""
+
+    def __init__(self, markers: Markers) -> None:
+        self._markers = markers
+        self._readers: dict[int, MarkerReader] = {}
+
+    def read(self, index: int, text: str) -> bool:
+        """See `AnswerWatch`."""
+        if index not in self._readers:
+            self._readers[index] = self._markers.reader()
+        return self._readers[index].read(text)
+
+    def enough(self) -> bool:
+        """See `AnswerWatch`."""
+        return False

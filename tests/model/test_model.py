@@ -1,5 +1,6 @@
 """A language model's residuals, logits and answers, held against transformers' own."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,26 @@ def test_answers_are_transformers_own_greedy_tokens(
         assert model.continue_greedily([prompt], 4)[0] == expected
 
 
+class Until:
+    """Ends an answer that holds a text."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.seen = text, defaultdict[int, str](str)
+
+    def read(self, index: int, text: str) -> bool:
+        self.seen[index] += text
+        return self.text in self.seen[index]
+
+    def enough(self) -> bool:
+        return False
+
+
 def test_answers_end_when_they_are_decided_and_not_before(
     model: LanguageModel, behaviour: PromptSet
 ) -> None:
-    answers = model.answer(behaviour.prompts, 8, decided=lambda text: "sorry" in text)
+    answers = model.answer(behaviour.prompts, 8, Until("sorry"))
     assert [(a.text, a.tokens, a.stopped) for a in answers] == [("sorry", 1, True)] * len(answers)
-    undecided = model.answer(behaviour.prompts, 8, decided=lambda text: False)
+    undecided = model.answer(behaviour.prompts, 8, Until("never"))
     assert [(a.text, a.tokens, a.stopped) for a in undecided] == [("sorry", 2, False)] * len(
         answers
     )

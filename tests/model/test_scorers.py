@@ -1,18 +1,19 @@
 """Scorers: verdicts on texts, and divergences in closed form."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from ray_abliterate.errors import RecipeError, ScoreError
+from ray_abliterate.markers import Markers, fold
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import KeywordRate, KlDivergence, PluginScorer
 from ray_abliterate.scorers import build
-from ray_abliterate.scorers.keyword_rate import KeywordRateScorer, fold, is_degenerate
+from ray_abliterate.scorers.keyword_rate import KeywordRateScorer, is_degenerate
 from ray_abliterate.scorers.kl_divergence import KlDivergenceScorer, divergence
-from ray_abliterate.scoring import Answer, Score
+from ray_abliterate.scoring import Answer, AnswerWatch, Score
 
 PROMPTS = PromptSet.of("p", "one", "two", "three", "four")
 SOURCE = {"builtin": "cooking-heldout"}
@@ -23,15 +24,15 @@ class Says:
 
     def __init__(self, *texts: str, logits: torch.Tensor | None = None) -> None:
         self.texts, self.logits = texts, logits
-        self.asked: list[Callable[[str], bool] | None] = []
+        self.asked: list[AnswerWatch | None] = []
 
     def answer(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        decided: Callable[[str], bool] | None = None,
+        watch: AnswerWatch | None = None,
     ) -> list[Answer]:
-        self.asked.append(decided)
+        self.asked.append(watch)
         return [Answer(text, 1, False) for text in self.texts]
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> torch.Tensor:
@@ -150,10 +151,15 @@ def test_reasons_for_refusing_count_only_in_the_broad_list() -> None:
     assert keyword_rate(markers="broad").verdict(text) == "behaviour"
 
 
-def test_markers_that_fold_to_nothing_are_refused() -> None:
-    for markers in (["sorry", "**"], [" "], []):
-        with pytest.raises(RecipeError, match="empty marker"):
-            keyword_rate(markers=markers)
+@pytest.mark.parametrize(
+    ("markers", "reason"),
+    [(["sorry", "**"], r"\*\*.*nothing left"), ([" "], "nothing left"), ([], "looks for nothing")],
+)
+def test_markers_that_fold_to_nothing_are_refused(markers: list[str], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        keyword_rate(markers=markers)
+    with pytest.raises(RecipeError, match=reason):
+        Markers(markers)
 
 
 def test_own_markers_are_used() -> None:
@@ -167,7 +173,7 @@ def test_recorded_answers_are_never_cut_short() -> None:
     keyword_rate().score(model)
     scorer = keyword_rate(record=True)
     scorer.score(model)
-    assert callable(model.asked[0]) and model.asked[1] is None
+    assert model.asked[0] is not None and model.asked[1] is None
     assert [shows for _, _, shows in scorer.last_answers()] == [True, False, False, False]
 
 
