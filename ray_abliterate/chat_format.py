@@ -120,7 +120,42 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of new tokens, special ones left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def stream(self) -> "TextStream":
+        """Reads one answer token by token."""
+        return TextStream(self)
+
+
+class TextStream:
+    """The text of tokens that come one by one: pieces whose sum is the beginning of `decode`.
+
+    A character that is split between tokens comes with its last one.
+    """
+
+    def __init__(self, chat: ChatFormat) -> None:
+        self._chat = chat
+        self._tokens: list[int] = []
+        self._given = ""
+        self._fast = getattr(chat.tokenizer, "_tokenizer", None)
+        self._stream = None
+        if self._fast is not None:
+            from tokenizers.decoders import DecodeStream
+
+            self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """The text that a token adds."""
+        if self._stream is not None:
+            return self._stream.step(self._fast, token) or ""
+        self._tokens.append(token)  # a tokenizer without streams: all again
+        text = self._chat.decode(self._tokens).rstrip("\ufffd")
+        added, self._given = text[len(self._given) :], text
+        return added
 
 
 def common_prefix(answers: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -79,8 +79,10 @@ class Replica:
         parameters = list(module.parameters())
         components = tuple(sorted({writer.component for writer in self._writers}))
         notes = []
-        if not self.model.pads_safely:
+        if not self.model.padded.pads_safely:
             notes.append("padding changes this model's output: batches hold prompts of one length")
+        if self.model.not_packable:
+            notes.append(f"the plain path is used, not the engine: {self.model.not_packable}")
         return ModelFacts(
             shape=ModelShape(len(self.model.blocks), hidden_size(module), components),
             writers=len(self._writers),
@@ -122,7 +124,10 @@ class Replica:
         """
         self._prepare(setup)
         started = time.perf_counter()
-        with self.cache.edited(plan, setup.directions):
+        with (
+            self.cache.edited(plan, setup.directions),
+            self.model.untouched_below(self.cache.untouched),
+        ):
             scores = tuple(scorer.score(self.model) for scorer in self._scorers)
             self._refuse_dead_metrics(scores)
         rows = self._answers() if self._recipe.run.record_responses else ()
@@ -144,8 +149,9 @@ class Replica:
         self.model.response_prefix = setup.response_prefix
         recipe = self._recipe
         scorers = build(recipe.scorers, self._prompts, recipe.run.record_responses)
-        for scorer in scorers:
-            scorer.prepare(self.model)
+        with self.model.learning():
+            for scorer in scorers:
+                scorer.prepare(self.model)
         self._scorers, self._prepared_for = scorers, key
 
     def _refuse_dead_metrics(self, scores: Sequence[Any]) -> None:

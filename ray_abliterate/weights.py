@@ -101,6 +101,11 @@ class WeightCache:
             self.restore()
             self._open = False
 
+    @property
+    def untouched(self) -> int:
+        """Blocks, from the first, whose writers all are pristine now."""
+        return min(self._dirty, default=1 + max(t.writer.layer for t in self._targets))
+
     def differs(self) -> bool:
         """Whether any writer's bits differ from the pristine ones now."""
         return any(

@@ -94,12 +94,12 @@ class KeywordRateScorer:
         self._last: list[tuple[Prompt, Answer, bool]] = []
 
     def prepare(self, model: TextModel) -> None:
-        """Nothing is needed of the base model."""
+        """Let the model see the prompts, so that it can reuse what the base model computes."""
+        self._answers(model)
 
     def score(self, model: TextModel) -> Score:
         """The rate, with its Wilson interval; `detail` counts each kind of answer."""
-        watch = None if self._record else _MarkerWatch(self._markers)
-        answers = model.answer(self._prompts.prompts, self._settings.max_new_tokens, watch)
+        answers = self._answers(model)
         verdicts = [self.verdict(answer.text) for answer in answers]
         bad = [self._counts(verdict) for verdict in verdicts]
         self._last = list(zip(self._prompts.prompts, answers, bad, strict=True))
@@ -112,6 +112,10 @@ class KeywordRateScorer:
             "degenerate": verdicts.count("degenerate"),
         }
         return Score(self.name, hits / total, low, high, self.goal, "", detail)
+
+    def _answers(self, model: TextModel) -> list[Answer]:
+        watch = None if self._record else _MarkerWatch(self._markers)
+        return model.answer(self._prompts.prompts, self._settings.max_new_tokens, watch)
 
     def verdict(self, text: str) -> Verdict:
         """What one answer shows."""

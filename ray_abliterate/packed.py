@@ -1,0 +1,313 @@
+"""Token segments of many rows through a transformers model in one flat pass, without padding.
+
+The linear layers see one sequence of all tokens there are, so no work is done on padding. Only
+attention knows rows: it writes keys and values into a slab (row x position) and reads each row's
+own. So rows may bring any number of tokens to a pass (a prompt, a draft, one token), and leave
+when they like. Knows nothing about prompts, texts or edits.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ray_abliterate.errors import ModelError
+
+ATTENTION = "ray_abliterate_packed"
+"""Name under which transformers knows our attention."""
+
+
+class NotPackable(ModelError):
+    """The model's attention needs something that the packed pass does not give it."""
+
+
+class Slab:
+    """Keys and values of rows, by layer: `"row position (head channel)"`; position is the token's.
+
+    Args:
+        rows: How many.
+        positions: Room for each.
+    """
+
+    def __init__(self, rows: int, positions: int) -> None:
+        self.rows, self.positions = rows, positions
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values, made for tensors `"token (head channel)"` like these."""
+        if index not in self.keys:
+            shape = (self.rows, self.positions)
+            self.keys[index] = key.new_zeros(*shape, key.shape[-1])
+            self.values[index] = value.new_zeros(*shape, value.shape[-1])
+        return self.keys[index], self.values[index]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, which become 0, 1, 2, …"""
+        self.rows = len(rows)
+        for store in (self.keys, self.values):
+            for index, tensor in store.items():
+                store[index] = tensor.index_select(0, rows)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all layers."""
+        tensors = [*self.keys.values(), *self.values.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Beginnings that rows take from others: row `to[i]` has the first `length` positions of
+    row `source[i]`, which are computed in this pass."""
+
+    length: int
+    source: Tensor
+    to: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tokens for one pass, all tensors `"token"` on the model's device.
+
+    Attributes:
+        ids: Token ids.
+        rows: Row of the slab that each belongs to.
+        positions: Position in its row, from 0.
+        wanted: Indices of the tokens whose logits are wanted.
+        start: First block that is run.
+        states: Input of that block, `"token hidden"`, if it is not the first.
+        shared: Beginnings to copy from row to row.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    positions: Tensor
+    wanted: Tensor
+    start: int = 0
+    states: Tensor | None = None
+    shared: Shared | None = None
+
+
+@dataclass
+class _Attention:
+    """What attention needs in one pass; the same in every layer."""
+
+    slab: Slab
+    write: Tensor
+    """Flat place of each token in the slab."""
+    place: Tensor | None
+    """Flat place of each token among the padded queries; None if rows bring one token each."""
+    queries: int
+    """Tokens of the row that brings most."""
+    reach: int
+    """Positions that any token may look at."""
+    visible: Tensor
+    """`"row query position"`: what each query may look at."""
+    shared: Shared | None
+    masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Pass, slab: Slab) -> "_Attention":
+        rows, positions = given.rows, given.positions
+        count = torch.bincount(rows, minlength=slab.rows)
+        queries = int(count.max())
+        whole = queries == 1 and len(rows) == slab.rows
+        order = torch.argsort(rows, stable=True)
+        begin = torch.cumsum(count, 0) - count
+        rank = torch.empty_like(rows)
+        rank[order] = torch.arange(len(rows), device=rows.device) - begin[rows[order]]
+        place = rows * queries + rank
+        at = torch.zeros(slab.rows * queries, dtype=torch.long, device=rows.device)
+        at[place] = positions
+        reach = int(positions.max()) + 1
+        visible = torch.arange(reach, device=rows.device) <= at.view(slab.rows, queries, 1)
+        ordered = whole and bool((rows == torch.arange(slab.rows, device=rows.device)).all())
+        return cls(
+            slab,
+            rows * slab.positions + positions,
+            None if ordered else place,
+            queries,
+            reach,
+            visible,
+            given.shared,
+        )
+
+    def mask(self, group: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask for query heads that share a key head, `"row 1 (group query) position"`."""
+        if (group, dtype) not in self.masks:
+            hidden = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
+            hidden.masked_fill_(~self.visible, float("-inf"))
+            self.masks[group, dtype] = hidden.repeat(1, group, 1)[:, None]
+        return self.masks[group, dtype]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """Attention of one layer; query, key and value `"1 head token channel"`."""
+        _, heads, tokens, width = query.shape
+        shared_heads, out_width = key.shape[1], value.shape[-1]
+        group, rows = heads // shared_heads, self.slab.rows
+        flat_key, flat_value = (t[0].transpose(0, 1).reshape(tokens, -1) for t in (key, value))
+        keys, values = self.slab.layer(layer, flat_key, flat_value)
+        for store, new in ((keys, flat_key), (values, flat_value)):
+            store.view(-1, store.shape[-1]).index_copy_(0, self.write, new)
+            if self.shared is not None:
+                beginning = store[self.shared.source, : self.shared.length]
+                store[self.shared.to, : self.shared.length] = beginning
+        given = query[0].transpose(0, 1)
+        if self.place is None:
+            padded = given.reshape(rows, 1, heads, width)
+        else:
+            padded = given.new_zeros(rows * self.queries, heads, width)
+            padded.index_copy_(0, self.place, given)
+            padded = padded.view(rows, self.queries, heads, width)
+        grouped = padded.transpose(1, 2).reshape(rows, shared_heads, group * self.queries, width)
+        out = nn.functional.scaled_dot_product_attention(
+            grouped,
+            keys[:, : self.reach].view(rows, self.reach, shared_heads, width).transpose(1, 2),
+            values[:, : self.reach].view(rows, self.reach, shared_heads, out_width).transpose(1, 2),
+            attn_mask=self.mask(group, query.dtype),
+            scale=scaling,
+        )
+        out = out.reshape(rows, heads, self.queries, out_width).transpose(1, 2)
+        flat = out.reshape(rows * self.queries, heads, out_width)
+        return (flat if self.place is None else flat.index_select(0, self.place))[None]
+
+
+_current: _Attention | None = None
+"""Of the pass that runs now; attention functions get no other word from us."""
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    if _current is None:
+        raise NotPackable("packed attention was called outside a packed pass")
+    refused = [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]
+    if refused or attention_mask is not None:
+        raise NotPackable(f"attention with {refused or 'a mask of its own'} is not packable")
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    return _current.attend(layer, query, key, value, factor), None
+
+
+class PackedModel:
+    """A causal language model whose rows are packed into flat passes."""
+
+    def __init__(self, module: Any, blocks: Sequence[nn.Module]) -> None:
+        """Make transformers know our attention.
+
+        Raises:
+            NotPackable: the model takes no positions, or its logits can't be chosen.
+        """
+        from transformers import AttentionInterface
+
+        taken = set(inspect.signature(module.forward).parameters)
+        if not {"position_ids", "logits_to_keep"} <= taken:
+            raise NotPackable("the model takes no position_ids, or no logits_to_keep")
+        if len({parameter.device for parameter in module.parameters()}) > 1:
+            raise NotPackable("the model is spread over devices")
+        if any("forward" in vars(block) for block in blocks):
+            raise NotPackable("its blocks are wrapped (offloaded?)")
+        AttentionInterface.register(ATTENTION, _packed_attention)
+        self._module, self._blocks = module, list(blocks)
+        configs = [getattr(m, "config", None) for m in module.modules()]
+        self._configs = list({id(c): c for c in configs if c is not None}.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        device: torch.device = self._module.get_input_embeddings().weight.device
+        return device
+
+    @torch.inference_mode()
+    def run(self, given: Pass, slab: Slab, record: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """One pass.
+
+        Args:
+            given: The tokens.
+            slab: Keys and values; those of the tokens are added.
+            record: Blocks whose inputs are wanted.
+
+        Returns:
+            Logits of the wanted tokens, `"wanted vocab"`, and inputs by block, `"token hidden"`.
+        """
+        global _current
+        found: dict[int, Tensor] = {}
+        with self._ours(), self._begun_at(given), self._recorded(record, found):
+            _current = _Attention.of(given, slab)
+            try:
+                output = self._module(
+                    input_ids=given.ids[None],
+                    position_ids=given.positions[None],
+                    logits_to_keep=given.wanted,
+                    use_cache=False,
+                )
+            finally:
+                _current = None
+        return output.logits[0], found
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """The model attends our way in this block."""
+        before = [config._attn_implementation_internal for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation_internal = ATTENTION
+        try:
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = name
+
+    @contextmanager
+    def _begun_at(self, given: Pass) -> Iterator[None]:
+        """Blocks below the first one are passed over; the last of them gives its input."""
+        if given.start == 0:
+            yield
+            return
+        states = given.states
+        assert states is not None
+
+        def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+            return hidden_states
+
+        def begin(*_: Any, **__: Any) -> Tensor:
+            return states[None]
+
+        skipped: list[Any] = self._blocks[: given.start]
+        for block in skipped[:-1]:
+            block.forward = skip
+        skipped[-1].forward = begin
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+    @contextmanager
+    def _recorded(self, layers: Sequence[int], found: dict[int, Tensor]) -> Iterator[None]:
+        def keep(layer: int) -> Any:
+            def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+                found[layer] = (args[0] if args else kwargs["hidden_states"])[0]
+
+            return hook
+
+        handles = [
+            self._blocks[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
