@@ -37,6 +37,8 @@ class ChatFormat:
             ModelError: the tokenizer has no chat template, and the recipe doesn't say what to do.
         """
         self.tokenizer = tokenizer
+        # text must only grow with its tokens, so that it can be followed while it is written
+        self.tokenizer.clean_up_tokenization_spaces = False
         self.plain = settings.chat_template == "plain"
         self.merges_system = False
         self._options = (
@@ -120,11 +122,7 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of new tokens, special ones left out."""
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> "TextStream":
         """Reads one answer token by token."""
@@ -141,7 +139,7 @@ class TextStream:
         self._chat = chat
         self._tokens: list[int] = []
         self._given = ""
-        self._fast = getattr(chat.tokenizer, "_tokenizer", None)
+        self._fast: Any = getattr(chat.tokenizer, "_tokenizer", None)
         self._stream = None
         if self._fast is not None:
             from tokenizers.decoders import DecodeStream

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ray_abliterate.architecture import find_blocks
 from ray_abliterate.chat_format import ChatFormat, close_thinking, common_prefix
 from ray_abliterate.engine import Batch, Engine, Techniques
+from ray_abliterate.errors import ModelError
 from ray_abliterate.loading import load
 from ray_abliterate.packed import NotPackable, PackedModel
 from ray_abliterate.padded import Decisions, PaddedModel, probe_rows, same_logits
@@ -25,6 +26,9 @@ from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.residuals import ResidualValues
 from ray_abliterate.scoring import Answer, AnswerWatch
 from ray_abliterate.shared_prefix import Prefix
+from ray_abliterate.virtual import VirtualEdits
+from ray_abliterate.weights import WeightCache
+from ray_abliterate.writing import Written
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ class LanguageModel:
         self.blocks: Any = find_blocks(module)[1]
         self.end_tokens = _end_tokens(module, tokenizer)
         self._pad = _pad_token(tokenizer, self.end_tokens)
-        self.padded = PaddedModel(module, self.blocks, self.end_tokens, self._pad)
+        self.padded = PaddedModel(module, list(self.blocks), self.end_tokens, self._pad)
         self.techniques = Techniques()
         self._known: dict[Any, list[tuple[list[int], Batch]]] = {}
         self._engine, self.not_packable = self._try_engine()
@@ -100,6 +104,16 @@ class LanguageModel:
         finally:
             self._engine.untouched = 0
 
+    def virtual_edits(self, cache: WeightCache) -> VirtualEdits:
+        """Hooks through which several trials share passes.
+
+        Raises:
+            ModelError: this model's passes can't be shared.
+        """
+        if self._engine is None:
+            raise ModelError(f"the engine does not serve this model: {self.not_packable}")
+        return VirtualEdits(self._engine.model, self.module, cache)
+
     # What a forward pass gives
 
     @torch.inference_mode()
@@ -107,53 +121,41 @@ class LanguageModel:
         """Every block's output at the last token, float32 on the CPU, `"prompt layer hidden"`."""
         rows = self.encode(prompts)
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        prefix = self.padded.shared(rows)
+        packed = self._engine is not None and self._within_reach(prompts, 1)
+        prefix = Prefix() if packed else self.padded.shared(rows)
         for indices in self._grid(rows):
-            values = self.padded.residuals([rows[i] for i in indices], prefix)
+            some = [rows[i] for i in indices]
+            if packed and self._engine is not None:
+                values = self._engine.residuals(self._engine.batch(some)).cpu()
+            else:
+                values = self.padded.residuals(some, prefix)
             for place, index in enumerate(indices):
                 found[index] = values[place]
         return torch.stack(found)
 
-    @torch.inference_mode()
     def next_token_logits(self, prompts: Sequence[Prompt]) -> Float[Tensor, "prompt vocab"]:
         """Raw logits after each prompt, float32 on the CPU."""
-        return torch.stack([logits[0] for logits in self.continuation_logits(prompts, None)])
+        return torch.stack([logits[0] for logits in self.logits_of(prompts, None)[0]])
 
-    @torch.inference_mode()
     def continuation_logits(
-        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]] | None
+        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
     ) -> list[Float[Tensor, "token vocab"]]:
         """Raw logits that predict each token of given continuations, float32 on the CPU.
 
         The continuation is fed to the model (teacher forcing), so two models are compared in the
-        same contexts. `None` asks for the first token only.
+        same contexts.
         """
-        asked = [1 if continuations is None else len(continuations[i]) for i in range(len(prompts))]
-        found: list[Tensor] = [torch.empty(0)] * len(prompts)
-        if self._engine is not None and self._within_reach(prompts, max(asked)):
-            for indices, batch in self._batches("logits", prompts, continuations):
-                logits = self._engine.logits(batch, [asked[i] for i in indices])
-                for index, values in zip(indices, logits, strict=True):
-                    found[index] = values.float().cpu()
-            return found
-        rows, prefix = self._fed(prompts, continuations), self.padded.shared(self.encode(prompts))
-        for indices in self._grid(rows):
-            keep = max(asked[i] for i in indices)
-            values = self.padded.logits([rows[i] for i in indices], keep, prefix).float().cpu()
-            for place, index in enumerate(indices):
-                found[index] = values[place, values.shape[1] - asked[index] :]
-        return found
+        return self.logits_of(prompts, continuations)[0]
 
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerWatch | None = None
     ) -> list[Answer]:
         """Greedy answers. A row ends when its verdict is decided, a batch when all rows have."""
-        written = self._written(prompts, max_new_tokens, watch)
-        return [Answer(self.chat.decode(t), len(t), stopped) for t, stopped in written]
+        return self.answers_of(prompts, max_new_tokens, [watch])[0]
 
     def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[Row]:
         """Token ids of the greedy answers, up to and with the end token."""
-        return [row for row, _ in self._written(prompts, tokens, None)]
+        return [written.tokens for written in self.written_by(prompts, tokens)[0]]
 
     def reply(self, turns: Sequence[dict[str, str]], max_new_tokens: int) -> str:
         """The greedy next turn of a conversation."""
@@ -169,18 +171,67 @@ class LanguageModel:
         answers = self.continue_greedily(prompts, PREFIX_TOKENS)
         return close_thinking(common_prefix(answers), self.chat)
 
-    def _written(
-        self, prompts: Sequence[Prompt], limit: int, watch: AnswerWatch | None
-    ) -> list[tuple[Row, bool]]:
-        """Tokens of each answer, and whether it was stopped before its end."""
-        found: list[tuple[Row, bool]] = [([], False)] * len(prompts)
+    # The same for several edits that share the passes; edit 0 alone is the model as it is
+
+    @torch.inference_mode()
+    def logits_of(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Sequence[int]] | None,
+        _watches: Sequence[None] = (None,),
+        edits: Sequence[int] = (0,),
+    ) -> list[list[Float[Tensor, "token vocab"]]]:
+        """`continuation_logits` for each edit; `None` asks for the first token only."""
+        asked = [1 if continuations is None else len(continuations[i]) for i in range(len(prompts))]
+        found = [[torch.empty(0)] * len(prompts) for _ in edits]
+        if self._engine is not None and self._within_reach(prompts, max(asked)):
+            for indices, batch in self._batches("logits", prompts, continuations):
+                logits = self._engine.logits(batch, [asked[i] for i in indices], edits)
+                for own, values in zip(found, logits, strict=True):
+                    for index, value in zip(indices, values, strict=True):
+                        own[index] = value.float().cpu()
+            return found
+        self._one_at_a_time(edits)
+        rows, prefix = self._fed(prompts, continuations), self.padded.shared(self.encode(prompts))
+        for indices in self._grid(rows):
+            keep = max(asked[i] for i in indices)
+            block = self.padded.logits([rows[i] for i in indices], keep, prefix).float().cpu()
+            for place, index in enumerate(indices):
+                found[0][index] = block[place, block.shape[1] - asked[index] :]
+        return found
+
+    def answers_of(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        watches: Sequence[AnswerWatch | None],
+        edits: Sequence[int] = (0,),
+    ) -> list[list[Answer]]:
+        """`answer` for each edit."""
+        written = self.written_by(prompts, max_new_tokens, watches, edits)
+        return [
+            [Answer(self.chat.decode(w.tokens), len(w.tokens), w.stopped) for w in own]
+            for own in written
+        ]
+
+    def written_by(
+        self,
+        prompts: Sequence[Prompt],
+        limit: int,
+        watches: Sequence[AnswerWatch | None] = (None,),
+        edits: Sequence[int] = (0,),
+    ) -> list[list[Written]]:
+        """Tokens of each answer, and whether it was stopped before its end, for each edit."""
+        found = [[Written([], False)] * len(prompts) for _ in edits]
         if self._engine is not None and self._within_reach(prompts, limit):
             for indices, batch in self._batches(f"answers of {limit}", prompts):
-                answers = self._engine.answer(batch, limit, watch, indices)
-                for index, answer in zip(indices, answers, strict=True):
-                    found[index] = answer.tokens, answer.stopped
+                written = self._engine.answer(batch, limit, watches, indices, edits)
+                for own, answers in zip(found, written, strict=True):
+                    for index, answer in zip(indices, answers, strict=True):
+                        own[index] = answer
             return found
-        rows = self.encode(prompts)
+        self._one_at_a_time(edits)
+        rows, watch = self.encode(prompts), watches[0]
         prefix = self.padded.shared(rows)
         for indices in self._grid(rows):
             stop = Decisions(watch, indices, self.chat, self.end_tokens) if watch else None
@@ -189,8 +240,16 @@ class LanguageModel:
                 cut = stop.decided_after.get(place) if stop else None
                 kept = tokens[place][:cut]
                 ended = bool(kept) and kept[-1] in self.end_tokens
-                found[index] = kept, cut is not None and not ended
+                found[0][index] = Written(kept, cut is not None and not ended)
         return found
+
+    def _one_at_a_time(self, edits: Sequence[int]) -> None:
+        if len(edits) > 1:
+            raise ModelError(
+                "several trials can't share a pass on these prompts: "
+                f"{self.not_packable or 'they outgrow the attention window'}.\n"
+                "  Set search.trials_per_pass = 1."
+            )
 
     # Batches
 
@@ -250,7 +309,7 @@ class LanguageModel:
             rows = probe_rows(self.module, (12, 17), share=9)
             batch = engine.batch(rows)
             alone = self.padded.logits(rows[:1], 1, Prefix())[0, 0]
-            same = same_logits(alone, engine.logits(batch, [1, 1])[0][0])
+            same = same_logits(alone, engine.logits(batch, [1, 1])[0][0][0])
         except (NotPackable, RuntimeError, TypeError, AttributeError, KeyError) as error:
             return None, str(error).splitlines()[0]
         if not same:

@@ -7,7 +7,7 @@ when they like. Knows nothing about prompts, texts or edits.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,8 @@ class Slab:
         self.rows, self.positions = rows, positions
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.windows: set[int] = set()
+        """Attention windows that layers have asked for."""
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's keys and values, made for tensors `"token (head channel)"` like these."""
@@ -82,6 +84,7 @@ class Pass:
         start: First block that is run.
         states: Input of that block, `"token hidden"`, if it is not the first.
         shared: Beginnings to copy from row to row.
+        edits: Number of the edit that each token is computed with, if several share the pass.
     """
 
     ids: Tensor
@@ -91,6 +94,7 @@ class Pass:
     start: int = 0
     states: Tensor | None = None
     shared: Shared | None = None
+    edits: Tensor | None = None
 
 
 @dataclass
@@ -109,7 +113,9 @@ class _Attention:
     visible: Tensor
     """`"row query position"`: what each query may look at."""
     shared: Shared | None
-    masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    at: Tensor
+    """`"row query 1"`: the position of each query."""
+    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: Pass, slab: Slab) -> "_Attention":
@@ -135,20 +141,41 @@ class _Attention:
             reach,
             visible,
             given.shared,
+            at.view(slab.rows, queries, 1),
         )
 
-    def mask(self, group: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask for query heads that share a key head, `"row 1 (group query) position"`."""
-        if (group, dtype) not in self.masks:
-            hidden = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
-            hidden.masked_fill_(~self.visible, float("-inf"))
-            self.masks[group, dtype] = hidden.repeat(1, group, 1)[:, None]
-        return self.masks[group, dtype]
+    def mask(self, group: int, window: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask for query heads that share a key head, `"row 1 (group query) position"`.
+
+        With a window, a token sees itself and the `window - 1` positions before it.
+        """
+        key = group, window, dtype
+        if key not in self.masks:
+            seen = self.visible
+            if window:
+                places = torch.arange(self.reach, device=seen.device)
+                seen = seen & (places > self.at - window)
+            hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            hidden.masked_fill_(~seen, float("-inf"))
+            self.masks[key] = hidden.repeat(1, group, 1)[:, None]
+        return self.masks[key]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int = 0,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one layer; query, key and value `"1 head token channel"`."""
+        """Attention of one layer; query, key and value `"1 head token channel"`.
+
+        With `softcap` scores are bounded by a tanh (Gemma 2), with `sinks` every head has one
+        more place to look at, which holds nothing (gpt-oss).
+        """
         _, heads, tokens, width = query.shape
         shared_heads, out_width = key.shape[1], value.shape[-1]
         group, rows = heads // shared_heads, self.slab.rows
@@ -167,16 +194,42 @@ class _Attention:
             padded.index_copy_(0, self.place, given)
             padded = padded.view(rows, self.queries, heads, width)
         grouped = padded.transpose(1, 2).reshape(rows, shared_heads, group * self.queries, width)
-        out = nn.functional.scaled_dot_product_attention(
-            grouped,
+        seen = (
             keys[:, : self.reach].view(rows, self.reach, shared_heads, width).transpose(1, 2),
             values[:, : self.reach].view(rows, self.reach, shared_heads, out_width).transpose(1, 2),
-            attn_mask=self.mask(group, query.dtype),
-            scale=scaling,
         )
+        mask = self.mask(group, window, query.dtype)
+        if softcap is None and sinks is None:
+            out = nn.functional.scaled_dot_product_attention(
+                grouped, *seen, attn_mask=mask, scale=scaling
+            )
+        else:
+            each = None if sinks is None else sinks.repeat_interleave(self.queries)
+            out = _attend_by_hand(grouped, *seen, mask, scaling, softcap, each)
         out = out.reshape(rows, heads, self.queries, out_width).transpose(1, 2)
         flat = out.reshape(rows * self.queries, heads, out_width)
         return (flat if self.place is None else flat.index_select(0, self.place))[None]
+
+
+def _attend_by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with what the fused kernels lack; `sinks` has one score per head and query."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, scores.shape[1], -1, 1)
+        scores = torch.cat([scores, column.expand(len(scores), -1, -1, -1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights[..., : key.shape[-2]] @ value
 
 
 _current: _Attention | None = None
@@ -194,12 +247,14 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     if _current is None:
         raise NotPackable("packed attention was called outside a packed pass")
-    refused = [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]
-    if refused or attention_mask is not None:
-        raise NotPackable(f"attention with {refused or 'a mask of its own'} is not packable")
+    if options.get("position_bias") is not None or attention_mask is not None:
+        raise NotPackable("its attention has a bias or a mask of its own")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
-    return _current.attend(layer, query, key, value, factor), None
+    window = options.get("sliding_window") or 0
+    _current.slab.windows |= {window} - {0}
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    return _current.attend(layer, query, key, value, factor, window, softcap, sinks), None
 
 
 class PackedModel:
@@ -222,6 +277,8 @@ class PackedModel:
             raise NotPackable("its blocks are wrapped (offloaded?)")
         AttentionInterface.register(ATTENTION, _packed_attention)
         self._module, self._blocks = module, list(blocks)
+        self.on_edits: Callable[[Tensor | None], None] | None = None
+        """Is told the edit of each token before every pass (see `virtual.py`)."""
         configs = [getattr(m, "config", None) for m in module.modules()]
         self._configs = list({id(c): c for c in configs if c is not None}.values())
 
@@ -232,7 +289,9 @@ class PackedModel:
         return device
 
     @torch.inference_mode()
-    def run(self, given: Pass, slab: Slab, record: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    def run(
+        self, given: Pass, slab: Slab, record: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """One pass.
 
         Args:
@@ -245,6 +304,8 @@ class PackedModel:
         """
         global _current
         found: dict[int, Tensor] = {}
+        if self.on_edits is not None:
+            self.on_edits(given.edits)
         with self._ours(), self._begun_at(given), self._recorded(record, found):
             _current = _Attention.of(given, slab)
             try:
@@ -257,6 +318,23 @@ class PackedModel:
             finally:
                 _current = None
         return output.logits[0], found
+
+    @torch.inference_mode()
+    def residuals(self, given: Pass, slab: Slab) -> Tensor:
+        """Every block's output at the wanted tokens, `"wanted layer hidden"`, float32."""
+        outputs: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple | list) else output
+            outputs.append(hidden[0].index_select(0, given.wanted).float())
+
+        handles = [block.register_forward_hook(keep) for block in self._blocks]
+        try:
+            self.run(given, slab)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(outputs, dim=1)
 
     @contextmanager
     def _ours(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ All it is comes from its constructor, so a restarted replica answers as the old 
 learns later (products with directions, base logits) is memoised from arguments, never state.
 """
 
+import copy
 import hashlib
 import logging
 import time
@@ -23,7 +24,9 @@ from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.residuals import ResidualShard
 from ray_abliterate.scorers import build
-from ray_abliterate.scoring import Recorder, Scorecard, Scorer
+from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
+from ray_abliterate.together import Together
+from ray_abliterate.virtual import VirtualEdits
 from ray_abliterate.weights import WeightCache
 
 log = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ class Replica:
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
         self._writers = find_writers(self.model.module, rows)
         self.cache = WeightCache(self.model.module, self._writers, recipe.model.weight_cache)
+        self._virtual: VirtualEdits | None = None
         self._scorers: tuple[Scorer, ...] = ()
         self._prepared_for = ""
 
@@ -130,8 +134,39 @@ class Replica:
         ):
             scores = tuple(scorer.score(self.model) for scorer in self._scorers)
             self._refuse_dead_metrics(scores)
-        rows = self._answers() if self._recipe.run.record_responses else ()
+        rows = self._answers(self._scorers) if self._recipe.run.record_responses else ()
         return Evaluation(Scorecard(scores), time.perf_counter() - started, rows)
+
+    def evaluate_together(
+        self, plans: Sequence[Plan], setup: Setup
+    ) -> list[Evaluation | Exception]:
+        """Score several plans in the same passes, by virtual edits; a failure fails its plan only.
+
+        Raises:
+            ModelError: this model's passes can't be shared.
+        """
+        self._prepare(setup)
+        if self._virtual is None:
+            self._virtual = self.model.virtual_edits(self.cache)
+        started = time.perf_counter()
+
+        def work(view: TextModel) -> tuple[Scorecard, tuple[dict[str, Any], ...]]:
+            scorers = tuple(copy.copy(scorer) for scorer in self._scorers)
+            scores = tuple(scorer.score(view) for scorer in scorers)
+            rows = self._answers(scorers) if self._recipe.run.record_responses else ()
+            return Scorecard(scores), rows
+
+        with (
+            self._virtual.opened(plans, setup.directions) as untouched,
+            self.model.untouched_below(untouched),
+        ):
+            together = Together[tuple[Scorecard, tuple[dict[str, Any], ...]]](self.model)
+            found = together.run([work] * len(plans))
+        seconds = (time.perf_counter() - started) / len(plans)
+        return [
+            result if isinstance(result, Exception) else Evaluation(result[0], seconds, result[1])
+            for result in found
+        ]
 
     def respond(
         self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256
@@ -163,9 +198,10 @@ class Replica:
                 "the edit (is the response prefix forcing the answer?)"
             )
 
-    def _answers(self) -> tuple[dict[str, Any], ...]:
+    @staticmethod
+    def _answers(scorers: Sequence[Scorer]) -> tuple[dict[str, Any], ...]:
         rows = []
-        for scorer in self._scorers:
+        for scorer in scorers:
             if not isinstance(scorer, Recorder):
                 continue
             for prompt, answer, shows in scorer.last_answers():

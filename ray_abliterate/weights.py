@@ -104,7 +104,7 @@ class WeightCache:
     @property
     def untouched(self) -> int:
         """Blocks, from the first, whose writers all are pristine now."""
-        return min(self._dirty, default=1 + max(t.writer.layer for t in self._targets))
+        return min(self._dirty, default=self.layers)
 
     def differs(self) -> bool:
         """Whether any writer's bits differ from the pristine ones now."""
@@ -114,8 +114,31 @@ class WeightCache:
             if target.writer.layer in self._dirty
         )
 
+    @property
+    def layers(self) -> int:
+        """Blocks up to and with the last that has a writer."""
+        return 1 + max(target.writer.layer for target in self._targets)
+
+    @property
+    def writers(self) -> tuple[Writer, ...]:
+        """The writers, in order."""
+        return tuple(target.writer for target in self._targets)
+
+    def edits(self, plan: Plan, directions: Directions) -> Iterator[tuple[Writer, ablation.Edit]]:
+        """What a plan does to each writer that it does not leave alone."""
+        for target, edit in self._edits(plan, directions):
+            yield target.writer, edit
+
     @torch.no_grad()
     def _apply(self, plan: Plan, directions: Directions) -> None:
+        for target, edit in self._edits(plan, directions):
+            writer = target.writer
+            self._dirty.add(writer.layer)
+            edit.apply_(oriented(target.weight, writer), oriented(target.pristine, writer))
+            if target.bias is not None and target.pristine_bias is not None:
+                edit.apply_to_bias_(target.bias, target.pristine_bias)
+
+    def _edits(self, plan: Plan, directions: Directions) -> Iterator[tuple[_Target, ablation.Edit]]:
         layers = directions.layers
         self._use(directions)
         shared = directions.blend(min(plan.direction_layer, layers - 1.0))
@@ -124,13 +147,8 @@ class WeightCache:
             writer = target.writer
             strength = strengths.get(writer.component, (0.0,) * layers)[writer.layer]
             blend = shared if plan.scope == "global" else ((writer.layer, 1.0),)
-            if strength == 0 or not all(directions.usable[row] for row, _ in blend):
-                continue
-            self._dirty.add(writer.layer)
-            edit = self._edit(target, plan.norm, blend, strength)
-            edit.apply_(oriented(target.weight, writer), oriented(target.pristine, writer))
-            if target.bias is not None and target.pristine_bias is not None:
-                edit.apply_to_bias_(target.bias, target.pristine_bias)
+            if strength != 0 and all(directions.usable[row] for row, _ in blend):
+                yield target, self._edit(target, plan.norm, blend, strength)
 
     def _use(self, directions: Directions) -> None:
         """Forget the products of other directions."""
