@@ -89,7 +89,9 @@ def summary(work: Work, rates: dict[int, float], bandwidth: float) -> dict[str, 
         "prefill_gflop_per_s": round(rates[prefill_rows] / 1e9, 1),
         "decode_gflop_per_s": round(rates[decode_rows] / 1e9, 1),
         "read_gb_per_s": round(bandwidth / 1e9, 1),
-        "floor_seconds": round(seconds(work, rates[prefill_rows], rates[decode_rows], bandwidth), 4),
+        "floor_seconds": round(
+            seconds(work, rates[prefill_rows], rates[decode_rows], bandwidth), 4
+        ),
     }
 
 

@@ -6,7 +6,6 @@ score (KL divergence and refusals). Start-up follows the steps of the program, e
 here is the release's code; it is called as a library.
 """
 
-import os
 import time
 from contextlib import contextmanager
 from typing import Any
@@ -153,10 +152,10 @@ class Peer:
     def _common_prefix(self) -> str:
         """What all answers begin with, compared as text; a thinking block is not looked for."""
         prompts = self.good[:PREFIX_PROMPTS] + self.bad[:PREFIX_PROMPTS]
-        return os.path.commonprefix(self.model.get_responses_batched(prompts)).rstrip(" ")
+        return common_beginning(self.model.get_responses_batched(prompts)).rstrip(" ")
 
     def _directions(self) -> Any:
-        """Unit vectors, `"layer hidden"`, the embeddings' first; from the release's own residuals."""
+        """Unit vectors from the release's residuals, `"layer hidden"`, the embeddings' first."""
         from torch.nn.functional import normalize
 
         neutral = self.model.get_residuals_mean(self.good).double()
@@ -166,6 +165,15 @@ class Peer:
             unit = normalize(neutral, dim=1)
             raw = raw - (raw * unit).sum(dim=1, keepdim=True) * unit
         return normalize(raw, dim=1).float()
+
+
+def common_beginning(texts: list[str]) -> str:
+    """The longest text that all begin with."""
+    first, last = min(texts), max(texts)  # in lexical order, these two share the least
+    shared = 0
+    while shared < min(len(first), len(last)) and first[shared] == last[shared]:
+        shared += 1
+    return first[:shared]
 
 
 if __name__ == "__main__":
