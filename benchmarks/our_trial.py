@@ -74,7 +74,7 @@ class Ours:
             "dtype": self.replica.describe().dtype,
             "threads": torch.get_num_threads(),
             "evaluates_together": hasattr(self.replica, "evaluate_together"),
-            "techniques": [f.name for f in fields(techniques)] if techniques is not None else None,
+            "techniques": _enabled(techniques),
             "peak_bytes": peak_bytes(),
             **self._work(),
         }
@@ -206,6 +206,13 @@ class Ours:
             "linear_parameters": _linear_parameters(model.module) - head.numel(),
             "bytes_per_parameter": head.element_size(),
         }
+
+
+def _enabled(techniques: Any) -> list[str] | None:
+    """Names of the techniques that are on; None where the model has no switches."""
+    if techniques is None:
+        return None
+    return [f.name for f in fields(techniques) if getattr(techniques, f.name)]
 
 
 def _linear_parameters(module: Any) -> int:

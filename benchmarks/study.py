@@ -3,7 +3,7 @@
 Both get the same model, prompts, dtype, answer length and number of trials, and are otherwise as
 they come: the peer searches for its batch size and a response prefix. Release 1.4.0 has no
 headless mode. Without a terminal it runs all trials, writes its journal, and stops in its menu with
-exit code 1; its log says what each trial found. That moment counts as its end.
+exit code 1; its log says what each trial found. A study ends when its program shows the frontier.
 """
 
 import json
@@ -24,7 +24,9 @@ Line = tuple[float, str]
 """Seconds since the command, and what was printed."""
 
 FIRST_TRIAL = re.compile(r"Running trial 1 of")
+FINISHED = re.compile(r"Optimization finished")
 OUR_TRIAL = re.compile(r"^\[1/\d+\] trial (\d+):")
+OUR_FRONTIER = re.compile(r"^Frontier")
 SCORE = re.compile(r"\* KL divergence: ([\d.eE+-]+)|^\s+\* Refusals: (\d+)/\d+")
 
 
@@ -59,7 +61,7 @@ def run_peer(bench: Any, model: str, dtype: str, trials: int) -> dict[str, Any]:
         log = "\n".join(text for _, text in lines[-20:])
         raise RuntimeError(f"the peer finished {len(found)} of {trials} trials:\n{log}")
     return {
-        "seconds": round(lines[-1][0], 1),
+        "seconds": round(when(lines, FINISHED), 1),
         "first_trial_seconds": round(when(lines, FIRST_TRIAL), 1),
         "frontier": frontier(found),
     }
@@ -87,7 +89,7 @@ def run_ours(bench: Any, model: str, dtype: str, trials: int) -> dict[str, Any]:
     cards = [trial.scorecard for trial in done.values()]
     found = [(refusals(c[RATE].detail), c[KL].value) for c in cards if c is not None]
     return {
-        "seconds": round(lines[-1][0], 1),
+        "seconds": round(when(lines, OUR_FRONTIER), 1),
         "first_trial_seconds": round(first, 1),
         "frontier": frontier(found),
     }
@@ -120,7 +122,7 @@ def defaults(bench: Any) -> dict[str, Any]:
 
 
 def timed(command: list[str], folder: Path, threads: int) -> tuple[list[Line], int]:
-    """Run a program without a terminal; its lines with their times, the last when it ended."""
+    """Run a program without a terminal; its lines with their times, and its exit code."""
     lines: list[Line] = []
     started = time.perf_counter()
     with subprocess.Popen(
@@ -136,7 +138,6 @@ def timed(command: list[str], folder: Path, threads: int) -> tuple[list[Line], i
         for line in process.stdout:
             lines.append((time.perf_counter() - started, line.rstrip()))
         code = process.wait()
-    lines.append((time.perf_counter() - started, ""))
     return lines, code
 
 
