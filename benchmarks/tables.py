@@ -126,7 +126,7 @@ def agreement_table(figures: dict[str, Any]) -> list[str]:
                 found["model"],
                 found["dtype"],
                 count,
-                f"{verdicts['equal']} of {verdicts['verdicts']}" if verdicts else "by count only",
+                f"{verdicts['equal']} of {verdicts['verdicts']}" if verdicts else "by count",
                 f"{sum(each['refusals_ours'])}, {sum(each['refusals_peer'])}",
                 percent(each["kl_relative_difference"]),
             )
@@ -140,16 +140,33 @@ def percent(values: dict[str, float]) -> str:
 
 
 def check_table(figures: dict[str, Any]) -> list[str]:
-    """KL divergences with normalisation off, point by point."""
+    """KL divergences with normalisation off: the largest difference over all points."""
     rows = []
     for found in figures.get("check", []):
-        for number, row in enumerate(found["trials"]):
-            ours, peer = row["ours"]["1"], row["peer"]
-            refusals = f"{ours['refusals']}, {peer['refusals']}"
+        for count, each in found["agreement"].items():
+            pairs = [(row["ours"][count]["kl"], row["peer"]["kl"]) for row in found["trials"]]
+            verdicts = each["verdicts"]
             rows.append(
-                (found["model"], number, f"{ours['kl']:.6f}", f"{peer['kl']:.6f}", refusals)
+                (
+                    found["model"],
+                    count,
+                    len(pairs),
+                    f"{min(b for _, b in pairs):.4f} to {max(b for _, b in pairs):.4f}",
+                    f"{max(abs(a - b) for a, b in pairs):.6f}",
+                    f"{verdicts['equal']} of {verdicts['verdicts']}" if verdicts else "by count",
+                    f"{sum(each['refusals_ours'])}, {sum(each['refusals_peer'])}",
+                )
             )
-    return table(("model", "point", "KL here", "KL Heretic", "refusals here, Heretic"), rows)
+    head = (
+        "model",
+        "trials a pass",
+        "points",
+        "KL of Heretic",
+        "largest difference",
+        "equal verdicts",
+        "refusals here, Heretic",
+    )
+    return table(head, rows)
 
 
 def floor_table(figures: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ See docs/performance.md.
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ SETTLE_SECONDS = 0.3
 PREFILL_ROWS = 2048
 SWITCH_ROUNDS = 5
 WARM_UP_SEED = 1000
+CHECK_POINTS = 4
 EVERYTHING = "all of them"
 
 
@@ -73,7 +75,8 @@ def read_options() -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="of both; 0: the peer searches, ours follows")
     add("--start-up", action="store_true", help="the peer also looks for a response prefix")
     add("--norm", choices=list(points.NORMALISATION), default="row")
-    add("--ablation", type=int, default=3, help="rounds per technique; 0: none")
+    add("--ablation", type=int, default=3, help="rounds with each technique off; 0: none")
+    add("--ablation-per-pass", type=int, nargs="+", default=[1])
     add("--check", action="store_true", help="first: equal KL divergences in float32, norm none")
     add("--study", type=int, default=0, help="whole studies of so many trials; 0: none")
     add("--study-on", default="declines:bfloat16", help="model:dtype of the studies")
@@ -261,7 +264,7 @@ def in_turns(pair: Pair, plans: list[Plan]) -> tuple[dict[int, list[Any]], list[
                 some = [p.to_json() for p in plans[index : index + count]]
                 ours[count].append(settled(worker, "trial", plans=some))
         peer.append(settled(pair.peer, "trial", **points.to_peer(plan)))
-        print(f"{pair.name}: {index + 1}/{len(plans)}", end="\r", file=sys.stderr)
+        print(f"{pair.name}: {index + 1}/{len(plans)}", file=sys.stderr)
     return ours, peer
 
 
@@ -286,15 +289,25 @@ def check(bench: Bench, model: str) -> dict[str, Any]:
     Raises:
         SystemExit: they don't, at some point.
     """
-    with Pair(bench, model, "float32", "none", [1]) as pair:
-        plans = points.draw(pair.shape, "none", bench.options.trials, bench.options.seed)
-        ours, peer = in_turns(pair, plans)
-        found = trials_of(plans, ours, peer)
+    options = bench.options
+    together = math.lcm(*options.trials_per_pass)
+    count = min(options.trials, together * math.ceil(CHECK_POINTS / together))
+    with Pair(bench, model, "float32", "none", options.trials_per_pass) as pair:
+        plans = points.draw(pair.shape, "none", count, options.seed)
+        found = trials_of(plans, *in_turns(pair, plans))
     for row in found:
-        print(f"check {model}: KL {row['ours'][1]['kl']:.6f} here, {row['peer']['kl']:.6f} there")
-        if not summary.same_kl(row["ours"][1]["kl"], row["peer"]["kl"]):
-            raise SystemExit(f"{model}: the KL divergences differ; the comparison is not fair")
-    return {"model": model, "dtype": "float32", "norm": "none", "trials": found}
+        for count, ours in row["ours"].items():
+            kl, peer = ours["kl"], row["peer"]["kl"]
+            print(f"check {model}, {count} a pass: KL {kl:.6f} here, {peer:.6f} there")
+            if not summary.same_kl(kl, peer):
+                raise SystemExit(f"{model}: the KL divergences differ; the comparison is not fair")
+    return {
+        "model": model,
+        "dtype": "float32",
+        "norm": "none",
+        "trials": found,
+        "agreement": agreement(found),
+    }
 
 
 def measure(bench: Bench, model: str, dtype: str) -> dict[str, Any]:
@@ -431,34 +444,52 @@ def floors(pair: Pair, ours: dict[int, list[Any]], per_pass: dict[int, Any]) -> 
 
 
 def techniques(pair: Pair, plans: list[Plan]) -> dict[str, Any] | None:
-    """Each technique off, in turns with all on: how many times longer a pass takes."""
-    rounds = pair.bench.options.ablation
+    """How many times longer a pass takes with each technique off, by trials per pass."""
+    options = pair.bench.options
     names = next(iter(pair.our_facts.values()))["techniques"]
     if names is None:
         print(f"{pair.name}: the model has no techniques to switch off; skipped")
-    if not names or not rounds:
+    if not names or not options.ablation:
         return None
-    found = {}
-    for count, worker in pair.ours.items():
-        some = [plan.to_json() for plan in plans[:count]]
-        found[str(count)] = {
-            name: slowdown(worker, some, off, rounds)
-            for name, off in [*((n, [n]) for n in names), (EVERYTHING, list(names))]
-        }
-    return found
-
-
-def slowdown(worker: Worker, plans: list[str], off: list[str], rounds: int) -> dict[str, Any]:
-    """Passes with all on and with some off, in turns; the first of each is not counted."""
-    on_seconds, off_seconds = [], []
-    for _ in range(rounds + 1):
-        on_seconds.append(settled(worker, "trial", plans=plans)["seconds"])
-        off_seconds.append(settled(worker, "trial", plans=plans, off=off)["seconds"])
-    on, without = on_seconds[1:], off_seconds[1:]
+    without = {name: [name] for name in names} | {EVERYTHING: list(names)}
     return {
-        "on_seconds": summary.spread(on),
-        "off_seconds": summary.spread(without),
-        "slowdown": round(statistics.median(without) / statistics.median(on), 2),
+        str(count): slowdowns(
+            pair.ours[count], [plan.to_json() for plan in plans[:count]], without, options.ablation
+        )
+        for count in options.ablation_per_pass
+        if count in pair.ours
+    }
+
+
+def slowdowns(
+    worker: Worker, plans: list[str], without: dict[str, list[str]], rounds: int
+) -> dict[str, Any]:
+    """Passes with all techniques on, and between them one with each switched off.
+
+    What each round finds is held against the mean of its own two passes with all on. One round
+    before the first is not counted: a technique switched back on may have to learn again.
+    """
+
+    def seconds(off: list[str]) -> float:
+        return float(settled(worker, "trial", plans=plans, off=off)["seconds"])
+
+    found: dict[str, list[float]] = {name: [] for name in without}
+    all_on = []
+    for counted in [False, *[True] * rounds]:
+        before = seconds([])
+        row = {name: seconds(off) for name, off in without.items()}
+        on = statistics.mean([before, seconds([])])
+        if counted:
+            all_on.append(on)
+            for name, value in row.items():
+                found[name].append(value / on)
+    return {
+        name: {
+            "slowdown": round(statistics.median(ratios), 3),
+            "range": summary.spread(ratios, 3),
+            "on_seconds": summary.spread(all_on),
+        }
+        for name, ratios in found.items()
     }
 
 

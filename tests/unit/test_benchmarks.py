@@ -108,6 +108,24 @@ def test_the_last_lines_have_the_best_ratio_and_the_smaller_model_for_float32():
     ]
 
 
+class Clock:
+    """Stands where a worker stands; takes a second, and two more without `packing`."""
+
+    def call(self, command, plans, off):
+        return {"seconds": 3.0 if "packing" in off else 1.0}
+
+
+def test_a_technique_is_worth_what_a_pass_takes_longer_without_it(monkeypatch):
+    monkeypatch.setattr(trial, "SETTLE_SECONDS", 0)
+    without = {"packing": ["packing"], "reuse": ["reuse"], "all": ["packing", "reuse"]}
+    found = trial.slowdowns(Clock(), ["plan"], without, rounds=2)
+    assert {name: row["slowdown"] for name, row in found.items()} == {
+        "packing": 3.0,
+        "reuse": 1.0,
+        "all": 3.0,
+    }
+
+
 WORK = floor.Work(
     prefill_tokens=100,
     prompts=4,
