@@ -273,7 +273,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "floor": ("trial", floor_table),
     "techniques": ("trial", technique_table),
     "start": ("trial", start_table),
-    "study": ("trial", study_table),
+    "study": ("trial-study", study_table),
     "weight-cache": ("weight_cache", weights_table),
     "overhead": ("overhead", overhead_table),
 }

@@ -38,25 +38,33 @@ def main() -> None:
     """Measure, print, save."""
     options = read_options()
     with tempfile.TemporaryDirectory(prefix="trial-") as scratch:
-        python = peer_env.ensure(options.peer_env)
-        bench = Bench(options, python, Path(scratch))
-        figures: dict[str, Any] = {
-            "settings": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
-            "peer": peer_env.versions(python),
-            "configurations": [],
-        }
-        if options.check:
-            figures["check"] = [check(bench, model) for model in options.models]
-        for model in options.models:
-            for dtype in options.dtypes:
-                figures["configurations"].append(measure(bench, model, dtype))
-                save("trial", figures, options.save)
+        bench = Bench(options, peer_env.ensure(options.peer_env), Path(scratch))
+        figures = trials(bench) if options.trials else {"configurations": []}
         if options.study:
             from benchmarks import study
 
-            figures["study"] = study.compare(bench, *options.study_on.split(":"))
-    print(save("trial", figures, options.save))
+            found = study.compare(bench, *options.study_on.split(":"))
+            print(save("trial", {**about(bench), "study": found}, f"{options.save}-study"))
     report(figures)
+
+
+def trials(bench: "Bench") -> dict[str, Any]:
+    """All configurations, saved after each."""
+    options = bench.options
+    figures: dict[str, Any] = {**about(bench), "configurations": []}
+    if options.check:
+        figures["check"] = [check(bench, model) for model in options.models]
+    for model in options.models:
+        for dtype in options.dtypes:
+            figures["configurations"].append(measure(bench, model, dtype))
+            print(save("trial", figures, options.save))
+    return figures
+
+
+def about(bench: "Bench") -> dict[str, Any]:
+    """What every file of a run says about it."""
+    settings = {k: v for k, v in vars(bench.options).items() if not isinstance(v, Path)}
+    return {"settings": settings, "peer": peer_env.versions(bench.peer_python)}
 
 
 def read_options() -> argparse.Namespace:
@@ -70,7 +78,7 @@ def read_options() -> argparse.Namespace:
     add("--prompts", type=int, default=64, help="of each of the two scored sets")
     add("--direction-prompts", type=int, default=128, help="of each of the two sets extracted from")
     add("--tokens", type=int, default=40, help="of an answer")
-    add("--trials", type=int, default=12, help="points per model and dtype")
+    add("--trials", type=int, default=12, help="points per model and dtype; 0: no trials")
     add("--trials-per-pass", type=int, nargs="+", default=[1, 4])
     add("--batch-size", type=int, default=64, help="of both; 0: the peer searches, ours follows")
     add("--start-up", action="store_true", help="the peer also looks for a response prefix")
@@ -102,7 +110,8 @@ class Bench:
         self.files = {name: folder / f"{name}.txt" for name in self.prompts}
         for name, users in self.prompts.items():
             self.files[name].write_text("\n".join(users) + "\n", encoding="utf-8")
-        self.models = {name: model_folder(name) for name in options.models}
+        studied = [options.study_on.partition(":")[0]] if options.study else []
+        self.models = {name: model_folder(name) for name in {*options.models, *studied}}
 
     def peer_settings(self, model: str, dtype: str, norm: str) -> dict[str, Any]:
         """Settings of the release; prompt sets as text files."""
