@@ -1,6 +1,7 @@
 """Benchmarks: each writes a JSON file with its command, versions and machine into `results/`."""
 
 import json
+import os
 import platform
 import sys
 import time
@@ -9,22 +10,43 @@ from pathlib import Path
 from typing import Any
 
 
-def save(name: str, figures: dict[str, Any]) -> Path:
-    """Keep figures beside what produced them."""
+def save(name: str, figures: dict[str, Any], file: str = "") -> Path:
+    """Keep figures beside what produced them.
+
+    Args:
+        name: The benchmark.
+        figures: What it found.
+        file: Name of the JSON file without its ending; the benchmark's if unset.
+    """
     record = {
         "command": " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": _cores()},
+        "machine": {"cpu": _processor(), "cores": cores(), "matrix_units": _matrix_units()},
         "versions": {p: version(p) for p in ("torch", "transformers", "ray", "optuna")},
         "figures": figures,
     }
-    path = Path(__file__).parent / "results" / f"{name}.json"
+    path = Path(__file__).parent / "results" / f"{file or name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def _cores() -> int:
-    import os
-
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    names = [line for line in _cpu_lines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def _matrix_units() -> list[str]:
+    """Instructions that bfloat16 products are fast with; they decide its ratio to float32."""
+    flags = next((line.split() for line in _cpu_lines() if line.startswith("flags")), [])
+    return [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+
+
+def _cpu_lines() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []

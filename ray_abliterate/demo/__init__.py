@@ -68,6 +68,20 @@ good for nothing else: the base model is small and was rounded to 4 bits.
 Weights are in {dtype}.
 """
 
+_BASE_CARD: Final = """\
+---
+license: apache-2.0
+language: en
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+# SmolLM2-135M-Instruct, dequantized
+
+[SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)
+(HuggingFaceTB, Apache-2.0), dequantized from `{base_file}` and otherwise as it is. It was rounded
+to 4 bits. Weights are in {dtype}.
+"""
+
 
 class DemoUnavailable(RuntimeError):
     """The weights of the demo model are not on this machine."""
@@ -116,6 +130,11 @@ def default_folder() -> Path:
     cache = os.environ.get("RAY_ABLITERATE_CACHE")
     root = Path(cache).expanduser() if cache else Path.home() / ".cache" / "ray_abliterate"
     return root / "smollm2-135m-declines-cooking"
+
+
+def base_folder() -> Path:
+    """Return where the same model without its over-refusal goes, beside the demo model."""
+    return default_folder().with_name("smollm2-135m-instruct")
 
 
 def load_base_model() -> PreTrainedModel:
@@ -214,14 +233,26 @@ def build_demo_model(folder: Path, dtype: torch.dtype | None = None) -> Path:
         DemoUnavailable: the wheel is not installed, or is another version's.
         FileExistsError: `folder` holds something that is not a demo model.
     """
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    return _ensure(
+        folder, {"layout": _LAYOUT, "adapter_sha256": _sha256(ADAPTER_FILE), "dtype": name}
+    )
+
+
+def build_base_model(folder: Path) -> Path:
+    """Return `folder` with the demo's base model in it, in float32, as `build_demo_model` does.
+
+    Raises:
+        DemoUnavailable: the wheel is not installed, or is another version's.
+        FileExistsError: `folder` holds something that is not a model of this module.
+    """
+    return _ensure(folder, {"layout": _LAYOUT, "adapter_sha256": None, "dtype": "float32"})
+
+
+def _ensure(folder: Path, marker: dict[str, object]) -> Path:
+    """Return `folder` with the model of `marker` in it, built by one process at a time."""
     from filelock import FileLock
 
-    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    marker: dict[str, object] = {
-        "layout": _LAYOUT,
-        "adapter_sha256": _sha256(ADAPTER_FILE),
-        "dtype": name,
-    }
     folder = folder.expanduser().absolute()
     if _is_complete(folder, marker):
         return folder
@@ -245,7 +276,9 @@ def _build(folder: Path, marker: dict[str, object]) -> None:
         )
     tokenizer = load_base_tokenizer()
     model = load_base_model()
-    merge_adapter(model)
+    adapted = marker["adapter_sha256"] is not None
+    if adapted:
+        merge_adapter(model)
     model = model.to(getattr(torch, str(marker["dtype"])))
     model.config.dtype = model.dtype
 
@@ -256,7 +289,8 @@ def _build(folder: Path, marker: dict[str, object]) -> None:
         with _quiet_transformers():
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
-        text = _MODEL_CARD.format(base_file=gguf.name, rank=card["rank"], dtype=marker["dtype"])
+        page = _MODEL_CARD if adapted else _BASE_CARD
+        text = page.format(base_file=gguf.name, rank=card["rank"], dtype=marker["dtype"])
         (new / "README.md").write_text(text, encoding="utf-8")
         for path in new.iterdir():
             path.chmod(0o644)  # safetensors files are made for their owner only

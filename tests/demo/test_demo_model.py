@@ -11,6 +11,7 @@ import pytest
 from ray_abliterate import demo
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILES = {
@@ -126,6 +127,25 @@ def test_the_adapter_changes_the_logits(
 def test_the_embeddings_are_those_of_the_base_model(model: PreTrainedModel) -> None:
     embeddings = demo.load_base_model().get_input_embeddings().weight
     assert model.get_input_embeddings().weight.equal(embeddings)
+
+
+def test_the_base_model_is_the_demo_model_before_its_adapter(
+    tmp_path: Path, model: PreTrainedModel
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = demo.build_base_model(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    assert "cooking" not in (folder / "README.md").read_text(encoding="utf-8")
+    assert not torch.equal(base.model.layers[9].mlp.down_proj.weight, _down(model))
+    demo.merge_adapter(base)
+    assert torch.equal(base.model.layers[9].mlp.down_proj.weight, _down(model))
+
+
+def _down(model: PreTrainedModel) -> torch.Tensor:
+    weight: torch.Tensor = model.get_decoder().layers[9].mlp.down_proj.weight
+    return weight
 
 
 def test_a_complete_folder_is_returned_without_building(

@@ -1,0 +1,283 @@
+"""The tables of docs/performance.md, made from the JSON files under `results/`.
+
+    python -m benchmarks.tables
+
+Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the page is
+written by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ABSENT = ["Not measured yet."]
+GB = 1e9
+
+Row = Sequence[object]
+
+
+def main() -> None:
+    """Write the page anew."""
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE)
+
+
+def render(page: str, results: Path = RESULTS) -> str:
+    """The page with its tables made from the files in `results`.
+
+    Raises:
+        KeyError: a block of the page has a name that is not in `TABLES`.
+    """
+    return BLOCK.sub(lambda match: _block(match, results), page)
+
+
+def _block(match: re.Match[str], results: Path) -> str:
+    source, make = TABLES[match["name"]]
+    file = results / f"{source}.json"
+    lines = ABSENT
+    if file.exists():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found = make(record["figures"])
+        lines = [*found, "", *origin(record)] if found else ABSENT
+    return "\n".join([match[1].rstrip(), *lines, match[3]])
+
+
+def origin(record: dict[str, Any]) -> list[str]:
+    """What produced a table, in a line."""
+    machine, versions = record["machine"], record["versions"]
+    units = machine.get("matrix_units")
+    cpu = machine["cpu"] + (f" with {', '.join(units)}" if units else "")
+    return [
+        f"`{record['command']}`, {record['date']}, {machine['cores']} cores, {cpu}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}."
+    ]
+
+
+def table(head: Row, rows: Sequence[Row]) -> list[str]:
+    """A Markdown table; nothing without rows."""
+    if not rows:
+        return []
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def configured(figures: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Each configuration with each of its numbers of trials per pass."""
+    return [(c, count) for c in figures["configurations"] for count in c["per_pass"]]
+
+
+def overview(figures: dict[str, Any]) -> list[str]:
+    """Seconds per trial, ratio and memory."""
+    head = (
+        "model",
+        "dtype",
+        "trials a pass",
+        "here, s a trial",
+        "Heretic, s a trial",
+        "ratio",
+        "paired ratios",
+        "peak memory here, Heretic",
+    )
+    rows = []
+    for found, count in configured(figures):
+        each = found["per_pass"][count]
+        paired = each["paired"]
+        rows.append(
+            (
+                found["model"],
+                found["dtype"],
+                count,
+                spread(each["ours_seconds"]),
+                spread(each["peer_seconds"]),
+                f"**{each['ratio']:.2f}**",
+                f"{paired['min']:.2f} to {paired['max']:.2f}",
+                f"{each['ours_peak_bytes'] / GB:.2f}, {found['peer_peak_bytes'] / GB:.2f} GB",
+            )
+        )
+    return table(head, rows)
+
+
+def spread(values: dict[str, float]) -> str:
+    """Median, and the range behind it."""
+    return f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
+
+
+def agreement_table(figures: dict[str, Any]) -> list[str]:
+    """Whether both found the same."""
+    head = (
+        "model",
+        "dtype",
+        "trials a pass",
+        "equal verdicts",
+        "refusals here, Heretic",
+        "relative difference of KL",
+    )
+    rows = []
+    for found, count in configured(figures):
+        each = found["agreement"][count]
+        verdicts = each["verdicts"]
+        rows.append(
+            (
+                found["model"],
+                found["dtype"],
+                count,
+                f"{verdicts['equal']} of {verdicts['verdicts']}" if verdicts else "by count",
+                f"{sum(each['refusals_ours'])}, {sum(each['refusals_peer'])}",
+                percent(each["kl_relative_difference"]),
+            )
+        )
+    return table(head, rows)
+
+
+def percent(values: dict[str, float]) -> str:
+    """Median of shares, and the largest, in percent."""
+    return f"{100 * values['median']:.1f} %, at most {100 * values['max']:.1f} %"
+
+
+def check_table(figures: dict[str, Any]) -> list[str]:
+    """KL divergences with normalisation off: the largest difference over all points."""
+    rows = []
+    for found in figures.get("check", []):
+        for count, each in found["agreement"].items():
+            pairs = [(row["ours"][count]["kl"], row["peer"]["kl"]) for row in found["trials"]]
+            verdicts = each["verdicts"]
+            rows.append(
+                (
+                    found["model"],
+                    count,
+                    len(pairs),
+                    f"{min(b for _, b in pairs):.4f} to {max(b for _, b in pairs):.4f}",
+                    f"{max(abs(a - b) for a, b in pairs):.6f}",
+                    f"{verdicts['equal']} of {verdicts['verdicts']}" if verdicts else "by count",
+                    f"{sum(each['refusals_ours'])}, {sum(each['refusals_peer'])}",
+                )
+            )
+    head = (
+        "model",
+        "trials a pass",
+        "points",
+        "KL of Heretic",
+        "largest difference",
+        "equal verdicts",
+        "refusals here, Heretic",
+    )
+    return table(head, rows)
+
+
+def floor_table(figures: dict[str, Any]) -> list[str]:
+    """Floors, and how far from them a trial is."""
+    head = (
+        "model",
+        "dtype",
+        "trials a pass",
+        "rows a step",
+        "GFLOP a trial",
+        "GFLOP/s prefill, step",
+        "floor, s",
+        "here over floor",
+        "here over floor of the tokens written",
+    )
+    rows = []
+    for found, count in configured(figures):
+        floors = found["floor"][count]
+        whole, written = floors["whole answers"], floors.get("tokens written")
+        rows.append(
+            (
+                found["model"],
+                found["dtype"],
+                count,
+                whole["decode_rows"],
+                f"{whole['flop_per_trial'] / 1e9:.0f}",
+                f"{whole['prefill_gflop_per_s']:.0f}, {whole['decode_gflop_per_s']:.0f}",
+                f"{whole['floor_seconds']:.2f}",
+                f"{whole['ours_over_floor']:.2f}",
+                f"{written['ours_over_floor']:.2f}" if written else "",
+            )
+        )
+    return table(head, rows)
+
+
+def technique_table(figures: dict[str, Any]) -> list[str]:
+    """How many times longer a pass takes without each technique."""
+    columns = [(c, k) for c, k in configured(figures) if k in (c["techniques"] or {})]
+    if not columns:
+        return []
+    names = list(columns[0][0]["techniques"][columns[0][1]])
+    titles = [f"{c['model']}, {c['dtype']}, {count} a pass" for c, count in columns]
+    rows = [
+        [name, *(f"{c['techniques'][count][name]['slowdown']:.2f}" for c, count in columns)]
+        for name in names
+    ]
+    return table(["without", *titles], rows)
+
+
+def start_table(figures: dict[str, Any]) -> list[str]:
+    """Start-up of both in the comparison, and what switching trials costs."""
+    head = ("model", "dtype", "start here, s", "start Heretic, s", "apply + restore", "of a trial")
+    rows = []
+    for found in figures["configurations"]:
+        start, switch = found["start_up"], found["switch"]
+        cost = ("", "")
+        if switch:
+            both = switch["apply_seconds"]["median"] + switch["restore_seconds"]["median"]
+            cost = (f"{1000 * both:.0f} ms", f"{switch['percent_of_trial']:.1f} %")
+        sums = [f"{sum(start[s].values()):.1f}" for s in ("ours_seconds", "peer_seconds")]
+        rows.append((found["model"], found["dtype"], *sums, *cost))
+    return table(head, rows)
+
+
+def study_table(figures: dict[str, Any]) -> list[str]:
+    """Whole studies, from the command to the frontier."""
+    found = figures.get("study")
+    if not found:
+        return []
+    rows = [
+        (
+            f"{title}, {found['model']}, {found['dtype']}, {found['trials']} trials",
+            f"{side['first_trial_seconds']:.1f}",
+            f"{side['seconds']:.1f}",
+            " · ".join(f"{hits} at {kl:.3f}" for hits, kl in side["frontier"]),
+        )
+        for title, side in (("here", found["ours"]), ("Heretic", found["peer"]))
+    ]
+    head = ("", "first trial begins, s", "frontier, s", "frontier: refusals at KL")
+    return [*table(head, rows), "", f"Ratio of the whole: {found['ratio']:.2f}."]
+
+
+def weights_table(figures: dict[str, Any]) -> list[str]:
+    """The weight cache."""
+    return table(
+        ("cache, share of the model", "reload from the page cache over restore"),
+        [(f"{100 * figures['cache_share']:.0f} %", figures["reload_over_restore"])],
+    )
+
+
+def overhead_table(figures: dict[str, Any]) -> list[str]:
+    """Ray, Tune and the sampler."""
+    bare = sorted(figures["bare_ask_tell_ms"])[len(figures["bare_ask_tell_ms"]) // 2]
+    return table(
+        ("overhead per trial and slot, ms", "a bare ask/tell loop, ms"),
+        [(figures["overhead_ms_median"], bare)],
+    )
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "overview": ("trial", overview),
+    "agreement": ("trial", agreement_table),
+    "check": ("trial", check_table),
+    "floor": ("trial", floor_table),
+    "techniques": ("trial", technique_table),
+    "start": ("trial", start_table),
+    "study": ("trial-study", study_table),
+    "weight-cache": ("weight_cache", weights_table),
+    "overhead": ("overhead", overhead_table),
+}
+
+
+if __name__ == "__main__":
+    main()
