@@ -25,6 +25,9 @@ COMPACT_BELOW = 0.75
 """Rows are moved together when so few of the slab's are live: a copy costs about what attention
 over dead rows costs in a step or two."""
 
+FIRST = "drafts 0"
+"""Name of the pass that feeds prompts with the first draft tokens."""
+
 Row = Sequence[int]
 
 
@@ -150,7 +153,7 @@ class Engine:
     def residuals(self, batch: Batch) -> Tensor:
         """Every block's output at each row's last token, `"row layer hidden"`, float32."""
         slab, plan = self._slab(batch, 1, 0), DraftPlan.of([()] * len(batch.rows))
-        tokens = self._prompt_tokens(batch, plan, [1] * len(batch.rows), 1)
+        tokens = self._prompt_tokens(batch, plan, plan, [1] * len(batch.rows), 1)
         return self.model.residuals(self._pass(batch, tokens, (0,), self._shared(batch, 1)), slab)
 
     @torch.inference_mode()
@@ -198,15 +201,17 @@ class Engine:
         edits: Sequence[int],
     ) -> Tensor:
         """Prompts from the start, with the draft tokens that the first pass feeds."""
-        tokens = self._prompt_tokens(batch, plan, wanted, len(edits))
+        learned = batch.drafts if batch.drafts and name == FIRST else None
+        known = DraftPlan.of(learned) if learned else plan
+        tokens = self._prompt_tokens(batch, plan, known, wanted, len(edits))
         return self._run(batch, slab, name, tokens, edits, self._shared(batch, len(edits)))
 
     @staticmethod
     def _prompt_tokens(
-        batch: Batch, plan: DraftPlan, wanted: Sequence[int], copies: int
+        batch: Batch, plan: DraftPlan, known: DraftPlan, wanted: Sequence[int], copies: int
     ) -> _Tokens:
+        """`known` are the drafts that the base model's pass fed, `plan` those of this one."""
         tokens, count, prefix = _Tokens(), len(batch.rows), batch.prefix
-        known = DraftPlan.of(batch.drafts) if batch.drafts else plan
         for copy in range(copies):
             spare, base = copies * count + copy, prefix
             tokens.add(spare, 0, batch.rows[0][:prefix], 0, 0)
@@ -285,7 +290,7 @@ class Engine:
         """The prompt pass, and as many draft passes as rows agree with their drafts."""
         plan, count = self._drafts(batch), len(batch.rows)
         wanted = [plan.wanted(row, 0) for row in range(count)]
-        logits = self._prompt_pass(batch, slab, "drafts 0", plan, wanted, edits)
+        logits = self._prompt_pass(batch, slab, FIRST, plan, wanted, edits)
         going = list(range(count * len(edits)))
         for number in range(plan.passes):
             if number:
@@ -326,7 +331,7 @@ class Engine:
         plan, slab = DraftPlan.of(answers), self._slab(batch, 1, limit)
         every = range(len(batch.rows))
         wanted = [plan.wanted(row, 0) for row in every]
-        self._prompt_pass(batch, slab, "drafts 0", plan, wanted, (0,))
+        self._prompt_pass(batch, slab, FIRST, plan, wanted, (0,))
         for number in range(1, plan.passes):
             going = [row for row in every if plan.fed(row, number)]
             self._draft_pass(batch, slab, number, plan, going, (0,))
@@ -340,7 +345,7 @@ class Engine:
         if not self.techniques.layer_reuse or self._learning:
             return
         count = len(batch.rows)
-        for layer in range(batch.start("drafts 0", self.untouched)):
+        for layer in range(batch.start(FIRST, self.untouched)):
             known = batch.keys[layer], batch.values[layer]
             for own, base in zip(slab.layer(layer, *(k[0] for k in known)), known, strict=True):
                 used = min(own.shape[1], base.shape[1])
