@@ -15,6 +15,7 @@ import torch
 
 from ray_abliterate.architecture import WriterRow, find_writers, hidden_size
 from ray_abliterate.directions import Directions
+from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
 from ray_abliterate.model import LanguageModel
@@ -113,8 +114,10 @@ class Replica:
         self.model.response_prefix = response_prefix
         return ResidualShard(index, self.model.residuals(prompts))
 
-    def evaluate(self, plan: Plan, setup: Setup) -> Evaluation:
+    def evaluate(self, plan: Plan, setup: Setup, bar: Bar | None = None) -> Evaluation:
         """Score the model that a plan makes; the model is the base model again afterwards.
+
+        With a bar, scoring ends, with bounds, as soon as a finished trial is better for certain.
 
         Raises:
             ScoreError: a score is not a finite number, or says that nothing changed although
@@ -123,10 +126,10 @@ class Replica:
         self._prepare(setup)
         started = time.perf_counter()
         with self.cache.edited(plan, setup.directions):
-            scores = tuple(scorer.score(self.model) for scorer in self._scorers)
-            self._refuse_dead_metrics(scores)
-        rows = self._answers() if self._recipe.run.record_responses else ()
-        return Evaluation(Scorecard(scores), time.perf_counter() - started, rows)
+            card = score_all(self._scorers, self.model, bar)
+            self._refuse_dead_metrics(card)
+        rows = self._answers(card) if self._recipe.run.record_responses else ()
+        return Evaluation(card, time.perf_counter() - started, rows)
 
     def respond(
         self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256
@@ -148,19 +151,22 @@ class Replica:
             scorer.prepare(self.model)
         self._scorers, self._prepared_for = scorers, key
 
-    def _refuse_dead_metrics(self, scores: Sequence[Any]) -> None:
-        kinds = zip(self._recipe.scorers, scores, strict=True)
-        zero = [s.name for setting, s in kinds if setting.kind == "kl-divergence" and s.value == 0]
+    def _refuse_dead_metrics(self, card: Scorecard) -> None:
+        kinds = {setting.name: setting.kind for setting in self._recipe.scorers}
+        exact = [score for score in card.scores if not score.bound]
+        zero = [s.name for s in exact if kinds.get(s.name) == "kl-divergence" and s.value == 0]
         if zero and self.cache.differs():
             raise ScoreError(
                 f"{zero[0]} is exactly 0 although weights were edited: the metric does not see "
                 "the edit (is the response prefix forcing the answer?)"
             )
 
-    def _answers(self) -> tuple[dict[str, Any], ...]:
+    def _answers(self, card: Scorecard) -> tuple[dict[str, Any], ...]:
+        """Rows of the scorers that scored; the others still hold an earlier trial's answers."""
+        scored = {score.name for score in card.scores if not score.bound}
         rows = []
         for scorer in self._scorers:
-            if not isinstance(scorer, Recorder):
+            if not isinstance(scorer, Recorder) or scorer.name not in scored:
                 continue
             for prompt, answer, shows in scorer.last_answers():
                 rows.append(
