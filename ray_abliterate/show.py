@@ -40,10 +40,11 @@ def print_trial(directory: RunDirectory, trial: Trial, output: Console) -> None:
             _sparkline(strengths),
         )
     output.print(profiles)
-    verb = "chat" if trial.bounded else "export"
-    target = f"{directory.path} --trial {trial.number}" + ("" if trial.bounded else " --to DIR")
-    output.print(f"{trial.seconds:.1f} s. {verb.capitalize()} it with:", markup=False)
-    output.print(f"  ray-abliterate {verb} {target}")
+    hint, verb, more = "Export it", "export", " --to DIR"
+    if trial.bounded:
+        hint, verb, more = "Talk to it", "chat", ""
+    output.print(f"{trial.seconds:.1f} s. {hint} with:", markup=False)
+    output.print(f"  ray-abliterate {verb} {directory.path} --trial {trial.number}{more}")
 
 
 def _print_why_bounded(directory: RunDirectory, trial: Trial, output: Console) -> None:
