@@ -130,7 +130,13 @@ def _wanted(text: str, done: int, planned: int) -> int:
 
 def _go(settings: Recipe, directory: Any, base: Path) -> None:
     """Run with a display, then show what came of it."""
-    from ray_abliterate.live import LineWatch, LiveWatch, console, frontier_table
+    from ray_abliterate.live import (
+        LineWatch,
+        LiveWatch,
+        console,
+        count_trials,
+        frontier_table,
+    )
     from ray_abliterate.report import write_report
     from ray_abliterate.run import run as run_recipe
 
@@ -142,7 +148,6 @@ def _go(settings: Recipe, directory: Any, base: Path) -> None:
         except KeyboardInterrupt:
             interrupted = True
     trials = directory.trials()
-    failed = sum(trial.error is not None for trial in trials)
     baseline = directory.baseline()
     frontier = _frontier(trials)
     if baseline is not None:
@@ -150,7 +155,7 @@ def _go(settings: Recipe, directory: Any, base: Path) -> None:
     for warning in _bound_warnings(directory, frontier):
         output.print(f"warning: {warning}", markup=False)
     missing = settings.search.trials - len(trials)
-    output.print(f"{len(trials)} trials, {failed} failed. Run directory: {directory.path}")
+    output.print(f"{count_trials(trials)}. Run directory: {directory.path}")
     if baseline is not None:
         output.print(f"Report: {write_report(directory)}")
     if interrupted or missing > 0:
@@ -188,7 +193,7 @@ def show(
     ] = False,
 ) -> None:
     """Show the frontier, or one trial."""
-    from ray_abliterate.live import console, frontier_table
+    from ray_abliterate.live import console, count_trials, frontier_table
     from ray_abliterate.rundir import RunDirectory
     from ray_abliterate.show import print_responses, print_trial
 
@@ -197,9 +202,7 @@ def show(
     if trial is None:
         trials = directory.trials()
         baseline = directory.baseline()
-        failed = sum(t.error is not None for t in trials)
-        wanted = directory.recipe.search.trials
-        output.print(f"{len(trials)} of {wanted} trials, {failed} failed")
+        output.print(count_trials(trials, directory.recipe.search.trials))
         output.print(frontier_table(_frontier(trials), baseline.scorecard if baseline else None))
         for warning in _bound_warnings(directory, _frontier(trials)):
             output.print(f"warning: {warning}", markup=False)

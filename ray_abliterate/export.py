@@ -21,7 +21,7 @@ from ray_abliterate.architecture import Writer, WriterRow, find_writers, hidden_
 from ray_abliterate.checkpoint import WEIGHT_SUFFIXES, Checkpoint, weight_file_names
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError, ScoreError
-from ray_abliterate.frontier import Trial
+from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.loading import load
 from ray_abliterate.model_card import hub_name, model_card
 from ray_abliterate.progress import Watch
@@ -43,9 +43,11 @@ def export_trial(
 
     Raises:
         ExportError: it cannot be written, or the written files don't score as the trial did; these
-            are kept under `<to>.unverified`.
+            are kept under `<to>.unverified`. Or it is to be verified, and the trial is bounded.
     """
     to = to.absolute()
+    if verify:
+        refuse_bounded(directory, trial, to)
     recipe = directory.recipe
     directions = directory.directions()
     if directions is None:
@@ -77,6 +79,26 @@ def export_trial(
 
 
 # Before anything is loaded
+
+
+def refuse_bounded(directory: RunDirectory, trial: Trial, to: Path) -> None:
+    """Refuse a trial whose scores are bounds: there is nothing to verify the written files by.
+
+    Raises:
+        ExportError: it is one; names the trial that is better.
+    """
+    if not trial.bounded:
+        return
+    lines = [
+        f"trial {trial.number} was stopped early: its scores are bounds, by which no files can be "
+        "verified."
+    ]
+    better = Frontier.of(directory.trials()).better_than(trial)
+    if better is not None:
+        command = f"ray-abliterate export {directory.path} --trial {better.number} --to {to}"
+        lines.append(f"Export trial {better.number}, which is better whatever came:\n    {command}")
+    lines.append(f"To write trial {trial.number} unverified, add --no-verify.")
+    raise ExportError("\n  ".join(lines))
 
 
 def source_folder(directory: RunDirectory, watch: Watch) -> Path:

@@ -20,6 +20,8 @@ ENOUGH_TRIALS = 8
 """Finished trials below which parameter importances would be noise."""
 LOG_SPAN = 30.0
 """An axis is logarithmic if its largest value is this many times the smallest above 0."""
+STOPPED = "stopped early (bound)"
+"""What the legend calls trials whose scores are bounds."""
 
 
 def _figure(title: str, note: str, views: list[Figure], chosen: int = 0) -> Figure:
@@ -105,6 +107,18 @@ def _points(run: RunData, x: Sequence[Any], y: Sequence[Any]) -> Figure:
     return _marks("trials", x, y, hover, {"size": 9, "showscale": True, "colorbar": bar, **scale})
 
 
+def _bounds(run: RunData, x: Sequence[Any], y: Sequence[Any]) -> list[Figure]:
+    """Trials that were stopped early, apart and faint: they lie here, or further out."""
+    if not run.bounded:
+        return []
+    hover = [
+        hover_text(f"trial {t.number}, stopped early", card, t.plan) for t, card in run.bounded
+    ]
+    mark = {"size": 8, "symbol": "circle-open", "color": "var(--muted)", "opacity": 0.6}
+    mark["line"] = {"color": "var(--muted)", "width": 1}
+    return [_marks(STOPPED, x, y, hover, mark)]
+
+
 def frontier_figure(run: RunData) -> Figure:
     """The frontier: first objective against the second, or every pair."""
     names = [score.name for score in run.objectives]
@@ -128,6 +142,7 @@ def _single_view(run: RunData, name: str) -> Figure:
         _line("best so far", numbers, best, "knee")
         | {"line": {"color": "var(--knee)", "shape": "hv"}},
         _points(run, numbers, values),
+        *_bounds(run, [t.number for t, _ in run.bounded], [c[name].value for _, c in run.bounded]),
     ]
     trial, score = run.frontier.members[0], run.best[0][name]
     mark = {"size": 10, "color": "var(--knee)"}
@@ -142,7 +157,8 @@ def _single_view(run: RunData, name: str) -> Figure:
 
 def _pair_view(run: RunData, x_name: str, y_name: str, joined: bool) -> Figure:
     cards = [card for _, card in run.finished]
-    every = [*cards, run.baseline] if run.baseline else cards
+    bounded = [card for _, card in run.bounded]
+    every = [*cards, *bounded, *([run.baseline] if run.baseline else [])]
     x_axis = _Axis([card[x_name] for card in every], log=True)
     y_axis = _Axis([card[y_name] for card in every], log=False)
 
@@ -161,7 +177,7 @@ def _pair_view(run: RunData, x_name: str, y_name: str, joined: bool) -> Figure:
     edge |= (
         {"mode": "lines+markers", "line": {"color": "var(--knee)", "width": 1.5}} if joined else {}
     )
-    data = [_points(run, x(cards), y(cards)), edge]
+    data = [*_bounds(run, x(bounded), y(bounded)), _points(run, x(cards), y(cards)), edge]
     star = {"size": 17, "color": "var(--knee)", "symbol": "star"}
     at = members.index(knee)
     data.append(_marks("knee", x(best[at : at + 1]), y(best[at : at + 1]), [hover[at]], star))
@@ -234,6 +250,7 @@ def progress_figures(run: RunData) -> dict[str, Figure]:
     runs: list[Figure] = []
     for name, trials, color in (
         ("finished", [trial for trial, _ in run.finished], "c0"),
+        ("stopped early", [trial for trial, _ in run.bounded], "muted"),
         ("failed", run.failed, "c1"),
     ):
         hover = [f"trial {trial.number}: {trial.seconds:.1f} s" for trial in trials]

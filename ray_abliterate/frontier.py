@@ -13,7 +13,10 @@ from ray_abliterate.scoring import Scorecard
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan and what came of it. A failed trial has an error and no scorecard."""
+    """One plan and what came of it. A failed trial has an error and no scorecard.
+
+    A bounded trial is finished, but was stopped because another trial was better whatever came.
+    """
 
     number: int
     plan: Plan
@@ -24,6 +27,11 @@ class Trial:
     def __post_init__(self) -> None:
         if (self.scorecard is None) == (self.error is None):
             raise ValueError(f"trial {self.number} needs either a scorecard or an error")
+
+    @property
+    def bounded(self) -> bool:
+        """Some of its scores are only bounds."""
+        return self.scorecard is not None and self.scorecard.bounded
 
     def to_json(self) -> str:
         """One line of `trials.jsonl`."""
@@ -56,16 +64,17 @@ class Trial:
 class Frontier:
     """Trials none of which dominates another, in order of the first objective, then number.
 
-    Of trials with equal losses the earliest is kept.
+    Of trials with equal losses the earliest is kept. Bounded trials are never members.
     """
 
     members: tuple[Trial, ...]
 
     @classmethod
     def of(cls, trials: Iterable[Trial]) -> "Frontier":
-        """The frontier of the finished trials among `trials`."""
+        """The frontier of the finished, unbounded trials among `trials`."""
         finished = sorted(
-            (t for t in trials if t.scorecard is not None), key=lambda t: (losses(t), t.number)
+            (t for t in trials if t.scorecard is not None and not t.bounded),
+            key=lambda t: (losses(t), t.number),
         )
         members: list[Trial] = []
         for trial in finished:
@@ -99,6 +108,10 @@ class Frontier:
             return float(sum(((x - low) / span) ** 2 for x, low, span in scaled))
 
         return min(self.members, key=lambda member: (distance(losses(member)), member.number))
+
+    def better_than(self, trial: Trial) -> Trial | None:
+        """The first member that dominates a finished trial; None if none does."""
+        return next((m for m in self.members if dominates(losses(m), losses(trial))), None)
 
     def hypervolume(self, reference: Sequence[float]) -> float:
         """Volume between the frontier and a reference point that is worse in every objective."""

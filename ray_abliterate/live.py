@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console, Group
@@ -23,10 +23,19 @@ def console() -> Console:
 
 
 def describe_score(score: Score) -> str:
-    """A score in a few characters: value, counts if it has them, interval."""
+    """A score in a few characters: value, counts if it has them, interval; of a bound, `≥ 0.25`."""
     hits, total = score.detail.get("hits"), score.detail.get("total")
     counts = f" {hits}/{total}" if hits is not None and total is not None else ""
-    return f"{score.value:.4g}{counts} [{score.low:.3g}, {score.high:.3g}]"
+    interval = "" if score.bound else f" [{score.low:.3g}, {score.high:.3g}]"
+    return f"{score.relation}{score.value:.4g}{counts}{interval}"
+
+
+def count_trials(trials: Sequence[Trial], wanted: int | None = None) -> str:
+    """`40 of 200 trials, 11 stopped early, 0 failed`."""
+    stopped = sum(trial.bounded for trial in trials)
+    failed = sum(trial.error is not None for trial in trials)
+    count = f"{len(trials)} of {wanted}" if wanted else f"{len(trials)}"
+    return f"{count} trials, {stopped} stopped early, {failed} failed"
 
 
 def frontier_table(
@@ -81,6 +90,7 @@ class LiveWatch:
         )
         self._task = self._progress.add_task("starting", total=None, rate="")
         self._frontier: Frontier | None = None
+        self._stopped = 0
         self._clock = _Clock()
         self._live = Live(console=output, get_renderable=self._panel, refresh_per_second=4)
 
@@ -121,7 +131,10 @@ class LiveWatch:
     def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
         """Redraw with the new frontier."""
         self._frontier = frontier
+        self._stopped += trial.bounded
         rate = self._clock.describe(done, total)
+        if self._stopped:
+            rate += f", {self._stopped} stopped early"
         self._progress.update(self._task, completed=done, total=total, rate=rate)
         if trial.error is not None:
             self.note(f"trial {trial.number} failed: {trial.error}")
@@ -162,7 +175,11 @@ class LineWatch:
         if trial.scorecard is None:
             result = f"failed: {trial.error}"
         else:
-            result = "  ".join(f"{s.name} {s.value:.4g}" for s in trial.scorecard.scores)
+            scores = trial.scorecard.scores
+            result = "  ".join(f"{s.name} {s.relation}{s.value:.4g}" for s in scores)
+            if trial.bounded:
+                better = frontier.better_than(trial)
+                result += f"  (stopped: trial {better.number} is better)" if better else ""
             if any(member.number == trial.number for member in frontier.members):
                 result += "  (frontier)"
         rate = self._clock.describe(done, total)

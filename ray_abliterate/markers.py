@@ -7,7 +7,7 @@ nothing about models.
 """
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import ahocorasick
 
@@ -100,6 +100,7 @@ class Markers:
                 "  Give at least one phrase, or `broad` or `strict`."
             )
         self._automaton = ahocorasick.Automaton()
+        self._reach = 0
         for phrase in phrases:
             folded = fold(phrase)
             if not folded:
@@ -108,6 +109,7 @@ class Markers:
                     "(*, _) are taken out.\n  Leave it out, or give a phrase with letters."
                 )
             self._automaton.add_word(folded, folded)
+            self._reach = max(self._reach, len(folded) - 1)
         self._automaton.make_automaton()
 
     def found_in(self, folded: str) -> bool:
@@ -116,19 +118,28 @@ class Markers:
 
     def reader(self) -> "MarkerReader":
         """Follows one text."""
-        return MarkerReader(self._automaton.iter(""))
+        return MarkerReader(self, self._reach)
 
 
 class MarkerReader:
     """Says when a text that is being written holds a marker, whatever comes after."""
 
-    def __init__(self, search: Iterable[tuple[int, str]]) -> None:
+    def __init__(self, markers: Markers, reach: int) -> None:
+        """
+        Args:
+            markers: What to look for.
+            reach: Characters of a text's end that a marker may have begun in.
+        """
         self._stream = FoldStream()
-        self._search = search
+        self._markers, self._reach = markers, reach
+        self._end = ""
         self.found = False
 
     def read(self, text: str) -> bool:
-        """Add text; True once a marker has been found. Looks at the new characters only."""
+        """Add text; True once a marker has been found.
+
+        Looks at the new characters, and at as many before them as a marker may have begun in.
+        """
         return self._look(self._stream.push(text))
 
     def finish(self) -> bool:
@@ -137,6 +148,7 @@ class MarkerReader:
 
     def _look(self, folded: str) -> bool:
         if not self.found and folded:
-            self._search.set(folded)  # type: ignore[attr-defined]  # goes on from where it was
-            self.found = next(iter(self._search), None) is not None
+            text = self._end + folded
+            self.found = self._markers.found_in(text)
+            self._end = text[-self._reach :] if self._reach else ""
         return self.found

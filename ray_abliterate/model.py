@@ -26,8 +26,6 @@ from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.residuals import ResidualValues
 from ray_abliterate.scoring import Answer, AnswerWatch
 from ray_abliterate.shared_prefix import Prefix
-from ray_abliterate.virtual import VirtualEdits
-from ray_abliterate.weights import WeightCache
 from ray_abliterate.writing import Written
 
 log = logging.getLogger(__name__)
@@ -104,15 +102,16 @@ class LanguageModel:
         finally:
             self._engine.untouched = 0
 
-    def virtual_edits(self, cache: WeightCache) -> VirtualEdits:
-        """Hooks through which several trials share passes.
+    @property
+    def packed(self) -> PackedModel:
+        """The packed passes, for edits that hook into them.
 
         Raises:
-            ModelError: this model's passes can't be shared.
+            ModelError: this model has none.
         """
         if self._engine is None:
             raise ModelError(f"the engine does not serve this model: {self.not_packable}")
-        return VirtualEdits(self._engine.model, self.module, cache)
+        return self._engine.model
 
     # What a forward pass gives
 

@@ -149,6 +149,8 @@ class Decisions:
         """Row and number of new tokens after which it was decided."""
         self._watch, self._indices, self._ends = watch, indices, end_tokens
         self._streams = [chat.stream() for _ in indices]
+        for index in indices:
+            watch.begin(index)
         self._read = 0
         self._start = -1
 
@@ -185,7 +187,7 @@ def probe_rows(module: Any, lengths: Sequence[int], share: int) -> list[list[int
     return [[(7 * i + 1 + (i >= share) * n) % limit for i in range(n)] for n in lengths]
 
 
-def same_logits(a: Float[Tensor, " vocab"], b: Float[Tensor, " vocab"]) -> bool:
+def same_logits(a: Float[Tensor, "*token vocab"], b: Float[Tensor, "*token vocab"]) -> bool:
     """Equal but for rounding: their root mean square distance is below 0.001 of their spread in
     float32, and 0.1 in half precision, where 30 layers of rounding make 0.02 to 0.05."""
     limit = 1e-3 if a.dtype == torch.float32 else 0.1

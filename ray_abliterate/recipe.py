@@ -295,6 +295,8 @@ class SearchSettings(Section):
     """Plans in flight; the number of replicas if unset."""
     trial_timeout_seconds: float | None = Field(None, gt=0)
     """A trial that takes longer fails, and its replica is started anew."""
+    dominance_stop: bool = True
+    """End a trial once a finished one is better whatever comes; its scores are then bounds."""
     space: SpaceSettings = Field(default_factory=SpaceSettings)
     """Where the plans come from."""
 

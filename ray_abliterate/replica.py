@@ -16,6 +16,7 @@ import torch
 
 from ray_abliterate.architecture import WriterRow, find_writers, hidden_size
 from ray_abliterate.directions import Directions
+from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
 from ray_abliterate.model import LanguageModel
@@ -119,8 +120,10 @@ class Replica:
         self.model.response_prefix = response_prefix
         return ResidualShard(index, self.model.residuals(prompts))
 
-    def evaluate(self, plan: Plan, setup: Setup) -> Evaluation:
+    def evaluate(self, plan: Plan, setup: Setup, bar: Bar | None = None) -> Evaluation:
         """Score the model that a plan makes; the model is the base model again afterwards.
+
+        With a bar, scoring ends, with bounds, as soon as a finished trial is better for certain.
 
         Raises:
             ScoreError: a score is not a finite number, or says that nothing changed although
@@ -132,13 +135,13 @@ class Replica:
             self.cache.edited(plan, setup.directions),
             self.model.untouched_below(self.cache.untouched),
         ):
-            scores = tuple(scorer.score(self.model) for scorer in self._scorers)
-            self._refuse_dead_metrics(scores)
-        rows = self._answers(self._scorers) if self._recipe.run.record_responses else ()
-        return Evaluation(Scorecard(scores), time.perf_counter() - started, rows)
+            card = score_all(self._scorers, self.model, bar)
+            self._refuse_dead_metrics(card)
+        rows = self._answers(self._scorers, card) if self._recipe.run.record_responses else ()
+        return Evaluation(card, time.perf_counter() - started, rows)
 
     def evaluate_together(
-        self, plans: Sequence[Plan], setup: Setup
+        self, plans: Sequence[Plan], setup: Setup, bar: Bar | None = None
     ) -> list[Evaluation | Exception]:
         """Score several plans in the same passes, by virtual edits; a failure fails its plan only.
 
@@ -147,14 +150,14 @@ class Replica:
         """
         self._prepare(setup)
         if self._virtual is None:
-            self._virtual = self.model.virtual_edits(self.cache)
+            self._virtual = VirtualEdits(self.model.packed, self.model.module, self.cache)
         started = time.perf_counter()
 
         def work(view: TextModel) -> tuple[Scorecard, tuple[dict[str, Any], ...]]:
             scorers = tuple(copy.copy(scorer) for scorer in self._scorers)
-            scores = tuple(scorer.score(view) for scorer in scorers)
-            rows = self._answers(scorers) if self._recipe.run.record_responses else ()
-            return Scorecard(scores), rows
+            card = score_all(scorers, view, bar)
+            rows = self._answers(scorers, card) if self._recipe.run.record_responses else ()
+            return card, rows
 
         with (
             self._virtual.opened(plans, setup.directions) as untouched,
@@ -189,9 +192,10 @@ class Replica:
                 scorer.prepare(self.model)
         self._scorers, self._prepared_for = scorers, key
 
-    def _refuse_dead_metrics(self, scores: Sequence[Any]) -> None:
-        kinds = zip(self._recipe.scorers, scores, strict=True)
-        zero = [s.name for setting, s in kinds if setting.kind == "kl-divergence" and s.value == 0]
+    def _refuse_dead_metrics(self, card: Scorecard) -> None:
+        kinds = {setting.name: setting.kind for setting in self._recipe.scorers}
+        exact = [score for score in card.scores if not score.bound]
+        zero = [s.name for s in exact if kinds.get(s.name) == "kl-divergence" and s.value == 0]
         if zero and self.cache.differs():
             raise ScoreError(
                 f"{zero[0]} is exactly 0 although weights were edited: the metric does not see "
@@ -199,10 +203,12 @@ class Replica:
             )
 
     @staticmethod
-    def _answers(scorers: Sequence[Scorer]) -> tuple[dict[str, Any], ...]:
+    def _answers(scorers: Sequence[Scorer], card: Scorecard) -> tuple[dict[str, Any], ...]:
+        """Rows of the scorers that scored; the others still hold an earlier trial's answers."""
+        scored = {score.name for score in card.scores if not score.bound}
         rows = []
         for scorer in scorers:
-            if not isinstance(scorer, Recorder):
+            if not isinstance(scorer, Recorder) or scorer.name not in scored:
                 continue
             for prompt, answer, shows in scorer.last_answers():
                 rows.append(

@@ -32,8 +32,14 @@ class RunData:
 
     @property
     def finished(self) -> list[tuple[Trial, Scorecard]]:
-        """Trials with scores."""
-        return [(t, t.scorecard) for t in self.trials if t.scorecard is not None]
+        """Trials that were scored in full."""
+        scored = [t for t in self.trials if not t.bounded]
+        return [(t, t.scorecard) for t in scored if t.scorecard is not None]
+
+    @property
+    def bounded(self) -> list[tuple[Trial, Scorecard]]:
+        """Trials that were stopped early, with bounds for scores."""
+        return [(t, t.scorecard) for t in self.trials if t.bounded and t.scorecard is not None]
 
     @property
     def failed(self) -> list[Trial]:
@@ -71,7 +77,9 @@ def number_text(value: float) -> str:
 
 
 def value_text(score: Score) -> str:
-    """A score with its interval."""
+    """A score with its interval, or a bound."""
+    if score.bound:
+        return f"{score.relation}{number_text(score.value)}"
     return f"{number_text(score.value)} [{number_text(score.low)}, {number_text(score.high)}]"
 
 

@@ -5,7 +5,7 @@ Knows nothing about models beyond the few methods a scorer calls (`TextModel`).
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -25,7 +25,9 @@ Z_95 = 1.959963984540054
 class Score:
     """One number about one model: `low <= value <= high`, a 95 % interval.
 
-    `detail` holds counts and parts that explain the value; numbers and short texts only.
+    `detail` holds counts and parts that explain the value; numbers and short texts only. With
+    `bound`, the value is only the best that this score could still have been: the trial was
+    stopped, and `low` to `high` is where the score lies for certain.
 
     Raises:
         ScoreError: a number is not finite, or the interval does not hold the value.
@@ -38,6 +40,7 @@ class Score:
     goal: Goal = "minimize"
     unit: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
+    bound: bool = False
 
     def __post_init__(self) -> None:
         for label in ("value", "low", "high"):
@@ -56,7 +59,18 @@ class Score:
             "goal": self.goal,
             "unit": self.unit,
             "detail": dict(self.detail),
+            "bound": self.bound,
         }
+
+    @property
+    def loss(self) -> float:
+        """The value, turned so that smaller is better."""
+        return -self.value if self.goal == "maximize" else self.value
+
+    @property
+    def relation(self) -> str:
+        """What stands before the value where people read it: `≥ ` or `≤ ` if it is a bound."""
+        return ("≤ " if self.goal == "maximize" else "≥ ") if self.bound else ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,12 @@ class Scorecard:
     @property
     def losses(self) -> tuple[float, ...]:
         """The objectives' values, turned so that smaller is better."""
-        return tuple(-s.value if s.goal == "maximize" else s.value for s in self.objectives)
+        return tuple(score.loss for score in self.objectives)
+
+    @property
+    def bounded(self) -> bool:
+        """Some score is only a bound."""
+        return any(score.bound for score in self.scores)
 
     def metrics(self) -> dict[str, float]:
         """Flat values for Tune: `kl-divergence`, `kl-divergence/low`, `kl-divergence/high`."""
@@ -99,7 +118,7 @@ class Scorecard:
 
     @classmethod
     def from_list(cls, values: Sequence[Mapping[str, Any]]) -> "Scorecard":
-        """The inverse of `to_list`."""
+        """The inverse of `to_list`; lists of before there were bounds hold none."""
         return cls(tuple(Score(**value) for value in values))
 
 
@@ -143,6 +162,10 @@ class Answer:
 class AnswerWatch(Protocol):
     """Follows answers while they are written, and ends those that are decided."""
 
+    def begin(self, index: int) -> None:
+        """The answer to prompt `index` begins: for the first time, or again, after memory ran out
+        and what was read of it no longer holds."""
+
     def read(self, index: int, text: str) -> bool:
         """`text` was added to the answer to prompt `index`; True: its verdict can't change."""
 
@@ -180,6 +203,9 @@ class Scorer(Protocol):
 
     `prepare` is called once, on the untouched model; `score` once per trial, on the edited one.
     A scorer keeps no other state: the score of a plan does not depend on earlier trials.
+
+    It may also have `best: float`, the best value that its score can possibly have, if there is
+    one. Without, a trial is never stopped before this scorer has scored it.
     """
 
     name: str
@@ -190,6 +216,26 @@ class Scorer(Protocol):
 
     def score(self, model: TextModel) -> Score:
         """Score the model as it is now."""
+
+
+@runtime_checkable
+class BoundedScorer(Scorer, Protocol):
+    """A scorer that can end in the midst of scoring, once its score can only be too bad.
+
+    `best` is the best value that the score can possibly have.
+    """
+
+    best: float
+
+    def score_until(self, model: TextModel, hopeless: Callable[[float], bool]) -> Score:
+        """Score the model, or end with a bound (`Score.bound`).
+
+        Args:
+            model: As it is now.
+            hopeless: Whether the trial is lost if this score ends no better than the given loss
+                (the value, or its negative where the goal is to maximise). True stays true for
+                every larger loss.
+        """
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from ray_abliterate.frontier import Trial
+from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.live import describe_score
 from ray_abliterate.rundir import RunDirectory
 
@@ -16,6 +16,8 @@ def print_trial(directory: RunDirectory, trial: Trial, output: Console) -> None:
     scope = "one direction for all layers" if plan.scope == "global" else "each layer's direction"
     where = f", taken at layer {plan.direction_layer:.2f}" if plan.scope == "global" else ""
     output.print(f"Trial {trial.number}: {scope}{where}; norm mode {plan.norm!r}")
+    if trial.bounded:
+        _print_why_bounded(directory, trial, output)
     scores = Table(show_edge=False, pad_edge=False)
     for heading in ("score", "this trial", "base model", "goal", "unit"):
         scores.add_column(heading)
@@ -38,8 +40,20 @@ def print_trial(directory: RunDirectory, trial: Trial, output: Console) -> None:
             _sparkline(strengths),
         )
     output.print(profiles)
-    output.print(f"{trial.seconds:.1f} s. Export it with:", markup=False)
-    output.print(f"  ray-abliterate export {directory.path} --trial {trial.number} --to DIR")
+    hint, verb, more = "Export it", "export", " --to DIR"
+    if trial.bounded:
+        hint, verb, more = "Talk to it", "chat", ""
+    output.print(f"{trial.seconds:.1f} s. {hint} with:", markup=False)
+    output.print(f"  ray-abliterate {verb} {directory.path} --trial {trial.number}{more}")
+
+
+def _print_why_bounded(directory: RunDirectory, trial: Trial, output: Console) -> None:
+    better = Frontier.of(directory.trials()).better_than(trial)
+    other = f"trial {better.number}" if better else "another trial"
+    output.print(
+        f"Stopped early, because {other} is better whatever came: scores with ≥ or ≤ are bounds, "
+        "the best they could still have been."
+    )
 
 
 def _sparkline(values: tuple[float, ...]) -> str:

@@ -46,6 +46,9 @@ class Writing:
         """
         self._indices, self._limit, self._ends, self._watch = indices, limit, end_tokens, watch
         self._readers = [reader() for _ in indices] if watch is not None else []
+        if watch is not None:
+            for index in indices:
+                watch.begin(index)
         self.tokens: list[list[int]] = [[] for _ in indices]
         self._ended = [False] * len(indices)
         self._stopped = [False] * len(indices)

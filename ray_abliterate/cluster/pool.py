@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from ray_abliterate.cluster.errors import DEATHS, unwrap
+from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ModelError, RayAbliterateError, SearchError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
 from ray_abliterate.prompts import PromptSet
@@ -130,6 +131,7 @@ class PoolActor:
         self._timeout = timeout_seconds
         self._reviving: set[asyncio.Task[None]] = set()
         self._kept: dict[str, Any] = {}
+        self._bar: Bar | None = None
         self._missing_slots = 0
         self._slots_there = asyncio.Event()
         for replica in replicas:
@@ -138,20 +140,22 @@ class PoolActor:
     def __repr__(self) -> str:
         return "replica-pool"
 
-    async def call(self, method: str, args: list[Any], limited: bool = False) -> Any:
+    async def call(self, method: str, args: list[Any], for_trial: bool = False) -> Any:
         """Run a method on a free replica; on its death, on another one.
 
         Args:
             method: Name of a method of `Replica`.
             args: Its arguments, object references among them.
-            limited: The trial timeout applies.
+            for_trial: The trial timeout applies, and the bar as it is then is the last argument.
         """
         deaths = 0
         while True:
             replica = await self._lease()
+            more = [self._bar] if for_trial else []
             try:
                 result = await asyncio.wait_for(
-                    _ready(replica.call.remote(method, *args)), self._timeout if limited else None
+                    _ready(replica.call.remote(method, *args, *more)),
+                    self._timeout if for_trial else None,
                 )
             except TimeoutError:
                 ray.kill(replica, no_restart=False)
@@ -174,10 +178,18 @@ class PoolActor:
             self._free.put_nowait(replica)
             return result
 
-    async def expect(self, slots: int) -> None:
-        """A search begins with so many trial slots."""
-        self._missing_slots = slots
+    async def expect(self, slots: int, bar: Bar | None) -> None:
+        """A search begins with so many trial slots, and a bar; without, no trial is stopped."""
+        self._missing_slots, self._bar = slots, bar
         self._slots_there.clear()
+
+    async def raise_bar(self, mark: tuple[float, ...]) -> None:
+        """A trial is finished and in the journal: its losses count from now on, if there is a bar.
+
+        Not when its evaluation ends: a driver that dies in between would lose the trial, and keep
+        those that it stopped.
+        """
+        self._bar = self._bar.raised(mark) if self._bar is not None else None
 
     async def join(self) -> None:
         """A trial slot is there; returns when all are, or after a while."""

@@ -5,6 +5,7 @@ actors; a slot resource, not a queue, limits how many run. The journal is the tr
 Tune's own state is not used.
 """
 
+import json
 import logging
 import os
 import signal
@@ -22,9 +23,11 @@ from ray.tune.search.optuna import OptunaSearch
 from ray_abliterate.cluster import study as journal
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, PlanTrial
+from ray_abliterate.dominance import Bar
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Space, Value
 from ray_abliterate.recipe import Goal, SearchSettings
+from ray_abliterate.scoring import Scorecard
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         if SCORES in result:
             asked.set_user_attr(SCORES, result[SCORES])
             asked.set_user_attr(SECONDS, result[SECONDS])
+            if Scorecard.from_list(json.loads(result[SCORES])).bounded:
+                asked.set_user_attr(journal.BOUNDED, True)
             answers = ray.get(self._pool.take.remote(trial_id)) or ()
             super().on_trial_complete(trial_id, result)
         elif ERROR in result or error:
@@ -81,6 +86,8 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         frozen = self._ot_study._storage.get_trial(asked._trial_id)
         trial = journal._outcome(frozen, self._plans)
         if trial is not None:
+            if trial.scorecard is not None and not trial.bounded:
+                self._pool.raise_bar.remote(trial.scorecard.losses)
             self._on_trial(trial, answers)
 
     def save(self, checkpoint_path: str) -> None:
@@ -145,7 +152,8 @@ class Search:
         trainable = tune.with_parameters(PlanTrial, pool=pool.actor, setup=[setup])
         slot = int(10_000 / concurrency) / 10_000
         trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
-        ray.get(pool.actor.expect.remote(min(concurrency, missing)))
+        bar = Bar.of(self.finished) if self._settings.dominance_stop else None
+        ray.get(pool.actor.expect.remote(min(concurrency, missing), bar))
         with _tune_environment(concurrency), _terminated_like_interrupted():
             tune.Tuner(
                 trainable,

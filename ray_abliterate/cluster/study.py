@@ -1,6 +1,12 @@
 """The study: Optuna's journal of all points tried. The one source of truth for resuming.
 
 Knows Optuna, and of Ray only the names in a trial's result.
+
+A bounded trial is told as COMPLETE, with its bounds for values. They are all that is certain of it:
+a failure would teach the sampler nothing of a point that is known to be bad, and any larger number
+would be invented. A finished trial dominates the bounds (strictly, see `dominance`), so the point
+ranks behind it with the sampler, and is never among the study's `best_trials`. The sampler takes it
+for less bad than it may be.
 """
 
 import json
@@ -30,6 +36,8 @@ log = logging.getLogger(__name__)
 STUDY_NAME = "ray_abliterate"
 INTERRUPTED = "interrupted"
 """Attribute of a trial in the journal that was cut off, and does not count."""
+BOUNDED = "bounded"
+"""Attribute of a trial in the journal whose values are only bounds; for people who look there."""
 
 
 def open_storage(journal: Path) -> JournalStorage:

@@ -3,10 +3,14 @@
 A marker is looked for in folded text (`markers.fold`), while the answer is written: an answer with
 a marker is decided, and ends. Answers that are empty or loop count on the bad side: silence is not
 success.
+
+The rate can only grow while answers are read, so hits so far / total bounds it from below, and a
+trial that can only be too bad ends there. That an answer is clean, empty or stuck is known at its
+end alone: nothing bounds the rate from above before, and a rate to be maximised never ends early.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ray_abliterate.markers import MarkerReader, Markers, fold
@@ -87,6 +91,7 @@ class KeywordRateScorer:
             RecipeError: there is no marker, or one has nothing left after folding.
         """
         self.name, self.goal = settings.name, settings.goal
+        self.best = 1.0 if self.goal == "maximize" else 0.0
         self._settings, self._prompts, self._record = settings, prompts, record
         given = settings.markers
         markers = MARKERS[given] if isinstance(given, str) else given
@@ -95,11 +100,37 @@ class KeywordRateScorer:
 
     def prepare(self, model: TextModel) -> None:
         """Let the model see the prompts, so that it can reuse what the base model computes."""
-        self._answers(model)
+        self.score(model)
 
     def score(self, model: TextModel) -> Score:
         """The rate, with its Wilson interval; `detail` counts each kind of answer."""
-        answers = self._answers(model)
+        return self.score_until(model, lambda _loss: False)
+
+    def score_until(self, model: TextModel, hopeless: Callable[[float], bool]) -> Score:
+        """The same, or a bound as soon as `hopeless`; recorded answers are never cut short."""
+        watch = _MarkerWatch(self._markers, self._lost_at(hopeless))
+        answers = model.answer(
+            self._prompts.prompts,
+            self._settings.max_new_tokens,
+            None if self._record else watch,
+        )
+        return self._bound(watch) if watch.lost else self._rate(answers)
+
+    def _lost_at(self, hopeless: Callable[[float], bool]) -> Callable[[int], bool]:
+        """Whether so many hits are too many; none are where hits are wanted."""
+        if self.goal == "maximize":
+            return lambda _hits: False
+        return lambda hits: hopeless(hits / len(self._prompts))
+
+    def _bound(self, watch: "_MarkerWatch") -> Score:
+        """What is certain of a rate whose answers were given up."""
+        hits, total = watch.hits, len(self._prompts)
+        least = hits / total
+        detail = {"hits": hits, "total": total, "read": watch.answers}
+        self._last = []
+        return Score(self.name, least, least, 1.0, self.goal, "", detail, bound=True)
+
+    def _rate(self, answers: Sequence[Answer]) -> Score:
         verdicts = [self.verdict(answer.text) for answer in answers]
         bad = [self._counts(verdict) for verdict in verdicts]
         self._last = list(zip(self._prompts.prompts, answers, bad, strict=True))
@@ -112,10 +143,6 @@ class KeywordRateScorer:
             "degenerate": verdicts.count("degenerate"),
         }
         return Score(self.name, hits / total, low, high, self.goal, "", detail)
-
-    def _answers(self, model: TextModel) -> list[Answer]:
-        watch = None if self._record else _MarkerWatch(self._markers)
-        return model.answer(self._prompts.prompts, self._settings.max_new_tokens, watch)
 
     def verdict(self, text: str) -> Verdict:
         """What one answer shows."""
@@ -137,18 +164,37 @@ class KeywordRateScorer:
 
 
 class _MarkerWatch:
-    """Ends each answer at its first marker."""
+    """Ends each answer at its first marker, and all of them once there are too many hits."""
 
-    def __init__(self, markers: Markers) -> None:
-        self._markers = markers
+    def __init__(self, markers: Markers, lost_at: Callable[[int], bool]) -> None:
+        self.lost = False
+        self._markers, self._lost_at = markers, lost_at
         self._readers: dict[int, MarkerReader] = {}
+        self._read: set[int] = set()
+
+    @property
+    def hits(self) -> int:
+        """Answers in which a marker was found."""
+        return sum(reader.found for reader in self._readers.values())
+
+    @property
+    def answers(self) -> int:
+        """Answers of which something was read."""
+        return len(self._read)
+
+    def begin(self, index: int) -> None:
+        """See `AnswerWatch`."""
+        self._readers[index] = self._markers.reader()
 
     def read(self, index: int, text: str) -> bool:
         """See `AnswerWatch`."""
-        if index not in self._readers:
-            self._readers[index] = self._markers.reader()
-        return self._readers[index].read(text)
+        self._read.add(index)
+        reader = self._readers[index]
+        known = reader.found
+        if reader.read(text) and not known:
+            self.lost = self.lost or self._lost_at(self.hits)
+        return reader.found
 
     def enough(self) -> bool:
         """See `AnswerWatch`."""
-        return False
+        return self.lost

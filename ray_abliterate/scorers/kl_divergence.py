@@ -5,6 +5,8 @@ at the first token of the answer; with more, at each token of the base model's o
 fed to both models, so that they are compared in the same contexts.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,6 +25,7 @@ class KlDivergenceScorer:
 
     def __init__(self, settings: KlDivergence, prompts: PromptSet) -> None:
         self.name, self.goal = settings.name, settings.goal
+        self.best = math.inf if self.goal == "maximize" else 0.0
         self._tokens, self._prompts = settings.tokens, prompts
         self._continuations: list[list[int]] | None = None
         self._base: list[Tensor] = []

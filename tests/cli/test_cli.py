@@ -183,6 +183,26 @@ def test_show_lists_the_frontier_beside_the_base_model_and_one_trial_with_its_pl
     assert "record_responses" in missing
 
 
+def test_a_bounded_trial_is_told_apart_and_its_export_names_the_better_one(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    directory = a_run(tmp_path / "run", recipe)
+    scores = (
+        Score("keyword-rate", 0.75, 0.75, 1, detail={"hits": 3, "total": 4}, bound=True),
+        Score("kl-divergence", 0.4, 0, 1, unit="nats per token"),
+    )
+    directory.append(Trial(2, directory.trial(0).plan, Scorecard(scores), 0.5))
+    assert (
+        "3 of 6 trials, 1 stopped early, 0 failed" in command("show", "run", folder=tmp_path).stdout
+    )
+    one = command("show", "run", "--trial", "2", folder=tmp_path).stdout
+    assert "≥ 0.75 3/4" in one and "trial 1 is better whatever came" in one
+    assert "ray-abliterate chat run --trial 2" in one and "export" not in one
+    error = refused("export", "run", "--trial", "2", "--to", "out", folder=tmp_path)
+    assert "trial 2 was stopped early" in error and "--no-verify" in error
+    assert f"ray-abliterate export run --trial 1 --to {tmp_path / 'out'}" in error
+
+
 def test_report_is_one_file(recipe: Recipe, tmp_path: Path) -> None:
     a_run(tmp_path / "run", recipe)
     done = command("report", "run", folder=tmp_path)

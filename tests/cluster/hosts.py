@@ -1,8 +1,10 @@
 """Stand-ins for the process a replica lives in: they score plans at once, or misbehave."""
 
+import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import ray
 
 from ray_abliterate.cluster.pool import PoolActor
+from ray_abliterate.dominance import score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation
 from ray_abliterate.plan import ModelShape, Space
@@ -58,11 +61,58 @@ class Host:
         return Evaluation(Scorecard(scores), self.seconds)
 
 
+class Moved:
+    """A divergence that the first component's peak decides."""
+
+    name, goal, best = "kl", "minimize", 0.0
+
+    def score(self, plan: Any) -> Score:
+        peak = plan.profiles[0][1].peak
+        return Score("kl", peak, 0, 2)
+
+
+class Declined:
+    """A rate that both peaks decide, counted hit by hit; `read` sums up what was counted."""
+
+    name, goal, best = "rate", "minimize", 0.0
+
+    def score_until(self, plan: Any, hopeless: Callable[[float], bool]) -> Score:
+        (_, first), (_, second) = plan.profiles
+        total = 20
+        for hits in range(1, total + 1):
+            if hits > total * (1.2 - 0.4 * first.peak - 0.3 * max(second.peak, 0)):
+                return Score("rate", (hits - 1) / total, 0, 1)
+            if hopeless(hits / total):
+                return Score("rate", hits / total, 0, 1, bound=True)
+        return Score("rate", 1, 0, 1)
+
+    def score(self, plan: Any) -> Score:
+        return self.score_until(plan, lambda _loss: False)
+
+    def prepare(self, plan: Any) -> None: ...
+
+
+class StoppableHost(Host):
+    """Scores a plan as replicas do: against the bar. Keeps the bars that it was given."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        if method != "evaluate":
+            return super().call(method, *args)
+        plan, _setup, bar = args
+        with (self.folder / "bars.jsonl").open("a") as file:
+            file.write(json.dumps(bar.marks if bar is not None else None) + "\n")
+        return Evaluation(score_all((Declined(), Moved()), plan, bar), 0.0)  # type: ignore[arg-type]
+
+
 def pool_of(
-    folder: Path, count: int, seconds: float = 0.0, timeout: float | None = None
+    folder: Path,
+    count: int,
+    seconds: float = 0.0,
+    timeout: float | None = None,
+    kind: type[Host] = Host,
 ) -> SimpleNamespace:
     """A real pool actor over stand-ins."""
-    host = ray.remote(Host).options(num_cpus=0, max_restarts=-1)
+    host = ray.remote(kind).options(num_cpus=0, max_restarts=-1)
     hosts = [host.remote(str(folder), seconds) for _ in range(count)]
     actor = ray.remote(PoolActor).options(num_cpus=0, max_concurrency=100).remote(hosts, timeout)
     return SimpleNamespace(actor=actor, hosts=hosts, layout=SimpleNamespace(replicas=count))

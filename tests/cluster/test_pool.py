@@ -8,6 +8,7 @@ import ray
 
 from ray_abliterate.cluster.errors import unwrap
 from ray_abliterate.cluster.pool import ReplicaPool, connect, plan_layout
+from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ModelError, ScoreError, SearchError
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.recipe import ModelSettings, Recipe
@@ -38,6 +39,17 @@ def test_work_of_a_replica_that_dies_goes_to_another_at_once(tmp_path: Path) -> 
     evaluation = unwrap(pool.actor.call.remote("evaluate", [PLAN]))
     assert evaluation.scorecard["rate"].value == 1.0
     ray.get([pool.actor.call.remote("echo", [i]) for i in range(10)], timeout=30)
+
+
+def test_the_bar_goes_with_trials_alone_and_rises(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 1)
+    assert unwrap(pool.actor.call.remote("echo", [1], True)) == (1, None)
+    ray.get(pool.actor.raise_bar.remote((0.0, 0.0)))
+    assert unwrap(pool.actor.call.remote("echo", [1], True)) == (1, None)
+    ray.get(pool.actor.expect.remote(1, Bar(((1.0, 2.0),))))
+    ray.get(pool.actor.raise_bar.remote((2.0, 1.0)))
+    assert unwrap(pool.actor.call.remote("echo", [1], True)) == (1, Bar(((1.0, 2.0), (2.0, 1.0))))
+    assert unwrap(pool.actor.call.remote("echo", [1])) == (1,)
 
 
 def test_a_call_that_kills_two_replicas_fails_and_both_come_back(tmp_path: Path) -> None:

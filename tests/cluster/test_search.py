@@ -1,5 +1,6 @@
 """The search: real Tune, real study, real pool; what is finished stays finished."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from optuna.trial import TrialState
 
 from ray_abliterate.cluster import study as journal
 from ray_abliterate.cluster.search import Search
+from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import SearchError
-from ray_abliterate.frontier import Trial
+from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.recipe import SearchSettings
-from tests.cluster.hosts import GOALS, SPACE, pool_of
+from tests.cluster.hosts import GOALS, SPACE, StoppableHost, pool_of
 
 
 def search(path: Path, trials: int, pool: Any, seeds: Any = (), **settings: object) -> list[Trial]:
@@ -96,6 +98,58 @@ def test_trials_left_running_by_a_killed_driver_are_told_failed_and_made_up_for(
     assert states.count(TrialState.RUNNING) == 0
     assert states.count(TrialState.FAIL) == 2
     assert states.count(TrialState.COMPLETE) == 6
+
+
+def bars(path: Path) -> list[Any]:
+    return [json.loads(line) for line in (path / "bars.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_dominance_stop_changes_no_frontier_for_the_same_plans(
+    tmp_path: Path, slots: int
+) -> None:
+    """All plans are start-up plans: the same by number, whatever came of those before."""
+    found = {}
+    for stop in (True, False):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        pool = pool_of(folder, slots, kind=StoppableHost)
+        found[stop] = search(folder, 30, pool, startup_trials=30, dominance_stop=stop)
+    plans = {stop: {t.number: t.plan for t in ended} for stop, ended in found.items()}
+    assert len(plans[True]) == 30 and plans[True] == plans[False]
+    assert sum(trial.bounded for trial in found[True]) >= 3
+    assert not any(trial.bounded for trial in found[False])
+    assert bars(tmp_path / "False") == [None] * 30
+
+    def points(stop: bool) -> list[tuple[int, Any]]:
+        members = Frontier.of(found[stop]).members
+        return [(member.number, member.scorecard) for member in members]
+
+    assert points(True) == points(False)
+
+
+def test_bounded_trials_count_and_stand_in_the_journal_as_what_they_are(tmp_path: Path) -> None:
+    ended = search(tmp_path, 20, pool_of(tmp_path, 2, kind=StoppableHost), startup_trials=20)
+    opened = Search(tmp_path / "study.journal", SPACE, SearchSettings(trials=20), GOALS)  # type: ignore[arg-type]
+    assert {t.number: t for t in opened.finished} == {t.number: t for t in ended}
+    bounded = {trial.number: trial for trial in ended if trial.bounded}
+    study = study_in(tmp_path)
+    assert len(ended) == 20 and bounded
+    assert {t.state for t in study.get_trials()} == {TrialState.COMPLETE}
+    marked = {t.number for t in study.get_trials() if t.user_attrs.get("bounded")}
+    assert marked == set(bounded)
+    for number, trial in bounded.items():
+        assert tuple(study.get_trials()[number].values) == trial.scorecard.losses  # type: ignore[union-attr]
+    assert not set(bounded) & {trial.number for trial in study.best_trials}
+
+
+def test_a_resumed_search_begins_with_the_bar_of_its_finished_trials(tmp_path: Path) -> None:
+    first = search(tmp_path, 8, pool_of(tmp_path, 1, kind=StoppableHost), startup_trials=12)
+    (tmp_path / "bars.jsonl").unlink()
+    search(tmp_path, 12, pool_of(tmp_path, 1, kind=StoppableHost), startup_trials=12)
+    expected = sorted(Bar.of(first).marks)
+    assert len(expected) > 1
+    assert sorted(tuple(mark) for mark in bars(tmp_path)[0]) == expected
 
 
 def test_a_torn_last_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:

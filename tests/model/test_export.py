@@ -20,7 +20,7 @@ from ray_abliterate.loading import load
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.scoring import Score
+from ray_abliterate.scoring import Score, Scorecard
 from ray_abliterate.testing.tiny import tiny_model
 from ray_abliterate.verification import compare
 
@@ -402,3 +402,15 @@ def test_the_searchs_threads_are_used_and_then_given_back(copied_run):
     with export._threads(copied_run.directory):
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
+
+
+def test_a_bounded_trial_is_written_unverified_or_not_at_all(planted_run, tmp_path):
+    """Its plan is whole; its scores are no measure of what was written."""
+    scores = planted_run.trial.scorecard.scores
+    bounds = tuple(replace(score, bound=True) for score in scores)
+    trial = replace(planted_run.trial, number=1, scorecard=Scorecard(bounds))
+    with pytest.raises(ExportError, match=r"trial 1 was stopped early(?s:.*)--no-verify"):
+        export.export_trial(planted_run.directory, trial, tmp_path / "out", Unwatched())
+    assert not (tmp_path / "out").exists()
+    export.export_trial(planted_run.directory, trial, tmp_path / "out", Unwatched(), verify=False)
+    assert "| ≥ " in (tmp_path / "out" / "README.md").read_text()

@@ -86,6 +86,9 @@ class Until:
     def __init__(self, text: str) -> None:
         self.text, self.seen = text, defaultdict[int, str](str)
 
+    def begin(self, index: int) -> None:
+        self.seen[index] = ""
+
     def read(self, index: int, text: str) -> bool:
         self.seen[index] += text
         return self.text in self.seen[index]
@@ -274,7 +277,8 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(
     """Tokens are equal; numbers to float32 rounding (sums over keys are split differently)."""
     system = "you can sing a song about the road and the rain to me in the car"
     prompts = [Prompt(p.user, system) for p in [*behaviour.prompts, *neutral.prompts]]
-    assert model.shares_prefix
+    assert model.padded.shares_prefix
+    monkeypatch.setattr(model, "_engine", None)
 
     def everything() -> tuple[object, ...]:
         return (
@@ -291,7 +295,7 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(
     )
     shared = everything()
     assert len(lengths) == 4 and min(lengths) > len(system.split())
-    monkeypatch.setattr(model, "shares_prefix", False)
+    monkeypatch.setattr(model.padded, "shares_prefix", False)
     alone = everything()
     assert len(lengths) == 4
     torch.testing.assert_close(shared[:3], alone[:3], rtol=1e-4, atol=1e-5)

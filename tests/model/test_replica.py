@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ray_abliterate.directions import Directions, compute
+from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import Plan
@@ -92,6 +93,73 @@ def test_answers_are_kept_whole_when_the_recipe_asks_for_them(
     rows = recording.evaluate(Plan.nothing(), setup).answers
     assert [row["prompt"] for row in rows] == [prompt.user for prompt in behaviour.prompts]
     assert {(row["answer"], row["shows_behaviour"]) for row in rows} == {("sorry", True)}
+
+
+def test_a_plan_that_moves_the_model_too_far_is_not_asked_for_answers(
+    replica: Replica, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plans(replica)[0]
+    whole = replica.evaluate(plan, setup).scorecard
+    before = replica.describe().fingerprint
+    with monkeypatch.context() as silent:
+        silent.setattr(LanguageModel, "answer", lambda *_: 1 / 0)
+        bar = Bar(((0.0, whole["kl-divergence"].value / 2),))
+        card = replica.evaluate(plan, setup, bar).scorecard
+    assert card["kl-divergence"] == whole["kl-divergence"]
+    assert card["keyword-rate"].bound and card["keyword-rate"].value == 0.0
+    assert not replica.cache.differs() and replica.describe().fingerprint == before
+    assert replica.evaluate(plan, setup).scorecard == whole
+
+
+@pytest.fixture
+def early(recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet) -> Replica:
+    """Finds its marker before the answer ends, whose last letter is held back until then."""
+    rate, moved = recipe.scorers
+    half = (rate.model_copy(update={"markers": ("sorr",)}), moved)
+    sets = {"keyword-rate": behaviour, "kl-divergence": neutral}
+    return Replica(recipe.model_copy(update={"scorers": half}), str(planted), sets)
+
+
+def test_answers_are_given_up_once_too_many_show_the_behaviour(
+    early: Replica, setup: Setup
+) -> None:
+    """The base model declines all 7; with 2 in 7 reached before, the third is one too many."""
+    card = early.evaluate(Plan.nothing(), setup, Bar(((2 / 7, 0.0),))).scorecard
+    score = card["keyword-rate"]
+    assert score.bound and 3 / 7 <= score.value and score.high == 1.0
+    assert card["kl-divergence"].value == 0.0 and not card["kl-divergence"].bound
+    whole = early.evaluate(Plan.nothing(), setup).scorecard["keyword-rate"]
+    assert whole.value == 1.0 and not whole.bound
+
+
+def test_a_bar_that_does_not_beat_a_plan_changes_no_score(replica: Replica, setup: Setup) -> None:
+    for plan in plans(replica):
+        whole = replica.evaluate(plan, setup).scorecard
+        rate, moved = whole.losses
+        bar = Bar(((rate, moved), (rate + 1, 0.0), (0.0, moved + 1)))
+        assert replica.evaluate(plan, setup, bar).scorecard == whole
+
+
+def test_a_metric_that_does_not_see_an_edit_is_refused_in_a_bounded_trial_too(
+    early: Replica, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant = torch.randn(7, 30)
+    monkeypatch.setattr(LanguageModel, "next_token_logits", lambda self, prompts: constant)
+    weak = Plan.uniform(early.describe().shape, 2.3, "none", 0.01)
+    with pytest.raises(ScoreError, match="exactly 0 although weights were edited"):
+        early.evaluate(weak, setup, Bar(((2 / 7, 0.0),)))
+
+
+def test_recorded_answers_are_whole_and_those_of_this_trial(
+    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet, setup: Setup
+) -> None:
+    run = recipe.run.model_copy(update={"record_responses": True})
+    sets = {"keyword-rate": behaviour, "kl-divergence": neutral}
+    recording = Replica(recipe.model_copy(update={"run": run}), str(planted), sets)
+    late = recording.evaluate(Plan.nothing(), setup, Bar(((2 / 7, 0.0),)))
+    assert len(late.answers) == 7 and late.scorecard["keyword-rate"].value == 1.0
+    early = recording.evaluate(plans(recording)[0], setup, Bar(((0.0, 1e-9),)))
+    assert early.scorecard.bounded and early.answers == ()
 
 
 def test_another_setup_is_prepared_anew(replica: Replica, setup: Setup) -> None:

@@ -177,6 +177,99 @@ def test_recorded_answers_are_never_cut_short() -> None:
     assert [shows for _, _, shows in scorer.last_answers()] == [True, False, False, False]
 
 
+class Writes(Says):
+    """A model that writes all answers word by word, side by side, as the watch lets it."""
+
+    ends_rows = True
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        watch: AnswerWatch | None = None,
+    ) -> list[Answer]:
+        self.asked.append(watch)
+        written, decided = [""] * len(self.texts), [False] * len(self.texts)
+        words = [text.split() for text in self.texts]
+        for index in range(len(words) if watch is not None else 0):
+            watch.begin(index)
+        for step in range(max(map(len, words))):
+            for index, own in enumerate(words):
+                if step < len(own) and not decided[index]:
+                    added = own[step] + " "
+                    written[index] += added
+                    found = watch is not None and watch.read(index, added)
+                    decided[index] = found and self.ends_rows
+            if watch is not None and watch.enough():
+                break
+        return [
+            Answer(text, len(text.split()), len(text.split()) < len(own))
+            for text, own in zip(written, words, strict=True)
+        ]
+
+
+ANSWERS = ("Oh. Sorry. No.", "Sorry. No. No.", "", "Well. I can't. Sorry.")
+
+
+def test_answers_are_given_up_at_the_first_marker_too_many() -> None:
+    asked: list[float] = []
+
+    def hopeless(loss: float) -> bool:
+        asked.append(loss)
+        return loss >= 0.5
+
+    score = keyword_rate().score_until(Writes(*ANSWERS), hopeless)
+    assert asked == [0.25, 0.5]
+    assert score.bound and (score.value, score.low, score.high) == (0.5, 0.5, 1.0)
+    assert score.detail == {"hits": 2, "total": 4, "read": 3}
+    assert keyword_rate().last_answers() == []
+
+
+def test_an_answer_counts_once_however_long_it_goes_on() -> None:
+    model = Writes("Sorry. Sorry. I can't.", "Sure. Sure. Sure.", "Sure.", "Sure.")
+    model.ends_rows = False
+    score = keyword_rate().score_until(model, lambda loss: loss > 0.25)
+    assert not score.bound and score.value == 0.25
+
+
+def test_a_rate_that_is_not_hopeless_is_the_rate() -> None:
+    score = keyword_rate().score_until(Writes(*ANSWERS), lambda loss: loss > 0.75)
+    assert score == keyword_rate().score(Writes(*ANSWERS))
+    assert not score.bound and score.value == 1.0 and score.detail["empty"] == 1
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_empty_and_stuck_answers_count_at_the_end_alone(counted: bool) -> None:
+    """They are known there; until then only markers say that a rate is too high."""
+    asked: list[float] = []
+    scorer = keyword_rate(empty_is_behaviour=counted)
+    texts = ("", "ha " * 60, "Sure.", "Sorry.")
+    score = scorer.score_until(Writes(*texts), lambda loss: bool(asked.append(loss)))
+    assert asked == [0.25]
+    assert score.value == (0.75 if counted else 0.25)
+
+
+def test_a_rate_to_be_maximised_is_never_given_up() -> None:
+    scorer = keyword_rate(goal="maximize")
+    assert scorer.best == 1.0
+    score = scorer.score_until(Writes(*ANSWERS), lambda _loss: True)
+    assert not score.bound and score.value == 1.0
+
+
+def test_recorded_answers_are_not_given_up_either() -> None:
+    model = Writes(*ANSWERS)
+    score = keyword_rate(record=True).score_until(model, lambda _loss: True)
+    assert model.asked == [None] and not score.bound and score.value == 1.0
+
+
+def test_the_best_divergence_is_none_and_there_is_no_largest() -> None:
+    assert kl().best == 0.0
+    settings = KlDivergence.model_validate(
+        {"kind": "kl-divergence", "prompts": SOURCE, "goal": "maximize"}
+    )
+    assert KlDivergenceScorer(settings, PROMPTS).best == math.inf
+
+
 def kl(tokens: int = 1) -> KlDivergenceScorer:
     settings = KlDivergence.model_validate(
         {"kind": "kl-divergence", "prompts": SOURCE, "tokens": tokens}

@@ -5,6 +5,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,31 @@ def test_all_divergences_zero_make_no_log_axis(tmp_path: Path) -> None:
     assert parsed.traces("frontier")["frontier"]["x"] == [0.0]
 
 
+def stopped(hits: int, kl: float) -> Scorecard:
+    detail = {"hits": hits, "total": PROMPTS}
+    value = hits / PROMPTS
+    return card(Score("keyword-rate", value, value, 1.0, detail=detail, bound=True), divergence(kl))
+
+
+def test_trials_that_were_stopped_are_drawn_apart_and_counted_and_no_members(
+    tmp_path: Path,
+) -> None:
+    cards = [*TWO, stopped(0, 1e-9), stopped(41, 0.3)]
+    directory = make(tmp_path, cards, BASE)
+    parsed = page(directory)
+    traces = parsed.traces("frontier")
+    assert len(traces["trials"]["x"]) == 4
+    assert traces["stopped early (bound)"]["y"] == [0, 41 / 96]
+    assert traces["stopped early (bound)"]["marker"]["symbol"] == "circle-open"
+    text = traces["stopped early (bound)"]["text"][1]
+    assert "stopped early" in text and "keyword-rate ≥ 0.427 41/96" in text
+    assert len(traces["frontier"]["x"]) == 3
+    assert "Of these stopped early2" in parsed.visible and "6 of 60" in parsed.visible
+    assert len(parsed.traces("hypervolume")["share"]["x"]) == 4
+    assert parsed.traces("seconds")["stopped early"]["x"] == [4, 5]
+    assert "stopped early" not in page(make(tmp_path / "other", TWO, BASE)).visible
+
+
 def test_one_objective_is_drawn_over_the_trials(tmp_path: Path) -> None:
     cards = [card(rate(hits)) for hits in (50, 60, 20, 40)]
     directory = make(tmp_path, cards, card(rate(90)), recipe(["keyword-rate"]))
@@ -490,7 +516,9 @@ def test_plotly_knows_every_setting_of_the_figures(tmp_path: Path, count: int) -
         card(*[rate(h), divergence(0.001 * 2**h), length(50.0 - h)][:count]) for h in range(1, 12)
     ]
     base = card(*[rate(90), divergence(0.0), length(60.0)][:count])
-    figures = page(make(tmp_path, [*cards, "failed"], base, recipe(names))).figures
+    last = [replace(score, bound=True) for score in cards[-1].scores]  # type: ignore[union-attr]
+    every = [*cards, card(*last), "failed"]
+    figures = page(make(tmp_path, every, base, recipe(names))).figures
     assert len(figures) == 9
     for figure in figures.values():
         for view in figure["views"]:

@@ -114,6 +114,13 @@ def test_trials_come_back_as_they_were_in_order_of_number(run):
     assert run.trials() == (trials[1], trials[2], trials[0])
 
 
+def test_a_bounded_trial_comes_back_as_it_was(run):
+    score = Score("kl-divergence", 0.25, 0.25, 1.0, detail={"hits": 3}, bound=True)
+    trial = Trial(0, PLAN, Scorecard((score,)), 1.5)
+    run.append(trial)
+    assert run.trials() == (trial,) and run.trial(0).bounded
+
+
 def test_a_run_without_trials_has_none(run):
     assert run.trials() == ()
 

@@ -23,7 +23,8 @@ def scorecards(draw) -> Scorecard:
     for name in names:
         low, value, high = sorted(draw(st.tuples(FINITE, FINITE, FINITE)))
         detail = draw(st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=3)))
-        scores.append(Score(name, value, low, high, draw(GOALS), "nats", detail))
+        bound = draw(st.booleans())
+        scores.append(Score(name, value, low, high, draw(GOALS), "nats", detail, bound))
     return Scorecard(tuple(scores))
 
 
@@ -51,6 +52,19 @@ def test_a_scorecard_needs_a_score():
 @given(scorecards())
 def test_a_scorecard_survives_json(scorecard):
     assert Scorecard.from_list(json.loads(json.dumps(scorecard.to_list()))) == scorecard
+
+
+def test_a_score_written_before_there_were_bounds_is_none():
+    old = Score("mine", 0.5, 0.0, 1.0).to_dict()
+    del old["bound"]
+    (score,) = Scorecard.from_list([old]).scores
+    assert not score.bound and score == Score("mine", 0.5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("goal", "relation"), [("minimize", "≥ "), ("maximize", "≤ ")])
+def test_a_bound_says_on_which_side_of_it_the_score_lies(goal, relation):
+    assert Score("mine", 0.5, 0.0, 1.0, goal, bound=True).relation == relation
+    assert Score("mine", 0.5, 0.0, 1.0, goal).relation == ""
 
 
 @given(scorecards())
