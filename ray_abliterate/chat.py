@@ -59,7 +59,8 @@ def converse(
     directions = directory.directions()
     if directions is None:
         raise RunDirectoryError(f"{directory.path} has no directions; start a new run")
-    setup = Setup(directions, tuple(directory.environment["response_prefix"]))
+    prefix = tuple(directory.environment["response_prefix"])
+    setup = Setup(directions, prefix, directory.tuning())
     recipe = directory.recipe
     replica = Replica(recipe, model_source(recipe.model.name, Unwatched().note), {})
     greet(directory, trial, output)

@@ -22,7 +22,7 @@ from ray_abliterate.architecture import WriterRow, find_writers
 from ray_abliterate.chat_format import ChatFormat
 from ray_abliterate.cluster.pool import Layout, plan_layout
 from ray_abliterate.errors import ModelError, PromptSourceError, RayAbliterateError
-from ray_abliterate.footprint import Footprint, footprint, outline
+from ray_abliterate.footprint import USUAL_BATCH, Footprint, footprint, outline
 from ray_abliterate.loading import advice as advice_on_loading
 from ray_abliterate.machine import cpu_cores, gpu_memory, ram_available, standing
 from ray_abliterate.prompts import PromptSet
@@ -293,8 +293,9 @@ def fit(need: Footprint, recipe: Recipe, layout: Layout) -> Check:
 
 def _savings(need: Footprint, recipe: Recipe, layout: Layout, share: float) -> Iterator[str]:
     """What would make it fit, the cheapest first."""
-    if need.batch > 0.2 * need.total and recipe.run.batch_size > 1:
-        yield f"Lower run.batch_size (it is {recipe.run.batch_size})."
+    batch = recipe.run.batch_size or USUAL_BATCH
+    if need.batch > 0.2 * need.total and batch > 1:
+        yield f"Lower run.batch_size (it is {batch})."
     if not layout.gpus:
         if layout.replicas > 1:
             yield f"Fewer replicas (model.replicas, now {layout.replicas})."

@@ -106,14 +106,14 @@ class Engine:
         model: PackedModel,
         end_tokens: Sequence[int],
         reader: Callable[[], TextReader],
-        kept_layers: Sequence[int],
+        blocks: int,
     ) -> None:
         """
         Args:
             model: The model.
             end_tokens: Tokens that end an answer.
             reader: Makes what turns the tokens of one answer into text.
-            kept_layers: Blocks whose inputs are kept of the base model.
+            blocks: How many the model has.
         """
         self.techniques = Techniques()
         self.untouched = 0
@@ -121,8 +121,15 @@ class Engine:
         self.model = model
         self._ends = frozenset(end_tokens)
         self._reader = reader
-        self._kept = tuple(kept_layers)
+        self.kept: Sequence[int] = range(1, blocks)
+        """Blocks whose inputs are kept of the base model; by memory, every k-th."""
         self._learning = False
+        self.drafts = True
+        """Drafts pay on this device."""
+        self.windows: set[int] = set()
+        """Attention windows that the packed passes know of."""
+        self.kept_bytes = 0
+        """Keys and values of one token, all layers."""
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Rows as a batch, with the beginning they share."""
@@ -146,6 +153,8 @@ class Engine:
         slab = self._slab(batch, len(edits), 0)
         plan = DraftPlan.of([()] * len(batch.rows))
         found = self._prompt_pass(batch, slab, f"last {last}", plan, last, edits)
+        self.windows |= slab.windows
+        self.kept_bytes = self.kept_bytes or slab.bytes // (slab.rows * slab.positions)
         parts = torch.split(found, list(last) * len(edits))
         count = len(last)
         return [list(parts[i * count : (i + 1) * count]) for i in range(len(edits))]
@@ -176,13 +185,15 @@ class Engine:
         """
         heeded = [w if self.techniques.early_exit else None for w in watches]
         writings = [Writing(indices, limit, self._ends, w, self._reader) for w in heeded]
+        if not any(writing.live() for writing in writings):
+            return [writing.answers() for writing in writings]
         slab = self._slab(batch, len(edits), limit)
         self._lend(batch, slab, len(edits))
         self._check_drafts(batch, slab, writings, edits)
-        slab.keep(torch.arange(len(batch.rows) * len(edits), device=self.model.device))
+        slab.keep_first(len(batch.rows) * len(edits))
         self._write_on(batch, slab, writings, edits)
         if self._learning:
-            self._learn_answers(batch, writings[0].tokens, limit)
+            self._learn_answers(batch, writings[0].tokens if self.drafts else [], limit)
         return [writing.answers() for writing in writings]
 
     # Passes
@@ -245,7 +256,7 @@ class Engine:
             if tokens.chosen != list(range(len(states))):
                 states = states.index_select(0, self._tensor(tokens.chosen))
         given = self._pass(batch, tokens, edits, shared, start, states)
-        logits, inputs = self.model.run(given, slab, self._kept if self._learning else ())
+        logits, inputs = self.model.run(given, slab, self.kept if self._learning else ())
         if self._learning:
             batch.states[name] = inputs
         return logits
@@ -327,7 +338,7 @@ class Engine:
 
     def _learn_answers(self, batch: Batch, answers: list[list[int]], limit: int) -> None:
         """Run the prompts with their answers once more, in the passes that trials will make."""
-        batch.drafts = answers
+        batch.drafts = answers = answers or [[] for _ in batch.rows]
         plan, slab = DraftPlan.of(answers), self._slab(batch, 1, limit)
         every = range(len(batch.rows))
         wanted = [plan.wanted(row, 0) for row in every]
@@ -336,7 +347,7 @@ class Engine:
             going = [row for row in every if plan.fed(row, number)]
             self._draft_pass(batch, slab, number, plan, going, (0,))
         used = max(len(row) + len(draft) for row, draft in zip(batch.rows, answers, strict=True))
-        for layer in range(max(self._kept, default=0)):
+        for layer in range(max(self.kept, default=0)):
             batch.keys[layer] = slab.keys[layer][:, :used].clone()
             batch.values[layer] = slab.values[layer][:, :used].clone()
 

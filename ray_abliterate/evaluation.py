@@ -15,6 +15,8 @@ class Evaluation:
     seconds: float
     answers: tuple[dict[str, Any], ...] = ()
     """Rows of prompt, answer and verdict, if they are recorded."""
+    shared: bool = False
+    """Scored by virtual edits, in passes shared with other plans."""
 
 
 @dataclass(frozen=True)
@@ -32,4 +34,8 @@ class ModelFacts:
     revision: str | None
     fingerprint: str = ""
     """Of the first and the last writer's bits: tells whether the weights are the same."""
+    most_per_pass: int = 1
+    """Plans that can share a pass: by what the model is, and by memory."""
+    why_not_more: str = ""
+    """What stands against one more."""
     notes: tuple[str, ...] = field(default=())

@@ -21,6 +21,8 @@ CHARACTERS_PER_TOKEN = 3
 TEMPLATE_TOKENS = 64
 UNKNOWN_PROMPT_TOKENS = 512
 """Where no prompts could be read."""
+USUAL_BATCH = 32
+"""Rows of a batch where the recipe leaves them to memory: fewer are taken if these don't fit."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _largest_batch(recipe: Recipe, prompts: list[PromptSet]) -> tuple[int, int]:
     tokens = longest // CHARACTERS_PER_TOKEN or UNKNOWN_PROMPT_TOKENS
     answers = [s.max_new_tokens for s in recipe.scorers if isinstance(s, KeywordRate)]
     answers += [s.tokens for s in recipe.scorers if isinstance(s, KlDivergence)]
-    return recipe.run.batch_size, tokens + TEMPLATE_TOKENS + max(answers, default=1)
+    return recipe.run.batch_size or USUAL_BATCH, tokens + TEMPLATE_TOKENS + max(answers, default=1)
 
 
 def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:

@@ -23,6 +23,8 @@ class Trial:
     scorecard: Scorecard | None
     seconds: float
     error: str | None = None
+    shared: bool = False
+    """Scored in passes shared with other plans, by virtual edits; not yet with edited weights."""
 
     def __post_init__(self) -> None:
         if (self.scorecard is None) == (self.error is None):
@@ -43,6 +45,7 @@ class Trial:
                 "scores": scores,
                 "seconds": round(self.seconds, 3),
                 "error": self.error,
+                **({"shared": True} if self.shared else {}),
             },
             ensure_ascii=False,
         )
@@ -57,6 +60,7 @@ class Trial:
             scorecard=Scorecard.from_list(values["scores"]) if values["scores"] else None,
             seconds=values["seconds"],
             error=values["error"],
+            shared=values.get("shared", False),
         )
 
 

@@ -6,8 +6,11 @@ allows, in padded batches (`padded.py`) otherwise. Knows nothing about edits or 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +21,17 @@ from ray_abliterate.architecture import find_blocks
 from ray_abliterate.chat_format import ChatFormat, close_thinking, common_prefix
 from ray_abliterate.engine import Batch, Engine, Techniques
 from ray_abliterate.errors import ModelError
+from ray_abliterate.grid import (
+    LEARNED_SHARE,
+    Cost,
+    Tuning,
+    even,
+    forget_garbage,
+    free_bytes,
+    is_out_of_memory,
+    most_rows,
+)
+from ray_abliterate.linears import Upcast, faster_in_float32
 from ray_abliterate.loading import load
 from ray_abliterate.packed import NotPackable, PackedModel
 from ray_abliterate.padded import Decisions, PaddedModel, probe_rows, same_logits
@@ -30,6 +44,8 @@ from ray_abliterate.writing import Written
 
 log = logging.getLogger(__name__)
 
+DEFAULT_PROMPT, DEFAULT_ANSWER = 512, 256
+"""Tokens that batches are made for until more is known."""
 PREFIX_TOKENS = 16
 """Tokens of the answers among which a common prefix is looked for."""
 
@@ -49,23 +65,38 @@ class LanguageModel:
     """
 
     def __init__(
-        self, module: nn.Module, tokenizer: Any, settings: ModelSettings, batch_size: int = 32
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        settings: ModelSettings,
+        batch_size: int | None = None,
     ) -> None:
         self.module: Any = module
         self.chat = ChatFormat(tokenizer, settings)
         self.response_prefix: tuple[int, ...] = ()
         self.batch_size = batch_size
+        self.upcast = Upcast(module) if faster_in_float32(module) else None
         self.blocks: Any = find_blocks(module)[1]
         self.end_tokens = _end_tokens(module, tokenizer)
         self._pad = _pad_token(tokenizer, self.end_tokens)
         self.padded = PaddedModel(module, list(self.blocks), self.end_tokens, self._pad)
         self.techniques = Techniques()
-        self._known: dict[Any, list[tuple[list[int], Batch]]] = {}
+        self._encoded: dict[Any, list[Row]] = {}
+        self._known: dict[Any, list[tuple[list[int], Batch | None]]] = {}
         self._engine, self.not_packable = self._try_engine()
+        self.use(self.tune(DEFAULT_PROMPT, DEFAULT_ANSWER))
 
     @classmethod
-    def load(cls, source: str, settings: ModelSettings, batch_size: int = 32) -> "LanguageModel":
-        """Load from a folder or the Hub; see `loading.load` for what can go wrong."""
+    def load(
+        cls, source: str, settings: ModelSettings, batch_size: int | None = None
+    ) -> "LanguageModel":
+        """Load from a folder or the Hub; see `loading.load` for what can go wrong.
+
+        Args:
+            source: Folder or Hub name.
+            settings: How.
+            batch_size: Rows of a batch; by memory if None.
+        """
         module, tokenizer = load(source, settings)
         return cls(module, tokenizer, settings, batch_size)
 
@@ -76,7 +107,67 @@ class LanguageModel:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Row]:
         """Token ids of each prompt, the response prefix after it."""
-        return [[*self.chat.encode(prompt), *self.response_prefix] for prompt in prompts]
+        key = tuple(prompts), self.response_prefix
+        if key not in self._encoded:
+            rows = [[*self.chat.encode(prompt), *self.response_prefix] for prompt in prompts]
+            self._encoded[key] = rows
+        return self._encoded[key]
+
+    # How it computes
+
+    def tune(self, prompt: int, answer: int, tokens: int = 0, copies: int = 1) -> Tuning:
+        """Batch sizes by memory, and whether drafts pay, by measurement.
+
+        Args:
+            prompt: Tokens of the longest prompt.
+            answer: Tokens of the longest answer.
+            tokens: Tokens of all prompts that trials evaluate.
+            copies: Trials that share a pass.
+
+        Raises:
+            ModelError: not even one row fits.
+        """
+        free, cost, most = free_bytes(self.device), self.cost, most_rows(self.device)
+        read = min(most, self.batch_size or cost.rows(free, prompt, 0, 1))
+        write = min(most, self.batch_size or cost.rows(free, prompt, answer, copies))
+        if not read or not write:
+            raise ModelError(
+                f"{copies} x {prompt} + {answer} tokens do not fit into the {free / 1e9:.1f} GB "
+                "that are free.\n  Shorten prompts or answers, lower search.trials_per_pass, or "
+                "give the replica more memory."
+            )
+        states = max(1, tokens) * cost.state * len(self.blocks)
+        room = min(LEARNED_SHARE * self.module.num_parameters() * cost.size, free / 4)
+        every = min(max(1, math.ceil(states / room)), len(self.blocks))
+        return Tuning(read, write, every, self._drafts_pay() if tokens else False)
+
+    def use(self, tuning: Tuning) -> None:
+        """Compute so from now on."""
+        self._tuning = tuning
+        if self._engine is not None:
+            self._engine.drafts = tuning.drafts
+            self._engine.kept = range(tuning.state_every, len(self.blocks), tuning.state_every)
+
+    @property
+    def cost(self) -> Cost:
+        """What rows cost in memory."""
+        return Cost.of(self.module, self._engine.kept_bytes if self._engine else 0)
+
+    def _drafts_pay(self) -> bool:
+        """Whether four tokens of a row cost less than two steps of one: a step waits for weights,
+        not for arithmetic."""
+        if self._engine is None:
+            return False
+        seconds = []
+        for length in (1, 4):
+            rows = [[3 + i % 7] * length for i in range(min(self._tuning.answer_rows, 64))]
+            batch, taken = Batch(list(rows)), []
+            for _ in range(3):
+                started = time.perf_counter()
+                self._engine.logits(batch, [1] * len(rows))[0][0].cpu()
+                taken.append(time.perf_counter() - started)
+            seconds.append(min(taken))
+        return seconds[1] < 2 * seconds[0]
 
     # What the base model computed, and what is edited now
 
@@ -120,16 +211,18 @@ class LanguageModel:
         """Every block's output at the last token, float32 on the CPU, `"prompt layer hidden"`."""
         rows = self.encode(prompts)
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        packed = self._engine is not None and self._within_reach(prompts, 1)
-        prefix = Prefix() if packed else self.padded.shared(rows)
-        for indices in self._grid(rows):
-            some = [rows[i] for i in indices]
-            if packed and self._engine is not None:
-                values = self._engine.residuals(self._engine.batch(some)).cpu()
+        prefix = cache(partial(self.padded.shared, rows))
+
+        def work(indices: list[int], batch: Batch | None) -> None:
+            if batch is not None and self._engine is not None:
+                values = self._engine.residuals(batch).cpu()
             else:
-                values = self.padded.residuals(some, prefix)
+                some = [rows[i] for i in indices]
+                values = self.padded.residuals(some, prefix())
             for place, index in enumerate(indices):
                 found[index] = values[place]
+
+        self._each("residuals", rows, work, self._tuning.read_rows, None)
         return torch.stack(found)
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> Float[Tensor, "prompt vocab"]:
@@ -183,20 +276,24 @@ class LanguageModel:
         """`continuation_logits` for each edit; `None` asks for the first token only."""
         asked = [1 if continuations is None else len(continuations[i]) for i in range(len(prompts))]
         found = [[torch.empty(0)] * len(prompts) for _ in edits]
-        if self._engine is not None and self._within_reach(prompts, max(asked)):
-            for indices, batch in self._batches("logits", prompts, continuations):
-                logits = self._engine.logits(batch, [asked[i] for i in indices], edits)
+        rows = self._fed(prompts, continuations)
+        prefix = cache(partial(self.padded.shared, self.encode(prompts)))
+
+        def work(indices: list[int], batch: Batch | None) -> None:
+            counts = [asked[i] for i in indices]
+            if batch is not None and self._engine is not None:
+                logits = self._engine.logits(batch, counts, edits)
                 for own, values in zip(found, logits, strict=True):
                     for index, value in zip(indices, values, strict=True):
                         own[index] = value.float().cpu()
-            return found
-        self._one_at_a_time(edits)
-        rows, prefix = self._fed(prompts, continuations), self.padded.shared(self.encode(prompts))
-        for indices in self._grid(rows):
-            keep = max(asked[i] for i in indices)
-            block = self.padded.logits([rows[i] for i in indices], keep, prefix).float().cpu()
+                return
+            self._one_at_a_time(edits)
+            some = [rows[i] for i in indices]
+            block = self.padded.logits(some, max(counts), prefix()).float().cpu()
             for place, index in enumerate(indices):
                 found[0][index] = block[place, block.shape[1] - asked[index] :]
+
+        self._each(f"logits {asked}", rows, work, self._tuning.read_rows, tuple(prompts))
         return found
 
     def answers_of(
@@ -222,24 +319,27 @@ class LanguageModel:
     ) -> list[list[Written]]:
         """Tokens of each answer, and whether it was stopped before its end, for each edit."""
         found = [[Written([], False)] * len(prompts) for _ in edits]
-        if self._engine is not None and self._within_reach(prompts, limit):
-            for indices, batch in self._batches(f"answers of {limit}", prompts):
+        rows, watch = self.encode(prompts), watches[0]
+        prefix = cache(partial(self.padded.shared, rows))
+
+        def work(indices: list[int], batch: Batch | None) -> None:
+            if batch is not None and self._engine is not None:
                 written = self._engine.answer(batch, limit, watches, indices, edits)
                 for own, answers in zip(found, written, strict=True):
                     for index, answer in zip(indices, answers, strict=True):
                         own[index] = answer
-            return found
-        self._one_at_a_time(edits)
-        rows, watch = self.encode(prompts), watches[0]
-        prefix = self.padded.shared(rows)
-        for indices in self._grid(rows):
+                return
+            self._one_at_a_time(edits)
             stop = Decisions(watch, indices, self.chat, self.end_tokens) if watch else None
-            tokens = self.padded.generate([rows[i] for i in indices], limit, prefix, stop)
-            for place, index in enumerate(indices):
+            some = [rows[i] for i in indices]
+            for place, tokens in enumerate(self.padded.generate(some, limit, prefix(), stop)):
                 cut = stop.decided_after.get(place) if stop else None
-                kept = tokens[place][:cut]
+                kept = tokens[:cut]
                 ended = bool(kept) and kept[-1] in self.end_tokens
-                found[0][index] = Written(kept, cut is not None and not ended)
+                found[0][indices[place]] = Written(kept, cut is not None and not ended)
+
+        size = self._tuning.answer_rows
+        self._each(f"answers of {limit}", rows, work, size, tuple(prompts), more=limit)
         return found
 
     def _one_at_a_time(self, edits: Sequence[int]) -> None:
@@ -252,22 +352,56 @@ class LanguageModel:
 
     # Batches
 
-    def _batches(
+    def _each(
         self,
         kind: str,
-        prompts: Sequence[Prompt],
-        continuations: Sequence[Sequence[int]] | None = None,
-    ) -> list[tuple[list[int], Batch]]:
-        """The grid for these prompts: made once, with what the base model computed for it."""
-        assert self._engine is not None
-        given = None if continuations is None else tuple(map(tuple, continuations))
-        key = kind, tuple(prompts), self.response_prefix, given
-        self._engine.techniques = self.techniques
-        if key not in self._known:
-            rows = self._fed(prompts, continuations)
-            grid = [(i, self._engine.batch([rows[j] for j in i])) for i in self._grid(rows)]
-            self._known[key] = grid
-        return self._known[key]
+        rows: Sequence[Row],
+        work: Callable[[list[int], Batch | None], None],
+        size: int,
+        kept: Any,
+        more: int = 0,
+    ) -> None:
+        """Work through a grid of rows, batch by batch; batches that don't fit are halved.
+
+        Args:
+            kind: What is asked.
+            rows: Token ids.
+            work: Computes the rows with these numbers, as a packed batch if there is one.
+            size: Rows of a batch.
+            kept: Names the rows; the grid, and what the base model computes for it, is kept under
+                that name. None keeps nothing.
+            more: Tokens that rows grow by.
+        """
+        key = kind, kept, self.response_prefix
+        grid = self._known.get(key) or [
+            (i, self._batch(rows, i, more)) for i in self._grid(rows, size)
+        ]
+        waiting, done = list(grid), []
+        while waiting:
+            indices, batch = waiting.pop(0)
+            try:
+                if self._engine is not None:
+                    self._engine.techniques = self.techniques
+                work(indices, batch)
+            except (RuntimeError, MemoryError) as error:
+                if len(indices) == 1 or not is_out_of_memory(error):
+                    raise
+                log.warning("%d rows do not fit; going on with half as many", len(indices))
+                forget_garbage()
+                half = (len(indices) + 1) // 2
+                halves = indices[:half], indices[half:]
+                waiting[:0] = [(i, self._batch(rows, i, more)) for i in halves]
+            else:
+                done.append((indices, batch))
+        if kept is not None:
+            self._known[key] = done
+
+    def _batch(self, rows: Sequence[Row], indices: Sequence[int], more: int) -> Batch | None:
+        """Rows for the engine, if it serves them."""
+        some = [rows[i] for i in indices]
+        if self._engine is None or max(map(len, some)) + more > self._reach:
+            return None
+        return self._engine.batch(some)
 
     def _fed(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]] | None
@@ -278,12 +412,13 @@ class LanguageModel:
             return rows
         return [[*row, *list(c)[:-1]] for row, c in zip(rows, continuations, strict=True)]
 
-    def _grid(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+    def _grid(self, rows: Sequence[Row], size: int) -> Iterator[list[int]]:
         """Batches of row numbers: by length, then number; equal lengths only if padding harms."""
+        size = even(len(rows), size) if self.batch_size is None else size
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         batch: list[int] = []
         for index in order:
-            full = len(batch) == self.batch_size
+            full = len(batch) == size
             mixed = batch and len(rows[batch[0]]) != len(rows[index])
             if full or (mixed and not self.padded.pads_safely):
                 yield batch
@@ -292,10 +427,12 @@ class LanguageModel:
         if batch:
             yield batch
 
-    def _within_reach(self, prompts: Sequence[Prompt], more: int) -> bool:
-        """Whether no row outgrows the attention window that packed passes don't know of."""
+    @property
+    def _reach(self) -> float:
+        """Positions that packed passes serve: up to an attention window that they don't know of."""
         window = _window(self.module.config)
-        return window is None or max(map(len, self.encode(prompts))) + more <= window
+        known = self._engine is not None and window in self._engine.windows
+        return math.inf if window is None or known else window
 
     @torch.inference_mode()
     def _try_engine(self) -> tuple[Engine | None, str]:
@@ -304,7 +441,7 @@ class LanguageModel:
             return None, "padding changes its output, so its state can't be cut into rows"
         try:
             packed = PackedModel(self.module, self.blocks)
-            engine = Engine(packed, self.end_tokens, self.chat.stream, range(1, len(self.blocks)))
+            engine = Engine(packed, self.end_tokens, self.chat.stream, len(self.blocks))
             rows = probe_rows(self.module, (12, 17), share=9)
             batch = engine.batch(rows)
             alone = self.padded.logits(rows[:1], 1, Prefix())[0, 0]

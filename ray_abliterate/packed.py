@@ -48,6 +48,13 @@ class Slab:
             self.values[index] = value.new_zeros(*shape, value.shape[-1])
         return self.keys[index], self.values[index]
 
+    def keep_first(self, count: int) -> None:
+        """Drop the rows behind these; nothing is copied."""
+        self.rows = count
+        for store in (self.keys, self.values):
+            for index, tensor in store.items():
+                store[index] = tensor[:count]
+
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these, which become 0, 1, 2, …"""
         self.rows = len(rows)

@@ -292,7 +292,10 @@ class SearchSettings(Section):
     seed_points: bool = True
     """Begin with two plans known to be sensible: full strength everywhere, and the middle."""
     concurrency: int | None = Field(None, ge=1)
-    """Plans in flight; the number of replicas if unset."""
+    """Plans in flight; replicas times `trials_per_pass` if unset."""
+    trials_per_pass: int = Field(1, ge=1)
+    """Plans that a replica evaluates in the same passes, by edits beside the weights. Pays on GPUs,
+    where a step costs the same for more rows; the sampler knows less when it chooses."""
     trial_timeout_seconds: float | None = Field(None, gt=0)
     """A trial that takes longer fails, and its replica is started anew."""
     dominance_stop: bool = True
@@ -392,8 +395,9 @@ ScorerSettings = Annotated[
 class RunSettings(Section):
     """What the run leaves behind, and how it computes."""
 
-    batch_size: int = Field(32, ge=1)
-    """Prompts of a forward pass. Part of the result: the same batches on any number of replicas."""
+    batch_size: int | None = Field(None, ge=1)
+    """Prompts of a forward pass; found from memory, once per run, if unset. Part of the result: the
+    same batches on any number of replicas."""
     record_responses: bool = False
     """Keep every trial's full answers under `responses/` (for `show --responses`)."""
     dashboard: bool = True

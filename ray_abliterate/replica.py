@@ -19,6 +19,7 @@ from ray_abliterate.directions import Directions
 from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
+from ray_abliterate.grid import Tuning, free_bytes
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.prompts import Prompt, PromptSet
@@ -40,16 +41,19 @@ class Setup:
     Attributes:
         directions: The directions.
         response_prefix: Tokens after which answers are compared.
+        tuning: How to compute; each replica's own choice if None.
     """
 
     directions: Directions
     response_prefix: tuple[int, ...] = ()
+    tuning: Tuning | None = None
 
     @property
     def key(self) -> str:
         """Content key."""
         vectors = self.directions.vectors.numpy().tobytes()
-        return hashlib.sha256(vectors + repr(self.response_prefix).encode()).hexdigest()
+        rest = repr((self.response_prefix, self.tuning)).encode()
+        return hashlib.sha256(vectors + rest).hexdigest()
 
 
 class Replica:
@@ -74,6 +78,8 @@ class Replica:
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
         self._writers = find_writers(self.model.module, rows)
         self.cache = WeightCache(self.model.module, self._writers, recipe.model.weight_cache)
+        if self.model.upcast is not None:
+            self.cache.on_write = self.model.upcast.written
         self._virtual: VirtualEdits | None = None
         self._scorers: tuple[Scorer, ...] = ()
         self._prepared_for = ""
@@ -88,6 +94,9 @@ class Replica:
             notes.append("padding changes this model's output: batches hold prompts of one length")
         if self.model.not_packable:
             notes.append(f"the plain path is used, not the engine: {self.model.not_packable}")
+        if self.model.upcast is not None:
+            notes.append("this CPU is faster in float32: linear layers compute in it, and round")
+        most, why = self._most_per_pass()
         return ModelFacts(
             shape=ModelShape(len(self.model.blocks), hidden_size(module), components),
             writers=len(self._writers),
@@ -99,8 +108,38 @@ class Replica:
             model_type=module.config.model_type,
             revision=getattr(module.config, "_commit_hash", None),
             fingerprint=self._fingerprint(),
+            most_per_pass=most,
+            why_not_more=why,
             notes=tuple(notes),
         )
+
+    def tune(self) -> Tuning:
+        """How this run's replicas compute: by the memory and the speed of this one."""
+        prompt, answer, tokens = self._extent()
+        return self.model.tune(prompt, answer, tokens, self._recipe.search.trials_per_pass)
+
+    def _extent(self) -> tuple[int, int, int]:
+        """Tokens of the longest prompt, of the longest answer, and of all prompts."""
+        rows = [row for s in self._prompts.values() for row in self.model.encode(s.prompts)]
+        lengths = [len(row) for row in rows]
+        asked = [
+            getattr(scorer, name, 0)
+            for scorer in self._recipe.scorers
+            for name in ("max_new_tokens", "tokens")
+        ]
+        return max(lengths, default=1), max([*asked, 1]), sum(lengths)
+
+    def _most_per_pass(self) -> tuple[int, str]:
+        """Plans that can share a pass, and why not more."""
+        if self.model.not_packable:
+            return 1, f"the engine does not serve this model ({self.model.not_packable})"
+        for writer in self._writers:
+            if self.model.module.get_parameter(writer.parameter).ndim != 2:
+                return 1, f"{writer.parameter} stacks experts, and is no linear layer"
+        free = free_bytes(self.model.device)
+        prompt, answer, _ = self._extent()
+        most = self.model.cost.rows(free, prompt, answer, 1)
+        return max(most, 1), f"{free / 1e9:.1f} GB are free for their keys and values"
 
     def _fingerprint(self) -> str:
         ends = (self._writers[0].parameter, self._writers[-1].parameter)
@@ -153,21 +192,20 @@ class Replica:
             self._virtual = VirtualEdits(self.model.packed, self.model.module, self.cache)
         started = time.perf_counter()
 
-        def work(view: TextModel) -> tuple[Scorecard, tuple[dict[str, Any], ...]]:
+        def work(view: TextModel) -> tuple[Scorecard, float, tuple[dict[str, Any], ...]]:
             scorers = tuple(copy.copy(scorer) for scorer in self._scorers)
             card = score_all(scorers, view, bar)
             rows = self._answers(scorers, card) if self._recipe.run.record_responses else ()
-            return card, rows
+            return card, (time.perf_counter() - started) / len(plans), rows
 
         with (
             self._virtual.opened(plans, setup.directions) as untouched,
             self.model.untouched_below(untouched),
         ):
-            together = Together[tuple[Scorecard, tuple[dict[str, Any], ...]]](self.model)
+            together = Together[tuple[Scorecard, float, tuple[dict[str, Any], ...]]](self.model)
             found = together.run([work] * len(plans))
-        seconds = (time.perf_counter() - started) / len(plans)
         return [
-            result if isinstance(result, Exception) else Evaluation(result[0], seconds, result[1])
+            result if isinstance(result, Exception) else Evaluation(*result, shared=True)
             for result in found
         ]
 
@@ -185,6 +223,7 @@ class Replica:
         if key == self._prepared_for:
             return
         self.model.response_prefix = setup.response_prefix
+        self.model.use(setup.tuning or self.tune())
         recipe = self._recipe
         scorers = build(recipe.scorers, self._prompts, recipe.run.record_responses)
         with self.model.learning():

@@ -7,7 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from ray_abliterate.cluster.search import Search
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.grid import Tuning
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
 from ray_abliterate.prompts import Prompt, PromptSet
@@ -181,7 +182,12 @@ def find_directions(
     """The directions and the response prefix, taken up from the directory or found now."""
     known = directory.directions()
     if known is not None and directory.baseline() is not None:
-        return Setup(known, tuple(directory.environment["response_prefix"])), None
+        return Setup(
+            known, tuple(directory.environment["response_prefix"]), directory.tuning()
+        ), None
+    with watch.stage("batch sizes"):
+        tuning: Tuning = pool.call("tune")
+    directory.note(tuning=asdict(tuning))
     prefix: tuple[int, ...] = ()
     if recipe.direction.skip_common_prefix:
         with watch.stage("common response prefix"):
@@ -193,7 +199,7 @@ def find_directions(
     directory.note(response_prefix=list(prefix))
     with watch.stage("residuals"):
         batches = {
-            name: list(prompts.batches(recipe.run.batch_size))
+            name: list(prompts.batches(tuning.read_rows))
             for name, prompts in (("behaviour", sets.behaviour), ("neutral", sets.neutral))
         }
         behaviour, neutral = extract(pool, batches, prefix, sets, watch)
@@ -203,7 +209,7 @@ def find_directions(
     with watch.stage("directions"):
         found: Directions = direction_methods.compute(behaviour, neutral, recipe.direction)
     directory.save_directions(found)
-    return Setup(found, prefix), (behaviour, neutral)
+    return Setup(found, prefix, tuning), (behaviour, neutral)
 
 
 def extract(
@@ -260,14 +266,21 @@ def search(
     watch: Watch,
 ) -> None:
     """Try plans until the run has as many as the recipe wants."""
+    if recipe.search.trials_per_pass > pool.facts.most_per_pass:
+        raise ModelError(
+            f"search.trials_per_pass = {recipe.search.trials_per_pass} is more than the "
+            f"{pool.facts.most_per_pass} that can share a pass: {pool.facts.why_not_more}.\n"
+            f"  Set search.trials_per_pass = {pool.facts.most_per_pass} or less."
+        )
     space = Space.of(pool.facts.shape, recipe.search.space, recipe.edit.norm)
     goals = [(scorer.name, scorer.goal) for scorer in recipe.scorers if scorer.goal != "report"]
     study = Search(directory.journal, space, recipe.search, goals)
     listed = {trial.number: trial for trial in directory.trials()}
     for trial in study.finished:
-        if listed.get(trial.number) != trial:
+        known = listed.get(trial.number)
+        if known != trial and not (trial.shared and known is not None):
             directory.append(trial)
-    done = {trial.number: trial for trial in study.finished}
+    done = {trial.number: trial for trial in directory.trials()}
 
     def on_trial(trial: Trial, answers: tuple[dict[str, Any], ...]) -> None:
         done[trial.number] = trial
@@ -279,6 +292,25 @@ def search(
     seeds = space.seeds(float(baseline.best_layer)) if recipe.search.seed_points else ()
     with watch.stage("search"):
         study.run(pool, shared, seeds, on_trial, directory.tune)
+    score_members_alone(directory, pool, shared, watch)
+
+
+def score_members_alone(
+    directory: RunDirectory, pool: ReplicaPool, shared: Any, watch: Watch
+) -> None:
+    """Score what is on the frontier with edited weights, if it shared its passes with others.
+
+    Virtual edits round differently in half precision, so that a member may leave the frontier, and
+    others take its place: until all members are scored alone.
+    """
+    if pool.facts.dtype == "float32":
+        return
+    while members := [t for t in Frontier.of(directory.trials()).members if t.shared]:
+        with watch.stage("frontier, one by one"):
+            for count, trial in enumerate(members, start=1):
+                evaluation = pool.evaluate(trial.plan, shared)
+                directory.append(replace(trial, scorecard=evaluation.scorecard, shared=False))
+                watch.step(count, len(members))
 
 
 def _versions() -> dict[str, str]:

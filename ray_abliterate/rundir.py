@@ -26,6 +26,7 @@ from ray_abliterate.errors import (
     TrialNotFound,
 )
 from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.grid import Tuning
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.residuals import Residuals
 from ray_abliterate.scoring import Scorecard
@@ -225,6 +226,11 @@ class RunDirectory:
                 file.write(b"\n")
             file.write(trial.to_json().encode(errors="backslashreplace") + b"\n")
             file.flush()
+
+    def tuning(self) -> Tuning | None:
+        """How the run's replicas compute; None in a directory of an older version."""
+        known = self.environment.get("tuning")
+        return Tuning(**known) if known else None
 
     def trials(self) -> tuple[Trial, ...]:
         """All trials in order of number; a torn line is skipped, a repeated number counts once."""

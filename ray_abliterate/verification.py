@@ -99,6 +99,9 @@ def _language_model(directory: RunDirectory, folder: Path) -> LanguageModel:
     settings = recipe.model.model_copy(update={"revision": None})
     model = LanguageModel.load(str(folder), settings, recipe.run.batch_size)
     model.response_prefix = tuple(directory.environment["response_prefix"])
+    tuning = directory.tuning()
+    if tuning is not None:
+        model.use(tuning)
     return model
 
 

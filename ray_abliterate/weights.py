@@ -8,7 +8,7 @@ Weights are written in place (same storage), so tied tensors, hooks and views st
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,6 +64,8 @@ class WeightCache:
         self._directions: Directions | None = None
         self._dirty: set[int] = set()
         self._open = False
+        self.on_write: Callable[[str], None] | None = None
+        """Is told each parameter that was written to."""
 
     @property
     def bytes(self) -> int:
@@ -81,6 +83,7 @@ class WeightCache:
                 target.weight.copy_(target.pristine, non_blocking=True)
                 if target.bias is not None and target.pristine_bias is not None:
                     target.bias.copy_(target.pristine_bias, non_blocking=True)
+                self._written(target)
         self._dirty -= set(layers)
 
     @contextmanager
@@ -137,6 +140,11 @@ class WeightCache:
             edit.apply_(oriented(target.weight, writer), oriented(target.pristine, writer))
             if target.bias is not None and target.pristine_bias is not None:
                 edit.apply_to_bias_(target.bias, target.pristine_bias)
+            self._written(target)
+
+    def _written(self, target: _Target) -> None:
+        if self.on_write is not None:
+            self.on_write(target.writer.parameter)
 
     def _edits(self, plan: Plan, directions: Directions) -> Iterator[tuple[_Target, ablation.Edit]]:
         layers = directions.layers

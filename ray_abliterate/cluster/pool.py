@@ -30,6 +30,8 @@ NO_REPLICA_SECONDS = 900.0
 """A call waits this long for any replica; a restarted one has to load its model."""
 SLOTS_SECONDS = 60.0
 """Trial slots wait this long for each other at the start."""
+GATHER_SECONDS = 0.5
+"""Plans that may share a pass wait this long for others: about what the sampler needs for a few."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,29 @@ class ReplicaHost:
         return getattr(self._replica, method)(*args)
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A plan that waits for a replica."""
+
+    plan: Any
+    setup: list[Any]
+    result: "asyncio.Future[Evaluation]"
+
+
 class PoolActor:
     """Hands calls to free replicas, in the order they come."""
 
-    def __init__(self, replicas: list[Any], timeout_seconds: float | None) -> None:
+    def __init__(
+        self, replicas: list[Any], timeout_seconds: float | None, trials_per_pass: int = 1
+    ) -> None:
         self._free: asyncio.Queue[Any] = asyncio.Queue()
         self._timeout = timeout_seconds
-        self._reviving: set[asyncio.Task[None]] = set()
+        self._per_pass = trials_per_pass
+        self._waiting: list[_Waiting] = []
+        self._in_service = 0
+        self._slots = 1
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._kept: dict[str, Any] = {}
         self._bar: Bar | None = None
         self._missing_slots = 0
@@ -140,23 +158,81 @@ class PoolActor:
     def __repr__(self) -> str:
         return "replica-pool"
 
-    async def call(self, method: str, args: list[Any], for_trial: bool = False) -> Any:
+    async def trial(self, plan: Any, setup: list[Any]) -> Evaluation:
+        """Evaluate a plan of the search: against the bar, in passes shared with other plans.
+
+        Args:
+            plan: The plan.
+            setup: One reference, in a list so that it is not resolved here.
+        """
+        own = _Waiting(plan, setup, asyncio.get_running_loop().create_future())
+        self._waiting.append(own)
+        self._changed.set()
+        if self._per_pass == 1 or len(self._waiting) == 1:
+            self._start(self._hand_out())
+        return await own.result
+
+    async def _hand_out(self) -> None:
+        """Give one replica as many of the waiting plans as share a pass."""
+        try:
+            replica = await self._lease()
+        except SearchError as error:
+            left, self._waiting = self._waiting, []
+            for own in left:
+                own.result.set_exception(error)
+            return
+        await self._gather()
+        group = self._waiting[: self._per_pass]
+        self._waiting = self._waiting[self._per_pass :]
+        self._in_service += len(group)
+        if self._waiting:
+            self._start(self._hand_out())
+        plans, setup = [waiting.plan for waiting in group], group[0].setup[0]
+        timeout = self._timeout * len(group) if self._timeout is not None else None
+        try:
+            if len(group) == 1:
+                args = [plans[0], setup, self._bar]
+                found = [await self._run(replica, "evaluate", args, timeout)]
+            else:
+                args = [plans, setup, self._bar]
+                found = await self._run(replica, "evaluate_together", args, timeout)
+        except BaseException as error:  # noqa: BLE001  # every caller is told
+            found = [error] * len(group)
+        self._in_service -= len(group)
+        for waiting, result in zip(group, found, strict=True):
+            if isinstance(result, BaseException):
+                waiting.result.set_exception(result)
+            else:
+                waiting.result.set_result(result)
+
+    async def _gather(self) -> None:
+        """Wait until a pass is full, or all trials are here or in service, or for a moment."""
+        end = asyncio.get_running_loop().time() + GATHER_SECONDS
+        while len(self._waiting) < min(self._per_pass, self._slots - self._in_service):
+            self._changed.clear()
+            left = end - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(self._changed.wait(), max(left, 0))
+            except TimeoutError:
+                return
+
+    async def call(self, method: str, args: list[Any]) -> Any:
         """Run a method on a free replica; on its death, on another one.
 
         Args:
             method: Name of a method of `Replica`.
             args: Its arguments, object references among them.
-            for_trial: The trial timeout applies, and the bar as it is then is the last argument.
         """
+        return await self._run(await self._lease(), method, args)
+
+    async def _run(
+        self, replica: Any, method: str, args: list[Any], timeout: float | None = None
+    ) -> Any:
+        """Run a method on a leased replica, and give it back."""
         deaths = 0
         while True:
-            replica = await self._lease()
-            more = [self._bar] if for_trial else []
             try:
-                result = await asyncio.wait_for(
-                    _ready(replica.call.remote(method, *args, *more)),
-                    self._timeout if for_trial else None,
-                )
+                result = await asyncio.wait_for(_ready(replica.call.remote(method, *args)), timeout)
             except TimeoutError:
                 ray.kill(replica, no_restart=False)
                 self._revive(replica)
@@ -171,6 +247,7 @@ class PoolActor:
                     raise SearchError(
                         f"two replicas died over this call ({type(error).__name__}); out of memory?"
                     ) from None
+                replica = await self._lease()
                 continue
             except BaseException:
                 self._free.put_nowait(replica)
@@ -178,9 +255,14 @@ class PoolActor:
             self._free.put_nowait(replica)
             return result
 
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def expect(self, slots: int, bar: Bar | None) -> None:
         """A search begins with so many trial slots, and a bar; without, no trial is stopped."""
-        self._missing_slots, self._bar = slots, bar
+        self._missing_slots, self._slots, self._bar = slots, slots, bar
         self._slots_there.clear()
 
     async def raise_bar(self, mark: tuple[float, ...]) -> None:
@@ -231,9 +313,7 @@ class PoolActor:
                 self._free.put_nowait(replica)
                 return
 
-        task = asyncio.get_running_loop().create_task(wait())
-        self._reviving.add(task)
-        task.add_done_callback(self._reviving.discard)
+        self._start(wait())
 
 
 async def _ready(reference: Any) -> Any:
@@ -273,7 +353,8 @@ class ReplicaPool:
         try:
             facts = _first_facts(hosts)
             pool = ray.remote(PoolActor).options(num_cpus=0, max_concurrency=10_000)
-            actor = pool.remote(hosts, recipe.search.trial_timeout_seconds)
+            search = recipe.search
+            actor = pool.remote(hosts, search.trial_timeout_seconds, search.trials_per_pass)
             yield cls(actor, hosts, facts, layout)
         finally:
             for handle in [*hosts, *([actor] if actor is not None else [])]:

@@ -22,7 +22,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from ray_abliterate.cluster import study as journal
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, PlanTrial
+from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, SHARED, PlanTrial
 from ray_abliterate.dominance import Bar
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Space, Value
@@ -73,6 +73,8 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         if SCORES in result:
             asked.set_user_attr(SCORES, result[SCORES])
             asked.set_user_attr(SECONDS, result[SECONDS])
+            if result.get(SHARED):
+                asked.set_user_attr(SHARED, True)
             if Scorecard.from_list(json.loads(result[SCORES])).bounded:
                 asked.set_user_attr(journal.BOUNDED, True)
             answers = ray.get(self._pool.take.remote(trial_id)) or ()
@@ -136,7 +138,8 @@ class Search:
         missing = self._settings.trials - len(self.finished)
         if missing <= 0:
             return
-        concurrency = self._settings.concurrency or pool.layout.replicas
+        together = pool.layout.replicas * self._settings.trials_per_pass
+        concurrency = self._settings.concurrency or together
         searcher = JournalSearch(
             self._space,
             on_trial,

@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS
+from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, SHARED
 from ray_abliterate.errors import SearchError
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Choice, Space
@@ -144,5 +144,5 @@ def _outcome(frozen: FrozenTrial, space: Space) -> Trial | None:
         return None
     if frozen.state == TrialState.COMPLETE and SCORES in attributes:
         card = Scorecard.from_list(json.loads(attributes[SCORES]))
-        return Trial(frozen.number, plan, card, seconds)
+        return Trial(frozen.number, plan, card, seconds, shared=bool(attributes.get(SHARED)))
     return Trial(frozen.number, plan, None, seconds, str(attributes.get(ERROR, "no reason given")))

@@ -14,7 +14,7 @@ from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.evaluation import Evaluation
 from ray_abliterate.plan import Plan
 
-SCORES, SECONDS, ERROR = "scores", "seconds", "error"
+SCORES, SECONDS, ERROR, SHARED = "scores", "seconds", "error", "shared"
 """Keys of a trial's result; its attributes in the journal have the same names."""
 
 
@@ -39,8 +39,7 @@ class PlanTrial(tune.Trainable):  # type: ignore[misc]
         """Evaluate. What goes wrong with a plan is reported, so that the process lives on."""
         plan = Plan.from_json(self._point["plan"])
         try:
-            call = self._pool.call.remote("evaluate", [plan, *self._setup], True)
-            evaluation: Evaluation = unwrap(call)
+            evaluation: Evaluation = unwrap(self._pool.trial.remote(plan, self._setup))
         except (RayAbliterateError, ray.exceptions.RayTaskError) as error:
             return {ERROR: reason(error), "done": True}
         if evaluation.answers:
@@ -49,6 +48,7 @@ class PlanTrial(tune.Trainable):  # type: ignore[misc]
             **evaluation.scorecard.metrics(),
             SCORES: json.dumps(evaluation.scorecard.to_list()),
             SECONDS: round(evaluation.seconds, 3),
+            SHARED: evaluation.shared,
             "done": True,
         }
 

@@ -1,5 +1,6 @@
 """The pool: leases, deaths, errors, time limits, layouts."""
 
+import json
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ModelError, ScoreError, SearchError
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.recipe import ModelSettings, Recipe
-from tests.cluster.hosts import pool_of
+from tests.cluster.hosts import SHAPE, StoppableHost, pool_of
 
 PLAN = Plan.uniform(ModelShape(8, 32, ("attn",)), 3.0, "none")
 
@@ -36,20 +37,53 @@ def test_an_error_comes_back_as_itself_and_frees_the_replica(tmp_path: Path) -> 
 def test_work_of_a_replica_that_dies_goes_to_another_at_once(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 2)
     (tmp_path / "die-once").touch()
-    evaluation = unwrap(pool.actor.call.remote("evaluate", [PLAN]))
+    evaluation = unwrap(pool.actor.trial.remote(PLAN, [None]))
     assert evaluation.scorecard["rate"].value == 1.0
     ray.get([pool.actor.call.remote("echo", [i]) for i in range(10)], timeout=30)
 
 
 def test_the_bar_goes_with_trials_alone_and_rises(tmp_path: Path) -> None:
-    pool = pool_of(tmp_path, 1)
-    assert unwrap(pool.actor.call.remote("echo", [1], True)) == (1, None)
+    pool, plan = pool_of(tmp_path, 1, kind=StoppableHost), Plan.uniform(SHAPE, 3.0, "none")
+    unwrap(pool.actor.trial.remote(plan, [None]))
     ray.get(pool.actor.raise_bar.remote((0.0, 0.0)))
-    assert unwrap(pool.actor.call.remote("echo", [1], True)) == (1, None)
+    unwrap(pool.actor.trial.remote(plan, [None]))
     ray.get(pool.actor.expect.remote(1, Bar(((1.0, 2.0),))))
     ray.get(pool.actor.raise_bar.remote((2.0, 1.0)))
-    assert unwrap(pool.actor.call.remote("echo", [1], True)) == (1, Bar(((1.0, 2.0), (2.0, 1.0))))
+    unwrap(pool.actor.trial.remote(plan, [None]))
+    bars = [json.loads(line) for line in (tmp_path / "bars.jsonl").read_text().splitlines()]
+    assert bars == [None, None, [[1.0, 2.0], [2.0, 1.0]]]
     assert unwrap(pool.actor.call.remote("echo", [1])) == (1,)
+
+
+@pytest.mark.parametrize(("trials", "passes"), [(1, 1), (4, 1), (6, 2), (9, 3)])
+def test_plans_that_wait_share_passes(tmp_path: Path, trials: int, passes: int) -> None:
+    pool = pool_of(tmp_path, 1, seconds=0.2, trials_per_pass=4)
+    ray.get(pool.actor.expect.remote(trials, None))
+    plans = [
+        Plan.uniform(ModelShape(8, 32, ("attn",)), 3.0, "none", 0.1 * i) for i in range(trials)
+    ]
+    found = [unwrap(r) for r in [pool.actor.trial.remote(plan, [None]) for plan in plans]]
+    kl = [evaluation.scorecard["kl"].value for evaluation in found]
+    assert kl == [plan.profiles[0][1].peak for plan in plans]
+    assert (tmp_path / "passes").read_text().count("pass") == passes
+
+
+def test_a_plan_that_fails_in_a_shared_pass_fails_alone(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 1, seconds=0.2, trials_per_pass=4)
+    ray.get(pool.actor.expect.remote(3, None))
+    (tmp_path / "nan-once").touch()
+    calls = [pool.actor.trial.remote(PLAN, [None]) for _ in range(3)]
+    with pytest.raises(ScoreError, match="not a number"):
+        unwrap(calls[0])
+    assert [unwrap(call).scorecard["rate"].value for call in calls[1:]] == [1.0, 1.0]
+
+
+def test_a_shared_pass_that_loses_its_replica_is_done_by_another(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 2, seconds=0.2, trials_per_pass=4)
+    ray.get(pool.actor.expect.remote(4, None))
+    (tmp_path / "die-once").touch()
+    calls = [pool.actor.trial.remote(PLAN, [None]) for _ in range(4)]
+    assert [unwrap(call).scorecard["rate"].value for call in calls] == [1.0] * 4
 
 
 def test_a_call_that_kills_two_replicas_fails_and_both_come_back(tmp_path: Path) -> None:
@@ -62,9 +96,9 @@ def test_a_call_that_kills_two_replicas_fails_and_both_come_back(tmp_path: Path)
 
 
 def test_a_replica_that_hangs_is_started_anew(tmp_path: Path) -> None:
-    pool = pool_of(tmp_path, 1, timeout=0.5)
+    pool = pool_of(tmp_path, 1, seconds=60.0, timeout=0.5)
     with pytest.raises(SearchError, match=r"trial_timeout_seconds = 0\.5"):
-        unwrap(pool.actor.call.remote("sleep", [60.0], True))
+        unwrap(pool.actor.trial.remote(PLAN, [None]))
     assert unwrap(pool.actor.call.remote("echo", ["back"])) == ("back",)
 
 
