@@ -83,6 +83,9 @@ def run(
     to: Annotated[
         Path | None, typer.Option(help="Run directory.", show_default="runs/RECIPE")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Profile one trial first: a table, and a trace.")
+    ] = False,
 ) -> None:
     """Find the direction, search, and show the frontier."""
     path = recipe or configs() / "demo.toml"
@@ -91,7 +94,7 @@ def run(
 
     folder = to or Path("runs") / path.stem
     directory = RunDirectory.create(folder, settings, path.read_text(encoding="utf-8"))
-    _go(settings, directory, path.parent)
+    _go(settings, directory, path.parent, profile)
 
 
 @app.command()
@@ -128,7 +131,7 @@ def _wanted(text: str, done: int, planned: int) -> int:
     return total
 
 
-def _go(settings: Recipe, directory: Any, base: Path) -> None:
+def _go(settings: Recipe, directory: Any, base: Path, profile: bool = False) -> None:
     """Run with a display, then show what came of it."""
     from ray_abliterate.live import (
         LineWatch,
@@ -144,7 +147,7 @@ def _go(settings: Recipe, directory: Any, base: Path) -> None:
     interrupted = False
     with (LiveWatch if output.is_terminal else LineWatch)(output) as watch:
         try:
-            run_recipe(settings, directory, base, watch)
+            run_recipe(settings, directory, base, watch, profile)
         except KeyboardInterrupt:
             interrupted = True
     trials = directory.trials()

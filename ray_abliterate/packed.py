@@ -92,12 +92,19 @@ class Pass:
         states: Input of that block, `"token hidden"`, if it is not the first.
         shared: Beginnings to copy from row to row.
         edits: Number of the edit that each token is computed with, if several share the pass.
+        reach: 1 + the largest position.
+        queries: Tokens of the row that brings most.
+
+    `reach` and `queries` are known where a pass is made; reading them off a device would wait
+    for it.
     """
 
     ids: Tensor
     rows: Tensor
     positions: Tensor
     wanted: Tensor
+    reach: int
+    queries: int
     start: int = 0
     states: Tensor | None = None
     shared: Shared | None = None
@@ -111,8 +118,8 @@ class _Attention:
     slab: Slab
     write: Tensor
     """Flat place of each token in the slab."""
-    place: Tensor | None
-    """Flat place of each token among the padded queries; None if rows bring one token each."""
+    place: Tensor
+    """Flat place of each token among the padded queries."""
     queries: int
     """Tokens of the row that brings most."""
     reach: int
@@ -126,26 +133,24 @@ class _Attention:
 
     @classmethod
     def of(cls, given: Pass, slab: Slab) -> "_Attention":
-        rows, positions = given.rows, given.positions
-        count = torch.bincount(rows, minlength=slab.rows)
-        queries = int(count.max())
-        whole = queries == 1 and len(rows) == slab.rows
-        order = torch.argsort(rows, stable=True)
-        begin = torch.cumsum(count, 0) - count
-        rank = torch.empty_like(rows)
-        rank[order] = torch.arange(len(rows), device=rows.device) - begin[rows[order]]
-        place = rows * queries + rank
+        rows, positions, queries = given.rows, given.positions, given.queries
+        place = rows
+        if queries > 1:
+            count = torch.bincount(rows, minlength=slab.rows)
+            order = torch.argsort(rows, stable=True)
+            begin = torch.cumsum(count, 0) - count
+            rank = torch.empty_like(rows)
+            rank[order] = torch.arange(len(rows), device=rows.device) - begin[rows[order]]
+            place = rows * queries + rank
         at = torch.zeros(slab.rows * queries, dtype=torch.long, device=rows.device)
         at[place] = positions
-        reach = int(positions.max()) + 1
-        visible = torch.arange(reach, device=rows.device) <= at.view(slab.rows, queries, 1)
-        ordered = whole and bool((rows == torch.arange(slab.rows, device=rows.device)).all())
+        visible = torch.arange(given.reach, device=rows.device) <= at.view(slab.rows, queries, 1)
         return cls(
             slab,
             rows * slab.positions + positions,
-            None if ordered else place,
+            place,
             queries,
-            reach,
+            given.reach,
             visible,
             given.shared,
             at.view(slab.rows, queries, 1),
@@ -194,12 +199,9 @@ class _Attention:
                 beginning = store[self.shared.source, : self.shared.length]
                 store[self.shared.to, : self.shared.length] = beginning
         given = query[0].transpose(0, 1)
-        if self.place is None:
-            padded = given.reshape(rows, 1, heads, width)
-        else:
-            padded = given.new_zeros(rows * self.queries, heads, width)
-            padded.index_copy_(0, self.place, given)
-            padded = padded.view(rows, self.queries, heads, width)
+        padded = given.new_zeros(rows * self.queries, heads, width)
+        padded.index_copy_(0, self.place, given)
+        padded = padded.view(rows, self.queries, heads, width)
         grouped = padded.transpose(1, 2).reshape(rows, shared_heads, group * self.queries, width)
         seen = (
             keys[:, : self.reach].view(rows, self.reach, shared_heads, width).transpose(1, 2),
@@ -215,7 +217,7 @@ class _Attention:
             out = _attend_by_hand(grouped, *seen, mask, scaling, softcap, each)
         out = out.reshape(rows, heads, self.queries, out_width).transpose(1, 2)
         flat = out.reshape(rows * self.queries, heads, out_width)
-        return (flat if self.place is None else flat.index_select(0, self.place))[None]
+        return flat.index_select(0, self.place)[None]
 
 
 def _attend_by_hand(

@@ -22,6 +22,7 @@ from ray_abliterate.evaluation import Evaluation, ModelFacts
 from ray_abliterate.grid import Tuning, free_bytes
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
+from ray_abliterate.profiling import Profile, profiled
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.residuals import ResidualShard
@@ -178,6 +179,11 @@ class Replica:
             self._refuse_dead_metrics(card)
         rows = self._answers(self._scorers, card) if self._recipe.run.record_responses else ()
         return Evaluation(card, time.perf_counter() - started, rows)
+
+    def profile(self, plan: Plan, setup: Setup) -> Profile:
+        """Where the time of one trial goes; it is evaluated once before, to warm up."""
+        self.evaluate(plan, setup)
+        return profiled(lambda: self.evaluate(plan, setup))
 
     def evaluate_together(
         self, plans: Sequence[Plan], setup: Setup, bar: Bar | None = None

@@ -56,7 +56,11 @@ class PromptSets:
 
 
 def run(
-    recipe: Recipe, directory: RunDirectory, base: Path, watch: Watch | None = None
+    recipe: Recipe,
+    directory: RunDirectory,
+    base: Path,
+    watch: Watch | None = None,
+    profile: bool = False,
 ) -> Frontier:
     """Run a recipe, or go on with a run that was stopped.
 
@@ -65,6 +69,7 @@ def run(
         directory: Where everything goes; holds this recipe.
         base: The recipe's folder, for relative paths.
         watch: Is told what happens.
+        profile: First of all trials, one is profiled.
     """
     watch = watch or Unwatched()
     with directory.locked():
@@ -80,6 +85,8 @@ def run(
             setup, residuals = find_directions(recipe, directory, pool, sets, watch)
             shared = pool.put(setup)
             baseline = measure_baseline(directory, pool, setup, shared, residuals, watch)
+            if profile:
+                profile_trial(recipe, directory, pool, shared, baseline, watch)
             search(recipe, directory, pool, shared, baseline, watch)
         finally:
             starting.__exit__(None, None, None)
@@ -255,6 +262,25 @@ def measure_baseline(
             f"base model: {score.name} {score.value:.4g} [{score.low:.3g}, {score.high:.3g}]"
         )
     return baseline
+
+
+def profile_trial(
+    recipe: Recipe,
+    directory: RunDirectory,
+    pool: ReplicaPool,
+    shared: Any,
+    baseline: Baseline,
+    watch: Watch,
+) -> None:
+    """Where the time of a trial goes: a table, and a trace in the run directory."""
+    space = Space.of(pool.facts.shape, recipe.search.space, recipe.edit.norm)
+    plan = space.plan(space.seeds(float(baseline.best_layer))[1])
+    with watch.stage("profile"):
+        found = pool.call("profile", plan, shared)
+    directory.save_profile(found.table(), found.trace)
+    for line in found.table().splitlines():
+        watch.note(line)
+    watch.note(f"trace: {directory.path / 'profile' / 'trial.json.gz'} (open in ui.perfetto.dev)")
 
 
 def search(

@@ -274,6 +274,11 @@ class RunDirectory:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
         _write(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
 
+    def save_profile(self, table: str, trace: bytes) -> None:
+        """Keep where the time of one trial goes."""
+        _write(self.path / "profile" / "stages.txt", (table + "\n").encode())
+        _write(self.path / "profile" / "trial.json.gz", trace)
+
     def responses(self, number: int) -> list[dict[str, Any]]:
         """Answers of one trial.
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ray_abliterate import ablation
 from ray_abliterate.architecture import Writer, oriented, post_norm_gain
@@ -98,10 +99,12 @@ class WeightCache:
             raise ModelError("an edit is already open on this model; edits don't nest")
         self._open = True
         try:
-            self._apply(plan, directions)
+            with record_function("edit"):
+                self._apply(plan, directions)
             yield
         finally:
-            self.restore()
+            with record_function("restore"):
+                self.restore()
             self._open = False
 
     @property

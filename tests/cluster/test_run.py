@@ -1,5 +1,6 @@
 """The whole story on the planted model: the same result on any number of replicas, and again."""
 
+import gzip
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import ModelError
+from ray_abliterate.frontier import Frontier
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.prompts import PromptSet
@@ -80,6 +82,31 @@ def test_directions_and_scores_are_the_same_on_one_two_and_three_replicas(
     for vectors, cards in found[1:]:
         assert torch.equal(vectors, found[0][0])
         assert all(card == found[0][1][0] for card in cards)
+
+
+def test_trials_share_passes_and_the_frontier_is_scored_alone(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    options = ["search.trials_per_pass=3", "model.dtype=bfloat16", "search.dominance_stop=false"]
+    done = subprocess.run(
+        [*COMMAND, "run", "recipe.toml", "--profile", *options, "--to", "run"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    directory = RunDirectory.open(tmp_path / "run")
+    trials = directory.trials()
+    assert len(trials) == 6 and all(trial.scorecard for trial in trials)
+    frontier = Frontier.of(trials).members
+    assert not any(trial.shared for trial in frontier)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").open()]
+    assert any(line.get("shared") for line in lines), "no trial shared a pass"
+    table = (tmp_path / "run" / "profile" / "stages.txt").read_text()
+    assert {"edit", "prompts", "decode", "restore", "else"} <= set(table.split())
+    assert "decode" in done.stdout
+    trace = gzip.decompress((tmp_path / "run" / "profile" / "trial.json.gz").read_bytes())
+    assert any(event.get("name") == "decode" for event in json.loads(trace)["traceEvents"])
+    assert directory.tuning() is not None
 
 
 def start(folder: Path, trials: int) -> subprocess.Popen[str]:
