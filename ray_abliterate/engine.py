@@ -61,7 +61,8 @@ class Batch:
         states: Inputs of some blocks by pass, `"token hidden"`.
         keys: Keys by layer, `"row position (head channel)"`, for prompts and drafts.
         values: Values likewise.
-        drafts: Answers.
+        drafts: Answers, to be checked as drafts.
+        answers: Answers as they were given.
     """
 
     rows: list[Row]
@@ -70,6 +71,7 @@ class Batch:
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     drafts: list[list[int]] | None = None
+    answers: list[Written] | None = None
 
     @property
     def bytes(self) -> int:
@@ -130,6 +132,7 @@ class Engine:
         self.kept: Sequence[int] = range(1, blocks)
         """Blocks whose inputs are kept of the base model; by memory, every k-th."""
         self._learning = False
+        self._blocks = blocks
         self.drafts = True
         """Drafts pay on this device."""
         self.stride = STRIDE_CUDA if model.device.type == "cuda" else 1
@@ -191,18 +194,41 @@ class Engine:
             indices: What a watch calls each row.
             edits: Numbers of the edits that share the passes.
         """
-        heeded = [w if self.techniques.early_exit else None for w in watches]
-        writings = [Writing(indices, limit, self._ends, w, self._reader) for w in heeded]
+        writings = self._writings(limit, watches, indices)
         if not any(writing.live() for writing in writings):
             return [writing.answers() for writing in writings]
+        if self._said_before(batch, writings):
+            return [writing.answers() for writing in writings]
+        writings = self._writings(limit, watches, indices)
         slab = self._slab(batch, len(edits), limit)
         self._lend(batch, slab, len(edits))
         self._check_drafts(batch, slab, writings, edits)
+        if self._learning:
+            self._keep_keys(batch, slab)
         slab.keep_first(len(batch.rows) * len(edits))
         self._write_on(batch, slab, writings, edits)
         if self._learning:
-            self._learn_answers(batch, writings[0].tokens if self.drafts else [], limit)
+            batch.answers = writings[0].answers()
+            if self.drafts:
+                self._learn_drafts(batch, writings[0].tokens, limit)
         return [writing.answers() for writing in writings]
+
+    def _writings(
+        self, limit: int, watches: Sequence[AnswerWatch | None], indices: Sequence[int]
+    ) -> list[Writing]:
+        heeded = [w if self.techniques.early_exit else None for w in watches]
+        return [Writing(indices, limit, self._ends, w, self._reader) for w in heeded]
+
+    def _said_before(self, batch: Batch, writings: Sequence[Writing]) -> bool:
+        """Whether nothing is edited, and the base model's answers, as far as they were written,
+        are all that is asked for."""
+        untouched = self.untouched >= self._blocks and self.techniques.layer_reuse
+        if batch.answers is None or not untouched or self._learning:
+            return False
+        for writing in writings:
+            for row, answer in enumerate(batch.answers):
+                writing.take(row, answer.tokens, answer.tokens)
+        return not any(writing.live() for writing in writings)
 
     # Passes
 
@@ -351,9 +377,9 @@ class Engine:
             tokens.add(place, first, fed, len(fed), offsets[row])
         return self._run(batch, slab, f"drafts {number}", tokens, edits)
 
-    def _learn_answers(self, batch: Batch, answers: list[list[int]], limit: int) -> None:
+    def _learn_drafts(self, batch: Batch, answers: list[list[int]], limit: int) -> None:
         """Run the prompts with their answers once more, in the passes that trials will make."""
-        batch.drafts = answers = answers or [[] for _ in batch.rows]
+        batch.drafts = answers
         plan, slab = DraftPlan.of(answers), self._slab(batch, 1, limit)
         every = range(len(batch.rows))
         wanted = [plan.wanted(row, 0) for row in every]
@@ -361,7 +387,12 @@ class Engine:
         for number in range(1, plan.passes):
             going = [row for row in every if plan.fed(row, number)]
             self._draft_pass(batch, slab, number, plan, going, (0,))
-        used = max(len(row) + len(draft) for row, draft in zip(batch.rows, answers, strict=True))
+        self._keep_keys(batch, slab)
+
+    def _keep_keys(self, batch: Batch, slab: Slab) -> None:
+        """Keep keys and values of what was fed, below the highest block that trials start at."""
+        drafts = batch.drafts or [[] for _ in batch.rows]
+        used = max(len(row) + len(draft) for row, draft in zip(batch.rows, drafts, strict=True))
         for layer in range(max(self.kept, default=0)):
             batch.keys[layer] = slab.keys[layer][:, :used].clone()
             batch.values[layer] = slab.values[layer][:, :used].clone()
@@ -371,7 +402,7 @@ class Engine:
         if not self.techniques.layer_reuse or self._learning:
             return
         count = len(batch.rows)
-        for layer in range(batch.start(FIRST, self.untouched)):
+        for layer in range(batch.start(FIRST, self.untouched) if batch.keys else 0):
             known = batch.keys[layer], batch.values[layer]
             for own, base in zip(slab.layer(layer, *(k[0] for k in known)), known, strict=True):
                 used = min(own.shape[1], base.shape[1])

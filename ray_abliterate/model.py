@@ -372,7 +372,9 @@ class LanguageModel:
                 that name. None keeps nothing.
             more: Tokens that rows grow by.
         """
-        key = kind, kept, self.response_prefix
+        if self._engine is not None:
+            self._engine.techniques = self.techniques
+        key = kind, kept, self.response_prefix, self.techniques.shared_prefix
         grid = self._known.get(key) or [
             (i, self._batch(rows, i, more)) for i in self._grid(rows, size)
         ]
@@ -380,8 +382,6 @@ class LanguageModel:
         while waiting:
             indices, batch = waiting.pop(0)
             try:
-                if self._engine is not None:
-                    self._engine.techniques = self.techniques
                 work(indices, batch)
             except (RuntimeError, MemoryError) as error:
                 if len(indices) == 1 or not is_out_of_memory(error):

@@ -166,6 +166,20 @@ def test_what_the_base_model_computed_is_used(case: Case, monkeypatch: pytest.Mo
     assert {start for start, _ in passes} == {3}
 
 
+def test_the_base_models_answers_are_not_written_again(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = case.learned()
+    monkeypatch.setattr(case.packed, "run", None)
+    case.engine.untouched = len(case.blocks)
+    try:
+        assert case.answers(batch)[0] == batch.drafts
+        with pytest.raises(TypeError):
+            case.engine.answer(batch, LIMIT + 5, [None], range(len(case.rows)))
+    finally:
+        case.engine.untouched = 0
+
+
 @pytest.mark.parametrize("norm", ["none", "row", "column"])
 def test_trials_that_share_passes_are_the_trials_alone(linear: Case, norm: str) -> None:
     batch, directions = linear.learned(), linear.directions(2)
