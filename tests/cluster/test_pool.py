@@ -72,10 +72,15 @@ def test_a_plan_that_fails_in_a_shared_pass_fails_alone(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 1, seconds=0.2, trials_per_pass=4)
     ray.get(pool.actor.expect.remote(3, None))
     (tmp_path / "nan-once").touch()
-    calls = [pool.actor.trial.remote(PLAN, [None]) for _ in range(3)]
-    with pytest.raises(ScoreError, match="not a number"):
-        unwrap(calls[0])
-    assert [unwrap(call).scorecard["rate"].value for call in calls[1:]] == [1.0, 1.0]
+    rates, errors = [], []
+    for call in [pool.actor.trial.remote(PLAN, [None]) for _ in range(3)]:
+        try:
+            rates.append(unwrap(call).scorecard["rate"].value)
+        except ScoreError as error:
+            errors.append(str(error))
+    assert rates == [1.0, 1.0]
+    assert len(errors) == 1
+    assert "not a number" in errors[0]
 
 
 def test_a_shared_pass_that_loses_its_replica_is_done_by_another(tmp_path: Path) -> None:
