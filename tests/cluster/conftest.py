@@ -1,13 +1,21 @@
-"""One small Ray for all cluster tests."""
+"""One small cluster for all cluster tests; nodes come and go in some of them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-import ray
+
+from benchmarks.faults import small_cluster
+from tests.cluster.hosts import OPEN
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_ray() -> Iterator[None]:
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+def cluster() -> Iterator[Any]:
+    with small_cluster() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def pools_end_with_their_test() -> Iterator[None]:
     yield
-    ray.shutdown()
+    OPEN.close()
