@@ -47,9 +47,7 @@ def search_seconds(trials: int, slots: int, seconds: float) -> list[float]:
     from ray_abliterate.cluster.search import Search
     from ray_abliterate.recipe import ModelSettings
 
-    own = ModelSettings(
-        name="idle", replicas=slots, gpus_per_replica=0, threads_per_replica=1
-    )
+    own = ModelSettings(name="idle", replicas=slots, gpus_per_replica=0, threads_per_replica=1)
     hosting = Hosting(IdleHost, (seconds,), own)
     ended: list[float] = []
     with tempfile.TemporaryDirectory() as scratch, ReplicaPool.of(hosting) as pool:

@@ -295,11 +295,11 @@ class SearchSettings(Section):
     seed_points: bool = True
     """Begin with two plans known to be sensible: full strength everywhere, and the middle."""
     concurrency: int | None = Field(None, ge=1)
-    """Plans in evaluation at once. If unset as many as the replicas take, also those that join; one
-    more waits."""
+    """Plans in evaluation at once; replicas times `trials_per_pass` if unset. One more waits."""
     batch_synchronous: bool = False
     """Choose and judge plans `concurrency` at a time: the same study for the same seed, whatever
-    the timing. Replicas wait for the slowest of each batch."""
+    the timing. Replicas wait for the slowest of each batch, and a second or two between
+    batches."""
     trials_per_pass: int = Field(1, ge=1)
     """Plans that a replica evaluates in the same passes, by edits beside the weights. Pays on GPUs,
     where a step costs the same for more rows; the sampler knows less when it chooses."""

@@ -1,8 +1,9 @@
 """The search: Ray Tune runs OptunaSearch trials over the replica pool.
 
 Trials are thin: no GPU, no model. Each asks the pool to evaluate a plan. Tune reuses the trial
-actors; the searcher limits how many there are, by what the pool can do at the time. The journal is
-the truth for resuming, Tune's own state is not used.
+actors; equal shares of the head's own resource limit how many run at once (and keep them beside the
+driver's files): without that limit Tune starts and stops a process for nearly every trial. The
+journal is the truth for resuming, Tune's own state is not used.
 """
 
 import json
@@ -33,10 +34,6 @@ from ray_abliterate.scoring import Scorecard
 
 log = logging.getLogger(__name__)
 
-SLOT = 0.001
-"""Of the head's own resource, for each trial's process: keeps it beside the driver's files. How
-many there are at once is the searcher's business."""
-
 OnTrial = Callable[[Trial, tuple[dict[str, Any], ...]], None]
 
 
@@ -54,7 +51,7 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         on_trial: OnTrial,
         raise_bar: Callable[[tuple[float, ...]], None],
         take: Callable[[str], tuple[dict[str, Any], ...]],
-        capacity: Callable[[], int],
+        most_live: int,
         batch: int | None = None,
         **options: Any,
     ) -> None:
@@ -65,13 +62,13 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
             on_trial: Told of each trial that ended.
             raise_bar: Told the losses of trials that count for the dominance stop.
             take: The recorded answers of a Tune trial.
-            capacity: Plans that can be in evaluation now.
+            most_live: Plans that are out at once, the one that waits among them.
             batch: Plans that are asked for together and told together.
             options: Of OptunaSearch.
         """
         super().__init__(journal.distributions(space), **options)
         self._plans, self._on_trial, self._raise_bar, self._take = space, on_trial, raise_bar, take
-        self._capacity, self._batch = capacity, batch
+        self._most_live, self._batch = most_live, batch
         self._asked_in_batch = 0
         self._ended: dict[str, tuple[dict[str, Any], bool]] = {}
 
@@ -87,7 +84,7 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
             if self._asked_in_batch == self._batch:
                 return None
             self._asked_in_batch += 1
-        elif live > self._capacity():
+        elif live >= self._most_live:
             return None
         super().suggest(trial_id)
         params = self._ot_trials[trial_id].params
@@ -205,11 +202,9 @@ class Search:
         missing = self._settings.trials - len(self.finished)
         if missing <= 0:
             return
-        fixed = self._settings.concurrency
-        batch = fixed if self._settings.batch_synchronous else None
-
-        def capacity() -> int:
-            return fixed or pool.capacity
+        together = pool.layout.replicas * self._settings.trials_per_pass
+        concurrency = self._settings.concurrency or together
+        batch = concurrency if self._settings.batch_synchronous else None
 
         def raise_bar(losses: tuple[float, ...]) -> None:
             """Once what came before, the trial among it, is on the disk."""
@@ -220,7 +215,7 @@ class Search:
             on_trial,
             raise_bar,
             lambda trial_id: ray.get(pool.actor.take.remote(trial_id)) or (),
-            capacity,
+            concurrency + 1,
             batch,
             metric=[name for name, _ in self._goals],
             mode=["min" if goal == "minimize" else "max" for _, goal in self._goals],
@@ -230,10 +225,11 @@ class Search:
             storage=self._storage,
         )
         trainable = tune.with_parameters(PlanTrial, pool=pool.actor, setup=[setup])
-        trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: SLOT}]))
+        slot = int(10_000 / concurrency) / 10_000
+        trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
         bar = Bar.of(self.finished) if self._settings.dominance_stop else None
-        ray.get(pool.actor.expect.remote(min(batch or capacity() + 1, missing), bar))
-        with _tune_environment(), _terminated_like_interrupted():
+        ray.get(pool.actor.expect.remote(min(concurrency, missing), bar))
+        with _tune_environment(concurrency), _terminated_like_interrupted():
             tune.Tuner(
                 trainable,
                 tune_config=TuneConfig(
@@ -255,10 +251,10 @@ class Search:
 
 
 @contextmanager
-def _tune_environment() -> Iterator[None]:
+def _tune_environment(concurrency: int) -> Iterator[None]:
     """Settings that Tune reads from the environment only, for the time of one search."""
     wanted = {
-        "TUNE_MAX_PENDING_TRIALS_PG": "1000",
+        "TUNE_MAX_PENDING_TRIALS_PG": str(concurrency),
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
