@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from ray_abliterate.cluster.errors import DEATHS, unwrap
+from ray_abliterate.cluster.secrets import Secrets, drivers_secrets
 from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ModelError, RayAbliterateError, SearchError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
@@ -45,7 +46,9 @@ class Layout:
 
 
 def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
-    """Join the cluster that `RAY_ADDRESS` names, or start Ray on this machine.
+    """Join the cluster that `RAY_ADDRESS` names, or start Ray on this machine, for this run alone.
+
+    Without an address, Ray would join whatever `ray start` began here last.
 
     Returns:
         The dashboard's address, or nothing.
@@ -56,7 +59,9 @@ def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
         environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
         local = not os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = (
-            {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"} if local else {}
+            {"address": "local", "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+            if local
+            else {}
         )
         ray.init(
             log_to_driver=False,
@@ -103,7 +108,9 @@ class ReplicaHost:
         source: str,
         prompts: Mapping[str, PromptSet],
         threads: int,
+        secrets: Secrets,
     ) -> None:
+        secrets.hand_over()
         self._label = f"replica-{index} {recipe.model.name}"
         self._replica: Any = None
         self._failure: BaseException | None = None
@@ -342,11 +349,11 @@ class ReplicaPool:
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
         layout = plan_layout(recipe.model, cpus, gpus)
-        host = ray.remote(ReplicaHost)
+        host, secrets = ray.remote(ReplicaHost), drivers_secrets()
         hosts = [
             host.options(
                 num_gpus=layout.gpus, num_cpus=layout.cpus, max_restarts=-1, max_task_retries=0
-            ).remote(index, recipe, source, prompts, layout.threads)
+            ).remote(index, recipe, source, prompts, layout.threads, secrets)
             for index in range(layout.replicas)
         ]
         actor = None
