@@ -220,18 +220,12 @@ def _set(values: Mapping[str, str | None]) -> None:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (pre-emption, `ray job stop`) ends the search as Ctrl-C does: finished is kept.
-
-    The driver of a job is started with SIGINT blocked, as all of Ray's processes are; without it
-    nothing would end the search before the SIGKILL that follows.
-    """
+    """SIGTERM (pre-emption, `ray job stop`) ends the search as Ctrl-C does: finished is kept."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
