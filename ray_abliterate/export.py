@@ -56,7 +56,7 @@ def export_trial(
     check_target(to, source)
     scored: dict[str, PromptSet] = {}
     if verify:
-        base = Path(directory.environment["base"])
+        base = directory.base
         scored = load_prompts(recipe, directory, base, watch).scored
     with _scratch(to) as work, _threads(directory):
         dtype = write_weights(recipe, source, trial, directions, work, watch)

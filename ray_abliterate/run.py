@@ -131,7 +131,8 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
             )
     if known is None:
         overlaps = warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values()))
-        directory.note(prompts=sets.facts(), warnings=overlaps, base=str(base.resolve()))
+        places = {"base": str(base.resolve()), "base_given": str(base)}
+        directory.note(prompts=sets.facts(), warnings=overlaps, **places)
     return sets
 
 

@@ -177,6 +177,16 @@ class RunDirectory:
         text = json.dumps({**self.environment, **facts}, indent=2, ensure_ascii=False)
         _write(self.path / "environment.json", text.encode())
 
+    @property
+    def base(self) -> Path:
+        """The recipe's folder, for relative paths.
+
+        Where that folder is gone, it is looked for as it was given, from here: a job on a cluster
+        has its own copy of the same files each time.
+        """
+        known = Path(self.environment.get("base", "."))
+        return known if known.is_dir() else Path(self.environment.get("base_given", "."))
+
     def save_residuals(self, name: str, residuals: Residuals) -> None:
         """Keep the residuals of one prompt set."""
         _write(self.path / "residuals" / f"{name}.arrow", residuals.to_arrow())

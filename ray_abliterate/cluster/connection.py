@@ -14,7 +14,9 @@ HEAD = "node:__internal_head__"
 
 
 def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
-    """Join the cluster that `RAY_ADDRESS` names, or start Ray on this machine.
+    """Join the cluster that `RAY_ADDRESS` names, or start Ray on this machine, for this run alone.
+
+    Without an address, Ray would join whatever `ray start` began here last.
 
     Returns:
         The dashboard's address, or nothing.
@@ -25,7 +27,9 @@ def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
         environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
         local = not os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = (
-            {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"} if local else {}
+            {"address": "local", "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+            if local
+            else {}
         )
         ray.init(
             log_to_driver=False,

@@ -9,6 +9,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_abliterate.cluster.layout import Place
 from ray_abliterate.cluster.node_store import NodeStore
+from ray_abliterate.cluster.secrets import Secrets
 from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import ModelSettings, Recipe
@@ -61,8 +62,14 @@ class ReplicaHost(Callee):
     """A replica in a Ray actor. A constructor that fails is told to the first caller."""
 
     def __init__(
-        self, place: Place, recipe: Recipe, source: str, prompts: Mapping[str, PromptSet]
+        self,
+        place: Place,
+        recipe: Recipe,
+        source: str,
+        prompts: Mapping[str, PromptSet],
+        secrets: Secrets,
     ) -> None:
+        secrets.hand_over()
         self._label = f"replica-{place.index} {recipe.model.name}"
         self._replica: Any = None
         self._failure: BaseException | None = None

@@ -26,6 +26,7 @@ from ray_abliterate.cluster.host import Hosting, ReplicaHost
 from ray_abliterate.cluster.layout import Layout
 from ray_abliterate.cluster.metrics import PoolMetrics
 from ray_abliterate.cluster.node_store import Claims
+from ray_abliterate.cluster.secrets import drivers_secrets
 from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import Evaluation
@@ -366,7 +367,7 @@ class ReplicaPool:
         on_event: OnEvent = lambda event: None,
     ) -> contextlib.AbstractContextManager["ReplicaPool"]:
         """A pool of real replicas, see `of`."""
-        hosting = Hosting(ReplicaHost, (recipe, source, prompts), recipe.model)
+        hosting = Hosting(ReplicaHost, (recipe, source, prompts, drivers_secrets()), recipe.model)
         search = recipe.search
         return cls.of(hosting, search.trial_timeout_seconds, search.trials_per_pass, on_event)
 

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,15 @@ from ray_abliterate.recipe import Goal, SearchSettings
 from ray_abliterate.scoring import Scorecard
 
 log = logging.getLogger(__name__)
+
+SHOWN_BY_TUNE = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+)
+"""Tune copies these from the driver into its trials' runtime environment, which dashboard and logs
+show. Trials have no use for them."""
 
 OnTrial = Callable[[Trial, tuple[dict[str, Any], ...]], None]
 
@@ -253,14 +262,15 @@ class Search:
 @contextmanager
 def _tune_environment(concurrency: int) -> Iterator[None]:
     """Settings that Tune reads from the environment only, for the time of one search."""
-    wanted = {
+    wanted: dict[str, str | None] = {
+        **dict.fromkeys(SHOWN_BY_TUNE),
         "TUNE_MAX_PENDING_TRIALS_PG": str(concurrency),
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }
     before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    _set(wanted)
     loud = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     levels = [logger.level for logger in loud]
     for logger in loud:
@@ -268,18 +278,22 @@ def _tune_environment(concurrency: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
         for logger, level in zip(loud, levels, strict=True):
             logger.setLevel(level)
 
 
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (pre-emption) ends the search as Ctrl-C does: what is finished is kept."""
+    """SIGTERM (pre-emption, `ray job stop`) ends the search as Ctrl-C does: finished is kept."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
