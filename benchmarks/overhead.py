@@ -12,20 +12,22 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import save
+from ray_abliterate.cluster.host import Callee
 
 
-class IdleHost:
+class IdleHost(Callee):
     """Stands where a replica stands, and takes a fixed time."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, place: Any, seconds: float) -> None:
         self._seconds = seconds
 
     def call(self, method: str, *args: Any) -> Any:
         """A scorecard out of thin air, different for each plan."""
+        if method == "describe":
+            return "idle"
         from ray_abliterate.evaluation import Evaluation
         from ray_abliterate.scoring import Score, Scorecard
 
@@ -40,19 +42,20 @@ def search_seconds(trials: int, slots: int, seconds: float) -> list[float]:
     """Times at which the trials of one search ended."""
     import ray
 
-    from ray_abliterate.cluster.pool import PoolActor
+    from ray_abliterate.cluster.host import Hosting
+    from ray_abliterate.cluster.pool import ReplicaPool
     from ray_abliterate.cluster.search import Search
+    from ray_abliterate.recipe import ModelSettings
 
-    hosts = [ray.remote(IdleHost).options(num_cpus=0).remote(seconds) for _ in range(slots)]
-    actor = ray.remote(PoolActor).options(num_cpus=0, max_concurrency=1000).remote(hosts, None)
-    pool = SimpleNamespace(actor=actor, layout=SimpleNamespace(replicas=slots))
+    own = ModelSettings(name="idle", replicas=slots, gpus_per_replica=0, threads_per_replica=1)
+    hosting = Hosting(IdleHost, (seconds,), own)
     ended: list[float] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ReplicaPool.of(hosting) as pool:
+        while pool.capacity < slots:
+            time.sleep(0.05)
         search = Search(Path(scratch) / "study.journal", space(), settings(trials), GOALS)
         on_trial = lambda trial, answers: ended.append(time.perf_counter())  # noqa: E731
         search.run(pool, ray.put(None), (), on_trial, Path(scratch) / "tune")
-    for handle in [*hosts, actor]:
-        ray.kill(handle)
     return ended
 
 
@@ -62,11 +65,9 @@ def loop_seconds(trials: int) -> list[float]:
 
     ended: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
-        study = journal.open_study(
-            Path(scratch) / "study.journal",
-            [goal for _, goal in GOALS],
-            journal.sampler(settings(trials), 0),
-        )
+        storage = journal.open_storage(Path(scratch) / "study.journal")
+        study = journal.open_study(storage, [goal for _, goal in GOALS])
+        study.sampler = journal.sampler(settings(trials), 0)
         for _ in range(trials):
             asked = study.ask(journal.distributions(space()))
             x = asked.params["attn.peak"] / 2
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    from ray_abliterate.cluster.pool import connect
+    from ray_abliterate.cluster.connection import connect
 
     connect(dashboard=False)
     through, bare = [], []

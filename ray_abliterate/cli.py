@@ -118,7 +118,7 @@ def resume(
     settings = directory.recipe
     if len(directory.trials()) >= settings.search.trials:
         typer.echo(f"{run} has all of its {settings.search.trials} trials; add some: --trials +50")
-    _go(settings, directory, Path(directory.environment.get("base", ".")))
+    _go(settings, directory, directory.base)
 
 
 def _wanted(text: str, done: int, planned: int) -> int:

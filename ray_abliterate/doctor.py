@@ -20,7 +20,7 @@ from rich.text import Text
 from ray_abliterate import demo
 from ray_abliterate.architecture import WriterRow, find_writers
 from ray_abliterate.chat_format import ChatFormat
-from ray_abliterate.cluster.pool import Layout, plan_layout
+from ray_abliterate.cluster.layout import Layout, plan_layout
 from ray_abliterate.errors import ModelError, PromptSourceError, RayAbliterateError
 from ray_abliterate.footprint import USUAL_BATCH, Footprint, footprint, outline
 from ray_abliterate.loading import advice as advice_on_loading

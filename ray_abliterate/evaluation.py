@@ -17,6 +17,8 @@ class Evaluation:
     """Rows of prompt, answer and verdict, if they are recorded."""
     shared: bool = False
     """Scored by virtual edits, in passes shared with other plans."""
+    tokens: int = 0
+    """Tokens of answers that were written for it."""
 
 
 @dataclass(frozen=True)

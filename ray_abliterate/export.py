@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def export_trial(
     check_target(to, source)
     scored: dict[str, PromptSet] = {}
     if verify:
-        base = Path(directory.environment["base"])
+        base = directory.base
         scored = load_prompts(recipe, directory, base, watch).scored
     with _scratch(to) as work, _threads(directory):
         dtype = write_weights(recipe, source, trial, directions, work, watch)
@@ -187,7 +187,8 @@ def write_weights(
             f"for {directions.layers} of width {directions.vectors.shape[1]}: another model"
         )
     refuse_unlike(source, module, writers)
-    cache = WeightCache(module, writers, recipe.model.weight_cache)
+    location: Literal["cpu", "device"] = "cpu" if recipe.model.weight_cache == "cpu" else "device"
+    cache = WeightCache(module, writers, location)
     with watch.stage("copy"):
         copy = source.copy_to(folder)
     with watch.stage("weights"), cache.edited(trial.plan, directions):

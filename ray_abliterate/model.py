@@ -62,6 +62,7 @@ class LanguageModel:
         blocks: The residual blocks of the text tower, in order.
         not_packable: Why the engine does not serve this model; empty if it does.
         techniques: What the engine may do to be fast.
+        tokens_written: Tokens of answers, since it was loaded.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class LanguageModel:
         self._pad = _pad_token(tokenizer, self.end_tokens)
         self.padded = PaddedModel(module, list(self.blocks), self.end_tokens, self._pad)
         self.techniques = Techniques()
+        self.tokens_written = 0
         self._encoded: dict[Any, list[Row]] = {}
         self._known: dict[Any, list[tuple[list[int], Batch | None]]] = {}
         self._engine, self.not_packable = self._try_engine()
@@ -340,6 +342,7 @@ class LanguageModel:
 
         size = self._tuning.answer_rows
         self._each(f"answers of {limit}", rows, work, size, tuple(prompts), more=limit)
+        self.tokens_written += sum(len(written.tokens) for own in found for written in own)
         return found
 
     def _one_at_a_time(self, edits: Sequence[int]) -> None:

@@ -88,13 +88,16 @@ class ModelSettings(Section):
     gpus_per_replica: float | None = Field(None, ge=0)
     """GPUs of one replica: a fraction shares a card, 2 or more spreads the model. One if unset."""
     replicas: int | None = Field(None, ge=1)
-    """Replicas of the model. As many as the GPUs allow if unset; 1 without GPUs."""
+    """Replicas of the model. If unset as many as the GPUs allow; without GPUs as many as cores (8
+    for each) and memory allow."""
     threads_per_replica: int | None = Field(None, ge=1)
-    """CPU threads of a replica. The cores divided by the replicas if unset."""
+    """CPU threads of a replica. A node's cores divided by its replicas if unset."""
     max_memory: dict[str, str] | None = None
     """Memory a replica may use by device, as `{ 0 = "14GiB", cpu = "30GiB" }`."""
-    weight_cache: Literal["device", "cpu"] = "device"
-    """Where pristine weights are kept: beside the model, or in (pinned) CPU memory."""
+    weight_cache: Literal["auto", "node", "device", "cpu"] = "auto"
+    """Where pristine weights are kept: `node` in the node's object store, one copy for all replicas
+    there; `device` beside each model; `cpu` in (pinned) CPU memory. `auto` is `node` without GPUs
+    and `device` with."""
     writers: tuple[WriterRow, ...] = ()
     """Rows for a family that is not in the table; see `docs/architectures.md`."""
 
@@ -292,7 +295,11 @@ class SearchSettings(Section):
     seed_points: bool = True
     """Begin with two plans known to be sensible: full strength everywhere, and the middle."""
     concurrency: int | None = Field(None, ge=1)
-    """Plans in flight; replicas times `trials_per_pass` if unset."""
+    """Plans in evaluation at once; replicas times `trials_per_pass` if unset. One more waits."""
+    batch_synchronous: bool = False
+    """Choose and judge plans `concurrency` at a time: the same study for the same seed, whatever
+    the timing. Replicas wait for the slowest of each batch, and a second or two between
+    batches."""
     trials_per_pass: int = Field(1, ge=1)
     """Plans that a replica evaluates in the same passes, by edits beside the weights. Pays on GPUs,
     where a step costs the same for more rows; the sampler knows less when it chooses."""
@@ -302,6 +309,20 @@ class SearchSettings(Section):
     """End a trial once a finished one is better whatever comes; its scores are then bounds."""
     space: SpaceSettings = Field(default_factory=SpaceSettings)
     """Where the plans come from."""
+
+    @model_validator(mode="after")
+    def _batches_have_a_size(self) -> "SearchSettings":
+        if self.batch_synchronous and self.concurrency is None:
+            raise ValueError(
+                "batch_synchronous needs concurrency, the plans of a batch: without it, that would "
+                "be however many replicas there are at the time"
+            )
+        if self.batch_synchronous and self.trials_per_pass > 1:
+            raise ValueError(
+                "batch_synchronous needs trials_per_pass = 1: which plans share a pass is a "
+                "matter of timing, and changes the last digits of their scores"
+            )
+        return self
 
     @property
     def startup(self) -> int:

@@ -30,7 +30,7 @@ from ray_abliterate.scorers import build
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.together import Together
 from ray_abliterate.virtual import VirtualEdits
-from ray_abliterate.weights import WeightCache
+from ray_abliterate.weights import SharedStore, WeightCache
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,12 @@ class Replica:
     """One model that extracts residuals, evaluates plans and answers."""
 
     def __init__(
-        self, recipe: Recipe, source: str, prompts: Mapping[str, PromptSet], threads: int = 0
+        self,
+        recipe: Recipe,
+        source: str,
+        prompts: Mapping[str, PromptSet],
+        threads: int = 0,
+        store: SharedStore | None = None,
     ) -> None:
         """Load the model, find its writers, and copy them.
 
@@ -70,6 +75,7 @@ class Replica:
             source: Local folder or Hub name of the model.
             prompts: The scorers' prompt sets, by the scorer's name.
             threads: CPU threads; 0 leaves torch's own choice.
+            store: Holds what the replicas of one node share; none if it is alone.
         """
         if threads:
             torch.set_num_threads(threads)
@@ -78,7 +84,10 @@ class Replica:
         self.model = LanguageModel.load(source, recipe.model, recipe.run.batch_size)
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
         self._writers = find_writers(self.model.module, rows)
-        self.cache = WeightCache(self.model.module, self._writers, recipe.model.weight_cache)
+        location = recipe.model.weight_cache
+        if location == "auto":
+            location = "node" if self.model.device.type == "cpu" else "device"
+        self.cache = WeightCache(self.model.module, self._writers, location, store)
         if self.model.upcast is not None:
             self.cache.on_write = self.model.upcast.written
         self._virtual: VirtualEdits | None = None
@@ -170,7 +179,7 @@ class Replica:
                 weights did.
         """
         self._prepare(setup)
-        started = time.perf_counter()
+        started, written = time.perf_counter(), self.model.tokens_written
         with (
             self.cache.edited(plan, setup.directions),
             self.model.untouched_below(self.cache.untouched),
@@ -178,7 +187,8 @@ class Replica:
             card = score_all(self._scorers, self.model, bar)
             self._refuse_dead_metrics(card)
         rows = self._answers(self._scorers, card) if self._recipe.run.record_responses else ()
-        return Evaluation(card, time.perf_counter() - started, rows)
+        tokens = self.model.tokens_written - written
+        return Evaluation(card, time.perf_counter() - started, rows, tokens=tokens)
 
     def profile(self, plan: Plan, setup: Setup) -> Profile:
         """Where the time of one trial goes; it is evaluated once before, to warm up."""
@@ -196,7 +206,7 @@ class Replica:
         self._prepare(setup)
         if self._virtual is None:
             self._virtual = VirtualEdits(self.model.packed, self.model.module, self.cache)
-        started = time.perf_counter()
+        started, written = time.perf_counter(), self.model.tokens_written
 
         def work(view: TextModel) -> tuple[Scorecard, float, tuple[dict[str, Any], ...]]:
             scorers = tuple(copy.copy(scorer) for scorer in self._scorers)
@@ -210,8 +220,11 @@ class Replica:
         ):
             together = Together[tuple[Scorecard, float, tuple[dict[str, Any], ...]]](self.model)
             found = together.run([work] * len(plans))
+        tokens = (self.model.tokens_written - written) // len(plans)
         return [
-            result if isinstance(result, Exception) else Evaluation(*result, shared=True)
+            result
+            if isinstance(result, Exception)
+            else Evaluation(*result, shared=True, tokens=tokens)
             for result in found
         ]
 

@@ -7,18 +7,19 @@ import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ray_abliterate import directions as direction_methods
-from ray_abliterate.cluster.pool import ReplicaPool, connect
-from ray_abliterate.cluster.search import Search
+from ray_abliterate.cluster.connection import connect
+from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ModelError, PromptSourceError
-from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.frontier import Frontier
 from ray_abliterate.grid import Tuning
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
@@ -28,6 +29,7 @@ from ray_abliterate.replica import Setup
 from ray_abliterate.residuals import Residuals, join
 from ray_abliterate.rundir import Baseline, RunDirectory
 from ray_abliterate.scoring import resolve
+from ray_abliterate.searching import Record, search
 from ray_abliterate.sources import load_prompt_set, warn_on_overlap
 
 log = logging.getLogger(__name__)
@@ -72,24 +74,24 @@ def run(
         profile: First of all trials, one is profiled.
     """
     watch = watch or Unwatched()
-    with directory.locked():
+    with ExitStack() as open_until_the_end:
+        open_until_the_end.enter_context(directory.locked())
+        record = Record(directory, watch)
+        open_until_the_end.enter_context(record.writer)
         sets = load_prompts(recipe, directory, base, watch)
         with watch.stage("model"):
             source = model_source(recipe.model.name, partial(warn, directory, watch))
         with watch.stage("replicas"):
             dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
-            starting = ReplicaPool.start(recipe, source, sets.scored)
-            pool = starting.__enter__()
-        try:
-            describe(recipe, directory, pool, dashboard, watch)
-            setup, residuals = find_directions(recipe, directory, pool, sets, watch)
-            shared = pool.put(setup)
-            baseline = measure_baseline(directory, pool, setup, shared, residuals, watch)
-            if profile:
-                profile_trial(recipe, directory, pool, shared, baseline, watch)
-            search(recipe, directory, pool, shared, baseline, watch)
-        finally:
-            starting.__exit__(None, None, None)
+            starting = ReplicaPool.start(recipe, source, sets.scored, record.event)
+            pool = open_until_the_end.enter_context(starting)
+        describe(recipe, directory, pool, dashboard, watch)
+        setup, residuals = find_directions(recipe, directory, pool, sets, watch)
+        shared = pool.put(setup)
+        baseline = measure_baseline(directory, pool, setup, shared, residuals, watch)
+        if profile:
+            profile_trial(recipe, directory, pool, shared, baseline, watch)
+        search(recipe, directory, pool, shared, baseline, record, watch)
     return Frontier.of(directory.trials())
 
 
@@ -129,7 +131,8 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
             )
     if known is None:
         overlaps = warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values()))
-        directory.note(prompts=sets.facts(), warnings=overlaps, base=str(base.resolve()))
+        places = {"base": str(base.resolve()), "base_given": str(base)}
+        directory.note(prompts=sets.facts(), warnings=overlaps, **places)
     return sets
 
 
@@ -281,62 +284,6 @@ def profile_trial(
     for line in found.table().splitlines():
         watch.note(line)
     watch.note(f"trace: {directory.path / 'profile' / 'trial.json.gz'} (open in ui.perfetto.dev)")
-
-
-def search(
-    recipe: Recipe,
-    directory: RunDirectory,
-    pool: ReplicaPool,
-    shared: Any,
-    baseline: Baseline,
-    watch: Watch,
-) -> None:
-    """Try plans until the run has as many as the recipe wants."""
-    if recipe.search.trials_per_pass > pool.facts.most_per_pass:
-        raise ModelError(
-            f"search.trials_per_pass = {recipe.search.trials_per_pass} is more than the "
-            f"{pool.facts.most_per_pass} that can share a pass: {pool.facts.why_not_more}.\n"
-            f"  Set search.trials_per_pass = {pool.facts.most_per_pass} or less."
-        )
-    space = Space.of(pool.facts.shape, recipe.search.space, recipe.edit.norm)
-    goals = [(scorer.name, scorer.goal) for scorer in recipe.scorers if scorer.goal != "report"]
-    study = Search(directory.journal, space, recipe.search, goals)
-    listed = {trial.number: trial for trial in directory.trials()}
-    for trial in study.finished:
-        known = listed.get(trial.number)
-        if known != trial and not (trial.shared and known is not None):
-            directory.append(trial)
-    done = {trial.number: trial for trial in directory.trials()}
-
-    def on_trial(trial: Trial, answers: tuple[dict[str, Any], ...]) -> None:
-        done[trial.number] = trial
-        directory.append(trial)
-        if answers:
-            directory.save_responses(trial.number, list(answers))
-        watch.trial(trial, len(done), recipe.search.trials, Frontier.of(done.values()))
-
-    seeds = space.seeds(float(baseline.best_layer)) if recipe.search.seed_points else ()
-    with watch.stage("search"):
-        study.run(pool, shared, seeds, on_trial, directory.tune)
-    score_members_alone(directory, pool, shared, watch)
-
-
-def score_members_alone(
-    directory: RunDirectory, pool: ReplicaPool, shared: Any, watch: Watch
-) -> None:
-    """Score what is on the frontier with edited weights, if it shared its passes with others.
-
-    Virtual edits round differently in half precision, so that a member may leave the frontier, and
-    others take its place: until all members are scored alone.
-    """
-    if pool.facts.dtype == "float32":
-        return
-    while members := [t for t in Frontier.of(directory.trials()).members if t.shared]:
-        with watch.stage("frontier, one by one"):
-            for count, trial in enumerate(members, start=1):
-                evaluation = pool.evaluate(trial.plan, shared)
-                directory.append(replace(trial, scorecard=evaluation.scorecard, shared=False))
-                watch.step(count, len(members))
 
 
 def _versions() -> dict[str, str]:

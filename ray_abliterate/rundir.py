@@ -4,6 +4,7 @@ Every file is written whole (temporary name, then rename), except the append-onl
 and `study.journal`, whose torn last line is skipped on reading.
 """
 
+import contextlib
 import difflib
 import json
 import logging
@@ -176,6 +177,16 @@ class RunDirectory:
         text = json.dumps({**self.environment, **facts}, indent=2, ensure_ascii=False)
         _write(self.path / "environment.json", text.encode())
 
+    @property
+    def base(self) -> Path:
+        """The recipe's folder, for relative paths.
+
+        Where that folder is gone, it is looked for as it was given, from here: a job on a cluster
+        has its own copy of the same files each time.
+        """
+        known = Path(self.environment.get("base", "."))
+        return known if known.is_dir() else Path(self.environment.get("base_given", "."))
+
     def save_residuals(self, name: str, residuals: Residuals) -> None:
         """Keep the residuals of one prompt set."""
         _write(self.path / "residuals" / f"{name}.arrow", residuals.to_arrow())
@@ -221,11 +232,19 @@ class RunDirectory:
 
     def append(self, trial: Trial) -> None:
         """Add one finished or failed trial to `trials.jsonl`."""
-        with (self.path / "trials.jsonl").open("ab+") as file:
-            if file.tell() and not _ends_line(file):
-                file.write(b"\n")
-            file.write(trial.to_json().encode(errors="backslashreplace") + b"\n")
-            file.flush()
+        _append(self.path / "trials.jsonl", trial.to_json())
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Add something that happened to `events.jsonl`."""
+        _append(self.path / "events.jsonl", json.dumps(event, ensure_ascii=False))
+
+    def events(self) -> tuple[dict[str, Any], ...]:
+        """All that happened to the run's replicas and files, in order; a torn line is skipped."""
+        file, found = self.path / "events.jsonl", []
+        for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return tuple(found)
 
     def tuning(self) -> Tuning | None:
         """How the run's replicas compute; None in a directory of an older version."""
@@ -312,6 +331,15 @@ class RunDirectory:
     def save_report(self, html: str) -> None:
         """Write the report."""
         _write(self.report, html.encode())
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line; one that was torn before it stays alone on its own."""
+    with path.open("ab+") as file:
+        if file.tell() and not _ends_line(file):
+            file.write(b"\n")
+        file.write(line.encode(errors="backslashreplace") + b"\n")
+        file.flush()
 
 
 def _ends_line(file: Any) -> bool:

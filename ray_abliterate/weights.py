@@ -8,11 +8,14 @@ Weights are written in place (same storage), so tied tensors, hooks and views st
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -28,6 +31,14 @@ log = logging.getLogger(__name__)
 
 PROJECTION_BUDGET_BYTES = 2 * 2**30
 """Products kept per model; writers beyond it (many experts) are multiplied anew in each trial."""
+
+
+@runtime_checkable
+class SharedStore(Protocol):
+    """Arrays that the processes of one machine share."""
+
+    def share(self, key: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The arrays under a key, read-only; made now if they are not there."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,8 @@ class WeightCache:
         self,
         model: nn.Module,
         writers: tuple[Writer, ...],
-        location: Literal["device", "cpu"] = "device",
+        location: Literal["node", "device", "cpu"] = "device",
+        store: SharedStore | None = None,
     ) -> None:
         """Copy every writer.
 
@@ -57,9 +69,14 @@ class WeightCache:
             model: The model, untouched.
             writers: As `architecture.find_writers` gives them.
             location: `device` keeps copies beside the weights (restores at memory speed), `cpu` in
-                CPU memory, pinned where there is a GPU.
+                CPU memory, pinned where there is a GPU, `node` in the store.
+            store: Holds what the replicas of one node share; without one, `node` is `cpu`.
+
+        Raises:
+            ModelError: the node's replicas hold other weights.
         """
-        self._targets = [_target(model, writer, location) for writer in writers]
+        shared = _shared(model, writers, store) if location == "node" and store else {}
+        self._targets = [_target(model, writer, location, shared) for writer in writers]
         self._projections: dict[tuple[Norm, str], ablation.Projections] = {}
         self._kept: set[str] = set()
         self._directions: Directions | None = None
@@ -213,17 +230,58 @@ class WeightCache:
         return 4 * self._directions.layers * experts * (fan_in + hidden)
 
 
-def _target(model: nn.Module, writer: Writer, location: str) -> _Target:
-    weight = model.get_parameter(writer.parameter)
-    bias = model.get_parameter(writer.bias) if writer.bias else None
+def _target(
+    model: nn.Module, writer: Writer, location: str, shared: Mapping[str, Tensor]
+) -> _Target:
+    def pristine(name: str) -> Tensor:
+        found = shared.get(name)
+        return _copy(model.get_parameter(name), location) if found is None else found
+
+    bias = model.get_parameter(writer.bias).data if writer.bias else None
     return _Target(
         writer,
-        weight.data,
-        _copy(weight, location),
-        bias.data if bias is not None else None,
-        _copy(bias, location) if bias is not None else None,
+        model.get_parameter(writer.parameter).data,
+        pristine(writer.parameter),
+        bias,
+        pristine(writer.bias) if writer.bias else None,
         post_norm_gain(model, writer),
     )
+
+
+def _shared(model: nn.Module, writers: Sequence[Writer], store: SharedStore) -> dict[str, Tensor]:
+    """Pristine tensors of the whole node, layer by layer; read-only, whoever maps them."""
+    found: dict[str, Tensor] = {}
+    for layer in sorted({writer.layer for writer in writers}):
+        own = [writer for writer in writers if writer.layer == layer]
+        names = [name for w in own for name in (w.parameter, w.bias) if name]
+        live = {name: model.get_parameter(name).detach().cpu().contiguous() for name in names}
+        held = store.share(f"layer {layer}", partial(_all_bits, live))
+        for name, tensor in live.items():
+            bits = held.get(name)
+            if bits is None or not numpy.array_equal(_bits(tensor), bits):
+                raise ModelError(
+                    f"{name} is not what this node's other replicas loaded.\n"
+                    "  The model's files changed in between; start again."
+                )
+            found[name] = _read_only(bits).view(tensor.dtype).reshape(tensor.shape)
+    return found
+
+
+def _all_bits(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: _bits(tensor) for name, tensor in tensors.items()}
+
+
+def _bits(tensor: Tensor) -> Any:
+    """The tensor's bits as unsigned integers: numpy knows no bfloat16, and NaN equals itself."""
+    unsigned = {1: numpy.uint8, 2: numpy.uint16, 4: numpy.uint32}[tensor.element_size()]
+    return tensor.flatten().view(torch.uint8).numpy().view(unsigned)
+
+
+def _read_only(array: Any) -> Tensor:
+    """A tensor that maps an array. It must never be written to: others map it too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array.view(numpy.uint8))
 
 
 def _copy(tensor: Any, location: str) -> Tensor:

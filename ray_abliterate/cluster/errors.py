@@ -6,6 +6,7 @@ import ray
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
+    OutOfMemoryError,
     RayActorError,
     RayTaskError,
     WorkerCrashedError,
@@ -13,7 +14,13 @@ from ray.exceptions import (
 
 from ray_abliterate.errors import ModelError, RayAbliterateError
 
-DEATHS = (ActorDiedError, ActorUnavailableError, RayActorError, WorkerCrashedError)
+DEATHS = (
+    ActorDiedError,
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
 """A process has gone, or can't be reached."""
 
 

@@ -1,128 +1,48 @@
 """The replica pool: leases replicas to calls, and survives their deaths.
 
-The pool owns every lease, so a caller that dies can't leak one. A replica that dies leaves the
-rotation, its work goes to another replica at once, and it comes back when it answers. Work fails
-only when it has failed with two replicas, or none comes back in time.
+The pool owns every lease, so a caller that dies can't leak one. Work of a replica that dies goes to
+another at once; it fails only when it has killed two that were alive when they got it, or no
+replica can be had.
 """
 
 import asyncio
 import contextlib
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_abliterate.cluster.errors import DEATHS, unwrap
+from ray_abliterate.cluster.events import Events
+from ray_abliterate.cluster.fleet import Fleet, Member
+from ray_abliterate.cluster.host import Hosting, ReplicaHost
+from ray_abliterate.cluster.layout import Layout
+from ray_abliterate.cluster.metrics import PoolMetrics
+from ray_abliterate.cluster.node_store import Claims
+from ray_abliterate.cluster.secrets import drivers_secrets
 from ray_abliterate.dominance import Bar
-from ray_abliterate.errors import ModelError, RayAbliterateError, SearchError
-from ray_abliterate.evaluation import Evaluation, ModelFacts
+from ray_abliterate.errors import SearchError
+from ray_abliterate.evaluation import Evaluation
 from ray_abliterate.prompts import PromptSet
-from ray_abliterate.recipe import ModelSettings, Recipe
-
-log = logging.getLogger(__name__)
+from ray_abliterate.recipe import Recipe
 
 NO_REPLICA_SECONDS = 900.0
-"""A call waits this long for any replica; a restarted one has to load its model."""
+"""A call waits this long for any replica; a new one has to load its model."""
 SLOTS_SECONDS = 60.0
 """Trial slots wait this long for each other at the start."""
 GATHER_SECONDS = 0.5
 """Plans that may share a pass wait this long for others: about what the sampler needs for a few."""
+NEWS_SECONDS = 1.0
+"""How often the driver hears from the pool if nothing happens."""
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How many replicas, and what each takes."""
-
-    replicas: int
-    gpus: float
-    cpus: float
-    threads: int
-
-
-def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
-    """Join the cluster that `RAY_ADDRESS` names, or start Ray on this machine.
-
-    Returns:
-        The dashboard's address, or nothing.
-    """
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        paths = [*python_path, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
-        local = not os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = (
-            {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"} if local else {}
-        )
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": environment} if environment else None,
-            **options,
-        )
-    return str(getattr(ray._private.worker._global_node, "webui_url", "") or "")
-
-
-def plan_layout(settings: ModelSettings, cpus: float, gpus: float) -> Layout:
-    """Replicas for the machine or cluster at hand.
-
-    Raises:
-        ModelError: the recipe asks for more GPUs than there are.
-    """
-    per_replica = settings.gpus_per_replica
-    if per_replica is None:
-        per_replica = 1.0 if gpus >= 1 else 0.0
-    if per_replica > gpus:
-        raise ModelError(
-            f"model.gpus_per_replica = {per_replica:g}, but there are {gpus:g} GPUs.\n"
-            "  Lower it, or set it to 0 to run on the CPU."
-        )
-    fitting = int(gpus / per_replica + 1e-6) if per_replica else 1
-    replicas = settings.replicas or max(1, fitting)
-    if per_replica and replicas > fitting:
-        raise ModelError(
-            f"model.replicas = {replicas} of {per_replica:g} GPUs each need "
-            f"{replicas * per_replica:g} GPUs, but there are {gpus:g}; {fitting} fit."
-        )
-    threads = settings.threads_per_replica or max(1, int(cpus) // replicas)
-    share = 1.0 if per_replica else float(threads)
-    return Layout(replicas, per_replica, min(share, max(cpus / replicas, 0.1)), threads)
-
-
-class ReplicaHost:
-    """A replica in a Ray actor. A constructor that fails is told to the first caller."""
-
-    def __init__(
-        self,
-        index: int,
-        recipe: Recipe,
-        source: str,
-        prompts: Mapping[str, PromptSet],
-        threads: int,
-    ) -> None:
-        self._label = f"replica-{index} {recipe.model.name}"
-        self._replica: Any = None
-        self._failure: BaseException | None = None
-        from ray_abliterate.replica import Replica  # torch, in this process only
-
-        try:
-            self._replica = Replica(recipe, source, prompts, threads)
-        except (RayAbliterateError, RuntimeError, OSError, ValueError, MemoryError) as error:
-            self._failure = error
-
-    def __repr__(self) -> str:
-        return self._label
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method of the replica."""
-        if self._replica is None:
-            assert self._failure is not None
-            raise self._failure
-        return getattr(self._replica, method)(*args)
+OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -138,11 +58,16 @@ class PoolActor:
     """Hands calls to free replicas, in the order they come."""
 
     def __init__(
-        self, replicas: list[Any], timeout_seconds: float | None, trials_per_pass: int = 1
+        self, hosting: Hosting, timeout_seconds: float | None, trials_per_pass: int = 1
     ) -> None:
-        self._free: asyncio.Queue[Any] = asyncio.Queue()
         self._timeout = timeout_seconds
         self._per_pass = trials_per_pass
+        self._free: asyncio.Queue[Member] = asyncio.Queue()
+        self._events = Events()
+        self._metrics = PoolMetrics()
+        self._opened = False
+        self._claims = Claims()
+        self._fleet = Fleet(hosting, self._free.put_nowait, self._claims.forget, self._events.tell)
         self._waiting: list[_Waiting] = []
         self._in_service = 0
         self._slots = 1
@@ -152,11 +77,152 @@ class PoolActor:
         self._bar: Bar | None = None
         self._missing_slots = 0
         self._slots_there = asyncio.Event()
-        for replica in replicas:
-            self._free.put_nowait(replica)
 
     def __repr__(self) -> str:
         return "replica-pool"
+
+    # The fleet
+
+    def _open(self) -> None:
+        """Start the fleet, also in a process that Ray started anew."""
+        if not self._opened:
+            self._opened = True
+            self._fleet.start()
+
+    async def open(self) -> tuple[Any, Layout]:
+        """Start the fleet; facts about the model as soon as one replica can be used.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the GPUs don't suffice.
+        """
+        self._open()
+        while self._fleet.facts is None:
+            await self._hope()
+        return self._fleet.facts, self._fleet.layout
+
+    async def news(self, seen: int, patience: float) -> tuple[list[dict[str, Any]], int, int]:
+        """Events after the first `seen`, their count, and how many plans can be in evaluation now.
+
+        Waits for one of them to change, at most so many seconds.
+        """
+        before, seen = self._capacity, min(seen, len(self._events))
+        end = time.monotonic() + patience
+        while len(self._events) <= seen and self._capacity == before and time.monotonic() < end:
+            await asyncio.sleep(0.2)
+        self._metrics.publish(self._fleet.ready)
+        return self._events.since(seen), len(self._events), self._capacity
+
+    @property
+    def _capacity(self) -> int:
+        return max(1, self._fleet.ready) * self._per_pass
+
+    async def _hope(self) -> None:
+        """Wait for something to change in the fleet.
+
+        Raises:
+            RayAbliterateError: no replica is left, and none will come.
+        """
+        if self._fleet.failure is not None:
+            raise self._fleet.failure
+        self._fleet.changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._fleet.changed.wait(), 1.0)
+
+    async def _lease(self) -> Member:
+        """A free replica that is alive.
+
+        Raises:
+            SearchError: none was free for a long time.
+        """
+        self._open()
+        end = time.monotonic() + NO_REPLICA_SECONDS
+        while time.monotonic() < end:
+            member = await self._next_free(end)
+            try:
+                await _ready(member.handle.__ray_ready__.remote())
+            except DEATHS as error:
+                self._fleet.lost(member, _first_line(error))
+                continue
+            if not member.gone:
+                return member
+        raise SearchError(f"no replica was free for {NO_REPLICA_SECONDS:g} seconds")
+
+    async def _next_free(self, end: float) -> Member:
+        while time.monotonic() < end:
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._free.get(), 1.0)
+            if self._fleet.failure is not None:
+                raise self._fleet.failure
+        raise SearchError(f"no replica was free for {NO_REPLICA_SECONDS:g} seconds")
+
+    async def _run(
+        self,
+        member: Member,
+        method: str,
+        args: list[Any],
+        timeout: float | None = None,
+        by_reference: bool = False,
+    ) -> Any:
+        """Run a method on a leased replica, and give it back; on its death, on another one."""
+        deaths = 0
+        while True:
+            self._metrics.begins()
+            try:
+                result = await asyncio.wait_for(
+                    _called(member.handle, method, args, by_reference), timeout
+                )
+            except TimeoutError:
+                why = f"no answer within search.trial_timeout_seconds = {self._timeout:g}"
+                ray.kill(member.handle)
+                self._fleet.lost(member, why)
+                raise SearchError(f"{why}; the replica was started anew") from None
+            except DEATHS as error:
+                self._fleet.lost(member, _first_line(error))
+                deaths += 1
+                if deaths == 2:
+                    raise SearchError(
+                        f"two replicas died over this call ({type(error).__name__}); out of memory?"
+                    ) from None
+                self._events.tell("call-moved", method=method, dead=member.label)
+                self._metrics.moved()
+            except BaseException:
+                self._give_back(member)
+                raise
+            else:
+                self._give_back(member)
+                return result
+            finally:
+                self._metrics.ends()
+            member = await self._lease()
+
+    def _give_back(self, member: Member) -> None:
+        if not member.gone:
+            self._free.put_nowait(member)
+
+    async def call(self, method: str, args: list[Any]) -> Any:
+        """Run a method on a free replica; on its death, on another one.
+
+        Args:
+            method: Name of a method of `Replica`.
+            args: Its arguments, object references among them.
+        """
+        return await self._run(await self._lease(), method, args)
+
+    async def call_by_reference(self, method: str, args: list[Any]) -> list[Any]:
+        """The same for large results: a reference in a list. They stay on the replica's node, and
+        outlive the replica."""
+        found = await self._run(await self._lease(), method, args, by_reference=True)
+        return [found]
+
+    async def claim(self, node: str, key: str, stale: list[Any]) -> Any:
+        """What a node's replicas share, see `Claims.claim`."""
+        return await self._claims.claim(node, key, stale)
+
+    async def provide(self, node: str, key: str, reference: list[Any]) -> None:
+        """Hold what a node's replicas share."""
+        self._claims.provide(node, key, reference)
+
+    # Trials
 
     async def trial(self, plan: Any, setup: list[Any]) -> Evaluation:
         """Evaluate a plan of the search: against the bar, in passes shared with other plans.
@@ -170,13 +236,19 @@ class PoolActor:
         self._changed.set()
         if self._per_pass == 1 or len(self._waiting) == 1:
             self._start(self._hand_out())
-        return await own.result
+        try:
+            found = await own.result
+        except BaseException:
+            self._metrics.failed_trial()
+            raise
+        self._metrics.trial(found.tokens, found.scorecard.bounded)
+        return found
 
     async def _hand_out(self) -> None:
         """Give one replica as many of the waiting plans as share a pass."""
         try:
-            replica = await self._lease()
-        except SearchError as error:
+            member = await self._lease()
+        except Exception as error:  # noqa: BLE001  # every caller is told
             left, self._waiting = self._waiting, []
             for own in left:
                 own.result.set_exception(error)
@@ -184,6 +256,9 @@ class PoolActor:
         await self._gather()
         group = self._waiting[: self._per_pass]
         self._waiting = self._waiting[self._per_pass :]
+        if not group:
+            self._give_back(member)
+            return
         self._in_service += len(group)
         if self._waiting:
             self._start(self._hand_out())
@@ -192,10 +267,10 @@ class PoolActor:
         try:
             if len(group) == 1:
                 args = [plans[0], setup, self._bar]
-                found = [await self._run(replica, "evaluate", args, timeout)]
+                found = [await self._run(member, "evaluate", args, timeout)]
             else:
                 args = [plans, setup, self._bar]
-                found = await self._run(replica, "evaluate_together", args, timeout)
+                found = await self._run(member, "evaluate_together", args, timeout)
         except BaseException as error:  # noqa: BLE001  # every caller is told
             found = [error] * len(group)
         self._in_service -= len(group)
@@ -215,50 +290,6 @@ class PoolActor:
                 await asyncio.wait_for(self._changed.wait(), max(left, 0))
             except TimeoutError:
                 return
-
-    async def call(self, method: str, args: list[Any]) -> Any:
-        """Run a method on a free replica; on its death, on another one.
-
-        Args:
-            method: Name of a method of `Replica`.
-            args: Its arguments, object references among them.
-        """
-        return await self._run(await self._lease(), method, args)
-
-    async def _run(
-        self, replica: Any, method: str, args: list[Any], timeout: float | None = None
-    ) -> Any:
-        """Run a method on a leased replica, and give it back."""
-        deaths = 0
-        while True:
-            try:
-                result = await asyncio.wait_for(_ready(replica.call.remote(method, *args)), timeout)
-            except TimeoutError:
-                ray.kill(replica, no_restart=False)
-                self._revive(replica)
-                raise SearchError(
-                    f"no answer within search.trial_timeout_seconds = {self._timeout:g}; "
-                    "the replica was started anew"
-                ) from None
-            except DEATHS as error:
-                self._revive(replica)
-                deaths += 1
-                if deaths == 2:
-                    raise SearchError(
-                        f"two replicas died over this call ({type(error).__name__}); out of memory?"
-                    ) from None
-                replica = await self._lease()
-                continue
-            except BaseException:
-                self._free.put_nowait(replica)
-                raise
-            self._free.put_nowait(replica)
-            return result
-
-    def _start(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def expect(self, slots: int, bar: Bar | None) -> None:
         """A search begins with so many trial slots, and a bar; without, no trial is stopped."""
@@ -289,76 +320,111 @@ class PoolActor:
         """The held value, given away; None if there is none."""
         return self._kept.pop(key, None)
 
-    async def _lease(self) -> Any:
-        try:
-            return await asyncio.wait_for(self._free.get(), NO_REPLICA_SECONDS)
-        except TimeoutError:
-            raise SearchError(f"no replica was free for {NO_REPLICA_SECONDS:g} seconds") from None
-
-    def _revive(self, replica: Any) -> None:
-        """Back into rotation once it answers (Ray restarts it from its constructor)."""
-
-        async def wait() -> None:
-            delay = 0.5
-            while True:
-                try:
-                    await _ready(replica.call.remote("describe"))
-                except DEATHS:
-                    await asyncio.sleep(delay)
-                    delay = min(2 * delay, 30.0)
-                    continue
-                except RayTaskError as error:
-                    log.error("a replica could not be started again: %s", error)
-                    return
-                self._free.put_nowait(replica)
-                return
-
-        self._start(wait())
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 async def _ready(reference: Any) -> Any:
     return await reference
 
 
+async def _called(handle: Any, method: str, args: list[Any], by_reference: bool) -> Any:
+    if not by_reference:
+        return await handle.call.remote(method, *args)
+    done, payload = handle.call_by_reference.options(num_returns=2).remote(method, *args)
+    await done
+    return payload
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class ReplicaPool:
     """The driver's side of the pool."""
 
-    def __init__(self, actor: Any, hosts: list[Any], facts: ModelFacts, layout: Layout) -> None:
+    def __init__(self, actor: Any, on_event: OnEvent) -> None:
+        """Listen to a pool that was made; `open` it before use."""
         self.actor = actor
-        self.facts = facts
-        self.layout = layout
-        self._hosts = hosts
+        self.facts: Any = None
+        """`ModelFacts` of the first replica."""
+        self.layout: Layout
+        self.capacity = 1
+        """Plans that can be in evaluation now."""
+        self._on_event = on_event
+        self._closed = threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="pool-news", daemon=True)
+
+    @classmethod
+    def start(
+        cls,
+        recipe: Recipe,
+        source: str,
+        prompts: Mapping[str, PromptSet],
+        on_event: OnEvent = lambda event: None,
+    ) -> contextlib.AbstractContextManager["ReplicaPool"]:
+        """A pool of real replicas, see `of`."""
+        hosting = Hosting(ReplicaHost, (recipe, source, prompts, drivers_secrets()), recipe.model)
+        search = recipe.search
+        return cls.of(hosting, search.trial_timeout_seconds, search.trials_per_pass, on_event)
 
     @classmethod
     @contextmanager
-    def start(
-        cls, recipe: Recipe, source: str, prompts: Mapping[str, PromptSet]
+    def of(
+        cls,
+        hosting: Hosting,
+        timeout_seconds: float | None = None,
+        trials_per_pass: int = 1,
+        on_event: OnEvent = lambda event: None,
     ) -> Iterator["ReplicaPool"]:
-        """Start replicas and wait for the first; all are gone after the block.
+        """Start replicas on all nodes and wait for the first; all are gone after the block.
+
+        Args:
+            hosting: What replicas are made from.
+            timeout_seconds: A trial that takes longer fails, and its replica with it.
+            trials_per_pass: Plans that a replica gets at once.
+            on_event: Told what happens to the fleet, in a thread of its own.
 
         Raises:
             ModelError: the model cannot be loaded, or the GPUs don't suffice.
         """
-        resources = ray.cluster_resources()
-        cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-        layout = plan_layout(recipe.model, cpus, gpus)
-        host = ray.remote(ReplicaHost)
-        hosts = [
-            host.options(
-                num_gpus=layout.gpus, num_cpus=layout.cpus, max_restarts=-1, max_task_retries=0
-            ).remote(index, recipe, source, prompts, layout.threads)
-            for index in range(layout.replicas)
-        ]
-        actor = None
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = (
+            ray.remote(PoolActor)
+            .options(
+                name=f"replica-pool {secrets.token_hex(2)}",
+                num_cpus=0,
+                max_concurrency=10_000,
+                max_restarts=-1,
+                max_task_retries=-1,
+                scheduling_strategy=here,
+            )
+            .remote(hosting, timeout_seconds, trials_per_pass)
+        )
+        pool = cls(actor, on_event)
         try:
-            facts = _first_facts(hosts)
-            pool = ray.remote(PoolActor).options(num_cpus=0, max_concurrency=10_000)
-            search = recipe.search
-            actor = pool.remote(hosts, search.trial_timeout_seconds, search.trials_per_pass)
-            yield cls(actor, hosts, facts, layout)
+            pool._listener.start()
+            pool.facts, pool.layout = unwrap(actor.open.remote())
+            yield pool
         finally:
-            for handle in [*hosts, *([actor] if actor is not None else [])]:
-                ray.kill(handle)
+            pool._closed.set()
+            ray.kill(actor)
+            pool._listener.join(5.0)
+
+    def _listen(self) -> None:
+        """Hear what happens until the block ends."""
+        seen, news = 0, self.actor.news.options(max_task_retries=0)
+        while not self._closed.is_set():
+            try:
+                events, seen, self.capacity = ray.get(news.remote(seen, NEWS_SECONDS))
+            except (RayError, RuntimeError, ConnectionError):
+                self._closed.wait(NEWS_SECONDS)  # gone, or being started again
+                continue
+            for event in events:
+                self._on_event(event)
 
     def put(self, setup: Any) -> Any:
         """A reference to what all evaluations share."""
@@ -373,17 +439,21 @@ class ReplicaPool:
         evaluation: Evaluation = self.call("evaluate", plan, setup)
         return evaluation
 
+    def map_by_reference(
+        self, method: str, calls: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Call a method once per argument tuple: its number and a reference, as they come."""
+        waiting = {
+            self.actor.call_by_reference.remote(method, list(args)): number
+            for number, args in enumerate(calls)
+        }
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1)
+            yield waiting.pop(ready[0]), unwrap(ready[0])[0]
+
     def map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Call a method once per argument tuple; results as they come."""
         waiting = [self.actor.call.remote(method, list(args)) for args in calls]
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
             yield unwrap(ready[0])
-
-
-def _first_facts(hosts: list[Any]) -> ModelFacts:
-    """What the first replica that loads says; a loading error is raised as it is."""
-    waiting = [host.call.remote("describe") for host in hosts]
-    ready, _ = ray.wait(waiting, num_returns=1)
-    facts: ModelFacts = unwrap(ready[0])
-    return facts

@@ -1,8 +1,9 @@
 """The search: Ray Tune runs OptunaSearch trials over the replica pool.
 
 Trials are thin: no GPU, no model. Each asks the pool to evaluate a plan. Tune reuses the trial
-actors; a slot resource, not a queue, limits how many run. The journal is the truth for resuming,
-Tune's own state is not used.
+actors; equal shares of the head's own resource limit how many run at once (and keep them beside the
+driver's files): without that limit Tune starts and stops a process for nearly every trial. The
+journal is the truth for resuming, Tune's own state is not used.
 """
 
 import json
@@ -10,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ray.tune import PlacementGroupFactory, RunConfig, TuneConfig
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_abliterate.cluster import study as journal
+from ray_abliterate.cluster.connection import HEAD
+from ray_abliterate.cluster.journal import Submit, at_once
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, SHARED, PlanTrial
 from ray_abliterate.dominance import Bar
@@ -31,22 +34,52 @@ from ray_abliterate.scoring import Scorecard
 
 log = logging.getLogger(__name__)
 
-HEAD = "node:__internal_head__"
-"""Every cluster has exactly 1 of this resource, on its head. Trials take equal shares of it: that
-limits how many run at once, and keeps them beside the driver's files."""
+SHOWN_BY_TUNE = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+)
+"""Tune copies these from the driver into its trials' runtime environment, which dashboard and logs
+show. Trials have no use for them."""
 
 OnTrial = Callable[[Trial, tuple[dict[str, Any], ...]], None]
 
 
 class JournalSearch(OptunaSearch):  # type: ignore[misc]
-    """OptunaSearch that writes scores and reasons into the journal before it tells the outcome."""
+    """OptunaSearch that writes scores and reasons into the journal before it tells the outcome.
+
+    One plan more is out than can be evaluated, so that no replica waits for the sampler. In batches
+    (`batch`), plans are asked for and told so many at a time, in order: what the sampler knows, and
+    the bar, then depend on no timing.
+    """
 
     def __init__(
-        self, space: Space, on_trial: OnTrial, pool: Any, most_live: int, **options: Any
+        self,
+        space: Space,
+        on_trial: OnTrial,
+        raise_bar: Callable[[tuple[float, ...]], None],
+        take: Callable[[str], tuple[dict[str, Any], ...]],
+        most_live: int,
+        batch: int | None = None,
+        **options: Any,
     ) -> None:
+        """See `Search.run`.
+
+        Args:
+            space: Where plans come from.
+            on_trial: Told of each trial that ended.
+            raise_bar: Told the losses of trials that count for the dominance stop.
+            take: The recorded answers of a Tune trial.
+            most_live: Plans that are out at once, the one that waits among them.
+            batch: Plans that are asked for together and told together.
+            options: Of OptunaSearch.
+        """
         super().__init__(journal.distributions(space), **options)
-        self._plans, self._on_trial, self._pool = space, on_trial, pool
-        self._most_live = most_live
+        self._plans, self._on_trial, self._raise_bar, self._take = space, on_trial, raise_bar, take
+        self._most_live, self._batch = most_live, batch
+        self._asked_in_batch = 0
+        self._ended: dict[str, tuple[dict[str, Any], bool]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher to restore it, which is the journal's business."""
@@ -55,7 +88,12 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next plan; nothing while enough plans are out (each is asked for as late as can be,
         so that the sampler knows most)."""
-        if len(self._ot_trials) - len(self._completed_trials) >= self._most_live:
+        live = len(self._ot_trials) - len(self._completed_trials)
+        if self._batch is not None:
+            if self._asked_in_batch == self._batch:
+                return None
+            self._asked_in_batch += 1
+        elif live >= self._most_live:
             return None
         super().suggest(trial_id)
         params = self._ot_trials[trial_id].params
@@ -64,12 +102,31 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Journal first, then everybody else."""
-        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
+        """Journal first, then everybody else; a batch's outcomes are told together."""
+        if trial_id not in self._ot_trials or trial_id in {*self._completed_trials, *self._ended}:
             return
+        self._note(trial_id, result or {}, error)
+        self._ended[trial_id] = (result or {}, error)
+        if self._batch is not None and len(self._ended) < self._batch and not self._last_batch:
+            return
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        """The sampler and the run hear of what has ended, in order of number."""
+        self._asked_in_batch = 0
+        ended = sorted(self._ended, key=lambda trial: self._ot_trials[trial].number)
+        for trial in ended:
+            self._tell(trial, *self._ended[trial])
+        self._ended.clear()
+
+    @property
+    def _last_batch(self) -> bool:
+        """Whether all that are out have ended: a search ends with a smaller batch."""
+        return len(self._ended) == len(self._ot_trials) - len(self._completed_trials)
+
+    def _note(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
+        """What is known of an outcome goes into the journal at once."""
         asked = self._ot_trials[trial_id]
-        result = result or {}
-        answers: tuple[dict[str, Any], ...] = ()
         if SCORES in result:
             asked.set_user_attr(SCORES, result[SCORES])
             asked.set_user_attr(SECONDS, result[SECONDS])
@@ -77,19 +134,25 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
                 asked.set_user_attr(SHARED, True)
             if Scorecard.from_list(json.loads(result[SCORES])).bounded:
                 asked.set_user_attr(journal.BOUNDED, True)
-            answers = ray.get(self._pool.take.remote(trial_id)) or ()
-            super().on_trial_complete(trial_id, result)
         elif ERROR in result or error:
             asked.set_user_attr(ERROR, result.get(ERROR, "the trial's process died"))
-            super().on_trial_complete(trial_id, None, error=True)
         else:
             asked.set_user_attr(journal.INTERRUPTED, True)
+
+    def _tell(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
+        """Tell the sampler and the run of one outcome."""
+        asked = self._ot_trials[trial_id]
+        answers: tuple[dict[str, Any], ...] = ()
+        if SCORES in result:
+            answers = self._take(trial_id)
+            super().on_trial_complete(trial_id, result)
+        else:
             super().on_trial_complete(trial_id, None, error=True)
         frozen = self._ot_study._storage.get_trial(asked._trial_id)
         trial = journal._outcome(frozen, self._plans)
         if trial is not None:
             if trial.scorecard is not None and not trial.bounded:
-                self._pool.raise_bar.remote(trial.scorecard.losses)
+                self._raise_bar(trial.scorecard.losses)
             self._on_trial(trial, answers)
 
     def save(self, checkpoint_path: str) -> None:
@@ -101,7 +164,12 @@ class Search:
     """A study in a journal, and the means to go on with it."""
 
     def __init__(
-        self, path: Path, space: Space, settings: SearchSettings, goals: Sequence[tuple[str, Goal]]
+        self,
+        path: Path,
+        space: Space,
+        settings: SearchSettings,
+        goals: Sequence[tuple[str, Goal]],
+        submit: Submit = at_once,
     ) -> None:
         """Open or make the study; trials that a killed driver left running are told failed.
 
@@ -110,13 +178,18 @@ class Search:
             space: Where plans come from; unchanged over the study's life.
             settings: How many plans, and how they are chosen.
             goals: Names and goals of the objectives, in the recipe's order.
+            submit: Takes the writes to the journal; in the foreground if unset.
         """
-        self._path, self._space, self._settings, self._goals = path, space, settings, goals
-        self._directions = [goal for _, goal in goals]
-        opened = journal.open_study(path, self._directions)
-        self.reaped = journal.reap(opened)
-        self.finished = journal.outcomes(opened, space)
-        self._known = len(opened.get_trials(deepcopy=False))
+        self._space, self._settings, self._submit = space, settings, submit
+        self._goals = list(goals)
+        self._storage = journal.open_storage(path, submit)
+        self._study = journal.open_study(self._storage, [goal for _, goal in self._goals])
+        self.reaped = self._reap()
+        self.finished = journal.outcomes(self._study, space)
+        self._known = len(self._study.get_trials(deepcopy=False))
+
+    def _reap(self) -> int:
+        return journal.reap(self._study, [name for name, _ in self._goals])
 
     def run(
         self,
@@ -140,17 +213,25 @@ class Search:
             return
         together = pool.layout.replicas * self._settings.trials_per_pass
         concurrency = self._settings.concurrency or together
+        batch = concurrency if self._settings.batch_synchronous else None
+
+        def raise_bar(losses: tuple[float, ...]) -> None:
+            """Once what came before, the trial among it, is on the disk."""
+            self._submit(lambda: pool.actor.raise_bar.remote(losses))
+
         searcher = JournalSearch(
             self._space,
             on_trial,
-            pool.actor,
-            most_live=concurrency + 1,
+            raise_bar,
+            lambda trial_id: ray.get(pool.actor.take.remote(trial_id)) or (),
+            concurrency + 1,
+            batch,
             metric=[name for name, _ in self._goals],
             mode=["min" if goal == "minimize" else "max" for _, goal in self._goals],
             points_to_evaluate=[dict(s) for s in seeds[:missing]] if self._known == 0 else None,
             sampler=journal.sampler(self._settings, self._known),
             study_name=journal.STUDY_NAME,
-            storage=journal.open_storage(self._path),
+            storage=self._storage,
         )
         trainable = tune.with_parameters(PlanTrial, pool=pool.actor, setup=[setup])
         slot = int(10_000 / concurrency) / 10_000
@@ -174,20 +255,22 @@ class Search:
                     failure_config=tune.FailureConfig(max_failures=2),
                 ),
             ).fit()
-        journal.reap(journal.open_study(self._path, self._directions))
+        searcher._tell_all()
+        self._reap()
 
 
 @contextmanager
 def _tune_environment(concurrency: int) -> Iterator[None]:
     """Settings that Tune reads from the environment only, for the time of one search."""
-    wanted = {
+    wanted: dict[str, str | None] = {
+        **dict.fromkeys(SHOWN_BY_TUNE),
         "TUNE_MAX_PENDING_TRIALS_PG": str(concurrency),
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }
     before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    _set(wanted)
     loud = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     levels = [logger.level for logger in loud]
     for logger in loud:
@@ -195,18 +278,22 @@ def _tune_environment(concurrency: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
         for logger, level in zip(loud, levels, strict=True):
             logger.setLevel(level)
 
 
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (pre-emption) ends the search as Ctrl-C does: what is finished is kept."""
+    """SIGTERM (pre-emption, `ray job stop`) ends the search as Ctrl-C does: finished is kept."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -21,9 +21,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from ray_abliterate.cluster.journal import MemoryJournal, Submit, at_once
 from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, SHARED
 from ray_abliterate.errors import SearchError
 from ray_abliterate.frontier import Trial
@@ -40,15 +40,22 @@ BOUNDED = "bounded"
 """Attribute of a trial in the journal whose values are only bounds; for people who look there."""
 
 
-def open_storage(journal: Path) -> JournalStorage:
+def open_storage(journal: Path, submit: Submit = at_once) -> JournalStorage:
     """The journal as a storage; a torn last line (power loss) is cut off first.
+
+    The caller holds the run: a lock that is there was left by a driver that was killed.
+
+    Args:
+        journal: The file.
+        submit: Takes the writes; in the foreground if unset.
 
     Raises:
         SearchError: a line in the middle is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
     _mend(journal)
-    return JournalStorage(JournalFileBackend(str(journal)))
+    return JournalStorage(MemoryJournal(journal, submit))
 
 
 def _mend(journal: Path) -> None:
@@ -104,24 +111,38 @@ def sampler(settings: SearchSettings, known: int) -> TPESampler:
         )
 
 
-def open_study(journal: Path, directions: Sequence[str], chosen: TPESampler | None = None) -> Any:
-    """The study in the journal, made if it isn't there."""
+def open_study(storage: JournalStorage, directions: Sequence[str]) -> Any:
+    """The study in a storage, made if it isn't there."""
     return optuna.create_study(
-        storage=open_storage(journal),
+        storage=storage,
         study_name=STUDY_NAME,
         directions=list(directions),
-        sampler=chosen,
         load_if_exists=True,
     )
 
 
-def reap(study: Any) -> int:
-    """Tell every trial that a killed driver left RUNNING that it failed; how many there were."""
+def reap(study: Any, names: Sequence[str]) -> int:
+    """End every trial that a killed driver left RUNNING; how many of them count for nothing.
+
+    One whose scores are in the journal already is finished: it waited for its batch.
+
+    Args:
+        study: The study.
+        names: Of its objectives.
+    """
     ghosts = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
+    interrupted = 0
     for ghost in ghosts:
-        study._storage.set_trial_user_attr(ghost._trial_id, INTERRUPTED, True)
-        study.tell(ghost.number, state=TrialState.FAIL)
-    return len(ghosts)
+        if SCORES in ghost.user_attrs:
+            card = Scorecard.from_list(json.loads(ghost.user_attrs[SCORES]))
+            study.tell(ghost.number, [card[name].value for name in names])
+        elif ERROR in ghost.user_attrs:
+            study.tell(ghost.number, state=TrialState.FAIL)
+        else:
+            study._storage.set_trial_user_attr(ghost._trial_id, INTERRUPTED, True)
+            study.tell(ghost.number, state=TrialState.FAIL)
+            interrupted += 1
+    return interrupted
 
 
 def outcomes(study: Any, space: Space) -> tuple[Trial, ...]:

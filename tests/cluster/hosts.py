@@ -3,20 +3,24 @@
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import ray
+import numpy
 
-from ray_abliterate.cluster.pool import PoolActor
+from ray_abliterate.cluster.host import Callee, Hosting
+from ray_abliterate.cluster.layout import Place
+from ray_abliterate.cluster.node_store import NodeStore
+from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.dominance import score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation
 from ray_abliterate.plan import ModelShape, Space
-from ray_abliterate.recipe import SpaceSettings
+from ray_abliterate.recipe import ModelSettings, SpaceSettings
 from ray_abliterate.scoring import Score, Scorecard
 
 GOALS = [("rate", "minimize"), ("kl", "minimize")]
@@ -24,10 +28,11 @@ SHAPE = ModelShape(8, 32, ("attn", "mlp"))
 SPACE = Space.of(SHAPE, SpaceSettings(), "none")
 
 
-class Host:
+class Host(Callee):
     """Scores a plan by its peak; `folder` counts calls and holds switches."""
 
-    def __init__(self, folder: str, seconds: float = 0.0) -> None:
+    def __init__(self, place: Place, folder: str, seconds: float = 0.0) -> None:
+        self.place = place
         self.folder, self.seconds = Path(folder), seconds
 
     def _once(self, name: str) -> bool:
@@ -40,7 +45,7 @@ class Host:
 
     def call(self, method: str, *args: Any) -> Any:
         if method == "describe":
-            return "facts"
+            return f"facts of {self.place.index}"
         if method == "echo":
             return args
         if method == "die":
@@ -74,6 +79,29 @@ class Host:
         peak = plan.profiles[0][1].peak
         scores = (Score("rate", 2 - peak, 0, 2), Score("kl", peak, 0, 2))
         return Evaluation(Scorecard(scores), self.seconds)
+
+
+class JitteryHost(Host):
+    """Takes its time, never the same; the first of each folder longest."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        if method == "evaluate":
+            time.sleep(random.uniform(0, 0.3))
+        return super().call(method, *args)
+
+
+class SharingHost(Host):
+    """Shares an array with the replicas of its node."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        if method == "share":
+            mine = numpy.full(100_000, self.place.index + 1)
+            if not hasattr(self, "array"):
+                self.array = NodeStore(self.place).share(args[0], lambda: {"array": mine})["array"]
+            array = self.array
+            assert (array == array[0]).all()
+            return self.place.index, os.getpid(), int(array[0]), bool(array.flags.writeable)
+        return super().call(method, *args)
 
 
 class Moved:
@@ -119,6 +147,10 @@ class StoppableHost(Host):
         return Evaluation(score_all((Declined(), Moved()), plan, bar), 0.0)  # type: ignore[arg-type]
 
 
+OPEN = ExitStack()
+"""Pools of the test that runs."""
+
+
 def pool_of(
     folder: Path,
     count: int,
@@ -126,10 +158,16 @@ def pool_of(
     timeout: float | None = None,
     kind: type[Host] = Host,
     trials_per_pass: int = 1,
-) -> SimpleNamespace:
-    """A real pool actor over stand-ins."""
-    host = ray.remote(kind).options(num_cpus=0, max_restarts=-1)
-    hosts = [host.remote(str(folder), seconds) for _ in range(count)]
-    pool = ray.remote(PoolActor).options(num_cpus=0, max_concurrency=100)
-    actor = pool.remote(hosts, timeout, trials_per_pass)
-    return SimpleNamespace(actor=actor, hosts=hosts, layout=SimpleNamespace(replicas=count))
+    events: list[dict[str, Any]] | None = None,
+    **settings: Any,
+) -> ReplicaPool:
+    """A real pool over stand-ins, until the end of the test; all are up."""
+    own = {"replicas": count, "gpus_per_replica": 0, "threads_per_replica": 1}
+    chosen = {"name": "stand-in", **own, **settings}
+    hosting = Hosting(kind, (str(folder), seconds), ModelSettings.model_validate(chosen))
+    hear = events.append if events is not None else lambda event: None
+    pool = OPEN.enter_context(ReplicaPool.of(hosting, timeout, trials_per_pass, hear))
+    deadline = time.monotonic() + 60
+    while pool.capacity < count * trials_per_pass and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return pool

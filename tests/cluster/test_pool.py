@@ -1,19 +1,25 @@
 """The pool: leases, deaths, errors, time limits, layouts."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
+from ray_abliterate.cluster.connection import connect
 from ray_abliterate.cluster.errors import unwrap
-from ray_abliterate.cluster.pool import ReplicaPool, connect, plan_layout
+from ray_abliterate.cluster.events import describe
+from ray_abliterate.cluster.layout import plan_layout
+from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ModelError, ScoreError, SearchError
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.recipe import ModelSettings, Recipe
-from tests.cluster.hosts import SHAPE, StoppableHost, pool_of
+from tests.cluster.hosts import SHAPE, SharingHost, StoppableHost, pool_of
 
 PLAN = Plan.uniform(ModelShape(8, 32, ("attn",)), 3.0, "none")
 
@@ -107,12 +113,56 @@ def test_a_replica_that_hangs_is_started_anew(tmp_path: Path) -> None:
     assert unwrap(pool.actor.call.remote("echo", ["back"])) == ("back",)
 
 
+def test_replicas_of_a_node_share_one_copy_that_outlives_its_maker(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 3, kind=SharingHost)
+    calls = [pool.actor.call.remote("share", ["layer 0"]) for _ in range(30)]
+    found = [unwrap(call) for call in calls]
+    [value] = {value for _, _, value, _ in found}
+    assert len({pid for _, pid, _, _ in found}) == 3
+    assert not any(writeable for *_, writeable in found)
+    [maker] = {pid for index, pid, _, _ in found if index + 1 == value}
+    os.kill(maker, signal.SIGKILL)
+    pids: set[int] = set()
+    deadline = time.monotonic() + 30
+    while len(pids) < 3 and time.monotonic() < deadline:
+        again = [pool.actor.call.remote("share", ["layer 0"]) for _ in range(6)]
+        answers = [unwrap(call) for call in again]
+        assert {answer[2] for answer in answers} == {value}
+        pids |= {pid for _, pid, _, _ in answers}
+    assert len(pids) == 3 and maker not in pids
+
+
+def test_results_by_reference_are_not_read_by_the_pool_and_outlive_their_replica(
+    tmp_path: Path,
+) -> None:
+    pool = pool_of(tmp_path, 2)
+    found = dict(pool.map_by_reference("echo", [(i, "x" * 200_000) for i in range(6)]))
+    assert sorted(found) == list(range(6))
+    with pytest.raises(SearchError, match="two replicas died"):
+        pool.call("die")
+    assert [ray.get(found[i])[0] for i in range(6)] == list(range(6))
+
+
+def test_what_happens_to_replicas_is_told(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    pool = pool_of(tmp_path, 2, events=events)
+    (tmp_path / "die-once").touch()
+    unwrap(pool.actor.trial.remote(PLAN, [None]))
+    deadline = time.monotonic() + 30
+    while len(events) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kinds = [event["event"] for event in events]
+    assert kinds == ["replica-lost", "call-moved", "replica-back"]
+    assert "replica" in describe(events[0]) and "is back after" in describe(events[2])
+
+
 def test_replicas_fit_the_gpus_there_are() -> None:
     def layout(gpus: float, **settings: object) -> tuple[int, float]:
         found = plan_layout(ModelSettings.model_validate({"name": "m", **settings}), 16, gpus)
         return found.replicas, found.gpus
 
     assert layout(0) == (1, 0)
+    assert layout(2, gpus_per_replica=0.4) == (4, 0.4)
     assert layout(8) == (8, 1)
     assert layout(8, gpus_per_replica=2) == (4, 2)
     assert layout(1, gpus_per_replica=0.25) == (4, 0.25)

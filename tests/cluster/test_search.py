@@ -15,7 +15,7 @@ from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import SearchError
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.recipe import SearchSettings
-from tests.cluster.hosts import GOALS, SPACE, StoppableHost, pool_of
+from tests.cluster.hosts import GOALS, SPACE, JitteryHost, StoppableHost, pool_of
 
 
 def search(path: Path, trials: int, pool: Any, seeds: Any = (), **settings: object) -> list[Trial]:
@@ -28,7 +28,9 @@ def search(path: Path, trials: int, pool: Any, seeds: Any = (), **settings: obje
 
 
 def study_in(path: Path) -> Any:
-    return journal.open_study(path / "study.journal", ["minimize", "minimize"])
+    return journal.open_study(
+        journal.open_storage(path / "study.journal"), ["minimize", "minimize"]
+    )
 
 
 def points(path: Path) -> list[tuple[tuple[str, Any], ...]]:
@@ -150,6 +152,35 @@ def test_a_resumed_search_begins_with_the_bar_of_its_finished_trials(tmp_path: P
     expected = sorted(Bar.of(first).marks)
     assert len(expected) > 1
     assert sorted(tuple(mark) for mark in bars(tmp_path)[0]) == expected
+
+
+def test_batches_give_the_same_study_whatever_the_timing(tmp_path: Path) -> None:
+    found = []
+    for attempt, replicas in enumerate((2, 3)):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        pool = pool_of(folder, replicas, kind=JitteryHost)
+        search(folder, 8, pool, SPACE.seeds(5.0), concurrency=4, batch_synchronous=True)
+        trials = study_in(folder).get_trials()
+        assert all(trial.state == TrialState.COMPLETE for trial in trials)
+        found.append([(trial.number, trial.params, trial.values) for trial in trials])
+    assert len(found[0]) == 8
+    assert found[0] == found[1]
+
+
+def test_a_trial_that_waited_for_its_batch_when_the_driver_died_is_finished(
+    tmp_path: Path,
+) -> None:
+    search(tmp_path, 4, pool_of(tmp_path, 1))
+    study = study_in(tmp_path)
+    plan = study.get_trials()[-1]
+    asked = study.ask(journal.distributions(SPACE))
+    for name in (journal.SCORES, journal.SECONDS):
+        asked.set_user_attr(name, plan.user_attrs[name])
+    opened = Search(tmp_path / "study.journal", SPACE, SearchSettings(trials=5), GOALS)  # type: ignore[arg-type]
+    assert opened.reaped == 0
+    assert [trial.number for trial in opened.finished] == list(range(5))
+    assert study_in(tmp_path).get_trials()[-1].values == plan.values
 
 
 def test_a_torn_last_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:

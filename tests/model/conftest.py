@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_abliterate import run
-from ray_abliterate.cluster.pool import Layout
+from ray_abliterate.cluster.layout import Layout
 from ray_abliterate.demo.planted import build_planted_model
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Plan

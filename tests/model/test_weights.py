@@ -1,5 +1,8 @@
 """The weight cache: edits are the plan's, and undone bit for bit, whatever happens."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -206,6 +209,55 @@ def test_post_norm_families_lose_the_direction_that_the_stream_sees() -> None:
         seen.append(norm(weight.detach() @ torch.randn(weight.shape[1], 64)[:, :1].squeeze(-1)))
     along = float(seen[0].detach() @ directions.at(2.0)) / float(seen[0].detach().norm())
     assert abs(along) < 1e-5
+
+
+class Shelf:
+    """Read-only arrays under a key, as a node's object store has them."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, dict[str, Any]] = {}
+
+    def share(self, key: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        if key not in self.held:
+            self.held[key] = {name: array.copy() for name, array in make().items()}
+            for array in self.held[key].values():
+                array.flags.writeable = False
+        return self.held[key]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_of_a_node_map_one_copy_and_never_write_to_it(
+    family: str, dtype: torch.dtype
+) -> None:
+    shelf = Shelf()
+    models = [tiny_model(family).to(dtype) for _ in range(2)]
+    writers = find_writers(models[0])
+    before, layers = bits(models[0]), max(writer.layer for writer in writers) + 1
+    caches = [WeightCache(model, writers, "node", shelf) for model in models]
+    alone = WeightCache(tiny := tiny_model(family).to(dtype), writers)
+    held = {(k, n): a.copy() for k, own in shelf.held.items() for n, a in own.items()}
+    assert len(shelf.held) == len({writer.layer for writer in writers})
+    plan, directions = a_plan(writers, "row"), unit_directions(layers)
+    for cache, model in zip(caches, models, strict=True):
+        with cache.edited(plan, directions), alone.edited(plan, directions):
+            assert cache.differs()
+            for writer in writers:
+                own = model.get_parameter(writer.parameter)
+                assert torch.equal(own, tiny.get_parameter(writer.parameter))
+        assert all(torch.equal(model.get_parameter(n), old) for n, old in before.items())
+    for (key, name), array in held.items():
+        assert (shelf.held[key][name] == array).all()
+
+
+def test_a_replica_with_other_weights_than_its_nodes_others_is_refused() -> None:
+    shelf, model = Shelf(), tiny_model("llama")
+    writers = find_writers(model)
+    WeightCache(model, writers, "node", shelf)
+    with torch.no_grad():
+        model.get_parameter(writers[3].parameter)[0, 0] += 1
+    with pytest.raises(ModelError, match=f"{writers[3].parameter} is not what this node's other"):
+        WeightCache(model, writers, "node", shelf)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ray_abliterate import demo, doctor
 from ray_abliterate.architecture import find_writers
-from ray_abliterate.cluster.pool import Layout
+from ray_abliterate.cluster.layout import Layout
 from ray_abliterate.doctor import examine, fit
 from ray_abliterate.families import UNSUPPORTED
 from ray_abliterate.footprint import Footprint, footprint, outline

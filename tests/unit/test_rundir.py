@@ -277,3 +277,12 @@ def test_answers_come_back_and_missing_ones_say_how_to_get_them(run):
     assert run.responses(3) == rows
     with pytest.raises(TrialNotFound, match="record_responses"):
         run.responses(4)
+
+
+def test_a_recipes_folder_that_is_gone_is_looked_for_as_it_was_given(run, tmp_path, monkeypatch):
+    assert run.base == Path(".")
+    (tmp_path / "job-1").mkdir()
+    run.note(base=str(tmp_path / "job-1"), base_given="recipes")
+    assert run.base == tmp_path / "job-1"
+    (tmp_path / "job-1").rmdir()
+    assert run.base == Path("recipes")

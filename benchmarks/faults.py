@@ -1,0 +1,561 @@
+"""What each fault costs: really done, to processes that were started for it, counted and timed.
+
+    python -m benchmarks.faults [NAME ...]
+
+Stand-ins for replicas score at once and take a fixed time; everything else is the real thing: the
+pool, the fleet, Tune, the study, and for faults of the driver the command line with the planted
+model. A scenario raises if a finished trial is lost, or the study doesn't end at its number.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import save
+from ray_abliterate.cluster.host import Callee
+
+GOALS = [("rate", "minimize"), ("kl", "minimize")]
+PATIENCE_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a fault cost.
+
+    Attributes:
+        finished_before: Trials that had finished when it happened.
+        lost: Of these, not there at the end: always 0, or the scenario raises.
+        again: Trials that were evaluated more than once.
+        failed: Trials that ended with an error.
+        recovery_seconds: From the fault to the next finished trial.
+        seen: What the user reads.
+    """
+
+    finished_before: int
+    lost: int
+    again: int
+    failed: int
+    recovery_seconds: float
+    seen: tuple[str, ...]
+
+
+class FaultyHost(Callee):
+    """Stands where a replica stands. Files in a folder tell it to misbehave, once each."""
+
+    def __init__(self, place: Any, folder: str, seconds: float) -> None:
+        self._place, self._folder, self._seconds = place, Path(folder), seconds
+        if (self._folder / "broken" / place.node).exists():
+            raise_on_call = RuntimeError("CUDA driver initialization failed (as told to)")
+            self._failure: Exception | None = raise_on_call
+        else:
+            self._failure = None
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Describe, evaluate, or make a large array."""
+        if self._failure is not None:
+            raise self._failure
+        if method == "describe":
+            return "stand-in"
+        if method == "array":
+            import numpy
+
+            return numpy.full(args[1] // 8, args[0], numpy.float64)
+        return self._evaluate(args[0])
+
+    def _evaluate(self, plan: Any) -> Any:
+        from ray_abliterate.evaluation import Evaluation
+        from ray_abliterate.scoring import Score, Scorecard
+
+        entry = {"pid": os.getpid(), "node": self._place.node, "plan": hash(plan.to_json())}
+        with (self._folder / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        time.sleep(3600 if self._once("hang") else self._seconds)
+        if self._once("no-memory"):
+            raise MemoryError("32 GB are not to be had (as told to)")
+        x = plan.profiles[0][1].peak / 2
+        scores = (Score("rate", x, x, x), Score("kl", 1 - x, 1 - x, 1 - x))
+        return Evaluation(Scorecard(scores), self._seconds)
+
+    def _once(self, name: str) -> bool:
+        try:
+            (self._folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+class Study:
+    """A search over stand-ins, and somebody who meddles with it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trials: int = 14,
+        seconds: float = 0.4,
+        timeout: float | None = None,
+        **settings: Any,
+    ) -> None:
+        self.folder, self.trials, self.seconds, self.timeout = folder, trials, seconds, timeout
+        own = {"replicas": 2, "gpus_per_replica": 0, "threads_per_replica": 1}
+        self.settings = {"name": "stand-in", **own, **settings}
+        self.ended: list[tuple[float, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.pool: Any = None
+        self._errors: list[BaseException] = []
+
+    def run(self, fault: Callable[["Study"], None], after: int = 3, together: int = 2) -> Outcome:
+        """The search, with a fault once some trials have finished."""
+        import ray
+
+        from ray_abliterate.cluster.events import describe
+        from ray_abliterate.cluster.host import Hosting
+        from ray_abliterate.cluster.pool import ReplicaPool
+        from ray_abliterate.cluster.search import Search
+        from ray_abliterate.plan import ModelShape, Space
+        from ray_abliterate.recipe import ModelSettings, SearchSettings, SpaceSettings
+
+        space = Space.of(ModelShape(8, 32, ("attn", "mlp")), SpaceSettings(), "none")
+        own = ModelSettings.model_validate(self.settings)
+        hosting = Hosting(FaultyHost, (str(self.folder), self.seconds), own)
+        wanted = SearchSettings(trials=self.trials, dominance_stop=False)
+        search = Search(self.folder / "study.journal", space, wanted, GOALS)  # type: ignore[arg-type]
+        on_trial = lambda trial, answers: self.ended.append((time.monotonic(), trial))  # noqa: E731
+        moment: list[float] = []
+        with ReplicaPool.of(hosting, self.timeout, 1, self.events.append) as self.pool:
+            until(lambda: self.pool.capacity >= together)
+            meddler = threading.Thread(target=self._meddle, args=(fault, after, moment))
+            meddler.start()
+            search.run(self.pool, ray.put(None), (), on_trial, self.folder / "tune")
+            meddler.join()
+            time.sleep(1.5)  # what happened last is heard a second later
+        if self._errors:
+            raise self._errors[0]
+        seen = tuple(text for text in map(describe, self.events) if text)
+        return self._outcome(moment[0], space, seen)
+
+    def _meddle(self, fault: Callable[["Study"], None], after: int, moment: list[float]) -> None:
+        try:
+            until(lambda: len(self.ended) >= after)
+            fault(self)
+        except BaseException as error:  # noqa: BLE001  # raised by `run`
+            self._errors.append(error)
+        moment.append(time.monotonic())
+
+    def _outcome(self, moment: float, space: Any, seen: tuple[str, ...]) -> Outcome:
+        from ray_abliterate.cluster import study as journal
+
+        storage = journal.open_storage(self.folder / "study.journal")
+        held = journal.outcomes(journal.open_study(storage, [goal for _, goal in GOALS]), space)
+        before = [trial.number for at, trial in self.ended if at <= moment]
+        lost = set(before) - {trial.number for trial in held}
+        check(not lost, f"trials {sorted(lost)} are lost")
+        check(len(held) == self.trials, f"{len(held)} trials instead of {self.trials}")
+        after = [at for at, _ in self.ended if at > moment]
+        plans = [entry["plan"] for entry in self.evaluations()]
+        return Outcome(
+            len(before),
+            len(lost),
+            len(plans) - len(set(plans)),
+            sum(trial.error is not None for trial in held),
+            round(min(after, default=moment) - moment, 2),
+            seen,
+        )
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Every evaluation that was begun."""
+        file = self.folder / "evaluations.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must come true."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        check(time.monotonic() < deadline, "it did not happen in time")
+        time.sleep(0.02)
+
+
+def check(holds: bool, text: str) -> None:
+    """Raise if something does not hold."""
+    if not holds:
+        raise AssertionError(text)
+
+
+# Faults of replicas, trials and nodes: on the cluster that this process is connected to.
+
+
+def replica_killed(folder: Path, cluster: Any) -> Outcome:
+    """The process of a replica that evaluates is killed (as the kernel does without memory)."""
+    return Study(folder).run(lambda study: os.kill(study.evaluations()[-1]["pid"], signal.SIGKILL))
+
+
+def trial_process_killed(folder: Path, cluster: Any) -> Outcome:
+    """The process of a trial slot is killed."""
+    import psutil
+
+    def kill(study: Study) -> None:
+        ours = psutil.Process().children(recursive=True)
+        slots = [p for p in ours if "PlanTrial" in " ".join(p.cmdline()[:1])]
+        slots[0].kill()
+
+    return Study(folder).run(kill)
+
+
+def pool_killed(folder: Path, cluster: Any) -> Outcome:
+    """The process of the pool is killed, and its replicas go with it."""
+    import psutil
+
+    def kill(study: Study) -> None:
+        ours = psutil.Process().children(recursive=True)
+        [pool] = [p for p in ours if "PoolActor" in " ".join(p.cmdline()[:1])]
+        pool.kill()
+
+    return Study(folder).run(kill)
+
+
+def replica_hangs(folder: Path, cluster: Any) -> Outcome:
+    """A replica does not answer any more; `search.trial_timeout_seconds` is 2."""
+    return Study(folder, timeout=2.0).run(lambda study: (folder / "hang").touch())
+
+
+def no_memory_in_a_replica(folder: Path, cluster: Any) -> Outcome:
+    """An evaluation gets no memory, though batches were halved."""
+    return Study(folder).run(lambda study: (folder / "no-memory").touch())
+
+
+def node_removed(folder: Path, cluster: Any) -> Outcome:
+    """A node is gone at once, with its replica, and another joins."""
+    nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+    try:
+
+        def remove(study: Study) -> None:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.append(cluster.add_node(num_cpus=1, num_gpus=1))
+
+        study = Study(folder, trials=30, replicas=None, gpus_per_replica=1)
+        found = study.run(remove)
+        used = {entry["node"] for entry in study.evaluations()}
+        check(len(used) == 3, f"{len(used)} nodes were used, not 3")
+        return found
+    finally:
+        for node in nodes:
+            cluster.remove_node(node)
+
+
+def broken_node(folder: Path, cluster: Any) -> Outcome:
+    """Replicas can't be started on one of two nodes."""
+    nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+    (folder / "broken" / nodes[0].node_id).mkdir(parents=True)
+    try:
+        study = Study(folder, replicas=None, gpus_per_replica=1)
+        found = study.run(lambda study: None, together=1)
+        check({e["node"] for e in study.evaluations()} == {nodes[1].node_id}, "wrong node")
+        return found
+    finally:
+        for node in nodes:
+            cluster.remove_node(node)
+
+
+def object_store_full(folder: Path, cluster: Any) -> Outcome:
+    """A node holds five times what its object store does: Ray spills to its disk."""
+    import ray
+
+    node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80_000_000)
+    try:
+
+        def fill(study: Study) -> None:
+            size = 10_000_000
+            held = [
+                study.pool.actor.call_by_reference.remote("array", [i, size]) for i in range(40)
+            ]
+            for i, reference in enumerate(held):
+                array = ray.get(ray.get(reference)[0])
+                check(bool((array == i).all()) and array.nbytes == size, f"array {i} is damaged")
+                del array
+
+        return Study(folder, replicas=1, gpus_per_replica=1).run(fill, together=1)
+    finally:
+        cluster.remove_node(node)
+
+
+# Faults of the driver, its files and its clock: on runs of the command line.
+
+RECIPE = """
+[model]
+name = "planted"
+threads_per_replica = 1
+[prompts.behaviour]
+builtin = "demo/behaviour"
+split = "[:16]"
+[prompts.neutral]
+builtin = "demo/neutral"
+split = "[:16]"
+[search]
+trials = 60
+[[scorers]]
+kind = "keyword-rate"
+prompts = { builtin = "demo/behaviour", split = "[16:24]" }
+markers = ["sorry"]
+max_new_tokens = 3
+[[scorers]]
+kind = "kl-divergence"
+prompts = { builtin = "demo/neutral", split = "[16:24]" }
+"""
+
+
+class CliRun:
+    """A run of the command line that can be stopped and taken up."""
+
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.directory = folder / "run"
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            **(environment or {}),
+        }
+        self._environment.pop("RAY_ADDRESS", None)
+        (folder / "recipe.toml").write_text(RECIPE)
+        self.output = ""
+
+    def start(self) -> subprocess.Popen[str]:
+        """Run, or resume."""
+        begun = (self.directory / "recipe.resolved.json").exists()
+        verb = ["resume", "run"] if begun else ["run", "recipe.toml", "--to", "run"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "ray_abliterate", *verb],
+            cwd=self.folder, env=self._environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def finished(self) -> dict[int, str]:
+        """The trials of the journal that have ended, and what it holds of each."""
+        from ray_abliterate.cluster import study as journal
+        from ray_abliterate.plan import ModelShape, Space
+        from ray_abliterate.rundir import RunDirectory
+
+        if not (self.directory / "study.journal").exists():
+            return {}
+        copy = self.folder / "copy.journal"
+        shutil.copy(self.directory / "study.journal", copy)
+        directory = RunDirectory.open(self.directory)
+        facts, recipe = directory.environment["model"], directory.recipe
+        shape = ModelShape(facts["layers"], facts["hidden"], tuple(facts["components"]))
+        space = Space.of(shape, recipe.search.space, recipe.edit.norm)
+        study = journal.open_study(journal.open_storage(copy), [goal for _, goal in GOALS])
+        return {trial.number: trial.to_json() for trial in journal.outcomes(study, space)}
+
+    def count(self) -> int:
+        """Trials listed so far."""
+        file = self.directory / "trials.jsonl"
+        return file.read_text().count("\n") if file.exists() else 0
+
+    def to_the_end(self, wanted: int = 60) -> float:
+        """Resume until it is done; seconds until the next trial was there."""
+        before, began = self.count(), time.monotonic()
+        process = self.start()
+        until(lambda: self.count() > before or process.poll() is not None)
+        seconds = time.monotonic() - began
+        self.output += process.communicate(timeout=PATIENCE_SECONDS)[0]
+        check(process.returncode == 0, self.output)
+        check(len(self.finished()) == wanted, f"{len(self.finished())} trials, not {wanted}")
+        return round(seconds, 2)
+
+    def compare(self, before: dict[int, str]) -> int:
+        """Trials of before that are not there, as they were, now."""
+        now = self.finished()
+        lost = [number for number, text in before.items() if now.get(number) != text]
+        check(not lost, f"trials {lost} are lost")
+        return len(lost)
+
+    def unfinished(self) -> int:
+        """Trials that were begun, and are done again under another number."""
+        lines = (self.directory / "study.journal").read_text().splitlines()
+        return sum('"interrupted":true' in line.replace(" ", "") for line in lines)
+
+
+def driver_killed(folder: Path, cluster: Any, times: int = 10) -> Outcome:
+    """The driver is killed at ten random moments, and resumed each time."""
+    run, chance = CliRun(folder), random.Random(7)
+    finished: dict[int, str] = {}
+    lost = 0
+    for _ in range(times):
+        process = run.start()
+        time.sleep(chance.uniform(1.0, 14.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        lost += run.compare(finished)
+        finished = run.finished()
+    seconds = run.to_the_end()
+    lost += run.compare(finished)
+    return Outcome(len(finished), lost, run.unfinished(), 0, seconds, ())
+
+
+def terminated(folder: Path, cluster: Any) -> Outcome:
+    """The machine is about to be taken away: SIGTERM, then a grace period."""
+    run = CliRun(folder)
+    process = run.start()
+    until(lambda: run.count() >= 5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    run.output, _ = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    check(process.returncode == 130, run.output)
+    last = tuple(line for line in run.output.splitlines() if "Go on with" in line)
+    check(bool(last), run.output)
+    finished = run.finished()
+    run.to_the_end()
+    lost = run.compare(finished)
+    ended = (f"ended {seconds:.1f} s after the signal", *last)
+    return Outcome(len(finished), lost, run.unfinished(), 0, round(seconds, 2), ended)
+
+
+def disk_full(folder: Path, cluster: Any) -> Outcome:
+    """The run directory takes no byte more for a while (a limit on the size of files)."""
+    run = CliRun(folder)
+    process = run.start()
+    until(lambda: run.count() >= 5)
+    size = (run.directory / "study.journal").stat().st_size
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+    finished = run.finished()
+    time.sleep(4.0)
+    check(process.poll() is None, "the driver ended")
+    stuck = run.count()
+    began = time.monotonic()
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    until(lambda: run.count() > stuck or process.poll() is not None)
+    seconds = time.monotonic() - began
+    run.output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    check(process.returncode == 0 and len(run.finished()) == 60, run.output)
+    seen = tuple(line for line in run.output.splitlines() if "can't be written" in line)
+    check(bool(seen), run.output)
+    return Outcome(len(finished), run.compare(finished), 0, 0, round(seconds, 2), seen[:1])
+
+
+def two_drivers(folder: Path, cluster: Any) -> Outcome:
+    """A second driver is started on a run directory that is in use."""
+    run = CliRun(folder)
+    process = run.start()
+    until(lambda: run.count() >= 3)
+    began = time.monotonic()
+    second = run.start()
+    said, _ = second.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    check(second.returncode == 2 and "in use" in said, said)
+    finished = run.finished()
+    run.output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    check(process.returncode == 0 and len(run.finished()) == 60, run.output)
+    seen = tuple(said.strip().splitlines()[-1:])
+    return Outcome(len(finished), run.compare(finished), 0, 0, round(seconds, 2), seen)
+
+
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <time.h>
+int clock_gettime(clockid_t id, struct timespec *t) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(id, t);
+    struct stat s;
+    if (id == CLOCK_REALTIME && !stat(getenv("CLOCK_AHEAD"), &s)) t->tv_sec += 90000;
+    if (id == CLOCK_REALTIME && !stat(getenv("CLOCK_BEHIND"), &s)) t->tv_sec -= 7200;
+    return result;
+}
+"""
+
+
+def clock_jumps(folder: Path, cluster: Any) -> Outcome:
+    """The clock of all processes jumps a day ahead, then two hours behind."""
+    (folder / "clock.c").write_text(CLOCK)
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", "clock.so", "clock.c", "-ldl"]
+    subprocess.run(command, cwd=folder, check=True)
+    ahead, behind = folder / "ahead", folder / "behind"
+    shim = {"LD_PRELOAD": str(folder / "clock.so")}
+    run = CliRun(folder, {**shim, "CLOCK_AHEAD": str(ahead), "CLOCK_BEHIND": str(behind)})
+    process = run.start()
+    until(lambda: run.count() >= 3)
+    finished, began, count = run.finished(), time.monotonic(), run.count()
+    ahead.touch()
+    until(lambda: run.count() > count + 3 or process.poll() is not None)
+    seconds = time.monotonic() - began
+    ahead.unlink()
+    behind.touch()
+    run.output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    check(process.returncode == 0 and len(run.finished()) == 60, run.output)
+    return Outcome(len(finished), run.compare(finished), 0, 0, round(seconds, 2), ())
+
+
+ON_CLUSTER = (
+    replica_killed,
+    trial_process_killed,
+    pool_killed,
+    replica_hangs,
+    no_memory_in_a_replica,
+    node_removed,
+    broken_node,
+    object_store_full,
+)
+ON_COMMAND_LINE = (driver_killed, terminated, disk_full, two_drivers, clock_jumps)
+
+
+@contextmanager
+def small_cluster() -> Iterator[Any]:
+    """A head without GPUs; scenarios add nodes."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    arguments = {"num_cpus": 6, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def main() -> None:
+    """Do them, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [scenario.__name__ for scenario in (*ON_CLUSTER, *ON_COMMAND_LINE)]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    options = parser.parse_args()
+    unknown = set(options.names) - set(names)
+    if unknown:
+        parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    figures: dict[str, Any] = {}
+    with ExitStack() as stack:
+        cluster = stack.enter_context(small_cluster())
+        for scenario in (*ON_CLUSTER, *ON_COMMAND_LINE):
+            if options.names and scenario.__name__ not in options.names:
+                continue
+            with tempfile.TemporaryDirectory(prefix="fault-") as scratch:
+                outcome = scenario(Path(scratch), cluster)
+            what = (scenario.__doc__ or "").strip()
+            figures[scenario.__name__] = {"fault": what, **asdict(outcome)}
+            print(f"{scenario.__name__}: {outcome}", flush=True)
+    if not options.names:
+        print(save("faults", figures))
+    print(f"finished trials lost: {sum(entry['lost'] for entry in figures.values())}")
+
+
+if __name__ == "__main__":
+    main()

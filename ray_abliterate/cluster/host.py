@@ -1,0 +1,91 @@
+"""The process that a replica lives in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_abliterate.cluster.layout import Place
+from ray_abliterate.cluster.node_store import NodeStore
+from ray_abliterate.cluster.secrets import Secrets
+from ray_abliterate.errors import RayAbliterateError
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import ModelSettings, Recipe
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """What the pool makes replicas from.
+
+    Attributes:
+        kind: Class of the process, constructed as `kind(place, *args)`.
+        args: Further arguments of its constructor.
+        settings: How many, and what each takes.
+    """
+
+    kind: Callable[..., Any]
+    args: tuple[Any, ...]
+    settings: ModelSettings
+
+    def start(self, place: Place, name: str) -> Any:
+        """A handle of a new process at a place. Ray never restarts it: the fleet makes another."""
+        return (
+            ray.remote(self.kind)
+            .options(
+                name=name,
+                num_gpus=place.gpus,
+                num_cpus=place.cpus,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
+            )
+            .remote(place, *self.args)
+        )
+
+
+class Callee:
+    """What the pool asks of a replica's process."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the replica."""
+        raise NotImplementedError
+
+    def call_by_reference(self, method: str, *args: Any) -> tuple[None, Any]:
+        """The same, in two returns: the first tells that it is done, the second stays on this node
+        until somebody reads it."""
+        return None, self.call(method, *args)
+
+
+class ReplicaHost(Callee):
+    """A replica in a Ray actor. A constructor that fails is told to the first caller."""
+
+    def __init__(
+        self,
+        place: Place,
+        recipe: Recipe,
+        source: str,
+        prompts: Mapping[str, PromptSet],
+        secrets: Secrets,
+    ) -> None:
+        secrets.hand_over()
+        self._label = f"replica-{place.index} {recipe.model.name}"
+        self._replica: Any = None
+        self._failure: BaseException | None = None
+        from ray_abliterate.replica import Replica  # torch, in this process only
+
+        try:
+            self._replica = Replica(recipe, source, prompts, place.threads, NodeStore(place))
+        except (RayAbliterateError, RuntimeError, OSError, ValueError, MemoryError) as error:
+            self._failure = error
+
+    def __repr__(self) -> str:
+        return self._label
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the replica."""
+        if self._replica is None:
+            assert self._failure is not None
+            raise self._failure
+        return getattr(self._replica, method)(*args)

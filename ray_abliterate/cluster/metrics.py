@@ -1,0 +1,104 @@
+"""Numbers for Ray's dashboard and Prometheus. All names begin with `abliterate_`."""
+
+import time
+
+from ray.util.metrics import Counter, Gauge
+
+
+class PoolMetrics:
+    """What the pool knows: trials, tokens, and how busy replicas are."""
+
+    def __init__(self) -> None:
+        self._done = Counter("abliterate_trials_done", "Trials that ended with scores.")
+        self._failed = Counter("abliterate_trials_failed", "Trials that ended with an error.")
+        self._bounded = Counter(
+            "abliterate_trials_bounded", "Trials stopped once a finished one was better."
+        )
+        self._moved = Counter(
+            "abliterate_calls_moved", "Calls given to another replica because theirs died."
+        )
+        self._tokens = Counter("abliterate_tokens", "Tokens of answers written in trials.")
+        self._per_hour = Gauge("abliterate_trials_per_hour", "Over the last minute or so.")
+        self._per_second = Gauge("abliterate_tokens_per_second", "Over the last minute or so.")
+        self._ready = Gauge("abliterate_replicas_ready", "Replicas that can be used now.")
+        self._busy = Gauge(
+            "abliterate_replica_busy_fraction", "Share of the time that ready replicas computed."
+        )
+        self._running = 0
+        self._window = _Window()
+
+    def begins(self) -> None:
+        """A replica got work."""
+        self._window.advance(self._running)
+        self._running += 1
+
+    def ends(self) -> None:
+        """A replica has done its work, or died of it."""
+        self._window.advance(self._running)
+        self._running -= 1
+
+    def moved(self) -> None:
+        """A call went to another replica."""
+        self._moved.inc()
+
+    def trial(self, tokens: int, bounded: bool) -> None:
+        """A trial ended with scores."""
+        self._done.inc()
+        if bounded:
+            self._bounded.inc()
+        if tokens:
+            self._tokens.inc(tokens)
+        self._window.trials += 1
+        self._window.tokens += tokens
+
+    def failed_trial(self) -> None:
+        """A trial ended with an error."""
+        self._failed.inc()
+
+    def publish(self, ready: int) -> None:
+        """Bring the gauges up to date."""
+        self._ready.set(ready)
+        self._window.advance(self._running)
+        if self._window.seconds < WINDOW_SECONDS:
+            return
+        full, self._window = self._window, _Window()
+        self._per_hour.set(3600 * full.trials / full.seconds)
+        self._per_second.set(full.tokens / full.seconds)
+        self._busy.set(min(1.0, full.busy_seconds / (full.seconds * max(ready, 1))))
+
+
+WINDOW_SECONDS = 30.0
+
+
+class _Window:
+    """Sums over some seconds."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self.trials = 0
+        self.tokens = 0
+        self.busy_seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._last - self._began
+
+    def advance(self, running: int) -> None:
+        """So many replicas computed since the last call."""
+        now = time.monotonic()
+        self.busy_seconds += running * (now - self._last)
+        self._last = now
+
+
+class SearchMetrics:
+    """What the driver knows."""
+
+    def __init__(self) -> None:
+        self._hypervolume = Gauge(
+            "abliterate_hypervolume",
+            "Of the frontier; the far corner is the base model's scores, 1 where they are 0.",
+        )
+
+    def frontier(self, hypervolume: float) -> None:
+        """The frontier is worth so much now."""
+        self._hypervolume.set(hypervolume)

@@ -1,0 +1,82 @@
+"""What the replicas of one node share: read-only arrays, one copy in the node's object store."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError
+
+from ray_abliterate.cluster.layout import Place
+
+CLAIM_SECONDS = 120.0
+"""Who was asked to make something has so long; then the next is asked."""
+
+Arrays = Mapping[str, Any]
+
+
+class NodeStore:
+    """A replica's access to what its node holds."""
+
+    def __init__(self, place: Place) -> None:
+        self._pool, self._node = place.pool, place.node
+
+    def share(self, key: str, make: Callable[[], Arrays]) -> Arrays:
+        """The node's arrays under a key, made here if no other replica has made them.
+
+        The arrays are mapped, not copied, and read-only: writing to one through torch would change
+        what all replicas of the node read.
+        """
+        stale: list[Any] = []
+        while True:
+            found = ray.get(self._pool.claim.remote(self._node, key, stale))
+            if found is None:
+                found = [ray.put(dict(make()))]
+                ray.get(self._pool.provide.remote(self._node, key, found))
+            try:
+                arrays: Arrays = ray.get(found[0])
+            except ObjectLostError:
+                stale = found  # its maker died; who had mapped it goes on reading
+                continue
+            return arrays
+
+
+class Claims:
+    """The pool's register of what each node holds; who asks first makes it."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, str], Any] = {}
+        self._claimed: dict[tuple[str, str], asyncio.Event] = {}
+
+    async def claim(self, node: str, key: str, stale: list[Any]) -> Any:
+        """A reference in a list; None if the caller is to make it.
+
+        Args:
+            node: Id of the node.
+            key: What it is.
+            stale: The reference that could not be read, in a list; empty on the first try.
+        """
+        if stale and self._held.get((node, key)) == stale:
+            del self._held[node, key], self._claimed[node, key]
+        while (node, key) not in self._held:
+            if (node, key) not in self._claimed:
+                self._claimed[node, key] = asyncio.Event()
+                return None
+            waiting = self._claimed[node, key]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(waiting.wait(), CLAIM_SECONDS)
+            if not waiting.is_set() and self._claimed.get((node, key)) is waiting:
+                del self._claimed[node, key]
+        return self._held[node, key]
+
+    def provide(self, node: str, key: str, reference: list[Any]) -> None:
+        """Here it is."""
+        self._held[node, key] = reference
+        self._claimed.setdefault((node, key), asyncio.Event()).set()
+
+    def forget(self, node: str) -> None:
+        """A node is gone, and what it held."""
+        for register in (self._held, self._claimed):
+            for entry in [entry for entry in register if entry[0] == node]:
+                del register[entry]

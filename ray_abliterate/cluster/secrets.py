@@ -1,0 +1,48 @@
+"""The driver's Hub token, carried to replicas on other nodes; knows nothing of what reads it there.
+
+On a cluster that was joined, replicas have the environment of their node, not the driver's. A Ray
+runtime environment would carry the token, and show it: in the dashboard, in `ray list`, in logs.
+So it is an argument of the replica's constructor, in a type that hides it. An argument, not an
+object reference: objects can be spilled to disk.
+"""
+
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+HUB_TOKEN = "HF_TOKEN"
+"""Where the Hub's libraries look first, at each call."""
+
+
+class Secrets:
+    """Values for environment variables. No text of it shows a value; pickled, it carries them."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, str] | None = None) -> None:
+        self._values = dict(values or {})
+
+    def __repr__(self) -> str:
+        return f"Secrets({', '.join(sorted(self._values))})"
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[dict[str, str]]]:
+        return Secrets, (self._values,)
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def hand_over(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        """Set them in a process; what it had is replaced, so that all replicas read as one user."""
+        environment.update(self._values)
+
+
+def drivers_secrets() -> Secrets:
+    """What a replica needs of this process to read a gated model: its Hub token, if it has one.
+
+    Found as the Hub's own library finds it, in the environment or the file that `hf auth login`
+    writes. Nothing else of the environment travels.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return Secrets({HUB_TOKEN: token} if token else None)

@@ -1,0 +1,102 @@
+"""The search's side of a run: plans are tried, and what comes of them is kept."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ray_abliterate.background import BackgroundWriter
+from ray_abliterate.cluster.events import describe, stamp
+from ray_abliterate.cluster.metrics import SearchMetrics
+from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.cluster.search import Search
+from ray_abliterate.errors import ModelError
+from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.plan import Space
+from ray_abliterate.progress import Watch
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.rundir import Baseline, RunDirectory
+
+
+class Record:
+    """Writes what comes of a run into its directory, in the background, and says what happens."""
+
+    def __init__(self, directory: RunDirectory, watch: Watch) -> None:
+        self._directory, self._watch = directory, watch
+        self.writer = BackgroundWriter(self._tell)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Something happened to the replicas or the files."""
+        text = describe(dict(event))
+        if text:
+            self._watch.note(text)
+        self.writer.submit(partial(self._directory.append_event, event))
+
+    def _tell(self, event: str, **details: Any) -> None:
+        self.event({"time": stamp(), "event": event, **details})
+
+    def trial(self, trial: Trial, answers: tuple[dict[str, Any], ...]) -> None:
+        """A trial ended."""
+        self.writer.submit(partial(self._directory.append, trial))
+        if answers:
+            save = partial(self._directory.save_responses, trial.number, list(answers))
+            self.writer.submit(save)
+
+
+def search(
+    recipe: Recipe,
+    directory: RunDirectory,
+    pool: ReplicaPool,
+    shared: Any,
+    baseline: Baseline,
+    record: Record,
+    watch: Watch,
+) -> None:
+    """Try plans until the run has as many as the recipe wants."""
+    if recipe.search.trials_per_pass > pool.facts.most_per_pass:
+        raise ModelError(
+            f"search.trials_per_pass = {recipe.search.trials_per_pass} is more than the "
+            f"{pool.facts.most_per_pass} that can share a pass: {pool.facts.why_not_more}.\n"
+            f"  Set search.trials_per_pass = {pool.facts.most_per_pass} or less."
+        )
+    space = Space.of(pool.facts.shape, recipe.search.space, recipe.edit.norm)
+    goals = [(scorer.name, scorer.goal) for scorer in recipe.scorers if scorer.goal != "report"]
+    study = Search(directory.journal, space, recipe.search, goals, record.writer.submit)
+    listed = {trial.number: trial for trial in directory.trials()}
+    for trial in study.finished:
+        known = listed.get(trial.number)
+        if known != trial and not (trial.shared and known is not None):
+            directory.append(trial)
+    done = {trial.number: trial for trial in directory.trials()}
+    metrics, far = SearchMetrics(), [loss or 1.0 for loss in baseline.scorecard.losses]
+
+    def on_trial(trial: Trial, answers: tuple[dict[str, Any], ...]) -> None:
+        done[trial.number] = trial
+        record.trial(trial, answers)
+        frontier = Frontier.of(done.values())
+        metrics.frontier(frontier.hypervolume(far))
+        watch.trial(trial, len(done), recipe.search.trials, frontier)
+
+    seeds = space.seeds(float(baseline.best_layer)) if recipe.search.seed_points else ()
+    with watch.stage("search"):
+        study.run(pool, shared, seeds, on_trial, directory.tune)
+        record.writer.flush()
+    score_members_alone(directory, pool, shared, watch)
+
+
+def score_members_alone(
+    directory: RunDirectory, pool: ReplicaPool, shared: Any, watch: Watch
+) -> None:
+    """Score what is on the frontier with edited weights, if it shared its passes with others.
+
+    Virtual edits round differently in half precision, so that a member may leave the frontier, and
+    others take its place: until all members are scored alone.
+    """
+    if pool.facts.dtype == "float32":
+        return
+    while members := [t for t in Frontier.of(directory.trials()).members if t.shared]:
+        with watch.stage("frontier, one by one"):
+            for count, trial in enumerate(members, start=1):
+                evaluation = pool.evaluate(trial.plan, shared)
+                directory.append(replace(trial, scorecard=evaluation.scorecard, shared=False))
+                watch.step(count, len(members))

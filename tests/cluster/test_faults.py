@@ -1,0 +1,49 @@
+"""Faults, really done: no finished trial is lost, and the study ends at its number.
+
+Each scenario raises if either does not hold; what is checked here is what it cost.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import faults
+
+Scenario = Callable[[Path, Any], faults.Outcome]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "again", "failed", "said"),
+    [
+        (faults.replica_killed, 1, 0, "was lost"),
+        (faults.trial_process_killed, 1, 0, ""),
+        (faults.pool_killed, 3, 0, ""),
+        (faults.replica_hangs, 0, 1, "no answer within search.trial_timeout_seconds = 2"),
+        (faults.no_memory_in_a_replica, 0, 1, ""),
+        (faults.node_removed, 1, 0, "joined"),
+        (faults.broken_node, 0, 0, "CUDA driver initialization failed"),
+        (faults.object_store_full, 0, 0, ""),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_fault_in_the_cluster_loses_no_finished_trial(
+    scenario: Scenario, again: int, failed: int, said: str, tmp_path: Path, cluster: Any
+) -> None:
+    outcome = scenario(tmp_path, cluster)
+    assert outcome.lost == 0
+    assert outcome.finished_before >= 3
+    assert outcome.again <= again
+    assert outcome.failed == failed
+    assert said in "\n".join(outcome.seen)
+
+
+@pytest.mark.parametrize("scenario", faults.ON_COMMAND_LINE, ids=lambda s: s.__name__)
+def test_a_fault_of_the_driver_loses_no_finished_trial(scenario: Scenario, tmp_path: Path) -> None:
+    if scenario is faults.clock_jumps and shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    outcome = scenario(tmp_path, None)
+    assert outcome.lost == 0
+    assert outcome.finished_before > 0

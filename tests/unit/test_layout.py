@@ -1,0 +1,74 @@
+"""Where replicas go."""
+
+import pytest
+
+from ray_abliterate.cluster.layout import Node, Place, arrange, plan_layout
+from ray_abliterate.errors import ModelError
+from ray_abliterate.recipe import ModelSettings
+
+GIB = 2.0**30
+
+
+def node(name: str, cpus: float = 16, gpus: float = 0, memory: float = 64 * GIB) -> Node:
+    return Node(name, name, cpus, gpus, memory)
+
+
+def settings(**given: object) -> ModelSettings:
+    return ModelSettings.model_validate({"name": "m", **given})
+
+
+def nodes_of(places: tuple[Place, ...]) -> list[str]:
+    return [place.node for place in places]
+
+
+def test_one_replica_a_gpu_and_none_on_nodes_without() -> None:
+    places = arrange(settings(), [node("head"), node("a", gpus=2), node("b", gpus=1)])
+    assert sorted(nodes_of(places)) == ["a", "a", "b"]
+    assert [place.index for place in places] == [0, 1, 2]
+    assert {place.gpus for place in places} == {1.0}
+
+
+def test_fractions_never_span_two_cards_and_large_replicas_never_two_nodes() -> None:
+    def count(gpus: float, *there: float) -> int:
+        nodes = [node(str(i), gpus=g) for i, g in enumerate(there)]
+        return len(arrange(settings(gpus_per_replica=gpus), nodes))
+
+    assert count(0.25, 1) == 4
+    assert count(0.4, 2) == 4  # 2 a card; 5 x 0.4 would fit two cards on paper
+    assert count(0.3, 1) == 3
+    assert count(2, 3, 3) == 2
+    assert count(4, 8) == 2
+
+
+def test_a_number_of_replicas_is_spread_over_the_nodes() -> None:
+    there = [node("a", gpus=4), node("b", gpus=4)]
+    assert nodes_of(arrange(settings(replicas=3), there)) == ["a", "b", "a"]
+
+
+def test_without_gpus_cores_and_memory_decide_once_memory_is_known() -> None:
+    there = [node("a", cpus=32, memory=40 * GIB), node("b", cpus=4)]
+    assert nodes_of(arrange(settings(), there)) == ["a", "b"]
+    known = arrange(settings(), there, replica_bytes=2 * GIB)
+    assert sorted(nodes_of(known)) == ["a", "a", "a", "a", "b"]
+    assert {p.threads for p in known if p.node == "a"} == {8}
+    assert [p.threads for p in known if p.node == "b"] == [4]
+    large = arrange(settings(), there, replica_bytes=12 * GIB)
+    assert sorted(nodes_of(large)) == ["a", "a", "b"]
+    assert sum(p.cpus for p in known if p.node == "a") <= 32
+
+
+def test_the_first_replica_takes_no_more_than_its_share() -> None:
+    """The others come once the memory of one is known, and must find room."""
+    there = [node("a", cpus=32)]
+    first, known = arrange(settings(), there), arrange(settings(), there, replica_bytes=GIB)
+    assert first[0] == known[0]
+
+
+def test_more_than_there_is_is_refused_with_the_numbers() -> None:
+    there = [node("a", gpus=1), node("b", gpus=2)]
+    with pytest.raises(ModelError, match=r"gpus_per_replica = 4, but there are 2 GPUs on the larg"):
+        arrange(settings(gpus_per_replica=4), there)
+    with pytest.raises(ModelError, match=r"need 4 GPUs, but there are 3; 3 fit"):
+        arrange(settings(replicas=4), there)
+    with pytest.raises(ModelError, match="set it to 0"):
+        plan_layout(settings(gpus_per_replica=1), 8, 0)
