@@ -43,11 +43,16 @@ BOUNDED = "bounded"
 def open_storage(journal: Path) -> JournalStorage:
     """The journal as a storage; a torn last line (power loss) is cut off first.
 
+    Only the driver that holds the run opens it, so a lock that is there was left by one that was
+    killed while it wrote. Optuna would wait half a minute for it, and for ever if the path is
+    relative (the lock is a symbolic link, and is then a dangling one).
+
     Raises:
         SearchError: a line in the middle is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _mend(journal)
+    journal.with_suffix(".journal.lock").unlink(missing_ok=True)
     return JournalStorage(JournalFileBackend(str(journal)))
 
 

@@ -152,6 +152,19 @@ def test_a_resumed_search_begins_with_the_bar_of_its_finished_trials(tmp_path: P
     assert sorted(tuple(mark) for mark in bars(tmp_path)[0]) == expected
 
 
+@pytest.mark.timeout(20)
+def test_a_lock_that_a_killed_driver_left_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    lock = Path("run", "study.journal.lock")
+    lock.symlink_to("run/study.journal")
+    study = study_in(Path("run"))
+    study.tell(study.ask(), (1.0, 1.0))
+    assert len(study.trials) == 1 and not lock.is_symlink()
+
+
 def test_a_torn_last_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 1)
     search(tmp_path, 3, pool)
