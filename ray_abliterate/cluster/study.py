@@ -43,7 +43,9 @@ BOUNDED = "bounded"
 def open_storage(journal: Path, submit: Submit = at_once) -> JournalStorage:
     """The journal as a storage; a torn last line (power loss) is cut off first.
 
-    The caller holds the run: a lock that is there was left by a driver that was killed.
+    Only the driver that holds the run opens it, so a lock that is there was left by one that was
+    killed while it wrote. Optuna would wait half a minute for it, and for ever if the path is
+    relative (the lock is a symbolic link, and is then a dangling one).
 
     Args:
         journal: The file.

@@ -183,6 +183,19 @@ def test_a_trial_that_waited_for_its_batch_when_the_driver_died_is_finished(
     assert study_in(tmp_path).get_trials()[-1].values == plan.values
 
 
+@pytest.mark.timeout(20)
+def test_a_lock_that_a_killed_driver_left_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    lock = Path("run", "study.journal.lock")
+    lock.symlink_to("run/study.journal")
+    study = study_in(Path("run"))
+    study.tell(study.ask(), (1.0, 1.0))
+    assert len(study.trials) == 1 and not lock.is_symlink()
+
+
 def test_a_torn_last_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 1)
     search(tmp_path, 3, pool)
