@@ -8,6 +8,7 @@ model. A scenario raises if a finished trial is lost, or the study doesn't end a
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -80,7 +81,8 @@ class FaultyHost(Callee):
         from ray_abliterate.evaluation import Evaluation
         from ray_abliterate.scoring import Score, Scorecard
 
-        entry = {"pid": os.getpid(), "node": self._place.node, "plan": hash(plan.to_json())}
+        own = {"pid": os.getpid(), "node": self._place.node}
+        entry = {**own, "plan": plan.to_json(), "began": time.monotonic()}
         with (self._folder / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
         time.sleep(3600 if self._once("hang") else self._seconds)
@@ -136,7 +138,7 @@ class Study:
         on_trial = lambda trial, answers: self.ended.append((time.monotonic(), trial))  # noqa: E731
         moment: list[float] = []
         with ReplicaPool.of(hosting, self.timeout, 1, self.events.append) as self.pool:
-            until(lambda: self.pool.capacity >= together)
+            until(lambda: self.pool.replicas >= together)
             meddler = threading.Thread(target=self._meddle, args=(fault, after, moment))
             meddler.start()
             search.run(self.pool, ray.put(None), (), on_trial, self.folder / "tune")
@@ -256,6 +258,26 @@ def node_removed(folder: Path, cluster: Any) -> Outcome:
             cluster.remove_node(node)
 
 
+def node_joined(folder: Path, cluster: Any) -> Outcome:
+    """Not a fault: a node joins, and the search makes room for one trial more at a time."""
+    from ray_abliterate.cluster import search
+
+    nodes = [cluster.add_node(num_cpus=1, num_gpus=1)]
+    before, search.GROWTH_SECONDS = search.GROWTH_SECONDS, 1.0
+    try:
+        study = Study(folder, trials=40, seconds=0.5, replicas=None, gpus_per_replica=1)
+        join = lambda study: nodes.append(cluster.add_node(num_cpus=1, num_gpus=1))  # noqa: E731
+        found = study.run(join, together=1)
+        began = sorted(entry["began"] for entry in study.evaluations())
+        pairs = sum(b - a < 0.7 * study.seconds for a, b in itertools.pairwise(began))
+        check(pairs >= 5, f"only {pairs} trials began beside another")
+        return found
+    finally:
+        search.GROWTH_SECONDS = before
+        for node in nodes:
+            cluster.remove_node(node)
+
+
 def broken_node(folder: Path, cluster: Any) -> Outcome:
     """Replicas can't be started on one of two nodes."""
     nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
@@ -299,29 +321,33 @@ RECIPE = """
 name = "planted"
 threads_per_replica = 1
 [prompts.behaviour]
-builtin = "demo/behaviour"
+builtin = "cooking-train"
 split = "[:16]"
 [prompts.neutral]
-builtin = "demo/neutral"
+builtin = "other-train"
 split = "[:16]"
 [search]
-trials = 60
+trials = {trials}
+[run]
+dashboard = false
 [[scorers]]
 kind = "keyword-rate"
-prompts = { builtin = "demo/behaviour", split = "[16:24]" }
+prompts = {{ builtin = "cooking-heldout", split = "[:8]" }}
 markers = ["sorry"]
 max_new_tokens = 3
 [[scorers]]
 kind = "kl-divergence"
-prompts = { builtin = "demo/neutral", split = "[16:24]" }
+prompts = {{ builtin = "other-heldout", split = "[:8]" }}
 """
 
 
 class CliRun:
     """A run of the command line that can be stopped and taken up."""
 
-    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, environment: dict[str, str] | None = None, trials: int = 60
+    ) -> None:
+        self.folder, self.trials = folder, trials
         self.directory = folder / "run"
         self._environment = {
             **os.environ,
@@ -329,8 +355,9 @@ class CliRun:
             **(environment or {}),
         }
         self._environment.pop("RAY_ADDRESS", None)
-        (folder / "recipe.toml").write_text(RECIPE)
+        (folder / "recipe.toml").write_text(RECIPE.format(trials=trials))
         self.output = ""
+        self.finished()  # what it imports takes longer than a few trials
 
     def start(self) -> subprocess.Popen[str]:
         """Run, or resume."""
@@ -364,7 +391,7 @@ class CliRun:
         file = self.directory / "trials.jsonl"
         return file.read_text().count("\n") if file.exists() else 0
 
-    def to_the_end(self, wanted: int = 60) -> float:
+    def to_the_end(self) -> float:
         """Resume until it is done; seconds until the next trial was there."""
         before, began = self.count(), time.monotonic()
         process = self.start()
@@ -372,8 +399,13 @@ class CliRun:
         seconds = time.monotonic() - began
         self.output += process.communicate(timeout=PATIENCE_SECONDS)[0]
         check(process.returncode == 0, self.output)
-        check(len(self.finished()) == wanted, f"{len(self.finished())} trials, not {wanted}")
+        self.is_whole()
         return round(seconds, 2)
+
+    def is_whole(self) -> None:
+        """Every trial is there, and none too many."""
+        found = len(self.finished())
+        check(found == self.trials, f"{found} trials instead of {self.trials}: {self.output}")
 
     def compare(self, before: dict[int, str]) -> int:
         """Trials of before that are not there, as they were, now."""
@@ -389,15 +421,19 @@ class CliRun:
 
 
 def driver_killed(folder: Path, cluster: Any, times: int = 10) -> Outcome:
-    """The driver is killed at ten random moments, and resumed each time."""
-    run, chance = CliRun(folder), random.Random(7)
+    """The driver is killed at ten random moments, half of them before any trial, and resumed."""
+    run, chance = CliRun(folder, trials=20 + 15 * times), random.Random(7)
     finished: dict[int, str] = {}
     lost = 0
-    for _ in range(times):
-        process = run.start()
-        time.sleep(chance.uniform(1.0, 14.0))
+    for attempt in range(times):
+        process, before = run.start(), run.count()
+        if attempt % 2:
+            until(lambda before=before: run.count() > before)  # type: ignore[misc]
+        time.sleep(chance.uniform(0.0, 1.0 if attempt % 2 else 10.0))
+        running = process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        said, _ = process.communicate()
+        check(running, said)
         lost += run.compare(finished)
         finished = run.finished()
     seconds = run.to_the_end()
@@ -441,7 +477,8 @@ def disk_full(folder: Path, cluster: Any) -> Outcome:
     until(lambda: run.count() > stuck or process.poll() is not None)
     seconds = time.monotonic() - began
     run.output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    check(process.returncode == 0 and len(run.finished()) == 60, run.output)
+    check(process.returncode == 0, run.output)
+    run.is_whole()
     seen = tuple(line for line in run.output.splitlines() if "can't be written" in line)
     check(bool(seen), run.output)
     return Outcome(len(finished), run.compare(finished), 0, 0, round(seconds, 2), seen[:1])
@@ -449,25 +486,27 @@ def disk_full(folder: Path, cluster: Any) -> Outcome:
 
 def two_drivers(folder: Path, cluster: Any) -> Outcome:
     """A second driver is started on a run directory that is in use."""
-    run = CliRun(folder)
+    run = CliRun(folder, trials=150)
     process = run.start()
     until(lambda: run.count() >= 3)
-    began = time.monotonic()
+    finished, began = run.finished(), time.monotonic()
     second = run.start()
     said, _ = second.communicate(timeout=60)
     seconds = time.monotonic() - began
     check(second.returncode == 2 and "in use" in said, said)
-    finished = run.finished()
     run.output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    check(process.returncode == 0 and len(run.finished()) == 60, run.output)
+    check(process.returncode == 0, run.output)
+    run.is_whole()
     seen = tuple(said.strip().splitlines()[-1:])
     return Outcome(len(finished), run.compare(finished), 0, 0, round(seconds, 2), seen)
 
 
+# Ray's core is spared: its waits are measured by the kernel's clock, which can't be moved here.
 CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <time.h>
 int clock_gettime(clockid_t id, struct timespec *t) {
@@ -475,6 +514,10 @@ int clock_gettime(clockid_t id, struct timespec *t) {
     if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
     int result = real(id, t);
     struct stat s;
+    Dl_info caller;
+    if (!dladdr(__builtin_return_address(0), &caller) || strstr(caller.dli_fname, "/ray/")
+        || strstr(caller.dli_fname, "libstdc++"))
+        return result;
     if (id == CLOCK_REALTIME && !stat(getenv("CLOCK_AHEAD"), &s)) t->tv_sec += 90000;
     if (id == CLOCK_REALTIME && !stat(getenv("CLOCK_BEHIND"), &s)) t->tv_sec -= 7200;
     return result;
@@ -483,7 +526,7 @@ int clock_gettime(clockid_t id, struct timespec *t) {
 
 
 def clock_jumps(folder: Path, cluster: Any) -> Outcome:
-    """The clock of all processes jumps a day ahead, then two hours behind."""
+    """The clock of all Python processes jumps a day ahead, then two hours behind."""
     (folder / "clock.c").write_text(CLOCK)
     command = ["cc", "-shared", "-fPIC", "-O1", "-o", "clock.so", "clock.c", "-ldl"]
     subprocess.run(command, cwd=folder, check=True)
@@ -498,8 +541,12 @@ def clock_jumps(folder: Path, cluster: Any) -> Outcome:
     seconds = time.monotonic() - began
     ahead.unlink()
     behind.touch()
+    check(
+        len(finished) < run.trials and process.poll() is None, "it was over before the clock jumped"
+    )
     run.output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    check(process.returncode == 0 and len(run.finished()) == 60, run.output)
+    check(process.returncode == 0, run.output)
+    run.is_whole()
     return Outcome(len(finished), run.compare(finished), 0, 0, round(seconds, 2), ())
 
 
@@ -510,6 +557,7 @@ ON_CLUSTER = (
     replica_hangs,
     no_memory_in_a_replica,
     node_removed,
+    node_joined,
     broken_node,
     object_store_full,
 )
@@ -523,7 +571,9 @@ def small_cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     arguments = {"num_cpus": 6, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    # Hooks for the end of the process could only be set in the main thread; scenarios add nodes in
+    # another.
+    cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args=arguments)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
         yield cluster

@@ -51,7 +51,7 @@ def search_seconds(trials: int, slots: int, seconds: float) -> list[float]:
     hosting = Hosting(IdleHost, (seconds,), own)
     ended: list[float] = []
     with tempfile.TemporaryDirectory() as scratch, ReplicaPool.of(hosting) as pool:
-        while pool.capacity < slots:
+        while pool.replicas < slots:
             time.sleep(0.05)
         search = Search(Path(scratch) / "study.journal", space(), settings(trials), GOALS)
         on_trial = lambda trial, answers: ended.append(time.perf_counter())  # noqa: E731

@@ -13,6 +13,11 @@ HEAD = "node:__internal_head__"
 """Every cluster has exactly 1 of this resource, on its head."""
 
 
+def ours() -> bool:
+    """Whether Ray runs for us alone, on this machine; otherwise it is a cluster that was joined."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
 def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
     """Join the cluster that `RAY_ADDRESS` names, or start Ray on this machine, for this run alone.
 
@@ -25,10 +30,9 @@ def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         paths = [*python_path, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
-        local = not os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = (
             {"address": "local", "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-            if local
+            if ours()
             else {}
         )
         ray.init(

@@ -47,6 +47,15 @@ def unwrap(reference: Any) -> Any:
         ) from None
 
 
+def death(error: BaseException) -> str:
+    """How a process ended, in a few words."""
+    if isinstance(error, OutOfMemoryError):
+        return "its node ran out of memory"
+    if isinstance(error, ActorUnavailableError):
+        return "it can't be reached"
+    return "its process died"
+
+
 def reason(error: BaseException) -> str:
     """One line for the trial's record."""
     if isinstance(error, RayAbliterateError):

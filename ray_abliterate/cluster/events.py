@@ -4,6 +4,8 @@ import time
 from typing import Any
 
 WORDS = {
+    "waiting-for-nodes": "{missing} more replicas want {gpus:g} GPUs each, which are not there; a "
+    "cluster that grows on demand has been asked for them (Ctrl-C ends it)",
     "node-joined": "node {node} joined",
     "node-lost": "node {node} was lost, with {replicas} replicas; their trials go to others",
     "replica-lost": "{replica} was lost ({reason}); another is started",

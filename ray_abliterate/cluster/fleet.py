@@ -18,7 +18,16 @@ from ray.exceptions import RayTaskError
 from ray_abliterate.cluster.connection import nodes
 from ray_abliterate.cluster.errors import DEATHS, reason
 from ray_abliterate.cluster.host import Hosting
-from ray_abliterate.cluster.layout import Layout, Node, Place, arrange, layout_of
+from ray_abliterate.cluster.layout import (
+    Layout,
+    Node,
+    Place,
+    arrange,
+    gpus_per_replica,
+    layout_of,
+    missing,
+    refuse_what_is_missing,
+)
 from ray_abliterate.errors import ModelError, RayAbliterateError
 
 log = logging.getLogger(__name__)
@@ -88,6 +97,7 @@ class Fleet:
         self._members: dict[tuple[str, int], Member] = {}
         self._known_nodes: dict[str, Node] = {}
         self._replica_bytes: float | None = None
+        self._demands: list[Any] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.facts: Any = None
         """What the first replica says of its model."""
@@ -134,24 +144,50 @@ class Fleet:
             for key in [key for key in self._posts if key[0] == node]:
                 del self._posts[key]
             self._on_node_lost(node)
+        at_first = not self._known_nodes
         for node in set(now) - set(self._known_nodes):
-            if self._known_nodes:
+            if not at_first:
                 self._tell("node-joined", node=now[node].name)
             self._known_nodes[node] = now[node]
         self._fill(there)
 
     def _fill(self, there: tuple[Node, ...]) -> None:
         """Start a replica at every place that has none."""
-        wanted = arrange(self._hosting.settings, there, self._replica_bytes)
+        settings = self._hosting.settings
+        broken = {key[0] for key, post in self._posts.items() if post.given_up}
+        sound = [node for node in there if node.id not in broken]
+        places = arrange(settings, sound, self._replica_bytes)
+        if not broken and not self._hosting.patient and self.facts is None:
+            refuse_what_is_missing(settings, there, places)
+        self._demand(missing(settings, places), gpus_per_replica(settings, there))
+        most = settings.replicas or len(places) + len(self._posts)
         turn: dict[str, int] = {}
-        for place in wanted:
+        for place in places:
             turn[place.node] = turn.get(place.node, -1) + 1
             key = (place.node, turn[place.node])
-            if key not in self._posts:
+            standing = sum(not post.given_up for post in self._posts.values())
+            if key not in self._posts and standing < most:
                 taken = {post.place.index for post in self._posts.values()}
                 index = next(i for i in range(len(taken) + 1) if i not in taken)
                 self._posts[key] = _Post(replace(place, index=index, pool=self._pool))
                 self._begin(key)
+
+    def _demand(self, count: int, gpus: float) -> None:
+        """Show a cluster that grows on demand what is missing.
+
+        Tasks that need what a replica needs, and do nothing, wait for room. They end with this
+        process, where a standing request to the autoscaler would outlive a driver that is killed.
+        """
+        if not self._hosting.patient or count == len(self._demands):
+            return
+        if count > len(self._demands):
+            self._tell("waiting-for-nodes", missing=count, gpus=gpus)
+        for task in self._demands[count:]:
+            ray.cancel(task)
+        name = f"room for a replica {self._token}"
+        task = ray.remote(_room).options(num_cpus=0, num_gpus=gpus, max_retries=0, name=name)
+        self._demands += [task.remote() for _ in range(count - len(self._demands))]
+        del self._demands[count:]
 
     def _begin(self, key: tuple[str, int]) -> None:
         """A new life at a place."""
@@ -255,6 +291,10 @@ class Fleet:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _room() -> None:
+    """There is room now."""
 
 
 async def _ready(reference: Any) -> Any:

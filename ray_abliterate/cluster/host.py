@@ -23,11 +23,14 @@ class Hosting:
         kind: Class of the process, constructed as `kind(place, *args)`.
         args: Further arguments of its constructor.
         settings: How many, and what each takes.
+        patient: The cluster may grow: replicas that it has no room for are asked for and waited
+            for. Otherwise they are refused.
     """
 
     kind: Callable[..., Any]
     args: tuple[Any, ...]
     settings: ModelSettings
+    patient: bool = False
 
     def start(self, place: Place, name: str) -> Any:
         """A handle of a new process at a place. Ray never restarts it: the fleet makes another."""

@@ -64,7 +64,10 @@ def plan_layout(settings: ModelSettings, cpus: float, gpus: float) -> Layout:
     Raises:
         ModelError: the recipe asks for more GPUs than there are.
     """
-    return layout_of(arrange(settings, [Node("here", "here", cpus, gpus, float("inf"))]))
+    here = [Node("here", "here", cpus, gpus, float("inf"))]
+    places = arrange(settings, here)
+    refuse_what_is_missing(settings, here, places)
+    return layout_of(places)
 
 
 def layout_of(places: Sequence[Place]) -> Layout:
@@ -76,7 +79,7 @@ def layout_of(places: Sequence[Place]) -> Layout:
 def arrange(
     settings: ModelSettings, nodes: Sequence[Node], replica_bytes: float | None = None
 ) -> tuple[Place, ...]:
-    """All places that the recipe wants on these nodes; at least one.
+    """The places that the recipe wants on these nodes, as far as they fit.
 
     Without GPUs, and unless the recipe says how many, there is one place a node until the memory
     of a replica is known.
@@ -85,30 +88,44 @@ def arrange(
         settings: What the recipe says of replicas.
         nodes: The machines there are.
         replica_bytes: Memory of one replica, if it is known.
+    """
+    gpus = gpus_per_replica(settings, nodes)
+    room = {node.id: _room(settings, node, gpus, replica_bytes) for node in nodes}
+    chosen = _spread(nodes, room, settings.replicas or sum(room.values()))
+    held = {node.id: sum(c.id == node.id for c in chosen) for node in nodes}
+    return tuple(
+        _place(settings, node, gpus, held[node.id], index) for index, node in enumerate(chosen)
+    )
+
+
+def missing(settings: ModelSettings, places: Sequence[Place]) -> int:
+    """Replicas that the recipe wants (at least one), and that have no place."""
+    return max((settings.replicas or 1) - len(places), 0)
+
+
+def refuse_what_is_missing(
+    settings: ModelSettings, nodes: Sequence[Node], places: Sequence[Place]
+) -> None:
+    """For machines that stay as they are.
 
     Raises:
         ModelError: the recipe asks for more GPUs than there are.
     """
-    gpus = gpus_per_replica(settings, nodes)
-    room = {node.id: _room(settings, node, gpus, replica_bytes) for node in nodes}
-    fitting = sum(room.values())
-    if gpus and not fitting:
+    gpus, fitting = gpus_per_replica(settings, nodes), len(places)
+    if not missing(settings, places):
+        return
+    if not fitting:
         most = max((node.gpus for node in nodes), default=0.0)
         raise ModelError(
             f"model.gpus_per_replica = {gpus:g}, but there are {most:g} GPUs"
             + (" on the largest node" if len(nodes) > 1 else "")
             + ".\n  Lower it, or set it to 0 to run on the CPU."
         )
-    if gpus and settings.replicas and settings.replicas > fitting:
-        there = sum(node.gpus for node in nodes)
-        raise ModelError(
-            f"model.replicas = {settings.replicas} of {gpus:g} GPUs each need "
-            f"{settings.replicas * gpus:g} GPUs, but there are {there:g}; {fitting} fit."
-        )
-    chosen = _spread(nodes, room, settings.replicas or fitting)
-    held = {node.id: sum(c.id == node.id for c in chosen) for node in nodes}
-    return tuple(
-        _place(settings, node, gpus, held[node.id], index) for index, node in enumerate(chosen)
+    there = sum(node.gpus for node in nodes)
+    wanted = settings.replicas or 1
+    raise ModelError(
+        f"model.replicas = {wanted} of {gpus:g} GPUs each need {wanted * gpus:g} GPUs, but there "
+        f"are {there:g}; {fitting} fit."
     )
 
 

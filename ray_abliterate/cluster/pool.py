@@ -19,7 +19,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_abliterate.cluster.errors import DEATHS, unwrap
+from ray_abliterate.cluster.connection import ours
+from ray_abliterate.cluster.errors import DEATHS, death, unwrap
 from ray_abliterate.cluster.events import Events
 from ray_abliterate.cluster.fleet import Fleet, Member
 from ray_abliterate.cluster.host import Hosting, ReplicaHost
@@ -101,20 +102,16 @@ class PoolActor:
         return self._fleet.facts, self._fleet.layout
 
     async def news(self, seen: int, patience: float) -> tuple[list[dict[str, Any]], int, int]:
-        """Events after the first `seen`, their count, and how many plans can be in evaluation now.
+        """Events after the first `seen`, their count, and how many replicas can be used now.
 
         Waits for one of them to change, at most so many seconds.
         """
-        before, seen = self._capacity, min(seen, len(self._events))
+        before, seen = self._fleet.ready, min(seen, len(self._events))
         end = time.monotonic() + patience
-        while len(self._events) <= seen and self._capacity == before and time.monotonic() < end:
+        while len(self._events) <= seen and self._fleet.ready == before and time.monotonic() < end:
             await asyncio.sleep(0.2)
         self._metrics.publish(self._fleet.ready)
-        return self._events.since(seen), len(self._events), self._capacity
-
-    @property
-    def _capacity(self) -> int:
-        return max(1, self._fleet.ready) * self._per_pass
+        return self._events.since(seen), len(self._events), self._fleet.ready
 
     async def _hope(self) -> None:
         """Wait for something to change in the fleet.
@@ -141,7 +138,7 @@ class PoolActor:
             try:
                 await _ready(member.handle.__ray_ready__.remote())
             except DEATHS as error:
-                self._fleet.lost(member, _first_line(error))
+                self._fleet.lost(member, death(error))
                 continue
             if not member.gone:
                 return member
@@ -177,7 +174,7 @@ class PoolActor:
                 self._fleet.lost(member, why)
                 raise SearchError(f"{why}; the replica was started anew") from None
             except DEATHS as error:
-                self._fleet.lost(member, _first_line(error))
+                self._fleet.lost(member, death(error))
                 deaths += 1
                 if deaths == 2:
                     raise SearchError(
@@ -338,11 +335,6 @@ async def _called(handle: Any, method: str, args: list[Any], by_reference: bool)
     return payload
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 class ReplicaPool:
     """The driver's side of the pool."""
 
@@ -352,8 +344,8 @@ class ReplicaPool:
         self.facts: Any = None
         """`ModelFacts` of the first replica."""
         self.layout: Layout
-        self.capacity = 1
-        """Plans that can be in evaluation now."""
+        self.replicas = 0
+        """Those that can be used now, as of a moment ago."""
         self._on_event = on_event
         self._closed = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="pool-news", daemon=True)
@@ -367,7 +359,8 @@ class ReplicaPool:
         on_event: OnEvent = lambda event: None,
     ) -> contextlib.AbstractContextManager["ReplicaPool"]:
         """A pool of real replicas, see `of`."""
-        hosting = Hosting(ReplicaHost, (recipe, source, prompts, drivers_secrets()), recipe.model)
+        args = (recipe, source, prompts, drivers_secrets())
+        hosting = Hosting(ReplicaHost, args, recipe.model, patient=not ours())
         search = recipe.search
         return cls.of(hosting, search.trial_timeout_seconds, search.trials_per_pass, on_event)
 
@@ -419,7 +412,7 @@ class ReplicaPool:
         seen, news = 0, self.actor.news.options(max_task_retries=0)
         while not self._closed.is_set():
             try:
-                events, seen, self.capacity = ray.get(news.remote(seen, NEWS_SECONDS))
+                events, seen, self.replicas = ray.get(news.remote(seen, NEWS_SECONDS))
             except (RayError, RuntimeError, ConnectionError):
                 self._closed.wait(NEWS_SECONDS)  # gone, or being started again
                 continue

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,9 @@ SHOWN_BY_TUNE = (
 """Tune copies these from the driver into its trials' runtime environment, which dashboard and logs
 show. Trials have no use for them."""
 
+GROWTH_SECONDS = 15.0
+"""So long after replicas joined, a search makes room for them: others may be on their way."""
+
 OnTrial = Callable[[Trial, tuple[dict[str, Any], ...]], None]
 
 
@@ -61,6 +65,7 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         raise_bar: Callable[[tuple[float, ...]], None],
         take: Callable[[str], tuple[dict[str, Any], ...]],
         most_live: int,
+        outgrown: Callable[[], bool],
         batch: int | None = None,
         **options: Any,
     ) -> None:
@@ -72,12 +77,14 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
             raise_bar: Told the losses of trials that count for the dominance stop.
             take: The recorded answers of a Tune trial.
             most_live: Plans that are out at once, the one that waits among them.
+            outgrown: Whether there are replicas that the slots of this round leave idle.
             batch: Plans that are asked for together and told together.
             options: Of OptunaSearch.
         """
         super().__init__(journal.distributions(space), **options)
         self._plans, self._on_trial, self._raise_bar, self._take = space, on_trial, raise_bar, take
-        self._most_live, self._batch = most_live, batch
+        self._most_live, self._outgrown, self._batch = most_live, outgrown, batch
+        self.ended_to_grow = False
         self._asked_in_batch = 0
         self._ended: dict[str, tuple[dict[str, Any], bool]] = {}
 
@@ -85,9 +92,12 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         """Nothing: Tune pickles its searcher to restore it, which is the journal's business."""
         return {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next plan; nothing while enough plans are out (each is asked for as late as can be,
-        so that the sampler knows most)."""
+        so that the sampler knows most); the end of the round if there are too few slots."""
+        self.ended_to_grow = self.ended_to_grow or self._outgrown()
+        if self.ended_to_grow:
+            return str(self.FINISHED)
         live = len(self._ot_trials) - len(self._completed_trials)
         if self._batch is not None:
             if self._asked_in_batch == self._batch:
@@ -208,10 +218,29 @@ class Search:
             on_trial: Called for each trial as it ends, with its answers if they are recorded.
             storage: Folder for Tune's own files.
         """
-        missing = self._settings.trials - len(self.finished)
-        if missing <= 0:
-            return
-        together = pool.layout.replicas * self._settings.trials_per_pass
+        replicas = pool.layout.replicas
+        with _terminated_like_interrupted() as terminated:
+            while (missing := self._settings.trials - len(self.finished)) > 0:
+                replicas = max(replicas, pool.replicas)
+                grow = self._round(pool, setup, seeds, on_trial, storage, missing, replicas)
+                interrupted = self._reap()
+                self.finished = journal.outcomes(self._study, self._space)
+                self._known = len(self._study.get_trials(deepcopy=False))
+                if not grow or interrupted or terminated.is_set():
+                    break
+
+    def _round(
+        self,
+        pool: ReplicaPool,
+        setup: Any,
+        seeds: Sequence[dict[str, Value]],
+        on_trial: OnTrial,
+        storage: Path,
+        missing: int,
+        replicas: int,
+    ) -> bool:
+        """Try plans in slots for so many replicas; whether it ended because there are more now."""
+        together = replicas * self._settings.trials_per_pass
         concurrency = self._settings.concurrency or together
         batch = concurrency if self._settings.batch_synchronous else None
 
@@ -225,6 +254,7 @@ class Search:
             raise_bar,
             lambda trial_id: ray.get(pool.actor.take.remote(trial_id)) or (),
             concurrency + 1,
+            (lambda: False) if self._settings.concurrency else _Outgrown(pool, replicas),
             batch,
             metric=[name for name, _ in self._goals],
             mode=["min" if goal == "minimize" else "max" for _, goal in self._goals],
@@ -238,7 +268,7 @@ class Search:
         trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
         bar = Bar.of(self.finished) if self._settings.dominance_stop else None
         ray.get(pool.actor.expect.remote(min(concurrency, missing), bar))
-        with _tune_environment(concurrency), _terminated_like_interrupted():
+        with _tune_environment(concurrency):
             tune.Tuner(
                 trainable,
                 tune_config=TuneConfig(
@@ -256,7 +286,22 @@ class Search:
                 ),
             ).fit()
         searcher._tell_all()
-        self._reap()
+        return searcher.ended_to_grow
+
+
+class _Outgrown:
+    """Whether there have been more replicas than a round has room for, for a while."""
+
+    def __init__(self, pool: ReplicaPool, replicas: int) -> None:
+        self._pool, self._replicas = pool, replicas
+        self._since: float | None = None
+
+    def __call__(self) -> bool:
+        if self._pool.replicas <= self._replicas:
+            self._since = None
+            return False
+        self._since = self._since or time.monotonic()
+        return time.monotonic() - self._since > GROWTH_SECONDS
 
 
 @contextmanager
@@ -292,13 +337,21 @@ def _set(values: Mapping[str, str | None]) -> None:
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (pre-emption, `ray job stop`) ends the search as Ctrl-C does: finished is kept."""
+def _terminated_like_interrupted() -> Iterator[threading.Event]:
+    """SIGTERM (pre-emption, `ray job stop`) ends the search as Ctrl-C does: finished is kept.
+
+    Yields what is set by then."""
+    terminated = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield terminated
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupt(*_: object) -> None:
+        terminated.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield terminated
     finally:
         signal.signal(signal.SIGTERM, before)

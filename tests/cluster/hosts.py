@@ -168,6 +168,6 @@ def pool_of(
     hear = events.append if events is not None else lambda event: None
     pool = OPEN.enter_context(ReplicaPool.of(hosting, timeout, trials_per_pass, hear))
     deadline = time.monotonic() + 60
-    while pool.capacity < count * trials_per_pass and time.monotonic() < deadline:
+    while pool.replicas < count and time.monotonic() < deadline:
         time.sleep(0.05)
     return pool

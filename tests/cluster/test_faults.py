@@ -24,6 +24,7 @@ Scenario = Callable[[Path, Any], faults.Outcome]
         (faults.replica_hangs, 0, 1, "no answer within search.trial_timeout_seconds = 2"),
         (faults.no_memory_in_a_replica, 0, 1, ""),
         (faults.node_removed, 1, 0, "joined"),
+        (faults.node_joined, 0, 0, "joined"),
         (faults.broken_node, 0, 0, "CUDA driver initialization failed"),
         (faults.object_store_full, 0, 0, ""),
     ],
@@ -44,6 +45,7 @@ def test_a_fault_in_the_cluster_loses_no_finished_trial(
 def test_a_fault_of_the_driver_loses_no_finished_trial(scenario: Scenario, tmp_path: Path) -> None:
     if scenario is faults.clock_jumps and shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
-    outcome = scenario(tmp_path, None)
+    less = {"times": 2} if scenario is faults.driver_killed else {}
+    outcome = scenario(tmp_path, None, **less)  # type: ignore[call-arg]
     assert outcome.lost == 0
     assert outcome.finished_before > 0

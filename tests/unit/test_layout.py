@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_abliterate.cluster.layout import Node, Place, arrange, plan_layout
+from ray_abliterate.cluster.layout import Node, Place, arrange, plan_layout, refuse_what_is_missing
 from ray_abliterate.errors import ModelError
 from ray_abliterate.recipe import ModelSettings
 
@@ -66,9 +66,15 @@ def test_the_first_replica_takes_no_more_than_its_share() -> None:
 
 def test_more_than_there_is_is_refused_with_the_numbers() -> None:
     there = [node("a", gpus=1), node("b", gpus=2)]
+
+    def refuse(**given: object) -> None:
+        wanted = settings(**given)
+        refuse_what_is_missing(wanted, there, arrange(wanted, there))
+
+    refuse(replicas=3)
     with pytest.raises(ModelError, match=r"gpus_per_replica = 4, but there are 2 GPUs on the larg"):
-        arrange(settings(gpus_per_replica=4), there)
+        refuse(gpus_per_replica=4)
     with pytest.raises(ModelError, match=r"need 4 GPUs, but there are 3; 3 fit"):
-        arrange(settings(replicas=4), there)
+        refuse(replicas=4)
     with pytest.raises(ModelError, match="set it to 0"):
         plan_layout(settings(gpus_per_replica=1), 8, 0)
