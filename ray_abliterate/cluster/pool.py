@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from ray_abliterate.cluster.errors import DEATHS, unwrap
+from ray_abliterate.cluster.store import ObjectStore
 from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ModelError, RayAbliterateError, SearchError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
@@ -124,6 +125,10 @@ class ReplicaHost:
             raise self._failure
         return getattr(self._replica, method)(*args)
 
+    def call_by_reference(self, method: str, *args: Any) -> tuple[None, Any]:
+        """The same as two objects, so that one can wait for the call without its result."""
+        return None, self.call(method, *args)
+
 
 @dataclass(frozen=True)
 class _Waiting:
@@ -225,14 +230,28 @@ class PoolActor:
         """
         return await self._run(await self._lease(), method, args)
 
+    async def call_by_reference(self, method: str, args: list[Any]) -> list[Any]:
+        """Run a method as `call` does, and leave its result on the node that made it.
+
+        Returns:
+            One reference, in a list so that it is not resolved here.
+        """
+        return [await self._run(await self._lease(), method, args, send=_send_by_reference)]
+
     async def _run(
-        self, replica: Any, method: str, args: list[Any], timeout: float | None = None
+        self,
+        replica: Any,
+        method: str,
+        args: list[Any],
+        timeout: float | None = None,
+        send: Callable[..., Awaitable[Any]] | None = None,
     ) -> Any:
         """Run a method on a leased replica, and give it back."""
         deaths = 0
         while True:
             try:
-                result = await asyncio.wait_for(_ready(replica.call.remote(method, *args)), timeout)
+                work = (send or _send)(replica, method, args)
+                result = await asyncio.wait_for(work, timeout)
             except TimeoutError:
                 ray.kill(replica, no_restart=False)
                 self._revive(replica)
@@ -320,6 +339,17 @@ async def _ready(reference: Any) -> Any:
     return await reference
 
 
+async def _send(replica: Any, method: str, args: list[Any]) -> Any:
+    return await replica.call.remote(method, *args)
+
+
+async def _send_by_reference(replica: Any, method: str, args: list[Any]) -> Any:
+    call = replica.call_by_reference.options(num_returns=2)
+    done, result = call.remote(method, *args)
+    await done
+    return result
+
+
 class ReplicaPool:
     """The driver's side of the pool."""
 
@@ -327,6 +357,7 @@ class ReplicaPool:
         self.actor = actor
         self.facts = facts
         self.layout = layout
+        self.store = ObjectStore()
         self._hosts = hosts
 
     @classmethod
@@ -379,6 +410,21 @@ class ReplicaPool:
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
             yield unwrap(ready[0])
+
+    def map_by_reference(
+        self, method: str, calls: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Call a method once per argument tuple; as they come, place and reference of the result.
+
+        The result stays where it was made, and outlives the replica that made it.
+        """
+        waiting = {
+            self.actor.call_by_reference.remote(method, list(args)): place
+            for place, args in enumerate(calls)
+        }
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1)
+            yield waiting.pop(ready[0]), unwrap(ready[0])[0]
 
 
 def _first_facts(hosts: list[Any]) -> ModelFacts:

@@ -43,6 +43,8 @@ class Host:
             return "facts"
         if method == "echo":
             return args
+        if method == "large":
+            return bytes(1_000_000)
         if method == "die":
             os._exit(1)
         if method == "raise":
@@ -61,6 +63,9 @@ class Host:
         if isinstance(evaluation, Exception):
             raise evaluation
         return evaluation
+
+    def call_by_reference(self, method: str, *args: Any) -> tuple[None, Any]:
+        return None, self.call(method, *args)
 
     def _evaluation(self, plan: Any) -> Evaluation | Exception:
         try:
@@ -126,9 +131,10 @@ def pool_of(
     timeout: float | None = None,
     kind: type[Host] = Host,
     trials_per_pass: int = 1,
+    resources: dict[str, float] | None = None,
 ) -> SimpleNamespace:
     """A real pool actor over stand-ins."""
-    host = ray.remote(kind).options(num_cpus=0, max_restarts=-1)
+    host = ray.remote(kind).options(num_cpus=0, max_restarts=-1, resources=resources)
     hosts = [host.remote(str(folder), seconds) for _ in range(count)]
     pool = ray.remote(PoolActor).options(num_cpus=0, max_concurrency=100)
     actor = pool.remote(hosts, timeout, trials_per_pass)
