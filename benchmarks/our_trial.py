@@ -143,12 +143,15 @@ class Ours:
         from ray_abliterate.directions import Directions
         from ray_abliterate.replica import Setup
         from ray_abliterate.residuals import join
+        from ray_abliterate.shards import ResidualShard
 
         if not file.exists():
             found = []
             for name in ("behaviour", "neutral"):
-                batches = self.sets[name].batches(EXTRACTION_BATCH)
-                shards = [self.replica.residuals(i, prompts, ()) for i, prompts in batches]
+                shards = [
+                    ResidualShard(self.replica.residuals(name, i * EXTRACTION_BATCH, prompts, ()))
+                    for i, prompts in self.sets[name].batches(EXTRACTION_BATCH)
+                ]
                 found.append(join(shards, self.sets[name].fingerprint))
             file.write_bytes(directions.compute(*found, self.recipe.direction).to_bytes())
         self.setup = Setup(Directions.from_bytes(file.read_bytes()))

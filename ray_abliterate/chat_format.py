@@ -3,6 +3,8 @@
 Knows tokenizers, and nothing about models.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,9 @@ CLOSED_THINKING = (
 )
 """How answers of thinking models begin, and the same with an empty thought: what follows is the
 answer proper."""
+
+SAMPLE_TEXT = "How do 1,234 colours — naïve, *bold* — fit?\n"
+"""Its tokens tell tokenizers apart."""
 
 
 class ChatFormat:
@@ -61,6 +66,16 @@ class ChatFormat:
                 '  Set model.chat_template = "plain" to use prompts as they are, or to a Jinja '
                 "file,\n  or choose the model's instruct version."
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what makes tokens of prompts: template, its options, a sample of the tokens.
+
+        The template's text, not what it writes, which may hold the date.
+        """
+        template = self._template or getattr(self.tokenizer, "chat_template", None)
+        facts = ["plain" if self.plain else template, self._options, self.ids(SAMPLE_TEXT)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def text(self, prompt: Prompt) -> str:
         """The prompt as the model reads it, up to where its answer begins."""

@@ -1,7 +1,8 @@
 """Directions: unit vectors in the residual stream that a behaviour lies along, one per layer.
 
-Pure mathematics on residuals; knows nothing about models. A method is a function from two sets of
-residuals to raw vectors, listed in `METHODS` or named as `module:function` in the recipe.
+Pure mathematics on residuals; knows nothing about models. A method is a function from the means of
+two sets to raw vectors, listed in `METHODS`, or from the two sets' residuals, named as
+`module:function` in the recipe.
 """
 
 import json
@@ -18,6 +19,7 @@ from torch import Tensor
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import LayerVectors, Residuals
 from ray_abliterate.scoring import resolve
+from ray_abliterate.shards import Projected, Sums
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +122,13 @@ class Directions:
         return cls(load(data)["directions"], facts["method"], json.loads(facts["origin"]))
 
 
-def mean_difference(behaviour: Residuals, neutral: Residuals) -> LayerVectors:
+def mean_difference(behaviour: LayerVectors, neutral: LayerVectors) -> LayerVectors:
     """Mean of the behaviour's residuals minus mean of the neutral ones (Arditi et al. 2024)."""
-    return behaviour.mean() - neutral.mean()
+    return behaviour - neutral
 
 
 METHODS: dict[str, Callable[..., LayerVectors]] = {"mean-difference": mean_difference}
+"""Methods that need the two means only, which are reduced where the residuals are."""
 
 
 def compute(behaviour: Residuals, neutral: Residuals, settings: DirectionSettings) -> Directions:
@@ -143,19 +146,48 @@ def compute(behaviour: Residuals, neutral: Residuals, settings: DirectionSetting
             f"residuals of different models: {tuple(behaviour.values.shape)} and "
             f"{tuple(neutral.values.shape)} (prompt, layer, hidden)"
         )
-    method: Callable[..., LayerVectors] = METHODS.get(settings.method) or resolve(settings.method)
     behaviour = behaviour.winsorized(settings.winsorize_quantile)
     neutral = neutral.winsorized(settings.winsorize_quantile)
-    raw = method(behaviour, neutral, **settings.options).double()
+    origin = {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint}
+    means = behaviour.mean(), neutral.mean()
+    if settings.method in METHODS:
+        raw = METHODS[settings.method](*means, **settings.options)
+    else:
+        raw = resolve(settings.method)(behaviour, neutral, **settings.options)
+    return _unit(raw.double(), *means, settings, origin)
+
+
+def from_sums(
+    behaviour: Sums, neutral: Sums, settings: DirectionSettings, origin: Mapping[str, str]
+) -> Directions:
+    """What `compute` finds, for a method in `METHODS`, from sums of winsorised residuals.
+
+    The means differ from those of whole sets by float64 rounding, the directions by at most one
+    rounding to float32.
+
+    Raises:
+        ValueError: the shapes differ, or no layer has a direction.
+    """
+    means = torch.from_numpy(behaviour.mean), torch.from_numpy(neutral.mean)
+    return _unit(METHODS[settings.method](*means, **settings.options), *means, settings, origin)
+
+
+def _unit(
+    raw: LayerVectors,
+    behaviour: LayerVectors,
+    neutral: LayerVectors,
+    settings: DirectionSettings,
+    origin: Mapping[str, str],
+) -> Directions:
+    """Raw vectors, and the means of the two sets, made directions."""
     if settings.project_out_neutral:
-        raw = _without_neutral_mean(raw, neutral.mean())
-    scale = torch.maximum(behaviour.mean().norm(dim=-1), neutral.mean().norm(dim=-1))
+        raw = _without_neutral_mean(raw, neutral)
+    scale = torch.maximum(behaviour.norm(dim=-1), neutral.norm(dim=-1))
     norms = raw.norm(dim=-1)
     usable = norms > VANISHING * scale.clamp_min(torch.finfo(torch.float32).tiny)
     for layer in (~usable).nonzero().flatten().tolist():
         log.warning("layer %d has no direction: the two sets don't differ there", layer)
     unit = torch.where(usable[:, None], raw / norms.clamp_min(1e-300)[:, None], 0.0)
-    origin = {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint}
     return Directions(unit.float(), settings.method, origin)
 
 
@@ -173,7 +205,7 @@ def _without_neutral_mean(raw: LayerVectors, neutral_mean: LayerVectors) -> Laye
     return torch.where(vanished[:, None], raw, rest)
 
 
-def separation(behaviour: Residuals, neutral: Residuals, directions: Directions) -> list[Any]:
+def separation(behaviour: Projected, neutral: Projected) -> list[Any]:
     """How well each layer's direction tells the two sets apart: one dictionary per layer.
 
     `auroc`: chance that a behaviour prompt projects above a neutral one (0.5: not at all);
@@ -181,11 +213,11 @@ def separation(behaviour: Residuals, neutral: Residuals, directions: Directions)
     two means; `behaviour_norm`, `neutral_norm`, `direction_norm`: lengths of the means and of
     their difference, in units of the residual stream.
     """
-    a_mean, b_mean = behaviour.mean(), neutral.mean()
+    a_mean, b_mean = torch.from_numpy(behaviour.sums.mean), torch.from_numpy(neutral.sums.mean)
+    a_along, b_along = torch.from_numpy(behaviour.along), torch.from_numpy(neutral.along)
     rows = []
-    for layer in range(directions.layers):
-        v = directions.vectors[layer].double()
-        a, b = behaviour.values[:, layer].double() @ v, neutral.values[:, layer].double() @ v
+    for layer in range(a_mean.shape[0]):
+        a, b = a_along[:, layer], b_along[:, layer]
         spread = float(a.var(unbiased=False) + b.var(unbiased=False))
         gap = float(a.mean() - b.mean())
         norms = float(a_mean[layer].norm()), float(b_mean[layer].norm())

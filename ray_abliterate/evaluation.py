@@ -35,7 +35,11 @@ class ModelFacts:
     model_type: str
     revision: str | None
     fingerprint: str = ""
-    """Of the first and the last writer's bits: tells whether the weights are the same."""
+    """Of a sample of every parameter: tells whether the weights are the same."""
+    template: str = ""
+    """Of the chat template, its options and the tokenizer: what makes tokens of prompts."""
+    computes: str = ""
+    """Device, attention, and other choices of computing that change how results are rounded."""
     most_per_pass: int = 1
     """Plans that can share a pass: by what the model is, and by memory."""
     why_not_more: str = ""

@@ -198,6 +198,8 @@ class DirectionSettings(Section):
     """Take the mean of the neutral prompts out of the direction, so that ablation spares it."""
     winsorize_quantile: float = Field(1.0, gt=0.5, le=1.0)
     """Clamp each residual at this quantile of its magnitudes, layer by layer; 1 is off."""
+    residual_dtype: Literal["float32", "float16"] = "float32"
+    """How residuals are kept; `float16` takes half the space. Sums are float64 either way."""
     skip_common_prefix: bool = True
     """Find what every answer starts with (a closed thinking block) and look behind it."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -424,7 +426,10 @@ class RunSettings(Section):
     dashboard: bool = True
     """Start Ray's dashboard (on this machine only, 127.0.0.1) when Ray is started here."""
     save_residuals: bool = True
-    """Keep the residuals under `residuals/`, so that a resumed run needs no extraction."""
+    """Keep the residuals in the run directory, under `residuals/`; a resumed run reads them."""
+    residual_cache: bool = True
+    """Share residuals with other runs of the same model, prompts and batches, in the user's cache
+    folder; see `docs/architecture.md`."""
 
 
 class Recipe(Section):

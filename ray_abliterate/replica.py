@@ -25,14 +25,17 @@ from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.profiling import Profile, profiled
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.residuals import ResidualShard
 from ray_abliterate.scorers import build
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
+from ray_abliterate.shards import ResidualShard
 from ray_abliterate.together import Together
 from ray_abliterate.virtual import VirtualEdits
 from ray_abliterate.weights import SharedStore, WeightCache
 
 log = logging.getLogger(__name__)
+
+SAMPLE = 256
+"""Values of each parameter that the fingerprint of a model looks at."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Replica:
             model_type=module.config.model_type,
             revision=getattr(module.config, "_commit_hash", None),
             fingerprint=self._fingerprint(),
+            template=self.model.chat.fingerprint,
+            computes=self._computes(),
             most_per_pass=most,
             why_not_more=why,
             notes=tuple(notes),
@@ -152,10 +157,29 @@ class Replica:
         return max(most, 1), f"{free / 1e9:.1f} GB are free for their keys and values"
 
     def _fingerprint(self) -> str:
-        ends = (self._writers[0].parameter, self._writers[-1].parameter)
-        bits = [self.model.module.get_parameter(n).detach().cpu().contiguous() for n in ends]
-        data = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in bits)
-        return hashlib.sha256(data).hexdigest()
+        """SHA-256 of every parameter's name and shape, and of values spread over it."""
+        digest = hashlib.sha256()
+        for name, values in self.model.module.state_dict().items():
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+            if values.is_meta:
+                continue
+            # an odd step: one that divides the row would look at a single column
+            flat = values.detach().reshape(-1)
+            sample = flat[:: -(-flat.numel() // SAMPLE) | 1].contiguous().cpu()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _computes(self) -> str:
+        device = self.model.device
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        choices = [
+            where,
+            self._recipe.model.attention or "attention by default",
+            "plain path" if self.model.not_packable else "engine",
+            "one length a batch" if not self.model.padded.pads_safely else "padded",
+            "linear layers in float32" if self.model.upcast is not None else "own dtype",
+        ]
+        return ", ".join(choices)
 
     def response_prefix(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
         """The tokens that the base model's answers to all these prompts begin with."""
@@ -163,11 +187,30 @@ class Replica:
         return self.model.find_response_prefix(prompts)
 
     def residuals(
-        self, index: int, prompts: Sequence[Prompt], response_prefix: tuple[int, ...]
-    ) -> ResidualShard:
-        """Residuals of one fixed batch of prompts, on the base model."""
+        self,
+        name: str,
+        first: int,
+        prompts: Sequence[Prompt],
+        response_prefix: tuple[int, ...],
+        tuning: Tuning | None = None,
+    ) -> Any:
+        """Residuals of one fixed batch of prompts, on the base model: a shard's record batch.
+
+        Args:
+            name: The prompt set's.
+            first: The first prompt's place in the set.
+            prompts: The batch.
+            response_prefix: Tokens after each prompt.
+            tuning: How to compute; this replica's own choice if None.
+
+        Raises:
+            ModelError: a residual is not finite.
+        """
         self.model.response_prefix = response_prefix
-        return ResidualShard(index, self.model.residuals(prompts))
+        if tuning is not None:
+            self.model.use(tuning)
+        values = self.model.residuals(prompts).numpy()
+        return ResidualShard.of(name, first, values, self._recipe.direction.residual_dtype).batch
 
     def evaluate(self, plan: Plan, setup: Setup, bar: Bar | None = None) -> Evaluation:
         """Score the model that a plan makes; the model is the base model again afterwards.

@@ -1,16 +1,18 @@
 """Residuals: what the residual stream holds at each prompt's last token, block by block.
 
-Values only; `model.py` collects them. Sums are done in float64, because float32 sums depend on
-how the prompts were split over replicas.
+Whole sets, for direction methods; `model.py` collects them, `shards.py` holds them batch by batch.
 """
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ray_abliterate.shards import ResidualShard, winsorized
 
 ResidualValues = Float[Tensor, "prompt layer hidden"]
 LayerVectors = Float[Tensor, "layer hidden"]
@@ -60,57 +62,20 @@ class Residuals:
         """
         if quantile >= 1:
             return self
-        limit = torch.quantile(self.values.abs(), quantile, dim=-1, keepdim=True)
-        return type(self)(self.values.clamp(-limit, limit), self.fingerprint)
-
-    def to_arrow(self) -> bytes:
-        """An Arrow IPC file: one row a prompt, the residual as a flat fixed-size list."""
-        import pyarrow
-
-        _, layers, hidden = self.values.shape
-        flat = pyarrow.array(self.values.contiguous().numpy().reshape(-1))
-        column = pyarrow.FixedSizeListArray.from_arrays(flat, layers * hidden)
-        schema = pyarrow.schema(
-            [("residual", column.type)],
-            metadata={
-                "layers": str(layers),
-                "hidden": str(hidden),
-                "fingerprint": self.fingerprint,
-            },
-        )
-        sink = io.BytesIO()
-        with pyarrow.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(pyarrow.record_batch([column], schema=schema))
-        return sink.getvalue()
-
-    @classmethod
-    def from_arrow(cls, data: bytes) -> "Residuals":
-        """The inverse of `to_arrow`, bit for bit."""
-        import pyarrow
-
-        table = pyarrow.ipc.open_file(data).read_all()
-        facts = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
-        flat = table.column("residual").combine_chunks().flatten().to_numpy()
-        shape = (len(table), int(facts["layers"]), int(facts["hidden"]))
-        return cls(torch.from_numpy(flat.copy()).reshape(shape), facts["fingerprint"])
-
-
-@dataclass(frozen=True)
-class ResidualShard:
-    """Residuals of one fixed batch of prompts, and the batch's number."""
-
-    index: int
-    values: ResidualValues
+        layers = [winsorized(layer, quantile) for layer in self.values.numpy().swapaxes(0, 1)]
+        return type(self)(torch.from_numpy(numpy.stack(layers, axis=1)), self.fingerprint)
 
 
 def join(shards: Iterable[ResidualShard], fingerprint: str = "") -> Residuals:
-    """All shards in order of their numbers, whatever the order they arrive in.
+    """All shards of a set in the order of its prompts, whatever the order they arrive in.
 
     Raises:
         ValueError: a shard is missing or there twice.
     """
-    ordered = sorted(shards, key=lambda shard: shard.index)
-    numbers = [shard.index for shard in ordered]
-    if numbers != list(range(len(numbers))):
-        raise ValueError(f"residual shards {numbers} are not 0 to {len(numbers) - 1}, each once")
-    return Residuals(torch.cat([shard.values for shard in ordered]), fingerprint)
+    ordered = sorted(shards, key=lambda shard: shard.first)
+    ends = [0, *accumulate(shard.prompts for shard in ordered)]
+    if [shard.first for shard in ordered] != ends[:-1]:
+        spans = ", ".join(f"{shard.first} + {shard.prompts}" for shard in ordered)
+        raise ValueError(f"residual shards ({spans}) don't hold each prompt once")
+    values = numpy.concatenate([shard.values() for shard in ordered])
+    return Residuals(torch.from_numpy(values), fingerprint)

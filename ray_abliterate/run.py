@@ -17,19 +17,18 @@ from typing import Any
 from ray_abliterate import directions as direction_methods
 from ray_abliterate.cluster.connection import connect
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.directions import Directions
+from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier
-from ray_abliterate.grid import Tuning
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
-from ray_abliterate.prompts import Prompt, PromptSet
+from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import PluginScorer, Recipe
 from ray_abliterate.replica import Setup
-from ray_abliterate.residuals import Residuals, join
 from ray_abliterate.rundir import Baseline, RunDirectory
 from ray_abliterate.scoring import resolve
 from ray_abliterate.searching import Record, search
+from ray_abliterate.shard_files import ShardFiles
 from ray_abliterate.sources import load_prompt_set, warn_on_overlap
 
 log = logging.getLogger(__name__)
@@ -86,9 +85,9 @@ def run(
             starting = ReplicaPool.start(recipe, source, sets.scored, record.event)
             pool = open_until_the_end.enter_context(starting)
         describe(recipe, directory, pool, dashboard, watch)
-        setup, residuals = find_directions(recipe, directory, pool, sets, watch)
+        setup, shards = find_directions(recipe, directory, pool, sets, watch)
         shared = pool.put(setup)
-        baseline = measure_baseline(directory, pool, setup, shared, residuals, watch)
+        baseline = measure_baseline(directory, pool, setup, shared, shards, watch)
         if profile:
             profile_trial(recipe, directory, pool, shared, baseline, watch)
         search(recipe, directory, pool, shared, baseline, record, watch)
@@ -188,16 +187,38 @@ def describe(
 
 def find_directions(
     recipe: Recipe, directory: RunDirectory, pool: ReplicaPool, sets: PromptSets, watch: Watch
-) -> tuple[Setup, tuple[Residuals, Residuals] | None]:
+) -> tuple[Setup, Shards | None]:
     """The directions and the response prefix, taken up from the directory or found now."""
     known = directory.directions()
     if known is not None and directory.baseline() is not None:
         return Setup(
             known, tuple(directory.environment["response_prefix"]), directory.tuning()
         ), None
-    with watch.stage("batch sizes"):
-        tuning: Tuning = pool.call("tune")
-    directory.note(tuning=asdict(tuning))
+    tuning = directory.tuning()
+    if tuning is None:
+        with watch.stage("batch sizes"):
+            tuning = pool.call("tune")
+        directory.note(tuning=asdict(tuning))
+    prefix = response_prefix(recipe, directory, pool, sets, watch)
+    extraction = Extraction.of(recipe, prefix, tuning)
+    files = ShardFiles.of(recipe.run, directory.shards, partial(warn, directory, watch))
+    shards = Shards(pool, files, extraction, sets.behaviour, sets.neutral)
+    with watch.stage("residuals"):
+        shards.extract(watch)
+    directory.note(residuals=shards.facts())
+    with watch.stage("directions"):
+        found = shards.directions(recipe.direction)
+    directory.save_directions(found)
+    return Setup(found, prefix, tuning), shards
+
+
+def response_prefix(
+    recipe: Recipe, directory: RunDirectory, pool: ReplicaPool, sets: PromptSets, watch: Watch
+) -> tuple[int, ...]:
+    """What all answers begin with, taken up from the directory or found now."""
+    known = directory.environment.get("response_prefix")
+    if known is not None:
+        return tuple(known)
     prefix: tuple[int, ...] = ()
     if recipe.direction.skip_common_prefix:
         with watch.stage("common response prefix"):
@@ -207,39 +228,7 @@ def find_directions(
             ]
             prefix = tuple(pool.call("response_prefix", prompts))
     directory.note(response_prefix=list(prefix))
-    with watch.stage("residuals"):
-        batches = {
-            name: list(prompts.batches(tuning.read_rows))
-            for name, prompts in (("behaviour", sets.behaviour), ("neutral", sets.neutral))
-        }
-        behaviour, neutral = extract(pool, batches, prefix, sets, watch)
-    if recipe.run.save_residuals:
-        directory.save_residuals("behaviour", behaviour)
-        directory.save_residuals("neutral", neutral)
-    with watch.stage("directions"):
-        found: Directions = direction_methods.compute(behaviour, neutral, recipe.direction)
-    directory.save_directions(found)
-    return Setup(found, prefix, tuning), (behaviour, neutral)
-
-
-def extract(
-    pool: ReplicaPool,
-    batches: dict[str, list[tuple[int, tuple[Prompt, ...]]]],
-    prefix: tuple[int, ...],
-    sets: PromptSets,
-    watch: Watch,
-) -> tuple[Residuals, Residuals]:
-    """Residuals of both sets: fixed batches over all replicas, joined in order."""
-    first = len(batches["behaviour"])
-    calls = [(index, prompts, prefix) for index, prompts in batches["behaviour"]]
-    calls += [(first + index, prompts, prefix) for index, prompts in batches["neutral"]]
-    shards = []
-    for shard in pool.map("residuals", calls):
-        shards.append(shard)
-        watch.step(len(shards), len(calls))
-    behaviour = [shard for shard in shards if shard.index < first]
-    neutral = [type(s)(s.index - first, s.values) for s in shards if s.index >= first]
-    return join(behaviour, sets.behaviour.fingerprint), join(neutral, sets.neutral.fingerprint)
+    return prefix
 
 
 def measure_baseline(
@@ -247,17 +236,17 @@ def measure_baseline(
     pool: ReplicaPool,
     setup: Setup,
     shared: Any,
-    residuals: tuple[Residuals, Residuals] | None,
+    shards: Shards | None,
     watch: Watch,
 ) -> Baseline:
     """The base model's own scores, and how well each layer tells the sets apart."""
     known = directory.baseline()
-    if known is not None or residuals is None:
+    if known is not None or shards is None:
         assert known is not None
         return known
     with watch.stage("baseline"):
         evaluation = pool.evaluate(Plan.nothing(), shared)
-    rows = direction_methods.separation(*residuals, setup.directions)
+    rows = shards.separation(setup.directions)
     baseline = Baseline(evaluation.scorecard, tuple(rows), direction_methods.best_layer(rows))
     directory.save_baseline(baseline)
     for score in evaluation.scorecard.scores:

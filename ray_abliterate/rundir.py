@@ -9,7 +9,6 @@ import difflib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +25,14 @@ from ray_abliterate.errors import (
     RunNotFound,
     TrialNotFound,
 )
+from ray_abliterate.files import write_whole
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.grid import Tuning
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.residuals import Residuals
+from ray_abliterate.residuals import Residuals, join
 from ray_abliterate.scoring import Scorecard
+from ray_abliterate.shard_files import ShardFolder
+from ray_abliterate.shards import DamagedShard
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +73,8 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             occupied = any(path.iterdir())
             if not occupied:
-                _write(directory._recipe_file, recipe.to_json().encode())
-                _write(path / "recipe.toml", recipe_text.encode())
+                write_whole(directory._recipe_file, recipe.to_json().encode())
+                write_whole(path / "recipe.toml", recipe_text.encode())
         except OSError as error:
             raise RunDirectoryError(
                 f"{path} cannot be written ({error.strerror}).\n"
@@ -140,7 +142,9 @@ class RunDirectory:
         """Raise the number of trials that the run is to have."""
         recipe = self.recipe
         search = recipe.search.model_copy(update={"trials": trials})
-        _write(self._recipe_file, recipe.model_copy(update={"search": search}).to_json().encode())
+        write_whole(
+            self._recipe_file, recipe.model_copy(update={"search": search}).to_json().encode()
+        )
 
     def refuse_changed(self, recipe: Recipe) -> None:
         """Compare a recipe with the run's own, the number of trials aside.
@@ -175,7 +179,7 @@ class RunDirectory:
     def note(self, **facts: Any) -> None:
         """Add facts to `environment.json`."""
         text = json.dumps({**self.environment, **facts}, indent=2, ensure_ascii=False)
-        _write(self.path / "environment.json", text.encode())
+        write_whole(self.path / "environment.json", text.encode())
 
     @property
     def base(self) -> Path:
@@ -187,18 +191,32 @@ class RunDirectory:
         known = Path(self.environment.get("base", "."))
         return known if known.is_dir() else Path(self.environment.get("base_given", "."))
 
-    def save_residuals(self, name: str, residuals: Residuals) -> None:
-        """Keep the residuals of one prompt set."""
-        _write(self.path / "residuals" / f"{name}.arrow", residuals.to_arrow())
+    @property
+    def shards(self) -> ShardFolder:
+        """Residuals, batch by batch."""
+        return ShardFolder(self.path / "residuals")
 
     def residuals(self, name: str) -> Residuals | None:
-        """Residuals of one prompt set, if they were kept."""
-        file = self.path / "residuals" / f"{name}.arrow"
-        return Residuals.from_arrow(file.read_bytes()) if file.exists() else None
+        """Residuals of one prompt set, if they were kept.
+
+        Raises:
+            RunDirectoryError: a file is damaged or missing.
+        """
+        try:
+            shards = list(self.shards.all(name))
+            return join(shards, self._fingerprint(name)) if shards else None
+        except (DamagedShard, ValueError) as error:
+            raise RunDirectoryError(
+                f"the residuals of {name!r} under {self.shards.path} can't be read: {error}"
+            ) from None
+
+    def _fingerprint(self, name: str) -> str:
+        """Of a prompt set of the run."""
+        return str(self.environment.get("prompts", {}).get(name, {}).get("fingerprint", ""))
 
     def save_directions(self, directions: Directions) -> None:
         """Keep the directions."""
-        _write(self.path / "directions.safetensors", directions.to_bytes())
+        write_whole(self.path / "directions.safetensors", directions.to_bytes())
 
     def directions(self) -> Directions | None:
         """The directions, if they were computed."""
@@ -212,7 +230,7 @@ class RunDirectory:
             "separation": [dict(layer) for layer in baseline.separation],
             "best_layer": baseline.best_layer,
         }
-        _write(self.path / "baseline.json", json.dumps(values, indent=2).encode())
+        write_whole(self.path / "baseline.json", json.dumps(values, indent=2).encode())
 
     def baseline(self) -> Baseline | None:
         """The base model's scores, if they were measured."""
@@ -291,12 +309,12 @@ class RunDirectory:
 
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-        _write(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
+        write_whole(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
 
     def save_profile(self, table: str, trace: bytes) -> None:
         """Keep where the time of one trial goes."""
-        _write(self.path / "profile" / "stages.txt", (table + "\n").encode())
-        _write(self.path / "profile" / "trial.json.gz", trace)
+        write_whole(self.path / "profile" / "stages.txt", (table + "\n").encode())
+        write_whole(self.path / "profile" / "trial.json.gz", trace)
 
     def responses(self, number: int) -> list[dict[str, Any]]:
         """Answers of one trial.
@@ -330,7 +348,7 @@ class RunDirectory:
 
     def save_report(self, html: str) -> None:
         """Write the report."""
-        _write(self.report, html.encode())
+        write_whole(self.report, html.encode())
 
 
 def _append(path: Path, line: str) -> None:
@@ -345,19 +363,3 @@ def _append(path: Path, line: str) -> None:
 def _ends_line(file: Any) -> bool:
     file.seek(-1, os.SEEK_END)
     return bool(file.read(1) == b"\n")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole: under a temporary name beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -91,6 +91,7 @@ prompts = {{ file = "neutral.txt" }}
 [run]
 batch_size = 3
 dashboard = false
+residual_cache = false
 """
 
 

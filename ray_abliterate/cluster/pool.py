@@ -28,6 +28,7 @@ from ray_abliterate.cluster.layout import Layout
 from ray_abliterate.cluster.metrics import PoolMetrics
 from ray_abliterate.cluster.node_store import Claims
 from ray_abliterate.cluster.secrets import drivers_secrets
+from ray_abliterate.cluster.store import ObjectStore
 from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import Evaluation
@@ -343,6 +344,7 @@ class ReplicaPool:
         self.actor = actor
         self.facts: Any = None
         """`ModelFacts` of the first replica."""
+        self.store = ObjectStore()
         self.layout: Layout
         self.replicas = 0
         """Those that can be used now, as of a moment ago."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from ray_abliterate.files import cache_root
 
 if TYPE_CHECKING:
     import torch
@@ -126,10 +127,8 @@ def gguf_file() -> Path:
 
 
 def default_folder() -> Path:
-    """Return where the demo model goes: `$RAY_ABLITERATE_CACHE` or `~/.cache/ray_abliterate`."""
-    cache = os.environ.get("RAY_ABLITERATE_CACHE")
-    root = Path(cache).expanduser() if cache else Path.home() / ".cache" / "ray_abliterate"
-    return root / "smollm2-135m-declines-cooking"
+    """Return where the demo model goes, in the user's cache folder."""
+    return cache_root() / "smollm2-135m-declines-cooking"
 
 
 def base_folder() -> Path:

@@ -48,6 +48,8 @@ class Host(Callee):
             return f"facts of {self.place.index}"
         if method == "echo":
             return args
+        if method == "large":
+            return bytes(1_000_000)
         if method == "die":
             os._exit(1)
         if method == "raise":
@@ -66,6 +68,9 @@ class Host(Callee):
         if isinstance(evaluation, Exception):
             raise evaluation
         return evaluation
+
+    def call_by_reference(self, method: str, *args: Any) -> tuple[None, Any]:
+        return None, self.call(method, *args)
 
     def _evaluation(self, plan: Any) -> Evaluation | Exception:
         try:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import ModelError
 from ray_abliterate.frontier import Frontier
@@ -20,8 +21,10 @@ from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.run import PromptSets, extract, run
+from ray_abliterate.replica import Setup
+from ray_abliterate.run import run
 from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.shard_files import ShardFiles
 from tests.conftest import RECIPE
 
 COMMAND = [sys.executable, "-m", "ray_abliterate"]
@@ -64,18 +67,15 @@ def test_a_run_finds_the_planted_direction_and_an_edit_that_removes_the_behaviou
 def test_directions_and_scores_are_the_same_on_one_two_and_three_replicas(
     recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet
 ) -> None:
-    from ray_abliterate.directions import compute
-    from ray_abliterate.replica import Setup
-
     scored = {"keyword-rate": behaviour, "kl-divergence": neutral}
-    sets = PromptSets(behaviour, neutral, scored)
-    batches = {s.name: list(s.batches(2)) for s in (behaviour, neutral)}
     plan = Plan.uniform(ModelShape(4, 32, ("attn", "mlp")), 2.6, "row", 0.9)
     found = []
     for count in (1, 2, 3):
         with ReplicaPool.start(with_replicas(recipe, count), str(planted), scored) as pool:
-            residuals = extract(pool, batches, (), sets, Unwatched())
-            directions = compute(*residuals, recipe.direction)
+            extraction = Extraction.of(recipe, (), pool.call("tune"))
+            shards = Shards(pool, ShardFiles(None, None, print), extraction, behaviour, neutral)
+            shards.extract(Unwatched())
+            directions = shards.directions(recipe.direction)
             reference = pool.put(Setup(directions))
             cards = [pool.evaluate(plan, reference).scorecard for _ in range(count)]
             found.append((directions.vectors, cards))

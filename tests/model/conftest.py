@@ -52,6 +52,7 @@ tokens = 3
 
 [run]
 batch_size = 3
+residual_cache = false
 """
 
 
@@ -64,8 +65,23 @@ class Finished:
     model: Path
 
 
+class InProcessStore:
+    """An object store whose references are the values."""
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def fetch(self, reference: Any) -> Any:
+        return reference
+
+    def each(self, function: Any, references: Any, *args: Any) -> Any:
+        return [(key, function(value, *args)) for key, value in references.items()]
+
+
 class InProcess:
     """Does what a replica pool does, with one replica in this process."""
+
+    store = InProcessStore()
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
@@ -77,6 +93,9 @@ class InProcess:
 
     def map(self, method: str, calls: Any) -> Any:
         return [self.call(method, *args) for args in calls]
+
+    def map_by_reference(self, method: str, calls: Any) -> Any:
+        return enumerate(self.map(method, calls))
 
     def put(self, setup: Any) -> Any:
         return setup
@@ -99,8 +118,8 @@ def finish(folder: Path, model: Path, dtype: str = "auto", norm: str = "row") ->
     sets = run.load_prompts(recipe, directory, base, watch)
     pool: Any = InProcess(Replica(recipe, str(model), sets.scored))
     run.describe(recipe, directory, pool, "", watch)
-    setup, residuals = run.find_directions(recipe, directory, pool, sets, watch)
-    baseline = run.measure_baseline(directory, pool, setup, setup, residuals, watch)
+    setup, shards = run.find_directions(recipe, directory, pool, sets, watch)
+    baseline = run.measure_baseline(directory, pool, setup, setup, shards, watch)
     plan = Plan.uniform(pool.facts.shape, float(baseline.best_layer), recipe.edit.norm)
     evaluation = pool.evaluate(plan, setup)
     trial = Trial(0, plan, evaluation.scorecard, evaluation.seconds)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,6 +211,29 @@ def test_a_model_without_a_template_says_what_to_set() -> None:
 def test_a_template_file_that_is_missing_is_named() -> None:
     with pytest.raises(ModelError, match="cannot be read"):
         ChatFormat(Characters(None), ModelSettings(name="m", chat_template="/no/such.jinja"))
+
+
+def test_a_chat_formats_fingerprint_is_of_template_options_and_tokens(tmp_path: Path) -> None:
+    class Shifted(Characters):
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            ids = super().__call__(text, add_special_tokens)["input_ids"]
+            return {"input_ids": [i + 1 for i in ids]}
+
+    (tmp_path / "own.jinja").write_text(NO_SYSTEM)
+    own = {"chat_template": str(tmp_path / "own.jinja")}
+
+    def fingerprint(tokenizer: Characters, **settings: Any) -> str:
+        return ChatFormat(tokenizer, ModelSettings(name="m", **settings)).fingerprint
+
+    found = [
+        fingerprint(Characters(PLAIN_TEMPLATE)),
+        fingerprint(Characters(NO_SYSTEM)),
+        fingerprint(Shifted(PLAIN_TEMPLATE)),
+        fingerprint(Characters(PLAIN_TEMPLATE), enable_thinking=False),
+        fingerprint(Characters(PLAIN_TEMPLATE), chat_template="plain"),
+    ]
+    assert len(set(found)) == len(found)
+    assert fingerprint(Characters(PLAIN_TEMPLATE), **own) == found[1]
 
 
 def test_an_opened_thinking_block_is_closed_at_once() -> None:

@@ -8,12 +8,14 @@ import torch
 from ray_abliterate.directions import Directions, compute
 from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ScoreError
+from ray_abliterate.grid import Tuning
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import Plan
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.replica import Replica, Setup
-from ray_abliterate.residuals import Residuals
+from ray_abliterate.residuals import join
+from ray_abliterate.shards import ResidualShard
 
 
 @pytest.fixture
@@ -24,8 +26,10 @@ def replica(recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: Prompt
 
 @pytest.fixture
 def setup(replica: Replica, recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> Setup:
-    shards = [replica.residuals(0, s.prompts, ()).values for s in (behaviour, neutral)]
-    return Setup(compute(*map(Residuals, shards), recipe.direction))
+    shards = [
+        ResidualShard(replica.residuals(s.name, 0, s.prompts, ())) for s in (behaviour, neutral)
+    ]
+    return Setup(compute(*(join([shard]) for shard in shards), recipe.direction))
 
 
 def plans(replica: Replica) -> list[Plan]:
@@ -82,6 +86,54 @@ def test_an_error_in_a_scorer_leaves_the_base_model(
         with pytest.raises(ZeroDivisionError):
             replica.evaluate(plans(replica)[0], setup)
     assert replica.evaluate(Plan.nothing(), setup).scorecard == before
+
+
+def test_other_values_of_any_one_parameter_are_seen(
+    replica: Replica, recipe: Recipe, planted: Path
+) -> None:
+    before = replica.describe().fingerprint
+    assert Replica(recipe, str(planted), {}).describe().fingerprint == before
+    for name, parameter in replica.model.module.named_parameters():
+        original = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.mul_(1.001).add_(1e-3)
+        assert replica.describe().fingerprint != before, name
+        with torch.no_grad():
+            parameter.copy_(original)
+        assert replica.describe().fingerprint == before
+
+
+def test_residuals_are_a_record_batch_in_the_dtype_that_the_recipe_wants(
+    recipe: Recipe, planted: Path, neutral: PromptSet
+) -> None:
+    for dtype in ("float32", "float16"):
+        direction = recipe.direction.model_copy(update={"residual_dtype": dtype})
+        replica = Replica(recipe.model_copy(update={"direction": direction}), str(planted), {})
+        shard = ResidualShard(replica.residuals("neutral", 3, neutral.prompts[3:5], ()))
+        assert (shard.name, shard.first, shard.prompts) == ("neutral", 3, 2)
+        assert shard.layer(0).dtype == dtype
+        direct = replica.model.residuals(neutral.prompts[3:5])
+        torch.testing.assert_close(
+            torch.from_numpy(shard.values()), direct, rtol=0 if dtype == "float32" else 1e-3,
+            atol=0 if dtype == "float32" else 1e-3,
+        )  # fmt: skip
+
+
+def test_a_batch_is_read_whole_whatever_the_replica_would_choose(
+    replica: Replica, neutral: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    each = LanguageModel._each
+
+    def counted(self: LanguageModel, key: str, rows: list, work: object, size: int, *rest) -> None:
+        sizes.append(size)
+        each(self, key, rows, work, size, *rest)
+
+    monkeypatch.setattr(LanguageModel, "_each", counted)
+    for chosen in (1, 7):
+        replica.model.use(Tuning(chosen, chosen, 1, False))
+        replica.residuals("neutral", 0, neutral.prompts, (), Tuning(5, 5, 1, False))
+    assert sizes == [5, 5]
 
 
 def test_answers_are_kept_whole_when_the_recipe_asks_for_them(

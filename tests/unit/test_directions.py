@@ -1,13 +1,18 @@
 """Directions: planted ones are found, degenerate ones are refused, layers interpolate."""
 
 import logging
+from functools import reduce
+from operator import add
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ray_abliterate.directions import Directions, best_layer, compute, separation
+from ray_abliterate.directions import Directions, best_layer, compute, from_sums, separation
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import Residuals
+from ray_abliterate.shards import Projected, ResidualShard, projected, sums_of
 from ray_abliterate.testing.directions import DirectionMethodContract, planted_residuals
 
 
@@ -108,7 +113,56 @@ def test_separation_is_perfect_for_separated_sets_and_names_the_best_layer() -> 
     b, n = behaviour.values.clone(), neutral.values.clone()
     b[:, 2] = torch.randn_like(b[:, 2])
     found = compute(Residuals(b), Residuals(n), DirectionSettings())
-    rows = separation(Residuals(b), Residuals(n), found)
+    rows = separation(along(found, split("behaviour", b, 7)), along(found, split("neutral", n, 7)))
     assert rows[0]["auroc"] == 1.0
     assert rows[0]["fisher"] > rows[2]["fisher"]
     assert best_layer(rows) != 2
+
+
+def split(name: str, values: torch.Tensor, rows: int) -> list[ResidualShard]:
+    starts = range(0, len(values), rows)
+    return [ResidualShard.of(name, i, values[i : i + rows].numpy()) for i in starts]
+
+
+def along(found: Directions, shards: list[ResidualShard]) -> Projected:
+    return reduce(add, [projected(shard.batch, found.vectors.numpy()) for shard in shards])
+
+
+@given(st.integers(1, 60), st.sampled_from([1.0, 0.9]), st.booleans())
+@settings(max_examples=20)
+def test_directions_from_shards_are_those_of_whole_sets(
+    rows: int, quantile: float, project: bool
+) -> None:
+    sets = planted_residuals(seed=rows, prompts=40, hidden=48)[:2]
+    wanted = DirectionSettings(winsorize_quantile=quantile, project_out_neutral=project)
+    whole = compute(*sets, wanted)
+    sums = [
+        reduce(add, [sums_of(shard.batch, quantile) for shard in split("s", s.values, rows)])
+        for s in sets
+    ]
+    found = from_sums(*sums, wanted, whole.origin)
+    # float64 sums in another order, then one rounding to float32
+    torch.testing.assert_close(found.vectors, whole.vectors, rtol=2**-23, atol=1e-12)
+    assert (found.method, found.origin) == (whole.method, whole.origin)
+
+
+def test_separation_is_what_its_definitions_say() -> None:
+    behaviour, neutral, _ = planted_residuals(seed=6, prompts=30, strength=1.0)
+    found = compute(behaviour, neutral, DirectionSettings())
+    rows = separation(
+        along(found, split("behaviour", behaviour.values, 4)),
+        along(found, split("neutral", neutral.values, 4)),
+    )
+    for layer, row in enumerate(rows):
+        v = found.vectors[layer].double()
+        a, b = (s.values[:, layer].double() @ v for s in (behaviour, neutral))
+        wins = (a[:, None] > b[None]).double().mean()
+        spread = a.var(unbiased=False) + b.var(unbiased=False)
+        means = behaviour.mean()[layer], neutral.mean()[layer]
+        assert row["layer"] == layer
+        assert row["auroc"] == pytest.approx(float(wins), abs=1e-12)
+        assert row["fisher"] == pytest.approx(float((a.mean() - b.mean()) ** 2 / spread))
+        assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(*means, dim=0)))
+        assert row["behaviour_norm"] == pytest.approx(float(means[0].norm()))
+        assert row["neutral_norm"] == pytest.approx(float(means[1].norm()))
+        assert row["direction_norm"] == pytest.approx(float((means[0] - means[1]).norm()))

@@ -132,6 +132,8 @@ def test_feed_forward_components_can_be_switched_off_unless_the_recipe_says_othe
         ("edit.norm=column", lambda r: r.edit.norm, "column"),
         ("prompts.behaviour.prefix=a=b", lambda r: r.prompts.behaviour.prefix, "a=b"),
         ("run.save_residuals=false", lambda r: r.run.save_residuals, False),
+        ("run.residual_cache=false", lambda r: r.run.residual_cache, False),
+        ("direction.residual_dtype=float16", lambda r: r.direction.residual_dtype, "float16"),
         ("model.max_memory.cpu=30GiB", lambda r: r.model.max_memory, {"cpu": "30GiB"}),
     ],
 )

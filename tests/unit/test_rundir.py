@@ -18,9 +18,10 @@ from ray_abliterate.errors import (
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Plan, Profile
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.residuals import Residuals
 from ray_abliterate.rundir import Baseline, RunDirectory
 from ray_abliterate.scoring import Score, Scorecard
+from ray_abliterate.shard_files import ShardFiles
+from ray_abliterate.shards import ResidualShard
 
 TEXT = """
 # As the user wrote it.
@@ -252,12 +253,16 @@ def test_facts_add_up(run):
 def test_what_is_known_before_the_search_comes_back_as_it_was(run):
     assert (run.residuals("neutral"), run.directions(), run.baseline()) == (None, None, None)
     generator = torch.Generator().manual_seed(0)
-    residuals = Residuals(torch.randn(3, 2, 8, generator=generator), "abc")
-    run.save_residuals("neutral", residuals)
+    values = torch.randn(3, 2, 8, generator=generator).numpy()
+    files = ShardFiles(run.shards, None, print)
+    files.keep(ResidualShard.of("neutral", 0, values[:2]), 0, "key")
+    files.keep(ResidualShard.of("neutral", 2, values[2:]), 1, "key")
+    run.note(prompts={"neutral": {"fingerprint": "abc"}})
     again = run.residuals("neutral")
     assert again is not None
-    assert torch.equal(again.values, residuals.values)
+    assert torch.equal(again.values, torch.from_numpy(values))
     assert again.fingerprint == "abc"
+    assert run.residuals("behaviour") is None
 
     vectors = torch.nn.functional.normalize(torch.randn(2, 8, generator=generator), dim=-1)
     run.save_directions(Directions(vectors, "mean-difference", {"behaviour": "abc"}))
@@ -286,3 +291,18 @@ def test_a_recipes_folder_that_is_gone_is_looked_for_as_it_was_given(run, tmp_pa
     assert run.base == tmp_path / "job-1"
     (tmp_path / "job-1").rmdir()
     assert run.base == Path("recipes")
+
+
+def test_damaged_or_missing_residuals_are_an_error_that_names_the_set(run):
+    values = torch.ones(2, 1, 4).numpy()
+    files = ShardFiles(run.shards, None, print)
+    for number in range(3):
+        files.keep(ResidualShard.of("neutral", 2 * number, values), number, "key")
+    file = run.shards.file("neutral", 1)
+    good = file.read_bytes()
+    file.write_bytes(good[:-1])
+    with pytest.raises(RunDirectoryError, match=r"'neutral'.*can't be read"):
+        run.residuals("neutral")
+    file.unlink()
+    with pytest.raises(RunDirectoryError, match="each prompt once"):
+        run.residuals("neutral")

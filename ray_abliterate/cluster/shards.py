@@ -1,0 +1,207 @@
+"""Residuals in the object store: made batch by batch by the replicas, reduced where they lie.
+
+The driver holds references. It fetches a shard only to write it to a file, one at a time, or for a
+direction method of the user's own, which wants whole sets.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from importlib.metadata import version
+from operator import add
+from typing import Any
+
+from ray_abliterate import __version__
+from ray_abliterate import directions as direction_methods
+from ray_abliterate.directions import Directions
+from ray_abliterate.errors import SearchError
+from ray_abliterate.evaluation import ModelFacts
+from ray_abliterate.grid import Tuning
+from ray_abliterate.progress import Watch
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import DirectionSettings, Recipe
+from ray_abliterate.residuals import Residuals, join
+from ray_abliterate.shard_files import ShardFiles
+from ray_abliterate.shards import (
+    Projected,
+    ResidualShard,
+    Sums,
+    content_key,
+    projected,
+    sums_of,
+)
+
+ATTEMPTS = 3
+"""Times that lost shards are made again in one reduction."""
+
+Place = tuple[str, int]
+"""Prompt set, and number of the batch."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How residuals are read. With model and prompts, all that decides their bits."""
+
+    rows: int
+    response_prefix: tuple[int, ...]
+    dtype: str
+    tuning: Tuning
+
+    @classmethod
+    def of(cls, recipe: Recipe, prefix: tuple[int, ...], tuning: Tuning) -> "Extraction":
+        """The recipe's batches, or those that memory allows.
+
+        The latter are rounded down to a power of two, so that runs which find a little more or
+        less memory free can use each other's shards.
+        """
+        rows = tuning.read_rows
+        if recipe.run.batch_size is None:
+            rows = 1 << (rows.bit_length() - 1)
+        return cls(rows, prefix, recipe.direction.residual_dtype, tuning)
+
+    def key(self, facts: ModelFacts, prompts: PromptSet) -> str:
+        """Content key of one set's shards."""
+        return content_key(
+            weights=facts.fingerprint,
+            revision=facts.revision,
+            model_dtype=facts.dtype,
+            computes=facts.computes,
+            template=facts.template,
+            set=prompts.name,
+            prompts=prompts.fingerprint,
+            response_prefix=self.response_prefix,
+            rows=self.rows,
+            dtype=self.dtype,
+            versions=[__version__, version("torch"), version("transformers")],
+        )
+
+
+class Shards:
+    """The shards of a run's two prompt sets, by reference."""
+
+    def __init__(
+        self,
+        pool: Any,
+        files: ShardFiles,
+        extraction: Extraction,
+        behaviour: PromptSet,
+        neutral: PromptSet,
+    ) -> None:
+        """Make nothing yet.
+
+        Args:
+            pool: The replicas.
+            files: Where shards are found and kept.
+            extraction: How residuals are read.
+            behaviour: Prompts that show the behaviour.
+            neutral: Prompts that don't.
+        """
+        self._pool = pool
+        self._files = files
+        self._sets = behaviour, neutral
+        self._keys = {s.name: extraction.key(pool.facts, s) for s in self._sets}
+        rows, prefix, tuning = extraction.rows, extraction.response_prefix, extraction.tuning
+        self._calls: dict[Place, tuple[Any, ...]] = {
+            (s.name, number): (s.name, number * rows, prompts, prefix, tuning)
+            for s in self._sets
+            for number, prompts in s.batches(rows)
+        }
+        self._references: dict[Place, Any] = {}
+        self._made: set[Place] = set()
+
+    def extract(self, watch: Watch) -> None:
+        """Take up the shards that were kept, and have the replicas make the others."""
+        for name, number in self._calls:
+            shard = self._files.find(name, number, self._keys[name])
+            if shard is not None:
+                self._references[name, number] = self._pool.store.put(shard.batch)
+                watch.step(len(self._references), len(self._calls))
+        missing = [place for place in self._calls if place not in self._references]
+        self._make(missing, lambda: watch.step(len(self._references), len(self._calls)))
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Of each set: its content key, its shards, and those that were there already."""
+        return {
+            s.name: {
+                "key": self._keys[s.name],
+                "shards": len(self._places(s.name)),
+                "reused": sum(place not in self._made for place in self._places(s.name)),
+            }
+            for s in self._sets
+        }
+
+    def directions(self, settings: DirectionSettings) -> Directions:
+        """The directions: from the means where the method needs no more, else from whole sets."""
+        behaviour, neutral = self._sets
+        if settings.method not in direction_methods.METHODS:
+            return direction_methods.compute(
+                self.gathered(behaviour), self.gathered(neutral), settings
+            )
+        quantile = settings.winsorize_quantile
+        return direction_methods.from_sums(
+            self.sums(behaviour.name, quantile),
+            self.sums(neutral.name, quantile),
+            settings,
+            {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint},
+        )
+
+    def separation(self, directions: Directions) -> list[Any]:
+        """How well each layer's direction tells the two sets apart."""
+        vectors = directions.vectors.numpy()
+        sides: list[Projected] = [self._reduced(s.name, projected, vectors) for s in self._sets]
+        return direction_methods.separation(*sides)
+
+    def sums(self, name: str, quantile: float = 1.0) -> Sums:
+        """Count and sum of one set."""
+        found: Sums = self._reduced(name, sums_of, quantile)
+        return found
+
+    def gathered(self, prompts: PromptSet) -> Residuals:
+        """The residuals of one set, all here."""
+        shards = []
+        for place in self._places(prompts.name):
+            for _ in range(ATTEMPTS):
+                batch = self._pool.store.fetch(self._references[place])
+                if batch is not None:
+                    shards.append(ResidualShard(batch))
+                    break
+                self._make([place])
+            else:
+                raise _lost([place])
+        return join(shards, prompts.fingerprint)
+
+    def _reduced(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """`function` of every shard where it lies, added up in the order of the shards."""
+        places, found = self._places(name), dict[Place, Any]()
+        for _ in range(ATTEMPTS):
+            left = {place: self._references[place] for place in places if place not in found}
+            for place, part in self._pool.store.each(function, left, *args):
+                if part is not None:
+                    found[place] = part
+            lost = [place for place in places if place not in found]
+            if not lost:
+                return reduce(add, (found[place] for place in places))
+            self._make(lost)
+        raise _lost(lost)
+
+    def _make(self, places: list[Place], made: Callable[[], None] = lambda: None) -> None:
+        """Have the replicas make shards, and keep each as it comes."""
+        calls = [self._calls[place] for place in places]
+        for index, reference in self._pool.map_by_reference("residuals", calls):
+            name, number = places[index]
+            self._references[name, number] = reference
+            self._made.add((name, number))
+            batch = self._pool.store.fetch(reference) if self._files.kept else None
+            if batch is not None:
+                self._files.keep(ResidualShard(batch), number, self._keys[name])
+            made()
+
+    def _places(self, name: str) -> list[Place]:
+        return [place for place in self._calls if place[0] == name]
+
+
+def _lost(places: Iterable[Place]) -> SearchError:
+    return SearchError(
+        f"residuals were lost {ATTEMPTS} times with the machines that held them: {list(places)}.\n"
+        "  Resume the run once the cluster is stable."
+    )
