@@ -172,9 +172,16 @@ def figures(sizes: Sequence[int], report: Report) -> dict[str, Any]:
     return {"in_flight": IN_FLIGHT, "timed": TIMED, "sizes": rows, "resumed": resumed}
 
 
-def _opened(file: Path, **changed: Any) -> Any:
-    chosen = settings(200).model_copy(update=changed)
-    return journal.open_study(file, [goal for _, goal in GOALS], journal.sampler(chosen, 0))
+def _opened(file: Path) -> Any:
+    import optuna
+
+    return optuna.create_study(
+        storage=journal.open_storage(file),
+        study_name=journal.STUDY_NAME,
+        directions=[goal for _, goal in GOALS],
+        sampler=journal.sampler(settings(200), 0),
+        load_if_exists=True,
+    )
 
 
 def _at(size: int, filled: Filled, file: Path, surrogate: Surrogate) -> dict[str, Any]:
@@ -244,11 +251,11 @@ RESUME = """
 import json, sys, time
 import psutil
 from pathlib import Path
-from benchmarks.overhead import GOALS, space
-from ray_abliterate.cluster import study as journal
+from benchmarks.overhead import space
+from benchmarks.sampler_time import _opened, journal
 resident = lambda: psutil.Process().memory_info().rss
 before, begin = resident(), time.perf_counter()
-study = journal.open_study(Path(sys.argv[1]), [goal for _, goal in GOALS])
+study = _opened(Path(sys.argv[1]))
 opened = time.perf_counter()
 outcomes = journal.outcomes(study, space())
 print(json.dumps({

@@ -64,7 +64,8 @@ class Tally:
         for process in psutil.Process().children(recursive=True):
             try:
                 kind = _kind(process)
-                cpu[kind] += _cpu(process)
+                if kind:
+                    cpu[kind] += _cpu(process)
                 if kind == "trial processes":
                     own.append(process.memory_full_info().uss)
             except psutil.Error:  # it has just ended
@@ -81,17 +82,16 @@ KINDS = (
     ("PlanTrial", "trial processes"),
     ("replica-pool", "pool"),
     ("PoolActor", "pool"),
-    ("ReplicaHost", "replicas"),
-    ("replica-", "replicas"),
+    ("TimedReplica", "replicas"),
     ("gcs_server", "control store"),
     ("raylet", "raylets"),
 )
-"""What a command line holds, and what that process is."""
+"""What a command line holds, and what that process is; others are not counted."""
 
 
 def _kind(process: psutil.Process) -> str:
     title = " ".join(process.cmdline()[:1])
-    return next((kind for part, kind in KINDS if part in title), "other")
+    return next((kind for part, kind in KINDS if part in title), "")
 
 
 def figures(
@@ -156,6 +156,8 @@ def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
         folder = Path(scratch)
         with ReplicaPool.of(Hosting(TimedReplica, (seconds,), model)) as pool:
             assert pool.layout.replicas == gpus
+            while pool.capacity < gpus:
+                time.sleep(0.05)
             stored = stored_bytes()
             search = Search(folder / "study.journal", space(), settings(trials), GOALS)
             search.run(pool, ray.put(None), (), ended, folder / "tune")
