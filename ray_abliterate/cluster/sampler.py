@@ -21,7 +21,7 @@ from optuna.samplers._tpe.probability_distributions import (
     _BatchedTruncNormDistributions,
 )
 from optuna.trial import FrozenTrial
-from scipy.special import logsumexp, ndtr
+from scipy.special import ndtr
 
 
 class QuickSampler(TPESampler):  # type: ignore[misc]
@@ -30,27 +30,34 @@ class QuickSampler(TPESampler):  # type: ignore[misc]
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._parzen_estimator_cls = QuickDensity
-        self._numbers: dict[int, tuple[float, ...]] = {}
         self._named: tuple[str, ...] = ()
+        self._numbers = np.empty((0, 0))
+        """Parameters as numbers, a row per trial by its number; NaN where not read yet."""
 
     def _get_internal_repr(
         self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: Any
     ) -> dict[str, np.ndarray]:
         """Parameters as numbers, an array per name; those of finished trials are kept."""
         if self._named != tuple(search_space):
-            self._named, self._numbers = tuple(search_space), {}
-        rows = []
-        for trial in trials:
-            row = self._numbers.get(trial.number)
-            if row is None:
-                own = super()._get_internal_repr([trial], search_space, study)
-                row = tuple(float(x) for name in self._named for x in own[name])
-                if trial.state.is_finished():
-                    self._numbers[trial.number] = row
-            if row:
-                rows.append(row)
-        columns = np.array(rows, dtype=float).reshape(len(rows), len(self._named)).T
-        return dict(zip(self._named, columns, strict=True))
+            self._named, self._numbers = tuple(search_space), np.empty((0, len(search_space)))
+        rows = np.array([trial.number for trial in trials], dtype=int)
+        self._make_room(rows.max(initial=-1) + 1)
+        found = self._numbers[rows]
+        for at in np.flatnonzero(np.isnan(found).any(axis=1)):
+            own = super()._get_internal_repr([trials[at]], search_space, study)
+            for column, name in enumerate(self._named):
+                found[at, column] = own[name][0] if len(own[name]) else np.nan
+            if trials[at].state.is_finished():
+                self._numbers[rows[at]] = found[at]
+        whole = found[~np.isnan(found).any(axis=1)]
+        return dict(zip(self._named, whole.T, strict=True))
+
+    def _make_room(self, trials: int) -> None:
+        """Rows for so many trials, and as many again, so that this is rare."""
+        held = len(self._numbers)
+        if trials > held:
+            more = np.full((2 * trials - held, len(self._named)), np.nan)
+            self._numbers = np.concatenate([self._numbers, more])
 
 
 class QuickDensity(_ParzenEstimator):  # type: ignore[misc]
@@ -72,7 +79,10 @@ class QuickDensity(_ParzenEstimator):  # type: ignore[misc]
                 return given
         if real:
             found += _log_normals(real)
-        summed: np.ndarray = logsumexp(found, axis=1)
+        largest = found.max(axis=1, keepdims=True)
+        found -= largest
+        np.exp(found, out=found)
+        summed: np.ndarray = np.log(found.sum(axis=1)) + largest[:, 0]
         return summed
 
 
