@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -266,6 +267,129 @@ def overhead_table(figures: dict[str, Any]) -> list[str]:
     )
 
 
+def throughput_table(figures: dict[str, Any]) -> list[str]:
+    """Trials per hour by the number of GPUs."""
+    head = (
+        "GPUs",
+        "trials an hour",
+        "ideal",
+        "of ideal",
+        "driver, CPU ms a trial",
+        "object store, bytes a trial",
+    )
+    rows = [
+        (
+            row["gpus"],
+            f"{row['trials_per_hour']:.0f}",
+            f"{row['ideal_per_hour']:.0f}",
+            f"**{100 * row['efficiency']:.1f} %**",
+            f"{1000 * row['cpu_seconds_per_trial']['driver']:.0f}",
+            row["object_store_bytes_per_trial"],
+        )
+        for row in figures["gpus"]
+    ]
+    return table(head, rows)
+
+
+SERIAL = ("driver", "pool", "control store")
+"""Processes of which there is one, however many replicas there are."""
+LONG_SECONDS = 60
+"""A trial of a model that is worth a cluster."""
+
+
+def limits_table(figures: dict[str, Any]) -> list[str]:
+    """Where each process that there is only one of has its core full."""
+    most = figures["gpus"][-1]
+    short = figures["seconds"]
+    head = (
+        "one process",
+        "CPU ms a trial",
+        "trials a second at most",
+        f"GPUs with trials of {short:g} s",
+        f"GPUs with trials of {LONG_SECONDS} s",
+    )
+    rows = []
+    for name in SERIAL:
+        cost = most["cpu_seconds_per_trial"].get(name, 0)
+        if cost:
+            rate = 1 / cost
+            rows.append(
+                (
+                    name,
+                    f"{1000 * cost:.0f}",
+                    f"1 / {cost:.3f} = {rate:.0f}",
+                    f"{rate:.0f} × {short:g} = {rate * short:.0f}",
+                    f"{rate:.0f} × {LONG_SECONDS} = {rate * LONG_SECONDS:.0f}",
+                )
+            )
+    mb = most["trial_process_mb"]
+    note = (
+        f"A trial's process has {mb} MB of its own on the head: 64 take 64 × {mb} MB = "
+        f"{64 * mb / 1000:.1f} GB, 256 take {256 * mb / 1000:.0f} GB. The journal grows by "
+        f"{most['journal_bytes_per_trial']} bytes a trial."
+    )
+    return [*table(head, rows), "", note]
+
+
+def sampler_table(figures: dict[str, Any]) -> list[str]:
+    """Asking and telling by the size of the study."""
+    sizes = figures["sizes"]
+    rows = [
+        ("asking, as a search does", *(clock(size["ask"]) for size in sizes)),
+        ("telling, as a search does", *(clock(size["tell"]) for size in sizes)),
+        *(
+            (f"asking, {name}", *(clock(size["beside"][name]) for size in sizes))
+            for name in sizes[0]["beside"]
+        ),
+    ]
+    heads = [f"{size['trials']:,} trials, ms" for size in sizes]
+    resumed, size = figures["resumed"], sizes[-1]["journal_bytes_per_trial"]
+    note = (
+        f"Median, and in brackets the processor's share of it. The journal takes {size:,} bytes "
+        f"a trial; to open one of {resumed['trials']:,} trials takes "
+        f"{resumed['open_seconds'] + resumed['outcomes_seconds']:.1f} s and "
+        f"{resumed['resident_bytes'] / resumed['trials'] / 1000:.0f} kB of memory a trial."
+    )
+    return [*table(("", *heads), rows), "", note]
+
+
+def clock(values: dict[str, float]) -> str:
+    """Milliseconds by the clock, and of the processor."""
+    return f"{values['median_ms']:.1f} ({values['processor_ms']:.1f})"
+
+
+def efficiency_table(figures: dict[str, Any]) -> list[str]:
+    """What a budget finds, by plans in flight."""
+    ways = figures["ways"]
+    budgets = sorted({way["trials"] for way in ways})
+    found = {(way["name"], way["liar"], way["trials"]): way for way in ways}
+    head = ["", *(f"{n} trials{w}" for n in budgets for w in ("", ", no liar")), "time"]
+    rows = []
+    for name in dict.fromkeys(way["name"] for way in ways):
+        cells = [found.get((name, liar, n)) for n in budgets for liar in (True, False)]
+        longest = found[name, True, budgets[-1]]
+        shown = [shares(way["shares"]) if way else "" for way in cells]
+        rows.append((name, *shown, f"{longest['units']:.0f}"))
+    errors = " and ".join(
+        f"{100 * value:.0f} % ({name.replace('_', ' ')})"
+        for name, value in figures["left_out_errors"].items()
+    )
+    note = (
+        f"Percent of the hypervolume of all trials of all these studies together: median and range "
+        f"of {figures['seeds']} seeds. The {figures['recorded_trials']} recorded trials alone have "
+        f"{100 * figures['recorded_share']:.0f} %. The surrogate's error at a recorded trial that "
+        f"it was not shown, as a share of the standard deviation: {errors}. Time is that of "
+        f"{budgets[-1]} trials, in trials."
+    )
+    return [*table(head, rows), "", note]
+
+
+def shares(values: Sequence[float]) -> str:
+    """Median and range of shares, in percent."""
+    ordered = sorted(100 * value for value in values)
+    return f"{median(ordered):.1f} ({ordered[0]:.0f} to {ordered[-1]:.0f})"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -276,6 +400,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "study": ("trial-study", study_table),
     "weight-cache": ("weight_cache", weights_table),
     "overhead": ("overhead", overhead_table),
+    "throughput": ("scaling", throughput_table),
+    "limits": ("scaling", limits_table),
+    "sampler": ("scaling-sampler", sampler_table),
+    "efficiency": ("scaling-efficiency", efficiency_table),
 }
 
 

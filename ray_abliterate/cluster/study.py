@@ -24,6 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ray_abliterate.cluster.journal import MemoryJournal, Submit, at_once
+from ray_abliterate.cluster.sampler import QuickSampler
 from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, SHARED
 from ray_abliterate.errors import SearchError
 from ray_abliterate.frontier import Trial
@@ -96,7 +97,7 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
     }
 
 
-def sampler(settings: SearchSettings, known: int) -> TPESampler:
+def sampler(settings: SearchSettings, known: int) -> QuickSampler:
     """Multivariate TPE that keeps away from points in flight (constant liar).
 
     The seed moves with the number of known trials, or a resumed study would draw its start-up
@@ -104,7 +105,7 @@ def sampler(settings: SearchSettings, known: int) -> TPESampler:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return TPESampler(
+        return QuickSampler(
             n_startup_trials=settings.startup,
             n_ei_candidates=settings.ei_candidates,
             multivariate=True,
