@@ -1,8 +1,8 @@
-"""The tables of docs/performance.md, made from the JSON files under `results/`.
+"""The tables of docs/performance.md and docs/reliability.md, made from the files under `results/`.
 
     python -m benchmarks.tables
 
-Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the page is
+Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the pages is
 written by hand.
 """
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (DOCS / "performance.md", DOCS / "reliability.md")
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ABSENT = ["Not measured yet."]
@@ -23,9 +24,10 @@ Row = Sequence[object]
 
 
 def main() -> None:
-    """Write the page anew."""
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(PAGE)
+    """Write the pages anew."""
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(page)
 
 
 def render(page: str, results: Path = RESULTS) -> str:
@@ -258,6 +260,31 @@ def weights_table(figures: dict[str, Any]) -> list[str]:
     )
 
 
+def node_memory_table(figures: dict[str, Any]) -> list[str]:
+    """Replicas of a node, with pristine weights shared and one copy each."""
+    found = {(row["location"], row["replicas"]): row for row in figures["rows"]}
+    rows = []
+    for count in sorted({replicas for _, replicas in found}):
+        shared, apart = found["node", count], found["cpu", count]
+        rows.append(
+            (
+                count,
+                f"{apart['pss_bytes'] / GB:.2f}",
+                f"{shared['pss_bytes'] / GB:.2f}",
+                f"{shared['store_bytes'] / GB:.3f}",
+                f"{count * shared['cache_bytes'] / GB:.3f}",
+            )
+        )
+    head = (
+        "replicas",
+        "a copy each, GB",
+        "shared, GB",
+        "of it in the store, GB",
+        "as copies that would be, GB",
+    )
+    return table(head, rows)
+
+
 def overhead_table(figures: dict[str, Any]) -> list[str]:
     """Ray, Tune and the sampler."""
     bare = sorted(figures["bare_ask_tell_ms"])[len(figures["bare_ask_tell_ms"]) // 2]
@@ -390,6 +417,38 @@ def shares(values: Sequence[float]) -> str:
     return f"{median(ordered):.1f} ({ordered[0]:.0f} to {ordered[-1]:.0f})"
 
 
+def faults_table(figures: dict[str, Any]) -> list[str]:
+    """What each fault cost, and what the user reads."""
+    rows = [
+        (
+            found["fault"],
+            found["finished_before"],
+            found["lost"],
+            found["again"],
+            found["failed"],
+            f"{found['recovery_seconds']:.1f}",
+            "<br>".join(dict.fromkeys(_bare(text) for text in found["seen"])),
+        )
+        for found in figures.values()
+    ]
+    head = (
+        "what is done",
+        "finished by then",
+        "of these lost",
+        "done again",
+        "failed",
+        "s to the next result",
+        "what the user reads",
+    )
+    return table(head, rows)
+
+
+def _bare(text: str) -> str:
+    """Without addresses and ids of the machine it was measured on."""
+    text = re.sub(r"\b\d+\.\d+\.\d+\.\d+\b", "NODE", text)
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -399,10 +458,12 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "start": ("trial", start_table),
     "study": ("trial-study", study_table),
     "weight-cache": ("weight_cache", weights_table),
+    "node-memory": ("node_memory", node_memory_table),
     "overhead": ("overhead", overhead_table),
     "throughput": ("scaling", throughput_table),
     "limits": ("scaling", limits_table),
     "sampler": ("scaling-sampler", sampler_table),
+    "faults": ("faults", faults_table),
     "efficiency": ("scaling-efficiency", efficiency_table),
 }
 

@@ -227,16 +227,17 @@ def test_the_peers_environment_names_every_package_once():
     assert len(set(names)) == len(names)
 
 
-def test_the_committed_performance_page_has_the_tables_of_the_results():
-    page = tables.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", tables.PAGES, ids=lambda file: file.name)
+def test_the_committed_pages_have_the_tables_of_the_results(file):
+    page = file.read_text(encoding="utf-8")
     assert page == tables.render(page), (
-        "docs/performance.md is out of date; write it anew with\n  python -m benchmarks.tables"
+        f"docs/{file.name} is out of date; write it anew with\n  python -m benchmarks.tables"
     )
 
 
-def test_every_table_has_its_place_on_the_page():
-    page = tables.PAGE.read_text(encoding="utf-8")
-    named = sorted(match["name"] for match in tables.BLOCK.finditer(page))
+def test_every_table_has_its_place_on_a_page():
+    pages = [file.read_text(encoding="utf-8") for file in tables.PAGES]
+    named = sorted(match["name"] for page in pages for match in tables.BLOCK.finditer(page))
     assert named == sorted(tables.TABLES)
 
 
