@@ -36,6 +36,8 @@ class BackgroundWriter:
         self._tell = tell or (lambda event, **details: None)
         self._grace = grace_seconds
         self._queue: queue.Queue[Work | None] = queue.Queue(MOST_WAITING)
+        self._own: list[Work] = []
+        """What the writing of something gave to write: waiting for room would be for itself."""
         self._began: float | None = None
         self._told_slow = False
         self._end: float | None = None
@@ -66,6 +68,9 @@ class BackgroundWriter:
 
     def submit(self, work: Work) -> None:
         """Hand in something to write; it may be called again if the disk refuses it."""
+        if threading.current_thread() is self._thread:
+            self._own.append(work)
+            return
         began = self._began
         if began is not None and not self._told_slow:
             seconds = time.monotonic() - began
@@ -82,11 +87,13 @@ class BackgroundWriter:
 
     def _write_all(self) -> None:
         while (work := self._queue.get()) is not None:
-            self._began = time.monotonic()
-            try:
-                self._write(work)
-            except BaseException as error:  # noqa: BLE001  # raised at the end of the block
-                self._error = self._error or error
+            self._own.append(work)
+            while self._own:
+                self._began = time.monotonic()
+                try:
+                    self._write(self._own.pop(0))
+                except BaseException as error:  # noqa: BLE001  # raised at the end of the block
+                    self._error = self._error or error
             self._began = None
             self._told_slow = False
 

@@ -87,3 +87,27 @@ def test_another_error_is_raised_at_the_end_and_the_rest_is_written() -> None:
         writer.submit(broken)
         writer.submit(lambda: done.append(1))
     assert done == [1]
+
+
+@pytest.mark.timeout(20)
+def test_what_is_told_while_all_room_is_taken_is_written_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "MOST_WAITING", 2)
+    file = tmp_path / "lines"
+    add = lambda text: lambda: file.open("a").write(f"{text}\n") and None  # noqa: E731
+    room = threading.Event()
+
+    def tell(event: str, **_: Any) -> None:
+        writer.submit(add(event))
+
+    writer = BackgroundWriter(tell)
+    with writer:
+        writer.submit(lambda: room.wait(10) and None)
+        writer.submit(refusing(3, add("first")))
+        writer.submit(add("second"))
+        room.set()
+        writer.submit(add("third"))
+    assert [line for line in file.read_text().split() if not line.startswith("disk-slow")] == [
+        "first", "disk-refuses", "disk-back", "second", "third",
+    ]  # fmt: skip
