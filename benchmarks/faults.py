@@ -501,6 +501,41 @@ def two_drivers(folder: Path, cluster: Any) -> Outcome:
     return Outcome(len(finished), run.compare(finished), 0, 0, round(seconds, 2), seen)
 
 
+def torn_journal(folder: Path, cluster: Any) -> Outcome:
+    """The power goes while a line of the journal is written."""
+    run = CliRun(folder)
+    process = run.start()
+    until(lambda: run.count() >= 5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished, journal = run.finished(), run.directory / "study.journal"
+    *whole, last = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(whole) + last + last[: len(last) // 2])
+    seconds = run.to_the_end()
+    return Outcome(len(finished), run.compare(finished), run.unfinished(), 0, seconds, ())
+
+
+def damaged_shard(folder: Path, cluster: Any) -> Outcome:
+    """A byte of a residual shard in the cache changes between two runs."""
+    cache = {"RAY_ABLITERATE_CACHE": str(folder / "cache")}
+    first = CliRun(folder, cache, trials=8)
+    first.to_the_end()
+    shard = next((folder / "cache" / "residuals").rglob("*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.unlink()  # the run directory has the same file under another name
+    shard.write_bytes(data)
+    (folder / "second").mkdir()
+    second = CliRun(folder / "second", cache, trials=8)
+    seconds = second.to_the_end()
+    both = [(run.directory / "directions.safetensors").read_bytes() for run in (first, second)]
+    check(both[0] == both[1], "other directions")
+    said = " ".join(second.output.split())  # the terminal's lines are wrapped
+    check("is damaged and is made again" in said, second.output)
+    seen = "warning: … is damaged and is made again: …"
+    return Outcome(8, first.compare(first.finished()), 0, 0, seconds, (seen,))
+
+
 # Ray's core is spared: its waits are measured by the kernel's clock, which can't be moved here.
 CLOCK = """
 #define _GNU_SOURCE
@@ -561,7 +596,15 @@ ON_CLUSTER = (
     broken_node,
     object_store_full,
 )
-ON_COMMAND_LINE = (driver_killed, terminated, disk_full, two_drivers, clock_jumps)
+ON_COMMAND_LINE = (
+    driver_killed,
+    terminated,
+    disk_full,
+    two_drivers,
+    torn_journal,
+    damaged_shard,
+    clock_jumps,
+)
 
 
 @contextmanager
