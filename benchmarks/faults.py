@@ -141,7 +141,8 @@ class Study:
             until(lambda: self.pool.replicas >= together)
             meddler = threading.Thread(target=self._meddle, args=(fault, after, moment))
             meddler.start()
-            search.run(self.pool, ray.put(None), (), on_trial, self.folder / "tune")
+            tell = lambda event, **details: self.events.append({"event": event, **details})  # noqa: E731
+            search.run(self.pool, ray.put(None), (), on_trial, self.folder / "tune", tell)
             meddler.join()
             time.sleep(1.5)  # what happened last is heard a second later
         if self._errors:
@@ -486,7 +487,7 @@ def disk_full(folder: Path, cluster: Any) -> Outcome:
 
 def two_drivers(folder: Path, cluster: Any) -> Outcome:
     """A second driver is started on a run directory that is in use."""
-    run = CliRun(folder, trials=150)
+    run = CliRun(folder, trials=100)
     process = run.start()
     until(lambda: run.count() >= 3)
     finished, began = run.finished(), time.monotonic()
@@ -567,7 +568,8 @@ def clock_jumps(folder: Path, cluster: Any) -> Outcome:
     subprocess.run(command, cwd=folder, check=True)
     ahead, behind = folder / "ahead", folder / "behind"
     shim = {"LD_PRELOAD": str(folder / "clock.so")}
-    run = CliRun(folder, {**shim, "CLOCK_AHEAD": str(ahead), "CLOCK_BEHIND": str(behind)})
+    jumps = {"CLOCK_AHEAD": str(ahead), "CLOCK_BEHIND": str(behind)}
+    run = CliRun(folder, shim | jumps, trials=30)
     process = run.start()
     until(lambda: run.count() >= 3)
     finished, began, count = run.finished(), time.monotonic(), run.count()

@@ -276,9 +276,12 @@ def model_checks(recipe: Recipe, sets: dict[str, PromptSet], layout: Layout) -> 
 def fit(need: Footprint, recipe: Recipe, layout: Layout) -> Check:
     """Whether a replica fits into the memory that it gets."""
     on_gpu = layout.gpus > 0
-    beside = recipe.model.weight_cache == "device" or not on_gpu
-    wanted = need.weights + need.batch + (need.cache if beside else 0)
-    wanted += 0 if on_gpu else need.host
+    location = recipe.model.cache_location(on_gpu)
+    if on_gpu:
+        copies = 1.0 if location == "device" else 0.0
+    else:
+        copies = 1 / layout.replicas if location == "node" else 1.0
+    wanted = need.weights + need.batch + copies * need.cache + (0 if on_gpu else need.host)
     free = min((free for free, _ in gpu_memory()), default=0) if on_gpu else ram_available()
     share = free * layout.gpus if on_gpu else free / layout.replicas
     dtype = str(need.dtype).removeprefix("torch.")
@@ -301,7 +304,7 @@ def _savings(need: Footprint, recipe: Recipe, layout: Layout, share: float) -> I
             yield f"Fewer replicas (model.replicas, now {layout.replicas})."
         yield "Or a smaller model, or a GPU."
         return
-    if recipe.model.weight_cache == "device" and need.weights + need.batch < TIGHT * share:
+    if recipe.model.cache_location(True) == "device" and need.weights + need.batch < TIGHT * share:
         yield 'Set model.weight_cache = "cpu".'
     if layout.gpus < 1:
         yield f"Raise model.gpus_per_replica (it is {layout.gpus:g})."

@@ -101,6 +101,12 @@ class ModelSettings(Section):
     writers: tuple[WriterRow, ...] = ()
     """Rows for a family that is not in the table; see `docs/architectures.md`."""
 
+    def cache_location(self, on_gpu: bool) -> Literal["node", "device", "cpu"]:
+        """Where pristine weights are kept in the end."""
+        if self.weight_cache == "auto":
+            return "device" if on_gpu else "node"
+        return self.weight_cache
+
     @field_validator("gpus_per_replica")
     @classmethod
     def _whole_above_one(cls, value: float | None) -> float | None:

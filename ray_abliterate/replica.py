@@ -87,9 +87,7 @@ class Replica:
         self.model = LanguageModel.load(source, recipe.model, recipe.run.batch_size)
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
         self._writers = find_writers(self.model.module, rows)
-        location = recipe.model.weight_cache
-        if location == "auto":
-            location = "node" if self.model.device.type == "cpu" else "device"
+        location = recipe.model.cache_location(self.model.device.type != "cpu")
         self.cache = WeightCache(self.model.module, self._writers, location, store)
         if self.model.upcast is not None:
             self.cache.on_write = self.model.upcast.written

@@ -23,7 +23,7 @@ class Record:
 
     def __init__(self, directory: RunDirectory, watch: Watch) -> None:
         self._directory, self._watch = directory, watch
-        self.writer = BackgroundWriter(self._tell)
+        self.writer = BackgroundWriter(self.tell)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Something happened to the replicas or the files."""
@@ -32,7 +32,8 @@ class Record:
             self._watch.note(text)
         self.writer.submit(partial(self._directory.append_event, event))
 
-    def _tell(self, event: str, **details: Any) -> None:
+    def tell(self, event: str, **details: Any) -> None:
+        """Something happened here, now."""
         self.event({"time": stamp(), "event": event, **details})
 
     def trial(self, trial: Trial, answers: tuple[dict[str, Any], ...]) -> None:
@@ -79,7 +80,7 @@ def search(
 
     seeds = space.seeds(float(baseline.best_layer)) if recipe.search.seed_points else ()
     with watch.stage("search"):
-        study.run(pool, shared, seeds, on_trial, directory.tune)
+        study.run(pool, shared, seeds, on_trial, directory.tune, record.tell)
         record.writer.flush()
     score_members_alone(directory, pool, shared, watch)
 

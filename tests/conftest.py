@@ -63,6 +63,13 @@ def neutral() -> PromptSet:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes: a file stays in one, and so do all that use Ray."""
+    for item in items:
+        name = "ray" if "cluster" in item.path.parts else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 RECIPE = """
 [model]
 name = "{model}"

@@ -16,7 +16,7 @@ WORDS = {
     "disk-refuses": "the run directory can't be written ({reason}); {waiting} results wait in "
     "memory, and are written as soon as it can: free some space",
     "disk-back": "the run directory can be written again; nothing was lost",
-    "trial-process-lost": "the process of trial slot {slot} died; its trial is done again",
+    "trial-process-lost": "the process of a trial died; its plan is tried again",
 }
 """How each event reads; events that are not here are for the file only."""
 

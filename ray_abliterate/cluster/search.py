@@ -44,10 +44,28 @@ SHOWN_BY_TUNE = (
 """Tune copies these from the driver into its trials' runtime environment, which dashboard and logs
 show. Trials have no use for them."""
 
+MOST_DEATHS = 6
+"""A trial is begun again that often. Tune may count the death of a trial's process twice."""
 GROWTH_SECONDS = 15.0
 """So long after replicas joined, a search makes room for them: others may be on their way."""
 
 OnTrial = Callable[[Trial, tuple[dict[str, Any], ...]], None]
+Tell = Callable[..., None]
+
+
+class _Recoveries(tune.Callback):  # type: ignore[misc]
+    """Tells of trials whose process died."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks, to restore them."""
+        return {}
+
+    def on_trial_recover(self, **_: Any) -> None:
+        """Tune begins the trial again."""
+        self._tell("trial-process-lost")
 
 
 class JournalSearch(OptunaSearch):  # type: ignore[misc]
@@ -208,6 +226,7 @@ class Search:
         seeds: Sequence[dict[str, Value]],
         on_trial: OnTrial,
         storage: Path,
+        tell: Tell = lambda event, **details: None,
     ) -> None:
         """Try plans until the study has as many as the recipe wants; Ctrl-C ends it early.
 
@@ -217,12 +236,21 @@ class Search:
             seeds: Points to try first, in a new study.
             on_trial: Called for each trial as it ends, with its answers if they are recorded.
             storage: Folder for Tune's own files.
+            tell: Told what happened: name of the event, and details.
         """
         replicas = pool.layout.replicas
+        own = RunConfig(
+            name="search",
+            storage_path=str(storage.resolve()),
+            verbose=0,
+            callbacks=[_Recoveries(tell)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=MOST_DEATHS),
+        )
         with _terminated_like_interrupted() as terminated:
             while (missing := self._settings.trials - len(self.finished)) > 0:
                 replicas = max(replicas, pool.replicas)
-                grow = self._round(pool, setup, seeds, on_trial, storage, missing, replicas)
+                grow = self._round(pool, setup, seeds, on_trial, missing, replicas, own)
                 interrupted = self._reap()
                 self.finished = journal.outcomes(self._study, self._space)
                 self._known = len(self._study.get_trials(deepcopy=False))
@@ -235,9 +263,9 @@ class Search:
         setup: Any,
         seeds: Sequence[dict[str, Value]],
         on_trial: OnTrial,
-        storage: Path,
         missing: int,
         replicas: int,
+        own: RunConfig,
     ) -> bool:
         """Try plans in slots for so many replicas; whether it ended because there are more now."""
         together = replicas * self._settings.trials_per_pass
@@ -266,6 +294,7 @@ class Search:
         trainable = tune.with_parameters(PlanTrial, pool=pool.actor, setup=[setup])
         slot = int(10_000 / concurrency) / 10_000
         trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
+        trainable.__qualname__ = PlanTrial.__qualname__  # what dashboard and `ps` call the process
         bar = Bar.of(self.finished) if self._settings.dominance_stop else None
         ray.get(pool.actor.expect.remote(min(concurrency, missing), bar))
         with _tune_environment(concurrency):
@@ -277,13 +306,7 @@ class Search:
                     reuse_actors=True,
                     trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
-                run_config=RunConfig(
-                    name="search",
-                    storage_path=str(storage.resolve()),
-                    verbose=0,
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    failure_config=tune.FailureConfig(max_failures=2),
-                ),
+                run_config=own,
             ).fit()
         searcher._tell_all()
         return searcher.ended_to_grow
@@ -316,10 +339,10 @@ def _tune_environment(concurrency: int) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in wanted}
     _set(wanted)
-    loud = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
+    loud = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]  # we tell
     levels = [logger.level for logger in loud]
     for logger in loud:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ Scenario = Callable[[Path, Any], faults.Outcome]
     ("scenario", "again", "failed", "said"),
     [
         (faults.replica_killed, 1, 0, "was lost"),
-        (faults.trial_process_killed, 1, 0, ""),
+        (faults.trial_process_killed, 1, 0, "process of a trial died"),
         (faults.pool_killed, 3, 0, ""),
         (faults.replica_hangs, 0, 1, "no answer within search.trial_timeout_seconds = 2"),
         (faults.no_memory_in_a_replica, 0, 1, ""),
@@ -41,11 +41,20 @@ def test_a_fault_in_the_cluster_loses_no_finished_trial(
     assert said in "\n".join(outcome.seen)
 
 
-@pytest.mark.parametrize("scenario", faults.ON_COMMAND_LINE, ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "scenario",
+    [  # drivers that are killed or terminated, and resumed, are in test_run.py
+        faults.disk_full,
+        faults.two_drivers,
+        faults.torn_journal,
+        faults.damaged_shard,
+        faults.clock_jumps,
+    ],
+    ids=lambda s: s.__name__,
+)
 def test_a_fault_of_the_driver_loses_no_finished_trial(scenario: Scenario, tmp_path: Path) -> None:
     if scenario is faults.clock_jumps and shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
-    less = {"times": 2} if scenario is faults.driver_killed else {}
-    outcome = scenario(tmp_path, None, **less)  # type: ignore[call-arg]
+    outcome = scenario(tmp_path, None)
     assert outcome.lost == 0
     assert outcome.finished_before > 0

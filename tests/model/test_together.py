@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from ray_abliterate import run
 from ray_abliterate.architecture import find_writers
 from ray_abliterate.directions import Directions
 from ray_abliterate.dominance import Bar
@@ -22,6 +21,7 @@ from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score
+from ray_abliterate.searching import Record, search
 from ray_abliterate.testing.tiny import tiny_model
 from ray_abliterate.together import Together
 from ray_abliterate.weights import WeightCache
@@ -164,12 +164,13 @@ def test_more_trials_a_pass_than_fit_are_refused_before_the_search(
     planted_run: Any, tmp_path: Path
 ) -> None:
     recipe = planted_run.directory.recipe
-    search = recipe.search.model_copy(update={"trials_per_pass": 10**9})
-    greedy = recipe.model_copy(update={"search": search})
+    many = recipe.search.model_copy(update={"trials_per_pass": 10**9})
+    greedy = recipe.model_copy(update={"search": many})
     directory = RunDirectory.create(tmp_path / "run", greedy, "")
     pool: Any = InProcess(Replica(recipe, str(planted_run.model), {}))
+    baseline = planted_run.directory.baseline()
     with pytest.raises(ModelError, match=r"trials_per_pass = 1000000000 is more than the \d+"):
-        run.search(greedy, directory, pool, None, planted_run.directory.baseline(), Unwatched())
+        search(greedy, directory, pool, None, baseline, Record(directory, Unwatched()), Unwatched())
 
 
 def test_experts_share_no_passes_and_that_is_said(mixtral_run: Any) -> None:
