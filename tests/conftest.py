@@ -21,10 +21,13 @@ PLAIN = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    """GPU tests are skipped without one. In several processes, a file stays in one of them, and so
+    do all tests that use Ray."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        group = "ray" if "cluster" in item.path.parts else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +64,6 @@ def neutral() -> PromptSet:
         "can you describe the road and the car",
         "why",
     )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes: a file stays in one, and so do all that use Ray."""
-    for item in items:
-        name = "ray" if "cluster" in item.path.parts else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
 
 
 RECIPE = """
