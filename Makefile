@@ -8,7 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-ray test-rest check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,8 +31,15 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/ray-abliterate run configs/demo.toml --to runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# What uses Ray and the rest run side by side, on a core each.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(MAKE) --no-print-directory -j 2 test-ray test-rest
+
+test-ray: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
+
+test-rest: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/cluster
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -20,13 +20,11 @@ PLAIN = (
 ).split()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """GPU tests are skipped without one. In several processes, a file stays in one of them, and so
-    do all tests that use Ray."""
-    if "gpu" in item.keywords and not torch.cuda.is_available():
-        item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-    group = "ray" if "cluster" in item.path.parts else item.path.name
-    item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session")
