@@ -44,8 +44,9 @@ SHOWN_BY_TUNE = (
 """Tune copies these from the driver into its trials' runtime environment, which dashboard and logs
 show. Trials have no use for them."""
 
-MOST_DEATHS = 6
-"""A trial is begun again that often. Tune may count the death of a trial's process twice."""
+MOST_DEATHS = 2
+"""A trial is begun again that often. Tune hears of a process's death from its task and from its
+actor; where it hears twice, it gives the trial up at once, whatever this number."""
 GROWTH_SECONDS = 15.0
 """So long after replicas joined, a search makes room for them: others may be on their way."""
 
@@ -103,6 +104,8 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         self._plans, self._on_trial, self._raise_bar, self._take = space, on_trial, raise_bar, take
         self._most_live, self._outgrown, self._batch = most_live, outgrown, batch
         self.ended_to_grow = False
+        self.lost = 0
+        """Trials whose process died, and that Tune gave up; their plans wait in the study."""
         self._asked_in_batch = 0
         self._ended: dict[str, tuple[dict[str, Any], bool]] = {}
 
@@ -162,10 +165,13 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
                 asked.set_user_attr(SHARED, True)
             if Scorecard.from_list(json.loads(result[SCORES])).bounded:
                 asked.set_user_attr(journal.BOUNDED, True)
-        elif ERROR in result or error:
-            asked.set_user_attr(ERROR, result.get(ERROR, "the trial's process died"))
+        elif ERROR in result:
+            asked.set_user_attr(ERROR, result[ERROR])
         else:
             asked.set_user_attr(journal.INTERRUPTED, True)
+            if error:
+                self.lost += 1
+                self._ot_study.enqueue_trial(asked.params)
 
     def _tell(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         """Tell the sampler and the run of one outcome."""
@@ -250,11 +256,11 @@ class Search:
         with _terminated_like_interrupted() as terminated:
             while (missing := self._settings.trials - len(self.finished)) > 0:
                 replicas = max(replicas, pool.replicas)
-                grow = self._round(pool, setup, seeds, on_trial, missing, replicas, own)
+                again = self._round(pool, setup, seeds, on_trial, missing, replicas, own)
                 interrupted = self._reap()
                 self.finished = journal.outcomes(self._study, self._space)
                 self._known = len(self._study.get_trials(deepcopy=False))
-                if not grow or interrupted or terminated.is_set():
+                if not again or interrupted or terminated.is_set():
                     break
 
     def _round(
@@ -267,7 +273,8 @@ class Search:
         replicas: int,
         own: RunConfig,
     ) -> bool:
-        """Try plans in slots for so many replicas; whether it ended because there are more now."""
+        """Try plans in slots for so many replicas; whether another round has to follow: because
+        there are more replicas now, or processes of trials died."""
         together = replicas * self._settings.trials_per_pass
         concurrency = self._settings.concurrency or together
         batch = concurrency if self._settings.batch_synchronous else None
@@ -309,7 +316,7 @@ class Search:
                 run_config=own,
             ).fit()
         searcher._tell_all()
-        return searcher.ended_to_grow
+        return searcher.ended_to_grow or 0 < searcher.lost < missing
 
 
 class _Outgrown:
