@@ -28,7 +28,15 @@ from ray_abliterate.recipe import (
     RunSettings,
     SearchSettings,
     SpaceSettings,
+    TableSource,
     WriterRow,
+)
+from ray_abliterate.recipe_suites import (
+    KlSuite,
+    MultipleChoiceSuite,
+    OverRefusalSuite,
+    PluginSuite,
+    ResponsesSuite,
 )
 
 INTRO = """\
@@ -89,6 +97,12 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ('`[[scorers]]` with `kind = "keyword-rate"`', KeywordRate),
     ('`[[scorers]]` with `kind = "kl-divergence"`', KlDivergence),
     ("`[[scorers]]` of your own", PluginScorer),
+    ('`[[suites]]` with `kind = "multiple-choice"`', MultipleChoiceSuite),
+    ('`[[suites]]` with `kind = "over-refusal"`', OverRefusalSuite),
+    ('`[[suites]]` with `kind = "kl"`', KlSuite),
+    ('`[[suites]]` with `kind = "responses"`', ResponsesSuite),
+    ("`[[suites]]` of your own", PluginSuite),
+    ("A table", TableSource),
     ("`[run]`", RunSettings),
 )
 
@@ -109,6 +123,7 @@ WORDS: Mapping[Any, str] = {
     Interval: "`[low, high]`",
     Any: "any value",
     PromptSource: "a prompt set",
+    TableSource: "a table",
     SpaceSettings: "section",
     ComponentSpace: "section",
     WriterRow: "section",

@@ -11,7 +11,16 @@ from pydantic import BaseModel, ValidationError
 
 from ray_abliterate.errors import RecipeError
 
-TAGS = ("keyword-rate", "kl-divergence", "plugin")
+TAGS = (
+    "keyword-rate",
+    "kl-divergence",
+    "refusal-log-odds",
+    "multiple-choice",
+    "over-refusal",
+    "kl",
+    "responses",
+    "plugin",
+)
 """What pydantic puts into the path of a problem inside a tagged union; not part of the recipe."""
 
 

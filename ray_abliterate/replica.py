@@ -28,6 +28,7 @@ from ray_abliterate.recipe import Recipe
 from ray_abliterate.scorers import build
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.shards import ResidualShard
+from ray_abliterate.suites import Chunk, Suite, SuiteChunk, measure
 from ray_abliterate.together import Together
 from ray_abliterate.virtual import VirtualEdits
 from ray_abliterate.weights import SharedStore, WeightCache
@@ -93,6 +94,7 @@ class Replica:
         self.cache = WeightCache(self.model.module, self._writers, location, store)
         if self.model.upcast is not None:
             self.cache.on_write = self.model.upcast.written
+        self.model.original = self.cache.suspended
         self._virtual: VirtualEdits | None = None
         self._scorers: tuple[Scorer, ...] = ()
         self._prepared_for = ""
@@ -270,6 +272,25 @@ class Replica:
             else Evaluation(*result, shared=True, tokens=tokens)
             for result in found
         ]
+
+    def measure(self, suite: Suite, chunk: Chunk, plan: Plan, setup: Setup) -> SuiteChunk:
+        """One chunk of a suite on the model that a plan makes; nothing of it is kept here.
+
+        Raises:
+            ScoreError: a value is not a finite number, or the KL divergence does not see the edit.
+        """
+        self.model.response_prefix = setup.response_prefix
+        if setup.tuning is not None:
+            self.model.use(setup.tuning)
+        with self.cache.edited(plan, setup.directions), self.model.passing():
+            found = measure(suite, self.model, chunk)
+            same = found.counts.get("identical")
+            if same is not None and same == found.counts.get("tokens") and self.cache.differs():
+                raise ScoreError(
+                    f"suite {suite.name!r}, chunk {chunk.id}: all logits are the base model's "
+                    "although weights were edited: the suite does not see the edit"
+                )
+        return found
 
     def respond(
         self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256
