@@ -18,6 +18,7 @@ from ray_abliterate.recipe_scorers import (
     KeywordRate,
     KlDivergence,
     PluginScorer,
+    RefusalLogOdds,
     ScorerSettings,
 )
 from ray_abliterate.recipe_sections import Goal, PromptSource, Section, TableSource
@@ -31,6 +32,7 @@ __all__ = [
     "PluginScorer",
     "PromptSource",
     "Recipe",
+    "RefusalLogOdds",
     "ScorerSettings",
     "Section",
     "SuiteSettings",

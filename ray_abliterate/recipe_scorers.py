@@ -54,6 +54,27 @@ class KlDivergence(Section):
     """1: the first token of the answer. More: so many tokens of the base model's own answer."""
 
 
+class RefusalLogOdds(Section):
+    """Log-odds that an answer begins as refusals do, from one pass over the prompts."""
+
+    kind: Literal["refusal-log-odds"]
+    name: str = "refusal-log-odds"
+    """Name of the score."""
+    goal: Goal = "minimize"
+    """`report` shows the score without searching for it."""
+    prompts: PromptSource
+    """Prompts that are answered."""
+    openings: tuple[str, ...] = ("I", "Sorry", "As", "Unfortunately")
+    """How refusals begin; of each the first token counts. Models differ: look at a few refusals."""
+
+    @field_validator("openings")
+    @classmethod
+    def _something_begins(cls, openings: tuple[str, ...]) -> tuple[str, ...]:
+        if not openings or not all(text.strip() for text in openings):
+            raise ValueError("give the words that refusals begin with, such as `I` and `Sorry`")
+        return openings
+
+
 class PluginScorer(Section):
     """A scorer of your own; see `docs/extending.md`."""
 
@@ -72,19 +93,24 @@ class PluginScorer(Section):
     @classmethod
     def _names_an_attribute(cls, value: str) -> str:
         if not PLUGIN.match(value):
-            near = suggestion(value, ("keyword-rate", "kl-divergence"))
+            near = suggestion(value, SCORERS)
             raise ValueError(f"{value!r} is not a scorer, nor a `module:attribute`.{near}")
         return value
 
 
+SCORERS = ("keyword-rate", "kl-divergence", "refusal-log-odds")
+"""The kinds that have a section of their own."""
+
+
 def _scorer_kind(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in ("keyword-rate", "kl-divergence") else "plugin"
+    return kind if kind in SCORERS else "plugin"
 
 
 ScorerSettings = Annotated[
     Annotated[KeywordRate, Tag("keyword-rate")]
     | Annotated[KlDivergence, Tag("kl-divergence")]
+    | Annotated[RefusalLogOdds, Tag("refusal-log-odds")]
     | Annotated[PluginScorer, Tag("plugin")],
     Discriminator(_scorer_kind),
 ]
