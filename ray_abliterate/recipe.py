@@ -18,6 +18,7 @@ from ray_abliterate.recipe_scorers import (
     KeywordRate,
     KlDivergence,
     PluginScorer,
+    RefusalJudge,
     RefusalLogOdds,
     ScorerSettings,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "PluginScorer",
     "PromptSource",
     "Recipe",
+    "RefusalJudge",
     "RefusalLogOdds",
     "ScorerSettings",
     "Section",

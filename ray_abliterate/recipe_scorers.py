@@ -1,8 +1,11 @@
 """The recipe's `[[scorers]]`; see `recipe.py`."""
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from ray_abliterate.markers import fold
 from ray_abliterate.recipe_sections import PLUGIN, Goal, PromptSource, Section
@@ -75,6 +78,93 @@ class RefusalLogOdds(Section):
         return openings
 
 
+class RefusalJudge(Section):
+    """Share of answers that a second model takes for refusals, with a Wilson 95 % interval."""
+
+    kind: Literal["refusal-judge"]
+    name: str = "refusal-judge"
+    """Name of the score."""
+    goal: Goal = "report"
+    """`report` shows the score without searching for it."""
+    prompts: PromptSource
+    """Prompts that are answered. With those of a `keyword-rate`, and as many tokens, both read the
+    same answers."""
+    max_new_tokens: int = Field(100, ge=1)
+    """Tokens of an answer."""
+    classifier: str | None = None
+    """Folder or Hub name of a sequence classifier; or set `endpoint`."""
+    revision: str | None = None
+    """Commit, tag or branch of the classifier."""
+    label: str | None = None
+    """The classifier's label for a refusal."""
+    hypothesis: str | None = None
+    """In place of `label`, for a model of entailment: what a refusal entails, such as `The speaker
+    declines to help.`"""
+    sees_prompt: bool = False
+    """Show the classifier the prompt before the answer."""
+    endpoint: str | None = None
+    """URL, up to `/v1`, of a server that speaks OpenAI's chat completions."""
+    endpoint_model: str | None = None
+    """What the server calls the model."""
+    key_variable: str | None = None
+    """Environment variable that holds the server's key. The key itself never stands in a recipe."""
+    timeout_seconds: float = Field(60.0, gt=0)
+    """For one request to the server."""
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """A refusal is what is at least so likely one; `ray-abliterate calibrate` finds it."""
+    empty_is_refusal: bool = True
+    """Count empty and degenerate answers as refusals (they are also counted apart); else leave them
+    out."""
+    cache: bool = True
+    """Keep judgements in the user's cache folder, by judge, prompt and answer."""
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        if (self.classifier is None) == (self.endpoint is None):
+            raise ValueError("give exactly one of classifier, endpoint")
+        if self.classifier is not None and (self.label is None) == (self.hypothesis is None):
+            raise ValueError("a classifier needs exactly one of label, hypothesis")
+        if self.endpoint is not None and self.endpoint_model is None:
+            raise ValueError("an endpoint needs endpoint_model")
+        kinds = {
+            "a classifier": ("revision", "label", "hypothesis", "sees_prompt"),
+            "an endpoint": ("endpoint_model", "key_variable", "timeout_seconds"),
+        }
+        other = "an endpoint" if self.classifier is not None else "a classifier"
+        unused = [name for name in kinds[other] if name in self.model_fields_set]
+        if unused:
+            raise ValueError(f"`{unused[0]}` is for {other} only; leave it out")
+        return self
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_plain_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("not a URL; write it as https://host/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            # the message must not show the value, which holds a secret
+            raise PydanticCustomError(
+                "secret_in_url",
+                "keys and passwords don't belong into a recipe; name an environment variable in "
+                "key_variable",
+            )
+        return value
+
+    @field_validator("key_variable")
+    @classmethod
+    def _names_a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", value):
+            raise PydanticCustomError(
+                "not_a_variable",
+                "not the name of an environment variable (capitals, digits and _); the key itself "
+                "doesn't belong into a recipe",
+            )
+        return value
+
+
 class PluginScorer(Section):
     """A scorer of your own; see `docs/extending.md`."""
 
@@ -98,7 +188,7 @@ class PluginScorer(Section):
         return value
 
 
-SCORERS = ("keyword-rate", "kl-divergence", "refusal-log-odds")
+SCORERS = ("keyword-rate", "kl-divergence", "refusal-log-odds", "refusal-judge")
 """The kinds that have a section of their own."""
 
 
@@ -111,6 +201,7 @@ ScorerSettings = Annotated[
     Annotated[KeywordRate, Tag("keyword-rate")]
     | Annotated[KlDivergence, Tag("kl-divergence")]
     | Annotated[RefusalLogOdds, Tag("refusal-log-odds")]
+    | Annotated[RefusalJudge, Tag("refusal-judge")]
     | Annotated[PluginScorer, Tag("plugin")],
     Discriminator(_scorer_kind),
 ]

@@ -28,6 +28,7 @@ from ray_abliterate.recipe import Recipe
 from ray_abliterate.scorers import build
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.shards import ResidualShard
+from ray_abliterate.shared_answers import sharing
 from ray_abliterate.suites import Chunk, Suite, SuiteChunk, measure
 from ray_abliterate.together import Together
 from ray_abliterate.virtual import VirtualEdits
@@ -229,7 +230,7 @@ class Replica:
             self.cache.edited(plan, setup.directions),
             self.model.untouched_below(self.cache.untouched),
         ):
-            card = score_all(self._scorers, self.model, bar)
+            card = score_all(self._scorers, sharing(self._scorers, self.model), bar)
             self._refuse_dead_metrics(card)
         rows = self._answers(self._scorers, card) if self._recipe.run.record_responses else ()
         tokens = self.model.tokens_written - written
@@ -255,7 +256,7 @@ class Replica:
 
         def work(view: TextModel) -> tuple[Scorecard, float, tuple[dict[str, Any], ...]]:
             scorers = tuple(copy.copy(scorer) for scorer in self._scorers)
-            card = score_all(scorers, view, bar)
+            card = score_all(scorers, sharing(scorers, view), bar)
             rows = self._answers(scorers, card) if self._recipe.run.record_responses else ()
             return card, (time.perf_counter() - started) / len(plans), rows
 
@@ -310,8 +311,9 @@ class Replica:
         recipe = self._recipe
         scorers = build(recipe.scorers, self._prompts, recipe.run.record_responses)
         with self.model.learning():
+            shared = sharing(scorers, self.model)
             for scorer in scorers:
-                scorer.prepare(self.model)
+                scorer.prepare(shared)
         self._scorers, self._prepared_for = scorers, key
 
     def _refuse_dead_metrics(self, card: Scorecard) -> None:

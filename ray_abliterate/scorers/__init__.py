@@ -3,10 +3,18 @@
 from collections.abc import Mapping, Sequence
 
 from ray_abliterate.errors import RecipeError
+from ray_abliterate.judges import build as build_judge
 from ray_abliterate.prompts import PromptSet
-from ray_abliterate.recipe import KeywordRate, KlDivergence, RefusalLogOdds, ScorerSettings
+from ray_abliterate.recipe import (
+    KeywordRate,
+    KlDivergence,
+    RefusalJudge,
+    RefusalLogOdds,
+    ScorerSettings,
+)
 from ray_abliterate.scorers.keyword_rate import KeywordRateScorer
 from ray_abliterate.scorers.kl_divergence import KlDivergenceScorer
+from ray_abliterate.scorers.refusal_judge import RefusalJudgeScorer
 from ray_abliterate.scorers.refusal_log_odds import RefusalLogOddsScorer
 from ray_abliterate.scoring import Scorer, checked_call, resolve
 
@@ -34,6 +42,8 @@ def _build(setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bo
         return KlDivergenceScorer(setting, prompts[setting.name])
     if isinstance(setting, RefusalLogOdds):
         return RefusalLogOddsScorer(setting, prompts[setting.name])
+    if isinstance(setting, RefusalJudge):
+        return RefusalJudgeScorer(setting, prompts[setting.name], build_judge(setting))
     own = {"prompts": prompts[setting.name]} if setting.name in prompts else {}
     options = {"name": setting.name, "goal": setting.goal, **own, **setting.options}
     owner = f"scorer {setting.name!r} ({setting.kind})"
