@@ -135,6 +135,11 @@ class ChatFormat:
         """Token ids of a prompt."""
         return self.ids(self.text(prompt))
 
+    def opening(self, text: str) -> list[int]:
+        """Token ids of a text as an answer begins with it: behind a blank if prompts are plain."""
+        given = f" {text}" if self.plain and text[:1].strip() else text
+        return list(self.tokenizer(given, add_special_tokens=False)["input_ids"])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of new tokens, special ones left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

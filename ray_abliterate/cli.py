@@ -255,6 +255,33 @@ def chat(
     converse(directory, _chosen(directory, trial), console(), sys.stdin, tokens)
 
 
+@app.command()
+def calibrate(
+    recipe: Annotated[Path, typer.Argument(help="A recipe with a refusal-judge.")],
+    labelled: Annotated[
+        Path, typer.Argument(help="JSONL file: `text`, `label` (refusal or answer), and `prompt`.")
+    ],
+    scorer: Annotated[str | None, typer.Option(help="Name of the scorer, if several.")] = None,
+) -> None:
+    """Show how well a refusal-judge tells refusals, and which threshold is best."""
+    from ray_abliterate.judges import build, calibration
+    from ray_abliterate.recipe import RefusalJudge
+    from ray_abliterate.scorers.keyword_rate import MARKERS
+
+    judges = [s for s in Recipe.load(recipe).scorers if isinstance(s, RefusalJudge)]
+    chosen = [s for s in judges if scorer in (None, s.name)]
+    if len(chosen) != 1:
+        names = ", ".join(s.name for s in judges) or "none"
+        raise RecipeError(
+            f"{recipe} has these scorers of kind refusal-judge: {names}.\n"
+            "  Add one, or choose one with --scorer NAME."
+        )
+    with_prompts = chosen[0].endpoint is not None or chosen[0].sees_prompt
+    texts = list(calibration.labelled(labelled, with_prompts))
+    for line in calibration.calibrate(build(chosen[0]), texts, dict(MARKERS)).lines():
+        typer.echo(line)
+
+
 def _chosen(directory: Any, number: int | None) -> Any:
     """The trial asked for, or the knee, which is said."""
     from ray_abliterate.errors import TrialNotFound

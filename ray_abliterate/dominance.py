@@ -130,14 +130,15 @@ def score_all(scorers: Sequence[Scorer], model: TextModel, bar: Bar | None = Non
 
 
 def scoring_order(scorers: Sequence[Scorer]) -> list[Scorer]:
-    """Objectives that are scored in one go, then those that can end early, then the rest.
+    """Objectives that need no whole answers, then those that do or can end early, then the rest.
 
     Who can end early does so the earlier the more is known: KL divergence, a few forward passes,
     comes before answers of many tokens.
     """
 
     def place(scorer: Scorer) -> int:
-        return 2 if scorer.goal == "report" else int(isinstance(scorer, BoundedScorer))
+        writes = isinstance(scorer, BoundedScorer) or hasattr(scorer, "whole_answers")
+        return 2 if scorer.goal == "report" else int(writes)
 
     return sorted(scorers, key=place)
 

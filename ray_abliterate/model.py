@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -34,7 +34,13 @@ from ray_abliterate.grid import (
 from ray_abliterate.linears import Upcast, faster_in_float32
 from ray_abliterate.loading import load
 from ray_abliterate.packed import NotPackable, PackedModel
-from ray_abliterate.padded import Decisions, PaddedModel, probe_rows, same_logits
+from ray_abliterate.padded import (
+    Decisions,
+    PaddedModel,
+    Sampling,
+    probe_rows,
+    same_logits,
+)
 from ray_abliterate.prompts import Prompt
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.residuals import ResidualValues
@@ -63,6 +69,7 @@ class LanguageModel:
         not_packable: Why the engine does not serve this model; empty if it does.
         techniques: What the engine may do to be fast.
         tokens_written: Tokens of answers, since it was loaded.
+        original: Opens a block in which the model is as it was loaded; set by who edits it.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class LanguageModel:
         self.padded = PaddedModel(module, list(self.blocks), self.end_tokens, self._pad)
         self.techniques = Techniques()
         self.tokens_written = 0
+        self.original: Callable[[], AbstractContextManager[None]] = nullcontext
         self._encoded: dict[Any, list[Row]] = {}
         self._known: dict[Any, list[tuple[list[int], Batch | None]]] = {}
         self._engine, self.not_packable = self._try_engine()
@@ -195,6 +203,16 @@ class LanguageModel:
         finally:
             self._engine.untouched = 0
 
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """What is asked in this block is not asked again: nothing is kept of it after it."""
+        encoded, known = self._encoded, self._known
+        self._encoded, self._known = {}, {}
+        try:
+            yield
+        finally:
+            self._encoded, self._known = encoded, known
+
     @property
     def packed(self) -> PackedModel:
         """The packed passes, for edits that hook into them.
@@ -207,6 +225,10 @@ class LanguageModel:
         return self._engine.model
 
     # What a forward pass gives
+
+    def tokens(self, text: str) -> Row:
+        """Token ids of a text as an answer begins with it; no special tokens."""
+        return self.chat.opening(text)
 
     @torch.inference_mode()
     def residuals(self, prompts: Sequence[Prompt]) -> ResidualValues:
@@ -250,6 +272,23 @@ class LanguageModel:
     def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[Row]:
         """Token ids of the greedy answers, up to and with the end token."""
         return [written.tokens for written in self.written_by(prompts, tokens)[0]]
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """Sampled answers, one prompt at a time; the same for the same seed, prompt and place."""
+        found = []
+        for number, row in enumerate(self.encode(prompts)):
+            sampling = Sampling(temperature, top_p, seed + number)
+            (tokens,) = self.padded.generate([row], max_new_tokens, Prefix(), sampling=sampling)
+            found.append(Answer(self.chat.decode(tokens), len(tokens), False))
+            self.tokens_written += len(tokens)
+        return found
 
     def reply(self, turns: Sequence[dict[str, str]], max_new_tokens: int) -> str:
         """The greedy next turn of a conversation."""

@@ -6,7 +6,8 @@ families), and what tests hold the engine against. Knows nothing about edits or 
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,32 @@ from ray_abliterate.scoring import AnswerWatch
 from ray_abliterate.shared_prefix import Prefix
 
 Row = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: `temperature` is above 0; the likeliest have `top_p` together."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+    def options(self) -> dict[str, Any]:
+        """As `generate` takes them; no other filter of a checkpoint's is applied."""
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0,
+        }
+
+    @contextmanager
+    def seeded(self, device: torch.device) -> Iterator[None]:
+        """Draws in this block come from the seed; the process's own generators stay as they are."""
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            yield
 
 
 class PaddedModel:
@@ -77,13 +104,20 @@ class PaddedModel:
 
     @torch.inference_mode()
     def generate(
-        self, rows: Sequence[Row], limit: int, prefix: Prefix, stop: "Decisions | None" = None
+        self,
+        rows: Sequence[Row],
+        limit: int,
+        prefix: Prefix,
+        stop: "Decisions | None" = None,
+        sampling: Sampling | None = None,
     ) -> list[list[int]]:
         """New tokens of each row, up to and with the end token."""
         inputs = self._tensors(rows, prefix)
-        output = self._module.generate(
-            **inputs, max_new_tokens=limit, stopping_criteria=[stop] if stop else None
-        )
+        inputs |= sampling.options() if sampling else {}
+        with sampling.seeded(self.device) if sampling else nullcontext():
+            output = self._module.generate(
+                **inputs, max_new_tokens=limit, stopping_criteria=[stop] if stop else None
+            )
         new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [until_end(tokens, self._ends) for tokens in new]
 

@@ -9,37 +9,40 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ray_abliterate.errors import RecipeError
-from ray_abliterate.markers import fold
+from ray_abliterate.recipe_scorers import (
+    KeywordRate,
+    KlDivergence,
+    PluginScorer,
+    RefusalJudge,
+    RefusalLogOdds,
+    ScorerSettings,
+)
+from ray_abliterate.recipe_sections import Goal, PromptSource, Section, TableSource
+from ray_abliterate.recipe_suites import SuiteSettings
 from ray_abliterate.recipe_text import apply_override, explain, suggestion
 
+__all__ = [
+    "Goal",
+    "KeywordRate",
+    "KlDivergence",
+    "PluginScorer",
+    "PromptSource",
+    "Recipe",
+    "RefusalJudge",
+    "RefusalLogOdds",
+    "ScorerSettings",
+    "Section",
+    "SuiteSettings",
+    "TableSource",
+]
+
 Norm = Literal["none", "row", "column"]
-Goal = Literal["minimize", "maximize", "report"]
 Interval = tuple[float, float]
-
-PLUGIN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-SPLIT = re.compile(r"^(?P<name>[\w.\-]*)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class WriterRow(Section):
@@ -113,77 +116,6 @@ class ModelSettings(Section):
         if value is not None and value > 1 and value != int(value):
             raise ValueError(f"{value} must be a fraction below 1 or a whole number of GPUs")
         return value
-
-
-class PromptSource(Section):
-    """Where the prompts of one set come from; exactly one of the first four."""
-
-    builtin: str | None = None
-    """A prompt set that ships with the package (the demo's)."""
-    file: str | None = None
-    """A file: `.txt` (one prompt a line), `.jsonl`, `.csv` or `.parquet`."""
-    folder: str | None = None
-    """A folder that the `datasets` library saved."""
-    dataset: str | None = None
-    """A data set on the Hugging Face Hub; streamed, never downloaded whole."""
-    config: str | None = None
-    """Configuration (subset) of the Hub data set."""
-    revision: str | None = None
-    """Commit, tag or branch of the Hub data set."""
-    split: str = ""
-    """Split and slice, as `train[:400]`; for files only the slice, as `[:400]`."""
-    column: str | None = None
-    """The column that holds the prompt; not for text files."""
-    prefix: str = ""
-    """Put before every prompt."""
-    suffix: str = ""
-    """Put after every prompt."""
-    system: str | None = None
-    """System prompt of this set; the template's own default if unset."""
-    deduplicate: bool = True
-    """Drop repeated prompts (the first stays)."""
-
-    @field_validator("split")
-    @classmethod
-    def _split_is_readable(cls, value: str) -> str:
-        match = SPLIT.match(value)
-        if match is None:
-            raise ValueError(f"{value!r} is not a split; write `train[:400]`, `[10:60]` or `test`")
-        start, stop = (match["start"] or "0"), match["stop"]
-        if stop and int(stop) <= int(start):
-            raise ValueError(f"{value!r} selects nothing: {stop} is not above {start}")
-        return value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "PromptSource":
-        given = [k for k in ("builtin", "file", "folder", "dataset") if getattr(self, k)]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"give exactly one of builtin, file, folder, dataset; found {found}")
-        if self.file and Path(self.file).suffix != ".txt" and self.column is None:
-            raise ValueError(f"set `column`: {self.file} has named columns")
-        unused = [k for k in ("config", "revision") if getattr(self, k)] if not self.dataset else []
-        if unused:
-            raise ValueError(f"`{unused[0]}` is for Hub data sets only; leave it out")
-        if self.column and (self.builtin or (self.file or "").endswith(".txt")):
-            raise ValueError("`column` is for tables; a text file has one prompt a line")
-        if (self.folder or self.dataset) and self.column is None:
-            raise ValueError("set `column`, the column that holds the prompts")
-        return self
-
-    @property
-    def split_name(self) -> str:
-        """The split without its slice; empty if none is named."""
-        match = SPLIT.match(self.split)
-        return match["name"] if match else ""
-
-    @property
-    def bounds(self) -> tuple[int, int | None]:
-        """First row, and the row after the last (None: to the end)."""
-        match = SPLIT.match(self.split)
-        if match is None:
-            return 0, None
-        return int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
 
 
 class PromptSettings(Section):
@@ -340,87 +272,6 @@ class SearchSettings(Section):
         return min(60, int(0.3 * self.trials))
 
 
-class KeywordRate(Section):
-    """Share of answers that hold a marker of the behaviour, with a Wilson 95 % interval."""
-
-    kind: Literal["keyword-rate"]
-    name: str = "keyword-rate"
-    """Name of the score."""
-    goal: Goal = "minimize"
-    """`report` shows the score without searching for it."""
-    prompts: PromptSource
-    """Prompts that are answered."""
-    markers: tuple[str, ...] | Literal["broad", "strict"] = "broad"
-    """What marks the behaviour: a list of phrases, or a list that ships with the package."""
-    max_new_tokens: int = Field(100, ge=1)
-    """Tokens of an answer."""
-    empty_is_behaviour: bool = True
-    """Count empty and degenerate answers on the bad side (they are also counted apart)."""
-
-    @field_validator("markers")
-    @classmethod
-    def _something_is_looked_for(cls, markers: Any) -> Any:
-        if not markers:
-            raise ValueError("[] looks for nothing; give phrases, or `broad` or `strict`")
-        blank = [m for m in markers if not fold(m)] if not isinstance(markers, str) else []
-        if blank:
-            raise ValueError(
-                f"{blank[0]!r} has nothing left when blanks and emphasis (*, _) are taken out; "
-                "leave it out"
-            )
-        return markers
-
-
-class KlDivergence(Section):
-    """KL divergence of the edited model from the base model, in nats per token."""
-
-    kind: Literal["kl-divergence"]
-    name: str = "kl-divergence"
-    """Name of the score."""
-    goal: Goal = "minimize"
-    """`report` shows the score without searching for it."""
-    prompts: PromptSource
-    """Prompts at whose answers the two models are compared."""
-    tokens: int = Field(1, ge=1)
-    """1: the first token of the answer. More: so many tokens of the base model's own answer."""
-
-
-class PluginScorer(Section):
-    """A scorer of your own; see `docs/extending.md`."""
-
-    kind: str
-    """`module:attribute`, importable where the replicas run."""
-    name: str
-    """Name of the score."""
-    goal: Goal = "minimize"
-    """`report` shows the score without searching for it."""
-    prompts: PromptSource | None = None
-    """Prompts handed to the scorer."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the scorer."""
-
-    @field_validator("kind")
-    @classmethod
-    def _names_an_attribute(cls, value: str) -> str:
-        if not PLUGIN.match(value):
-            near = suggestion(value, ("keyword-rate", "kl-divergence"))
-            raise ValueError(f"{value!r} is not a scorer, nor a `module:attribute`.{near}")
-        return value
-
-
-def _scorer_kind(value: Any) -> str:
-    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in ("keyword-rate", "kl-divergence") else "plugin"
-
-
-ScorerSettings = Annotated[
-    Annotated[KeywordRate, Tag("keyword-rate")]
-    | Annotated[KlDivergence, Tag("kl-divergence")]
-    | Annotated[PluginScorer, Tag("plugin")],
-    Discriminator(_scorer_kind),
-]
-
-
 class RunSettings(Section):
     """What the run leaves behind, and how it computes."""
 
@@ -447,6 +298,7 @@ class Recipe(Section):
     edit: EditSettings = Field(default_factory=EditSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)
     scorers: tuple[ScorerSettings, ...] = Field(min_length=1)
+    suites: tuple[SuiteSettings, ...] = ()
     run: RunSettings = Field(default_factory=RunSettings)
 
     @model_validator(mode="after")
@@ -457,6 +309,10 @@ class Recipe(Section):
             raise ValueError(f"two scorers are named {repeated[0]!r}; give one another `name`")
         if all(scorer.goal == "report" for scorer in self.scorers):
             raise ValueError('every scorer has goal = "report"; the search needs one to optimise')
+        names = [suite.name for suite in self.suites]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two suites are named {repeated[0]!r}; give one another `name`")
         return self
 
     @classmethod

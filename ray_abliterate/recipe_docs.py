@@ -25,10 +25,20 @@ from ray_abliterate.recipe import (
     PluginScorer,
     PromptSettings,
     PromptSource,
+    RefusalJudge,
+    RefusalLogOdds,
     RunSettings,
     SearchSettings,
     SpaceSettings,
+    TableSource,
     WriterRow,
+)
+from ray_abliterate.recipe_suites import (
+    KlSuite,
+    MultipleChoiceSuite,
+    OverRefusalSuite,
+    PluginSuite,
+    ResponsesSuite,
 )
 
 INTRO = """\
@@ -88,7 +98,15 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`[search.space.components.NAME]`", ComponentSpace),
     ('`[[scorers]]` with `kind = "keyword-rate"`', KeywordRate),
     ('`[[scorers]]` with `kind = "kl-divergence"`', KlDivergence),
+    ('`[[scorers]]` with `kind = "refusal-log-odds"`', RefusalLogOdds),
+    ('`[[scorers]]` with `kind = "refusal-judge"`', RefusalJudge),
     ("`[[scorers]]` of your own", PluginScorer),
+    ('`[[suites]]` with `kind = "multiple-choice"`', MultipleChoiceSuite),
+    ('`[[suites]]` with `kind = "over-refusal"`', OverRefusalSuite),
+    ('`[[suites]]` with `kind = "kl"`', KlSuite),
+    ('`[[suites]]` with `kind = "responses"`', ResponsesSuite),
+    ("`[[suites]]` of your own", PluginSuite),
+    ("A table", TableSource),
     ("`[run]`", RunSettings),
 )
 
@@ -109,6 +127,7 @@ WORDS: Mapping[Any, str] = {
     Interval: "`[low, high]`",
     Any: "any value",
     PromptSource: "a prompt set",
+    TableSource: "a table",
     SpaceSettings: "section",
     ComponentSpace: "section",
     WriterRow: "section",

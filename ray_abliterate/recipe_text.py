@@ -11,8 +11,21 @@ from pydantic import BaseModel, ValidationError
 
 from ray_abliterate.errors import RecipeError
 
-TAGS = ("keyword-rate", "kl-divergence", "plugin")
+TAGS = (
+    "keyword-rate",
+    "kl-divergence",
+    "refusal-log-odds",
+    "refusal-judge",
+    "multiple-choice",
+    "over-refusal",
+    "kl",
+    "responses",
+    "plugin",
+)
 """What pydantic puts into the path of a problem inside a tagged union; not part of the recipe."""
+
+SECRET = ("secret_in_url", "not_a_variable")
+"""Problems whose value may be a key; it is not shown."""
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -78,7 +91,8 @@ def explain(source: str, error: ValidationError, root: type[BaseModel]) -> list[
         else:
             message = problem["msg"].removeprefix("Value error, ")
             shown = problem["input"]
-            found = f" (found {shown!r})" if isinstance(shown, str | int | float | bool) else ""
+            plain = isinstance(shown, str | int | float | bool)
+            found = f" (found {shown!r})" if plain and problem["type"] not in SECRET else ""
             lines.append(f"{source}: {name}: {message}{found}")
     return lines
 

@@ -28,6 +28,8 @@ from ray_abliterate.recipe import Recipe
 from ray_abliterate.scorers import build
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.shards import ResidualShard
+from ray_abliterate.shared_answers import sharing
+from ray_abliterate.suites import Chunk, Suite, SuiteChunk, measure
 from ray_abliterate.together import Together
 from ray_abliterate.virtual import VirtualEdits
 from ray_abliterate.weights import SharedStore, WeightCache
@@ -91,6 +93,7 @@ class Replica:
         self.cache = WeightCache(self.model.module, self._writers, location, store)
         if self.model.upcast is not None:
             self.cache.on_write = self.model.upcast.written
+        self.model.original = self.cache.suspended
         self._virtual: VirtualEdits | None = None
         self._scorers: tuple[Scorer, ...] = ()
         self._prepared_for = ""
@@ -225,7 +228,7 @@ class Replica:
             self.cache.edited(plan, setup.directions),
             self.model.untouched_below(self.cache.untouched),
         ):
-            card = score_all(self._scorers, self.model, bar)
+            card = score_all(self._scorers, sharing(self._scorers, self.model), bar)
             self._refuse_dead_metrics(card)
         rows = self._answers(self._scorers, card) if self._recipe.run.record_responses else ()
         tokens = self.model.tokens_written - written
@@ -251,7 +254,7 @@ class Replica:
 
         def work(view: TextModel) -> tuple[Scorecard, float, tuple[dict[str, Any], ...]]:
             scorers = tuple(copy.copy(scorer) for scorer in self._scorers)
-            card = score_all(scorers, view, bar)
+            card = score_all(scorers, sharing(scorers, view), bar)
             rows = self._answers(scorers, card) if self._recipe.run.record_responses else ()
             return card, (time.perf_counter() - started) / len(plans), rows
 
@@ -268,6 +271,25 @@ class Replica:
             else Evaluation(*result, shared=True, tokens=tokens)
             for result in found
         ]
+
+    def measure(self, suite: Suite, chunk: Chunk, plan: Plan, setup: Setup) -> SuiteChunk:
+        """One chunk of a suite on the model that a plan makes; nothing of it is kept here.
+
+        Raises:
+            ScoreError: a value is not a finite number, or the KL divergence does not see the edit.
+        """
+        self.model.response_prefix = setup.response_prefix
+        if setup.tuning is not None:
+            self.model.use(setup.tuning)
+        with self.cache.edited(plan, setup.directions), self.model.passing():
+            found = measure(suite, self.model, chunk)
+            same = found.counts.get("identical")
+            if same is not None and same == found.counts.get("tokens") and self.cache.differs():
+                raise ScoreError(
+                    f"suite {suite.name!r}, chunk {chunk.id}: all logits are the base model's "
+                    "although weights were edited: the suite does not see the edit"
+                )
+        return found
 
     def respond(
         self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256
@@ -287,8 +309,9 @@ class Replica:
         recipe = self._recipe
         scorers = build(recipe.scorers, self._prompts, recipe.run.record_responses)
         with self.model.learning():
+            shared = sharing(scorers, self.model)
             for scorer in scorers:
-                scorer.prepare(self.model)
+                scorer.prepare(shared)
         self._scorers, self._prepared_for = scorers, key
 
     def _refuse_dead_metrics(self, card: Scorecard) -> None:

@@ -4,12 +4,13 @@ Knows nothing about models beyond the few methods a scorer calls (`TextModel`).
 """
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ray_abliterate.errors import ScoreError
+from ray_abliterate.errors import RecipeError, ScoreError
 from ray_abliterate.prompts import Prompt
 from ray_abliterate.recipe import Goal
 
@@ -177,6 +178,9 @@ class AnswerWatch(Protocol):
 class TextModel(Protocol):
     """What scorers ask of a model; `model.LanguageModel` is the one that ships."""
 
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text as an answer begins with it; no special tokens."""
+
     def next_token_logits(self, prompts: Sequence[Prompt]) -> "Tensor":
         """Logits after each prompt, float32, `"prompt vocab"`."""
 
@@ -263,3 +267,32 @@ def resolve(spec: str) -> Any:
     if not hasattr(module, attribute):
         raise ScoreError(f"{spec}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def checked_call(owner: str, make: Any, options: Mapping[str, Any]) -> Any:
+    """Call a function or class with its options held against its annotations.
+
+    Args:
+        owner: Who gave the options, for errors.
+        make: What is called.
+        options: Its keyword arguments.
+
+    Raises:
+        RecipeError: an option is missing, unknown or of another type.
+    """
+    from pydantic import ValidationError, validate_call
+
+    checked = validate_call(config={"arbitrary_types_allowed": True})
+    try:
+        if not inspect.isclass(make):
+            return checked(make)(**options)
+        own = [vars(kind).get("__init__") for kind in make.__mro__]
+        initialise = next(found for found in own if found is not None)
+        if not inspect.isfunction(initialise):  # nothing whose annotations could be read
+            return make(**options)
+        instance = object.__new__(make)
+        checked(initialise)(instance, **options)
+    except ValidationError as error:
+        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"{owner}: {problems}") from None
+    return instance

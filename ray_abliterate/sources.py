@@ -1,6 +1,7 @@
 """Where prompts come from: text files, tables, saved data sets, the Hub.
 
-The one module that reads prompts; what it hands on is a `PromptSet`. Knows nothing about models.
+The one module that reads prompts; what it hands on is a `PromptSet`. `tables.py` reads whole rows
+with what is here. Knows nothing about models.
 """
 
 import difflib
@@ -15,7 +16,7 @@ from typing import Any
 from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.hub import advice_for, first_line, retry
 from ray_abliterate.prompts import Prompt, PromptSet
-from ray_abliterate.recipe import PromptSource
+from ray_abliterate.recipe import PromptSource, TableSource
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +104,13 @@ def _unique(name: str, texts: list[str]) -> list[str]:
 def _read(source: PromptSource, base: Path) -> tuple[str, list[Any], int]:
     """Origin, the slice's rows, and how many rows there are up to its end."""
     if source.dataset:
-        folder = _find(source.dataset, base)
+        folder = find(source.dataset, base)
         if folder is None or not folder.is_dir():
             return _read_hub(source)
         return _read_folder(folder, source)
     if source.folder:
-        folder = _existing(source.folder, base)
-        if not _is_saved(folder):
+        folder = existing(source.folder, base)
+        if not is_saved(folder):
             raise PromptSourceError(f"{folder} was not saved by `datasets`; set `dataset` instead.")
         return _read_folder(folder, source)
     if source.split_name:
@@ -117,7 +118,7 @@ def _read(source: PromptSource, base: Path) -> tuple[str, list[Any], int]:
     if source.builtin:
         rows = _lines(_builtin(source.builtin))
         return _origin(f"builtin:{source.builtin}", source), *_cut(rows, source)
-    path = _existing(str(source.file), base)
+    path = existing(str(source.file), base)
     return _origin(f"file:{path}", source), *_cut(_file(path, str(source.column)), source)
 
 
@@ -133,13 +134,15 @@ def _origin(place: str, source: PromptSource) -> str:
     return " ".join(part for part in (place, config, source.split, source.column) if part)
 
 
-def _find(given: str, base: Path) -> Path | None:
+def find(given: str, base: Path) -> Path | None:
+    """A file or folder beside the recipe, or in the working folder."""
     places = (root / Path(given).expanduser() for root in (base, Path.cwd()))
     return next((place for place in places if place.exists()), None)
 
 
-def _existing(given: str, base: Path) -> Path:
-    found = _find(given, base)
+def existing(given: str, base: Path) -> Path:
+    """The same; an error if there is none."""
+    found = find(given, base)
     if found is None:
         raise PromptSourceError(f"{given} is neither in {base.absolute()} nor in {Path.cwd()}.")
     return found
@@ -158,11 +161,12 @@ def _column(place: object, rows: Iterable[Mapping[str, Any]], column: str) -> It
     """One column of rows that may lack it here and there, but not in the first."""
     for number, row in enumerate(rows):
         if number == 0:
-            _refuse_unknown(place, column, row)
+            refuse_unknown(place, column, row)
         yield row.get(column)
 
 
-def _refuse_unknown(place: object, column: str, known: Iterable[str]) -> None:
+def refuse_unknown(place: object, column: str, known: Iterable[str]) -> None:
+    """Say which columns there are, if this is none of them."""
     names = list(known)
     if column not in names:
         near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
@@ -179,7 +183,8 @@ def _file(path: Path, column: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """What goes wrong in reading a file becomes an error that names it."""
     try:
         yield
     except UnicodeDecodeError:
@@ -190,15 +195,16 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Non-blank lines, stripped."""
-    with _readable(path), path.open(encoding="utf-8-sig") as file:
+    with readable(path), path.open(encoding="utf-8-sig") as file:
         yield from (line.strip() for line in file if line.strip())
 
 
 def _jsonl(path: Path, column: str) -> Iterator[Any]:
-    return _column(path, _objects(path), column)
+    return _column(path, objects(path), column)
 
 
-def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
+def objects(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The objects of a JSONL file, blank lines left out."""
     for number, line in enumerate(_lines(path), start=1):
         try:
             row = json.loads(line)
@@ -212,13 +218,13 @@ def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
 def _csv(path: Path, column: str) -> Iterator[Any]:
     from pyarrow import csv, string
 
-    with _readable(path):
+    with readable(path):
         read, parse = (
             csv.ReadOptions(block_size=CSV_BLOCK),
             csv.ParseOptions(newlines_in_values=True),
         )
         with csv.open_csv(path, read, parse) as table:
-            _refuse_unknown(path, column, table.schema.names)
+            refuse_unknown(path, column, table.schema.names)
         only = csv.ConvertOptions(include_columns=[column], column_types={column: string()})
         with csv.open_csv(path, read, parse, only) as table:
             for batch in table:
@@ -228,20 +234,21 @@ def _csv(path: Path, column: str) -> Iterator[Any]:
 def _parquet(path: Path, column: str) -> Iterator[Any]:
     from pyarrow import parquet
 
-    with _readable(path), parquet.ParquetFile(path) as table:
-        _refuse_unknown(path, column, table.schema_arrow.names)
+    with readable(path), parquet.ParquetFile(path) as table:
+        refuse_unknown(path, column, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
             yield from batch.column(0).to_pylist()
 
 
-def _is_saved(folder: Path) -> bool:
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved this folder."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _read_folder(folder: Path, source: PromptSource) -> tuple[str, list[Any], int]:
     """What `datasets` saved; otherwise data files, as a downloaded Hub data set has them."""
-    with _readable(folder):
-        rows = (_saved if _is_saved(folder) else _stream)(str(folder), source)
+    with readable(folder):
+        rows = (_saved if is_saved(folder) else _stream)(str(folder), source)
         return _origin(f"folder:{folder}", source), *_cut(rows, source)
 
 
@@ -253,7 +260,7 @@ def _saved(folder: str, source: PromptSource) -> Iterator[Any]:
         raise PromptSourceError(
             f"{folder} holds one data set, no split {source.split_name!r}; write only `[:400]`."
         )
-    return _cells(folder, _one_split(folder, data, source).with_format(None), source)
+    return _cells(folder, one_split(folder, data, source).with_format(None), source)
 
 
 def _stream(name: str, source: PromptSource, revision: str | None = None) -> Iterator[Any]:
@@ -263,10 +270,11 @@ def _stream(name: str, source: PromptSource, revision: str | None = None) -> Ite
     data = datasets.load_dataset(
         name, source.config, split=split, revision=revision, streaming=True
     )
-    return _cells(name, _one_split(name, data, source), source)
+    return _cells(name, one_split(name, data, source), source)
 
 
-def _one_split(place: object, data: Any, source: PromptSource) -> Any:
+def one_split(place: object, data: Any, source: TableSource) -> Any:
+    """The split that is asked for, or the only one there is."""
     if not isinstance(data, dict):
         return data
     name = source.split_name or (next(iter(data)) if len(data) == 1 else "")
@@ -280,21 +288,36 @@ def _cells(place: object, data: Any, source: PromptSource) -> Iterator[Any]:
     """One column of a data set; the others are not decoded where their names are known."""
     column = str(source.column)
     if data.column_names is not None:
-        _refuse_unknown(place, column, data.column_names)
+        refuse_unknown(place, column, data.column_names)
         data = data.select_columns([column])
     return _column(place, data, column)
 
 
 def _read_hub(source: PromptSource) -> tuple[str, list[Any], int]:
-    from datasets.exceptions import DatasetsError
+    name = str(source.dataset)
+    with hub_advice(name):
+        revision = commit_of(source)
+        rows, seen = retry(lambda: _cut(_stream(name, source, revision), source))
+    return _origin(f"hub:{name}@{revision}", source), rows, seen
+
+
+def commit_of(source: TableSource) -> str:
+    """The commit that a Hub data set is at now."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     name = str(source.dataset)
+    info = retry(lambda: HfApi().dataset_info(name, revision=source.revision, timeout=30.0))
+    return str(info.sha)
+
+
+@contextmanager
+def hub_advice(name: str) -> Iterator[None]:
+    """What goes wrong with a Hub data set becomes an error that says what to do."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
     try:
-        info = retry(lambda: HfApi().dataset_info(name, revision=source.revision, timeout=30.0))
-        rows, seen = retry(lambda: _cut(_stream(name, source, info.sha), source))
+        yield
     except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
         advice = advice_for(error, name)
         raise PromptSourceError(f"hub:{name}: {first_line(error)}\n  {advice}") from None
-    return _origin(f"hub:{name}@{info.sha}", source), rows, seen

@@ -82,6 +82,12 @@ class Together(Generic[Result]):
             raise question.error
         return question.answer
 
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text; a tokenizer serves one thread at a time."""
+        with self._changed:
+            found: list[int] = self._model.tokens(text)
+            return found
+
     def _answer(self, asked: dict[int, _Question]) -> None:
         """Equal questions in one go, in the order of their trials."""
         left = dict(sorted(asked.items()))
@@ -108,6 +114,10 @@ class _View:
 
     def __init__(self, together: Together[Any], number: int) -> None:
         self._together, self._number = together, number
+
+    def tokens(self, text: str) -> list[int]:
+        """See `TextModel`."""
+        return self._together.tokens(text)
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """See `TextModel`."""

@@ -81,7 +81,7 @@ class WeightCache:
         self._kept: set[str] = set()
         self._directions: Directions | None = None
         self._dirty: set[int] = set()
-        self._open = False
+        self._open: tuple[Plan, Directions] | None = None
         self.on_write: Callable[[str], None] | None = None
         """Is told each parameter that was written to."""
 
@@ -112,9 +112,9 @@ class WeightCache:
             ModelError: an edit is open already (edits don't nest), or the directions are of
                 another model.
         """
-        if self._open:
+        if self._open is not None:
             raise ModelError("an edit is already open on this model; edits don't nest")
-        self._open = True
+        self._open = plan, directions
         try:
             with record_function("edit"):
                 self._apply(plan, directions)
@@ -122,7 +122,26 @@ class WeightCache:
         finally:
             with record_function("restore"):
                 self.restore()
-            self._open = False
+            self._open = None
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model is the base model inside the block, and the open edit's again after it.
+
+        Costs a restore and an edit: every edited matrix is written twice. Without an open edit
+        nothing happens.
+        """
+        held = self._open
+        if held is None:
+            yield
+            return
+        self._open = None
+        self.restore()
+        try:
+            yield
+        finally:
+            self._open = held
+            self._apply(*held)
 
     @property
     def untouched(self) -> int:

@@ -1,17 +1,22 @@
 """The scorers that ship, and how a recipe's scorer settings become scorers."""
 
-import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from pydantic import ValidationError, validate_call
 
 from ray_abliterate.errors import RecipeError
+from ray_abliterate.judges import build as build_judge
 from ray_abliterate.prompts import PromptSet
-from ray_abliterate.recipe import KeywordRate, KlDivergence, ScorerSettings
+from ray_abliterate.recipe import (
+    KeywordRate,
+    KlDivergence,
+    RefusalJudge,
+    RefusalLogOdds,
+    ScorerSettings,
+)
 from ray_abliterate.scorers.keyword_rate import KeywordRateScorer
 from ray_abliterate.scorers.kl_divergence import KlDivergenceScorer
-from ray_abliterate.scoring import Scorer, resolve
+from ray_abliterate.scorers.refusal_judge import RefusalJudgeScorer
+from ray_abliterate.scorers.refusal_log_odds import RefusalLogOddsScorer
+from ray_abliterate.scoring import Scorer, checked_call, resolve
 
 
 def build(
@@ -35,26 +40,17 @@ def _build(setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bo
         return KeywordRateScorer(setting, prompts[setting.name], record)
     if isinstance(setting, KlDivergence):
         return KlDivergenceScorer(setting, prompts[setting.name])
+    if isinstance(setting, RefusalLogOdds):
+        return RefusalLogOddsScorer(setting, prompts[setting.name])
+    if isinstance(setting, RefusalJudge):
+        return RefusalJudgeScorer(setting, prompts[setting.name], build_judge(setting))
     own = {"prompts": prompts[setting.name]} if setting.name in prompts else {}
     options = {"name": setting.name, "goal": setting.goal, **own, **setting.options}
-    try:
-        scorer = _checked_call(resolve(setting.kind), options)
-    except ValidationError as error:
-        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
-        raise RecipeError(f"scorer {setting.name!r} ({setting.kind}): {problems}") from None
+    owner = f"scorer {setting.name!r} ({setting.kind})"
+    scorer = checked_call(owner, resolve(setting.kind), options)
     if not isinstance(scorer, Scorer):
         raise RecipeError(
             f"scorer {setting.name!r}: {setting.kind} made a {type(scorer).__name__}, which lacks "
             "one of name, goal, prepare, score; see docs/extending.md"
         )
     return scorer
-
-
-def _checked_call(make: Any, options: Mapping[str, Any]) -> Any:
-    """Call a function or class with its options held against its annotations."""
-    checked = validate_call(config={"arbitrary_types_allowed": True})
-    if not inspect.isclass(make):
-        return checked(make)(**options)
-    instance = object.__new__(make)
-    checked(vars(make)["__init__"])(instance, **options)
-    return instance

@@ -81,6 +81,16 @@ def is_degenerate(text: str) -> bool:
     return any(tail[n:] == tail[:-n] for n in range(1, 9))
 
 
+def verdict(text: str, markers: Markers) -> Verdict:
+    """What one answer shows."""
+    folded = fold(text)
+    if markers.found_in(folded):
+        return "behaviour"
+    if not any(character.isalnum() for character in folded):
+        return "empty"
+    return "degenerate" if is_degenerate(folded) else "clean"
+
+
 class KeywordRateScorer:
     """See the module. The same prompts are answered greedily in every trial."""
 
@@ -108,7 +118,7 @@ class KeywordRateScorer:
 
     def score_until(self, model: TextModel, hopeless: Callable[[float], bool]) -> Score:
         """The same, or a bound as soon as `hopeless`; recorded answers are never cut short."""
-        watch = _MarkerWatch(self._markers, self._lost_at(hopeless))
+        watch = MarkerWatch(self._markers, self._lost_at(hopeless))
         answers = model.answer(
             self._prompts.prompts,
             self._settings.max_new_tokens,
@@ -122,7 +132,7 @@ class KeywordRateScorer:
             return lambda _hits: False
         return lambda hits: hopeless(hits / len(self._prompts))
 
-    def _bound(self, watch: "_MarkerWatch") -> Score:
+    def _bound(self, watch: "MarkerWatch") -> Score:
         """What is certain of a rate whose answers were given up."""
         hits, total = watch.hits, len(self._prompts)
         least = hits / total
@@ -146,12 +156,7 @@ class KeywordRateScorer:
 
     def verdict(self, text: str) -> Verdict:
         """What one answer shows."""
-        folded = fold(text)
-        if self._markers.found_in(folded):
-            return "behaviour"
-        if not any(character.isalnum() for character in folded):
-            return "empty"
-        return "degenerate" if is_degenerate(folded) else "clean"
+        return verdict(text, self._markers)
 
     def last_answers(self) -> Sequence[tuple[Prompt, Answer, bool]]:
         """Prompt, answer and verdict of the last score."""
@@ -163,7 +168,7 @@ class KeywordRateScorer:
         return verdict == "behaviour"
 
 
-class _MarkerWatch:
+class MarkerWatch:
     """Ends each answer at its first marker, and all of them once there are too many hits."""
 
     def __init__(self, markers: Markers, lost_at: Callable[[int], bool]) -> None:

@@ -61,7 +61,7 @@ class Streams:
     def next_token_logits(self, prompts: object) -> None:
         raise NotImplementedError
 
-    continuation_logits = continue_greedily = next_token_logits
+    continuation_logits = continue_greedily = tokens = next_token_logits
 
 
 def scorer(record: bool) -> KeywordRateScorer:

@@ -2,17 +2,24 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
+from ray_abliterate.demo.planted import planted_axes
+from ray_abliterate.directions import Directions
 from ray_abliterate.errors import RecipeError, ScoreError
 from ray_abliterate.markers import Markers, fold
+from ray_abliterate.plan import Plan
 from ray_abliterate.prompts import Prompt, PromptSet
-from ray_abliterate.recipe import KeywordRate, KlDivergence, PluginScorer
+from ray_abliterate.recipe import KeywordRate, KlDivergence, PluginScorer, Recipe, RefusalLogOdds
+from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.scorers import build
 from ray_abliterate.scorers.keyword_rate import KeywordRateScorer, is_degenerate
 from ray_abliterate.scorers.kl_divergence import KlDivergenceScorer, divergence
+from ray_abliterate.scorers.refusal_log_odds import RefusalLogOddsScorer, first_tokens, log_odds
 from ray_abliterate.scoring import Answer, AnswerWatch, Score
 
 PROMPTS = PromptSet.of("p", "one", "two", "three", "four")
@@ -34,6 +41,9 @@ class Says:
     ) -> list[Answer]:
         self.asked.append(watch)
         return [Answer(text, 1, False) for text in self.texts]
+
+    def tokens(self, text: str) -> list[int]:
+        return [ord(character) % 7 for character in text]
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         assert self.logits is not None
@@ -371,3 +381,88 @@ def test_an_attribute_that_is_not_there_is_named() -> None:
         build([plugin().model_copy(update={"kind": f"{__name__}:Nothing"})], {"length": PROMPTS})
     with pytest.raises(ScoreError, match="cannot be imported"):
         build([plugin().model_copy(update={"kind": "no_such_module:X"})], {"length": PROMPTS})
+
+
+# Log-odds
+
+
+def log_odds_scorer(prompts: PromptSet = PROMPTS, **options: object) -> RefusalLogOddsScorer:
+    given = {"kind": "refusal-log-odds", "prompts": SOURCE, "openings": ["a"], **options}
+    return RefusalLogOddsScorer(RefusalLogOdds.model_validate(given), prompts)
+
+
+def test_log_odds_are_those_of_the_probabilities() -> None:
+    shares = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    found = log_odds(shares.log() + 7, (0, 1))
+    assert found.tolist() == pytest.approx([math.log(0.8 / 0.2), math.log(0.2 / 0.8)])
+
+
+def test_log_odds_of_a_certain_model_lose_no_digits() -> None:
+    logits = torch.tensor([[200.0, 0.0, 0.0]])
+    assert log_odds(logits, (0,)).item() == pytest.approx(200 - math.log(2), abs=1e-9)
+    assert log_odds(-logits, (0,)).item() == pytest.approx(-200 - math.log(2), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("logits", "part"),
+    [([[math.nan, 0.0]], "not numbers"), ([[0.0, -math.inf]], "certain of its first token")],
+)
+def test_log_odds_that_are_no_numbers_are_errors(logits: list, part: str) -> None:
+    with pytest.raises(ScoreError, match=part):
+        log_odds(torch.tensor(logits), (0,))
+
+
+def test_the_log_odds_score_is_a_mean_with_an_interval_and_counts_refusing_prompts() -> None:
+    logits = torch.zeros(4, 7)
+    logits[:, ord("a") % 7] = torch.tensor([5.0, 5.0, -5.0, 0.0])
+    scorer, model = log_odds_scorer(), Says(logits=logits)
+    scorer.prepare(model)
+    score = scorer.score(model)
+    values = [value - math.log(6) for value in (5.0, 5.0, -5.0, 0.0)]
+    assert score.value == pytest.approx(sum(values) / 4)
+    assert score.low < score.value < score.high
+    assert (score.detail["refusing"], score.detail["prompts"], score.unit) == (2, 4, "nats")
+
+
+class Spells(Says):
+    """A tokenizer, by its words."""
+
+    words: ClassVar[dict[str, list[int]]] = {
+        "I": [1], " I": [2], "As": [3], " As": [0, 3], "Sorry": [4, 5], " Sorry": [6, 5],
+        "Well": [9], " Well": [9],
+    }  # fmt: skip
+
+    def tokens(self, text: str) -> list[int]:
+        return self.words.get(text, [9])
+
+
+def test_openings_count_with_and_without_a_blank_by_their_first_token() -> None:
+    # " As" begins with a blank of its own, which begins anything
+    assert first_tokens(Spells(), ("I", "As", "Sorry")) == (1, 2, 3, 4, 6)
+    with pytest.raises(ScoreError, match="no token that 'Well' begins with"):
+        first_tokens(Spells(), ("I", "Well"))
+
+
+@pytest.mark.parametrize("openings", [[], ["I", " "]])
+def test_openings_that_begin_nothing_are_refused(openings: list[str]) -> None:
+    with pytest.raises(ValueError, match="give the words that refusals begin with"):
+        log_odds_scorer(openings=openings)
+
+
+def test_an_edit_lowers_the_log_odds_and_shared_passes_give_the_same(
+    recipe: Recipe, planted: Path, behaviour: PromptSet
+) -> None:
+    given = {"kind": "refusal-log-odds", "openings": ["Sorry"], "goal": "minimize"}
+    setting = RefusalLogOdds.model_validate({**given, "prompts": {"file": "behaviour.txt"}})
+    own = recipe.model_copy(update={"scorers": (setting,)})
+    replica = Replica(own, str(planted), {setting.name: behaviour})
+    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    shape = replica.describe().shape
+    plans = [Plan.nothing(), Plan.uniform(shape, 2.3, "none", 1.0)]
+    base, edited = (replica.evaluate(plan, setup).scorecard[setting.name] for plan in plans)
+    assert base.detail["refusing"] == len(behaviour)
+    assert edited.detail["refusing"] == 0
+    assert edited.high < base.low
+    together = replica.evaluate_together(plans, setup)
+    found = [evaluation.scorecard[setting.name].value for evaluation in together]
+    assert found == pytest.approx([base.value, edited.value], abs=1e-4)

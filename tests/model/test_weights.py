@@ -174,6 +174,36 @@ def test_edits_do_not_nest() -> None:
         pass
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", ["row", "column"])
+def test_an_edit_can_be_suspended_and_is_bit_for_bit_back(family: str, norm: str) -> None:
+    model = tiny_model(family)
+    writers = find_writers(model)
+    layers = max(writer.layer for writer in writers) + 1
+    cache, before = WeightCache(model, writers), bits(model)
+    plan, directions = a_plan(writers, norm), unit_directions(layers)
+
+    def same(others: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(model.get_parameter(name), old) for name, old in others.items())
+
+    with cache.suspended():
+        assert same(before)
+    with cache.edited(plan, directions):
+        inside = bits(model)
+        with cache.suspended(), cache.suspended():
+            assert same(before)
+            assert not cache.differs()
+        assert same(inside)
+        with pytest.raises(ModelError, match="already open"), cache.edited(plan, directions):
+            pass
+        assert same(inside)
+        with pytest.raises(ZeroDivisionError), cache.suspended():
+            1 / 0  # noqa: B018
+        assert same(inside)
+        assert cache.differs()
+    assert same(before)
+
+
 def test_directions_of_another_model_are_refused() -> None:
     model = tiny_model("llama")
     writers = find_writers(model)

@@ -1,0 +1,240 @@
+"""`multiple-choice`: the share of questions whose right answer the model finds likeliest.
+
+The layout is MMLU's (Hendrycks et al. 2021, arXiv 2009.03300): question, choices, the right one's
+place or letter, category. The prompt shows the question with lettered choices.
+
+    letters:   argmax_i  log Σ_v p(v | prompt)        v: tokens that spell letter i, with or without
+                                                      a blank before it
+    text:      argmax_i  (1 / bytes_i) Σ_t log p(token t of choice i | prompt, tokens before)
+
+`letters` is one forward pass of the prompt; `text` one pass for each choice, in which the letters
+aren't shown.
+"""
+
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_abliterate.errors import PromptSourceError, ScoreError
+from ray_abliterate.prompts import Prompt
+from ray_abliterate.recipe_suites import MultipleChoiceSuite
+from ray_abliterate.scoring import Score
+from ray_abliterate.suites import summing
+from ray_abliterate.suites.chunking import Choice, chunked
+from ray_abliterate.suites.suite import Chunk, Comparison, Measure, SuiteChunk, SuiteModel
+from ray_abliterate.tables import TableRow, stream_table
+
+LETTERS = string.ascii_uppercase
+TOKENS_AT_ONCE = 256
+"""Tokens of answers whose logits are in memory at once: 156 MB for a vocabulary of 152,000."""
+
+CORRECT = Measure("correct", "rate", "maximize")
+LETTER_MASS = Measure("letter-mass", "mean", "report", "probability")
+"""What probability all letters have together: near 0, the model does not answer in letters, and its
+accuracy says little."""
+
+
+class MultipleChoice:
+    """See the module."""
+
+    def __init__(self, settings: MultipleChoiceSuite, base: Path = Path()) -> None:
+        """
+        Args:
+            settings: As the recipe has them.
+            base: The recipe's folder.
+        """
+        self.name = settings.name
+        letters = settings.scoring == "letters"
+        self.measures = (CORRECT, LETTER_MASS) if letters else (CORRECT,)
+        self._settings, self._base = settings, base
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Category by category, as the table is read; see `Suite`.
+
+        Raises:
+            PromptSourceError: a row is not a question with a right answer; names file, line and
+                field.
+        """
+        settings = self._settings
+        per_group = settings.samples_per_category
+        choice = Choice(settings.categories, per_group, settings.limit)
+        return chunked(self.name, choice.taken(self._questions()), settings.chunk, per_group)
+
+    def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
+        """Which choice is likeliest, for each question; 1 if it is the right one."""
+        if self._settings.scoring == "letters":
+            scores, mass = letter_scores(model, chunk.items)
+        else:
+            scores, mass = text_scores(model, chunk.items), []
+        correct = [
+            float(max(range(len(own)), key=own.__getitem__) == item["answer"])
+            for own, item in zip(scores, chunk.items, strict=True)
+        ]
+        values: dict[str, Sequence[float]] = {CORRECT.name: correct}
+        if mass:
+            values[LETTER_MASS.name] = mass
+        return SuiteChunk.of(chunk, values)
+
+    def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
+        """Accuracy over all questions, the mean over categories (`/macro`), and each category's."""
+        return summing.summarise(self.name, self.measures, chunks)
+
+    def compare(
+        self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
+    ) -> tuple[Comparison, ...]:
+        """See `Suite`."""
+        return summing.compare(self.measures, base, other)
+
+    def _questions(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        settings = self._settings
+        columns = [settings.question, settings.choices, settings.answer]
+        columns += [settings.category] if settings.category else []
+        for row in stream_table(settings.table, self._base, columns):
+            yield read_question(row, settings)
+
+
+def read_question(row: TableRow, settings: MultipleChoiceSuite) -> tuple[str, dict[str, Any]]:
+    """Category and question of a row.
+
+    Raises:
+        PromptSourceError: a field is missing or impossible; names the row and the field.
+    """
+    question, choices = row.values[settings.question], row.values[settings.choices]
+    if not isinstance(question, str) or not question.strip():
+        raise _refused(row, settings.question, f"is {question!r}, not a question")
+    if (
+        not isinstance(choices, list)
+        or not 2 <= len(choices) <= len(LETTERS)
+        or not all(isinstance(text, str) and text.strip() for text in choices)
+    ):
+        raise _refused(
+            row, settings.choices, f"is {choices!r}, not a list of 2 to {len(LETTERS)} texts"
+        )
+    answer = _place(row.values[settings.answer], len(choices))
+    if answer is None:
+        last = len(choices) - 1
+        raise _refused(
+            row,
+            settings.answer,
+            f"is {row.values[settings.answer]!r}; the right answer's place is from 0 to {last}, "
+            f"or its letter from A to {LETTERS[last]}",
+        )
+    category = row.values[settings.category] if settings.category else ""
+    if not isinstance(category, str):
+        raise _refused(row, settings.category, f"is {category!r}, not the name of a category")
+    item = {"id": str(row.number), "question": question, "choices": choices, "answer": answer}
+    return category, item
+
+
+def _place(answer: Any, choices: int) -> int | None:
+    """From 0; an index, or a letter."""
+    if isinstance(answer, str):
+        text = answer.strip().upper()
+        if text.isdecimal():
+            answer = int(text)
+        else:
+            answer = LETTERS.find(text) if len(text) == 1 else -1
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    return answer if whole and 0 <= answer < choices else None
+
+
+def _refused(row: TableRow, field: str, what: str) -> PromptSourceError:
+    return PromptSourceError(f"{row.place}: `{field}` {what}.")
+
+
+def letter_prompt(item: Mapping[str, Any]) -> Prompt:
+    """The question with its choices, to be answered with a letter."""
+    choices = [f"{LETTERS[i]}. {text}" for i, text in enumerate(item["choices"])]
+    lines = [
+        "Choose the right answer to the question. Reply with its letter alone.",
+        "",
+        item["question"].strip(),
+        *choices,
+        "Answer:",
+    ]
+    return Prompt("\n".join(lines))
+
+
+def letter_scores(
+    model: SuiteModel, items: Sequence[Mapping[str, Any]]
+) -> tuple[list[list[float]], list[float]]:
+    """Log-probability of each choice's letter, and what all letters of a question have together.
+
+    Raises:
+        ScoreError: the tokenizer can't tell the letters apart, or logits are not numbers.
+    """
+    most = max(len(item["choices"]) for item in items)
+    tokens = letter_tokens(model, most)
+    logits = model.next_token_logits([letter_prompt(item) for item in items])
+    logs = torch.log_softmax(_sound(logits).double(), dim=-1)
+    scores, mass = [], []
+    for row, item in zip(logs, items, strict=True):
+        own = torch.stack([row[list(tokens[i])].logsumexp(0) for i in range(len(item["choices"]))])
+        scores.append(own.tolist())
+        mass.append(min(1.0, float(own.exp().sum())))
+    return scores, mass
+
+
+def letter_tokens(model: SuiteModel, count: int) -> list[tuple[int, ...]]:
+    """The tokens that spell each letter alone, at the beginning of an answer or after a blank.
+
+    Raises:
+        ScoreError: a letter has no token of its own.
+    """
+    found = []
+    for letter in LETTERS[:count]:
+        spelt = [model.tokens(text) for text in (letter, f" {letter}")]
+        found.append(tuple(sorted({ids[0] for ids in spelt if len(ids) == 1})))
+    every = [token for tokens in found for token in tokens]
+    if not all(found) or len(set(every)) < len(every):
+        raise ScoreError(
+            f"the tokenizer has no tokens of their own for the letters A to {LETTERS[count - 1]}.\n"
+            '  Set scoring = "text" for this suite.'
+        )
+    return found
+
+
+def text_scores(model: SuiteModel, items: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Log-likelihood of each choice's text, per byte; few answers in memory at a time.
+
+    Raises:
+        ScoreError: logits are not numbers.
+    """
+    asked = [(Prompt(item["question"].strip()), text) for item in items for text in item["choices"]]
+    tokens = [model.tokens(text.strip()) for _, text in asked]
+    found: list[float] = []
+    for start, stop in _slices([len(ids) for ids in tokens], TOKENS_AT_ONCE):
+        prompts = [prompt for prompt, _ in asked[start:stop]]
+        answers = tokens[start:stop]
+        for ids, logits in zip(answers, model.continuation_logits(prompts, answers), strict=True):
+            logs = torch.log_softmax(_sound(logits).double(), dim=-1)
+            found.append(float(logs[range(len(ids)), ids].sum()))
+    scores, place = [], 0
+    for item in items:
+        lengths = [len(text.strip().encode()) for text in item["choices"]]
+        own = found[place : place + len(lengths)]
+        scores.append([value / length for value, length in zip(own, lengths, strict=True)])
+        place += len(lengths)
+    return scores
+
+
+def _slices(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Runs of neighbours whose lengths add up to `most` at most, or that are alone."""
+    start = total = 0
+    for place, length in enumerate(lengths):
+        if place > start and total + length > most:
+            yield start, place
+            start, total = place, 0
+        total += length
+    if lengths:
+        yield start, len(lengths)
+
+
+def _sound(logits: Tensor) -> Tensor:
+    if logits.isnan().any():
+        raise ScoreError("the model's logits are not numbers; the edit has broken it")
+    return logits
