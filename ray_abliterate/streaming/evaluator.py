@@ -139,10 +139,12 @@ class StreamingEvaluator:
 
     def _geometry(self, carry: Carry, window: int | None) -> Geometry:
         if carry is not Carry.NONE:
-            size = self._chunk_size or self._most_per_pass(window)
+            size = self._chunk_size
+            size = self._most_per_pass(window) if size is None else size
             return Geometry(carry, size, self._overlap or 0)
         most = min(CHUNK, _trained(self._config) or CHUNK)
-        size = self._chunk_size or max(most, 2 * (self._overlap or 0))
+        size = self._chunk_size
+        size = max(most, 2 * (self._overlap or 0)) if size is None else size
         overlap = size // OVERLAP_SHARE if self._overlap is None else self._overlap
         return Geometry(carry, size, overlap)
 
@@ -359,7 +361,7 @@ class StreamingEvaluator:
                 + ("." if size == 1 else ", and the model can't take it in parts.")
                 + "\n  Lower chunk_size, choose another carry, or give the model more memory."
             )
-        self._pass = size // 2
+        self._pass = (size + 1) // 2
         log.warning("a pass of %d tokens does not fit; going on with %d", size, self._pass)
         return self._pass
 

@@ -20,6 +20,8 @@ from ray_abliterate.streaming.sources import SAMPLE, TokenSource, after
 
 PIECE = 1 << 16
 """Characters that are tokenized at once."""
+IDS_AT_ONCE, ROWS_AT_ONCE = 1 << 16, 64
+"""Rows of a Parquet file: of one id each, and of whole documents."""
 TABLES = (".parquet", ".arrow", ".feather")
 COLUMNS = ("tokens", "input_ids", "text")
 
@@ -134,7 +136,7 @@ class TableText:
         for batch in self._batches():
             values = batch.column(self._column)
             if str(values.type).startswith(("int", "uint")):
-                yield values.drop_null().to_numpy(zero_copy_only=False)
+                yield values.drop_null().to_numpy(zero_copy_only=False).copy()
                 continue
             yield from (cell for cell in values.to_pylist() if cell)
 
@@ -143,7 +145,9 @@ class TableText:
             from pyarrow import parquet
 
             with parquet.ParquetFile(self._path) as file:
-                yield from file.iter_batches(batch_size=256, columns=[self._column])
+                kind = str(file.schema_arrow.field(self._column).type)
+                rows = IDS_AT_ONCE if kind.startswith(("int", "uint")) else ROWS_AT_ONCE
+                yield from file.iter_batches(batch_size=rows, columns=[self._column])
             return
         yield from _arrow_batches(self._path)
 
