@@ -6,6 +6,10 @@
     ├── ModelError              a model cannot be loaded or used
     │   └── UnknownArchitecture no writers are declared for the model's type
     ├── ScoreError              a score is missing or not a finite number
+    ├── EvaluationError         a text cannot be evaluated as asked
+    │   ├── TokenSourceError    tokens cannot be read, or are not the model's
+    │   ├── UnsupportedCarry    the model cannot carry over what is asked
+    │   └── EvaluationChanged   a saved evaluation is one of something else
     ├── SearchError             the search cannot start or go on
     ├── RunDirectoryError       a run directory is missing, taken, changed or unreadable
     │   ├── RunExists
@@ -40,6 +44,22 @@ class UnknownArchitecture(ModelError):
 
 class ScoreError(RayAbliterateError):
     """A score is missing, or not a finite number."""
+
+
+class EvaluationError(RayAbliterateError):
+    """A text cannot be evaluated as asked."""
+
+
+class TokenSourceError(EvaluationError):
+    """Tokens cannot be read, are too few, or are not in the model's vocabulary."""
+
+
+class UnsupportedCarry(EvaluationError):
+    """The model cannot carry over what is asked, or does so wrongly."""
+
+
+class EvaluationChanged(EvaluationError):
+    """A saved evaluation is of another model, text or setting."""
 
 
 class SearchError(RayAbliterateError):

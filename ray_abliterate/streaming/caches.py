@@ -1,0 +1,176 @@
+"""What a model's cache holds: its size, taking it back, and writing it to a file.
+
+Knows the layers of transformers' `DynamicCache`; any other kind of cache is copied whole.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+GROWING = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+"""Layers that keep every key and value, by their exact type."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What kind of memory a cache is.
+
+    Attributes:
+        full: Layers that keep all keys and values.
+        bounded: Layers that keep those of a window.
+        recurrent: Layers that keep a state of fixed size.
+        opaque: It is of a kind of its own.
+    """
+
+    full: int = 0
+    bounded: int = 0
+    recurrent: int = 0
+    opaque: bool = False
+
+    @classmethod
+    def of(cls, cache: Any) -> "Memory":
+        """Of a cache that has been used."""
+        if not isinstance(cache, Cache):
+            return cls(opaque=True)
+        layers = cache.layers
+        full = sum(layer_grows(layer) for layer in layers)
+        bounded = sum(bool(getattr(layer, "sliding_window", None)) for layer in layers)
+        recurrent = sum(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+        return cls(full, bounded, recurrent)
+
+
+def layer_grows(layer: Any) -> bool:
+    """Whether a layer's memory grows with the text."""
+    return isinstance(layer, DynamicLayer) and not getattr(layer, "sliding_window", None)
+
+
+def held_bytes(cache: Any) -> int:
+    """Memory behind a cache; storage that tensors share counts once."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(cache)
+    }
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for each in value.values() for t in _tensors(each)]
+    if isinstance(value, list | tuple):
+        return [t for each in value for t in _tensors(each)]
+    return _tensors(vars(value)) if hasattr(value, "__dict__") and not callable(value) else []
+
+
+# Taking back
+
+
+def snapshot(cache: Any) -> Any:
+    """What `restored` needs to bring a cache back to how it is now; cheap for growing layers."""
+    if cache is None:
+        return None
+    if not isinstance(cache, Cache):
+        return copy.deepcopy(cache)
+    return [_layer_snapshot(layer) for layer in cache.layers]
+
+
+def restored(cache: Any, kept: Any) -> Any:
+    """The cache as it was; it may be asked for several times."""
+    if kept is None:
+        return None
+    if not isinstance(kept, list):
+        return copy.deepcopy(kept)
+    del cache.layers[len(kept) :]
+    for layer, (length, values) in zip(cache.layers, kept, strict=True):
+        vars(layer).update(copy.deepcopy(values))
+        if length is None:
+            continue
+        if length:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        else:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+    return cache
+
+
+def _layer_snapshot(layer: Any) -> tuple[int | None, dict[str, Any]]:
+    """Length of a layer that only grows, and copies of all else."""
+    if type(layer) not in GROWING:
+        return None, copy.deepcopy(vars(layer))
+    others = {k: v for k, v in vars(layer).items() if k not in ("keys", "values")}
+    known = isinstance(layer.keys, Tensor) and layer.keys.numel() > 0
+    return int(layer.keys.shape[-2]) if known else 0, copy.deepcopy(others)
+
+
+# Writing to a file
+
+
+def exported(cache: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+    """Tensors by name, and the rest in values that JSON holds; None for an unknown kind."""
+    if type(cache).__name__ != "DynamicCache":
+        return None
+    tensors: dict[str, Tensor] = {}
+    rest = []
+    for number, layer in enumerate(cache.layers):
+        values: dict[str, Any] = {"kind": type(layer).__name__}
+        for name, value in vars(layer).items():
+            if not _export(f"{number}.{name}", value, values, tensors):
+                return None
+        rest.append(values)
+    return tensors, rest
+
+
+def _export(name: str, value: Any, values: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Put one attribute where it belongs; whether it can be."""
+    own = name.partition(".")[2]
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+    elif isinstance(value, dict):
+        return all(_export(f"{name}.{key}", each, values, tensors) for key, each in value.items())
+    elif isinstance(value, torch.dtype | torch.device):
+        values[own] = f"{type(value).__name__}:{value}".replace("torch.", "")
+    elif value is None or isinstance(value, bool | int | float | str):
+        values[own] = value
+    else:
+        return False
+    return True
+
+
+def imported(
+    cache: Any, tensors: dict[str, Tensor], rest: list[dict[str, Any]], device: torch.device
+) -> bool:
+    """Fill a new cache of the same kind; whether it is of the same kind."""
+    kinds = [type(layer).__name__ for layer in cache.layers]
+    if kinds != [values["kind"] for values in rest]:
+        return False
+    for layer, values in zip(cache.layers, rest, strict=True):
+        for name, value in values.items():
+            if name != "kind":
+                _put(layer, name, _meant(value, device))
+    for name, tensor in tensors.items():
+        number, _, own = name.partition(".")
+        _put(cache.layers[int(number)], own, tensor.to(device))
+    return True
+
+
+def _put(layer: Any, name: str, value: Any) -> None:
+    attribute, _, key = name.partition(".")
+    if key:
+        getattr(layer, attribute)[int(key)] = value
+    else:
+        setattr(layer, attribute, value)
+
+
+def _meant(value: Any, device: torch.device) -> Any:
+    if isinstance(value, str) and value.startswith("dtype:"):
+        return getattr(torch, value.removeprefix("dtype:"))
+    return device if isinstance(value, str) and value.startswith("device:") else value

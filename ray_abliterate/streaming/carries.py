@@ -1,0 +1,95 @@
+"""What one chunk hands on to the next, and where chunks lie. Values; knows nothing of models."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ray_abliterate.errors import EvaluationError
+
+
+class Carry(StrEnum):
+    """What a chunk knows of the text before it."""
+
+    KV = "kv"
+    """All that the model's cache keeps: the losses of one full forward pass. The cache of full
+    attention grows with the text."""
+    WINDOW = "window"
+    """Attention reaches back `window` tokens in every layer: constant memory, another quantity."""
+    STATE = "state"
+    """Recurrent state and attention windows of the model's own: one full pass, constant memory."""
+    NONE = "none"
+    """Nothing but `overlap` tokens: constant memory, chunks are independent."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a chunk lies in the text, in tokens.
+
+    Attributes:
+        index: Number of the chunk.
+        first: The first token that is fed.
+        start: The first of its own tokens; those before are context.
+        stop: One after its last.
+    """
+
+    index: int
+    first: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Cuts a text into chunks: each token but the first one is predicted in exactly one of them.
+
+    Attributes:
+        carry: What a chunk knows of the text before it.
+        chunk_size: Tokens of a chunk, the overlap included.
+        overlap: Tokens of a chunk that are context only; they belong to the chunk before.
+    """
+
+    carry: Carry
+    chunk_size: int
+    overlap: int = 0
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 2:
+            raise EvaluationError(
+                f"chunk_size = {self.chunk_size}: a chunk needs two tokens, one to predict the "
+                "other.\n  Set chunk_size to 2 or more."
+            )
+        if self.overlap < 0:
+            raise EvaluationError(
+                f"overlap = {self.overlap} is negative.\n  Set it to 0 or more tokens."
+            )
+        if self.overlap and self.carry is not Carry.NONE:
+            raise EvaluationError(
+                f"overlap = {self.overlap} with carry = {self.carry.value}: what is carried is the "
+                "context already.\n  Set overlap = 0, or carry = none."
+            )
+        if self.overlap >= self.chunk_size:
+            raise EvaluationError(
+                f"overlap = {self.overlap} leaves nothing of chunk_size = {self.chunk_size}.\n"
+                f"  Set overlap below {self.chunk_size}, or chunk_size above {self.overlap}."
+            )
+
+    @property
+    def stride(self) -> int:
+        """New tokens of each chunk but the first."""
+        return self.chunk_size - self.overlap
+
+    def span(self, index: int) -> Span:
+        """Chunk number `index`, if the text reaches that far."""
+        begin = index * self.stride
+        stop, start = begin + self.chunk_size, begin + (self.overlap if index else 0)
+        if self.carry is Carry.NONE:
+            return Span(index, begin, start, stop)
+        return Span(index, max(start - 1, 0), start, stop)
+
+    def chunks(self, tokens: int) -> int:
+        """How many chunks a text of so many tokens makes."""
+        if tokens < 2:
+            return 0
+        beyond = max(0, tokens - self.chunk_size)
+        count = 1 + -(-beyond // self.stride)
+        alone = count > 1 and self.carry is Carry.NONE and not self.overlap
+        return count - (alone and beyond % self.stride == 1)
