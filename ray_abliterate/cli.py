@@ -196,9 +196,10 @@ def show(
     ] = False,
 ) -> None:
     """Show the frontier, or one trial."""
-    from ray_abliterate.live import console, count_trials, frontier_table
+    from ray_abliterate.live import console, count_trials, frontier_table, suites_table
     from ray_abliterate.rundir import RunDirectory
     from ray_abliterate.show import print_responses, print_trial
+    from ray_abliterate.suites import build
 
     directory = RunDirectory.open(run)
     output = console()
@@ -207,12 +208,46 @@ def show(
         baseline = directory.baseline()
         output.print(count_trials(trials, directory.recipe.search.trials))
         output.print(frontier_table(_frontier(trials), baseline.scorecard if baseline else None))
+        kept = directory.measurements(directory.recipe.suites)
+        if kept.labels:
+            output.print(suites_table(kept, build(directory.recipe.suites, directory.base)))
         for warning in _bound_warnings(directory, _frontier(trials)):
             output.print(f"warning: {warning}", markup=False)
     elif responses:
         print_responses(directory, trial, output)
     else:
         print_trial(directory, directory.trial(trial), output)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    trial: Annotated[
+        list[int] | None, typer.Option(help="Trials to measure; the frontier if unset.")
+    ] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="Suites to run; all if unset.")] = None,
+    suites: Annotated[
+        Path | None, typer.Option(help="File with [[suites]]; the recipe's own if unset.")
+    ] = None,
+) -> None:
+    """Measure suites (knowledge, over-refusal, KL over whole answers) on a run's trials."""
+    from ray_abliterate.evaluating import evaluate_run
+    from ray_abliterate.live import LineWatch, console, suites_table
+    from ray_abliterate.measuring import chosen_suites
+    from ray_abliterate.recipe import SuiteFile
+    from ray_abliterate.rundir import RunDirectory
+    from ray_abliterate.suites import build
+
+    directory = RunDirectory.open(run)
+    known = SuiteFile.load(suites) if suites else directory.recipe.suites
+    chosen, base = chosen_suites(known, suite or ()), suites.parent if suites else directory.base
+    built = build(chosen, base)
+    numbers = [directory.trial(number) for number in trial or ()]
+    members = numbers or list(_frontier(directory.trials()).members)
+    output = console()
+    evaluate_run(directory, members, chosen, base, LineWatch(output))
+    output.print(suites_table(directory.measurements(chosen), built))
+    output.print(f"Kept in {directory.path / 'evaluations'}")
 
 
 @app.command()

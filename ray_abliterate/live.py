@@ -11,7 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.measurements import BASE, Measurements
+from ray_abliterate.measurements import Progress as SuiteProgress
 from ray_abliterate.scoring import Score, Scorecard
+from ray_abliterate.suites import Suite
 
 FRONTIER_ROWS = 12
 """Members shown while the search runs; `show` has them all."""
@@ -65,6 +68,42 @@ def frontier_table(
     if len(members) < len(frontier):
         table.caption = f"{len(members)} of {len(frontier)} members"
     return table
+
+
+def suites_table(kept: Measurements, suites: Sequence[Suite]) -> Table:
+    """The main score of each suite: a row per model, beside the base model's."""
+    table = Table(title="Suites", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("model")
+    for suite in suites:
+        table.add_column(suite.name)
+    for model in kept.labels:
+        row = []
+        for suite in suites:
+            known, base = kept.of(model, suite.name), kept.of(BASE, suite.name)
+            row.append(_suite_cell(suite, known, base if model != BASE else None))
+        table.add_row(model, *row)
+    table.caption = "p: probability of such a difference if the models were equal; * not all chunks"
+    return table
+
+
+def _suite_cell(suite: Suite, known: SuiteProgress, base: SuiteProgress | None) -> str:
+    if not known.chunks:
+        return ""
+    scores = suite.summary(known.chunks)
+    text = describe_score(scores[0]) if scores else f"{len(known.chunks)} chunks"
+    text += "" if known.whole else " *"
+    shared = {c.chunk for c in known.chunks} & {c.chunk for c in base.chunks} if base else set()
+    if not scores or base is None or not shared:
+        return text
+    found = suite.compare(
+        [c for c in base.chunks if c.chunk in shared],
+        [c for c in known.chunks if c.chunk in shared],
+    )
+    if not found:
+        return text
+    first = found[0]
+    p = "" if first.p is None else f", p {first.p:.2g}"
+    return f"{text}\n{first.difference:+.3g} [{first.low:+.2g}, {first.high:+.2g}]{p}"
 
 
 def _thinned(members: tuple[Trial, ...], rows: int | None) -> tuple[Trial, ...]:

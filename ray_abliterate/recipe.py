@@ -356,3 +356,25 @@ class Recipe(Section):
     def from_json(cls, text: str) -> "Recipe":
         """The inverse of `to_json`."""
         return cls.model_validate_json(text)
+
+
+class SuiteFile(Section):
+    """A file with `[[suites]]` alone, for `ray-abliterate evaluate`."""
+
+    suites: tuple[SuiteSettings, ...] = Field(min_length=1)
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[SuiteSettings, ...]:
+        """The suites of a file; a whole recipe will do, too.
+
+        Raises:
+            RecipeError: the file is missing or not TOML, or a value is wrong.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"{path} can't be read: {error}") from None
+        try:
+            return cls.model_validate({"suites": values.get("suites", ())}).suites
+        except ValidationError as error:
+            raise RecipeError("\n".join(explain(path.name, error, cls))) from None

@@ -17,6 +17,11 @@ NAME = re.compile(r"^[\w.\-]+$")
 class _Named(Section):
     """What every suite has; a base, and no section."""
 
+    at_least: float | None = None
+    """Measuring ends early once its main score is, with its 95 % interval, above or below this."""
+    at_most: float | None = None
+    """The same, for a score that is to be small."""
+
     @field_validator("name", check_fields=False)
     @classmethod
     def _is_a_name(cls, value: str) -> str:

@@ -20,6 +20,7 @@ from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier
+from ray_abliterate.measuring import validate
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
 from ray_abliterate.prompts import PromptSet
@@ -91,6 +92,8 @@ def run(
         if profile:
             profile_trial(recipe, directory, pool, shared, baseline, watch)
         search(recipe, directory, pool, shared, baseline, record, watch)
+        if len(directory.trials()) >= recipe.search.trials:
+            validate(directory, base, pool, shared, watch)
     return Frontier.of(directory.trials())
 
 

@@ -9,7 +9,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from ray_abliterate.errors import (
 from ray_abliterate.files import write_whole
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.grid import Tuning
-from ray_abliterate.recipe import Recipe
+from ray_abliterate.measurements import Measurements
+from ray_abliterate.recipe import Recipe, SuiteSettings
 from ray_abliterate.residuals import Residuals, join
 from ray_abliterate.scoring import Scorecard
 from ray_abliterate.shard_files import ShardFolder
@@ -335,6 +336,10 @@ class RunDirectory:
         return rows
 
     # Other places
+
+    def measurements(self, suites: Sequence[SuiteSettings]) -> Measurements:
+        """What suites found of this run's models."""
+        return Measurements(self.path / "evaluations", suites)
 
     @property
     def tune(self) -> Path:

@@ -10,9 +10,10 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import ray
@@ -446,9 +447,21 @@ class ReplicaPool:
             ready, _ = ray.wait(list(waiting), num_returns=1)
             yield waiting.pop(ready[0]), unwrap(ready[0])[0]
 
-    def map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Call a method once per argument tuple; results as they come."""
-        waiting = [self.actor.call.remote(method, list(args)) for args in calls]
-        while waiting:
+    def map(
+        self, method: str, calls: Iterable[tuple[Any, ...]], most_out: int | None = None
+    ) -> Iterator[Any]:
+        """Call a method once per argument tuple; results as they come.
+
+        Args:
+            method: Of the replicas.
+            calls: Arguments; read only as calls are made.
+            most_out: Calls that are out at once; all of them if unset.
+        """
+        left, waiting = iter(calls), list[Any]()
+        while True:
+            more = islice(left, None if most_out is None else most_out - len(waiting))
+            waiting += [self.actor.call.remote(method, list(args)) for args in more]
+            if not waiting:
+                return
             ready, waiting = ray.wait(waiting, num_returns=1)
             yield unwrap(ready[0])
