@@ -91,11 +91,13 @@ class InProcess:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.replica, method)(*args)
 
-    def map(self, method: str, calls: Any) -> Any:
-        return [self.call(method, *args) for args in calls]
+    replicas = 1
+
+    def map(self, method: str, calls: Any, most_out: int | None = None) -> Any:
+        return (self.call(method, *args) for args in calls)
 
     def map_by_reference(self, method: str, calls: Any) -> Any:
-        return enumerate(self.map(method, calls))
+        return enumerate(list(self.map(method, calls)))
 
     def put(self, setup: Any) -> Any:
         return setup
