@@ -37,6 +37,7 @@ from ray_abliterate.recipe_suites import (
     KlSuite,
     MultipleChoiceSuite,
     OverRefusalSuite,
+    PerplexitySuite,
     PluginSuite,
     ResponsesSuite,
 )
@@ -104,6 +105,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ('`[[suites]]` with `kind = "multiple-choice"`', MultipleChoiceSuite),
     ('`[[suites]]` with `kind = "over-refusal"`', OverRefusalSuite),
     ('`[[suites]]` with `kind = "kl"`', KlSuite),
+    ('`[[suites]]` with `kind = "perplexity"`', PerplexitySuite),
     ('`[[suites]]` with `kind = "responses"`', ResponsesSuite),
     ("`[[suites]]` of your own", PluginSuite),
     ("A table", TableSource),

@@ -120,6 +120,26 @@ class KlSuite(_Named):
     256 tokens of answers."""
 
 
+class PerplexitySuite(_Named):
+    """Loss of the model on texts, in nats per token; each text on its own, without a template."""
+
+    kind: Literal["perplexity"]
+    name: str = "perplexity"
+    """Name of the suite, and of its scores."""
+    table: TableSource = Field(default_factory=lambda: TableSource(builtin="alice"))
+    """The texts; `builtin = "alice"` is the beginning of a book in the public domain."""
+    column: str = "text"
+    """Column of the text."""
+    least_characters: int = Field(64, ge=1)
+    """Shorter texts, such as empty lines and titles, are left out."""
+    tokens: int = Field(512, ge=2)
+    """The first so many tokens of each text."""
+    limit: int | None = Field(None, ge=1)
+    """The first so many texts."""
+    chunk: int = Field(16, ge=1)
+    """Texts of a unit of work."""
+
+
 class ResponsesSuite(_Named):
     """Answers kept for reading; nothing is scored."""
 
@@ -167,7 +187,7 @@ class PluginSuite(_Named):
         return value
 
 
-KINDS = ("multiple-choice", "over-refusal", "kl", "responses")
+KINDS = ("multiple-choice", "over-refusal", "kl", "perplexity", "responses")
 """The kinds that have a section of their own."""
 
 
@@ -180,6 +200,7 @@ SuiteSettings = Annotated[
     Annotated[MultipleChoiceSuite, Tag("multiple-choice")]
     | Annotated[OverRefusalSuite, Tag("over-refusal")]
     | Annotated[KlSuite, Tag("kl")]
+    | Annotated[PerplexitySuite, Tag("perplexity")]
     | Annotated[ResponsesSuite, Tag("responses")]
     | Annotated[PluginSuite, Tag("plugin")],
     Discriminator(_suite_kind),

@@ -48,6 +48,7 @@ SHIPPED: Mapping[str, str] = {
     "multiple-choice": "ray_abliterate.suites.multiple_choice:MultipleChoice",
     "over-refusal": "ray_abliterate.suites.over_refusal:OverRefusal",
     "kl": "ray_abliterate.suites.kl:KlDivergenceSuite",
+    "perplexity": "ray_abliterate.suites.perplexity:Perplexity",
     "responses": "ray_abliterate.suites.responses:Responses",
 }
 """Suites of this package. Those with a section of their own in the recipe are made from it and the
