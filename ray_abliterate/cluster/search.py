@@ -13,13 +13,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune import PlacementGroupFactory, RunConfig, TuneConfig
+from ray.tune.logger import TBXLoggerCallback
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_abliterate.cluster import study as journal
@@ -67,6 +68,22 @@ class _Recoveries(tune.Callback):  # type: ignore[misc]
     def on_trial_recover(self, **_: Any) -> None:
         """Tune begins the trial again."""
         self._tell("trial-process-lost")
+
+
+class _Boards(TBXLoggerCallback):  # type: ignore[misc]
+    """Tune's files for TensorBoard, as long as the disk takes them: nothing depends on them."""
+
+    def log_trial_start(self, trial: Any) -> None:
+        with suppress(OSError):
+            super().log_trial_start(trial)
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        with suppress(OSError):
+            super().log_trial_result(iteration, trial, result)
+
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        with suppress(OSError):
+            super().log_trial_end(trial, failed)
 
 
 class JournalSearch(OptunaSearch):  # type: ignore[misc]
@@ -249,7 +266,7 @@ class Search:
             name="search",
             storage_path=str(storage.resolve()),
             verbose=0,
-            callbacks=[_Recoveries(tell)],
+            callbacks=[_Recoveries(tell), _Boards()],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=MOST_DEATHS),
         )
@@ -341,6 +358,9 @@ def _tune_environment(concurrency: int) -> Iterator[None]:
         **dict.fromkeys(SHOWN_BY_TUNE),
         "TUNE_MAX_PENDING_TRIALS_PG": str(concurrency),
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        # its own state, which nobody reads; a full disk would end the search
+        "TUNE_GLOBAL_CHECKPOINT_S": "inf",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }
