@@ -86,6 +86,11 @@ class RunDirectory:
         return directory
 
     @classmethod
+    def is_one(cls, path: Path) -> bool:
+        """Whether there is a run directory."""
+        return cls(path)._recipe_file.exists()
+
+    @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         """The run in a folder.
 

@@ -1,0 +1,48 @@
+"""One long text through a model, and through a run's trial."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from rich.console import Console
+
+from ray_abliterate.errors import EvaluationError
+from ray_abliterate.long_text import Reading, read_with_model, read_with_run, totals_table
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "text.npy"
+    numpy.save(file, numpy.random.default_rng(0).integers(5, 20, 200).astype(numpy.uint16))
+    return str(file)
+
+
+def test_base_model_and_trial_read_the_same_text_and_differ(
+    planted_run: Any, text: str, tmp_path: Path
+) -> None:
+    reading = Reading(text, carry="kv", chunk_size=64)
+    quiet = Console(quiet=True)
+    found = read_with_run(planted_run.directory, 0, reading, tmp_path / "found", quiet)
+    assert list(found) == ["base", "trial-0"]
+    assert {totals.tokens for totals in found.values()} == {199}
+    assert found["base"].nats != found["trial-0"].nats
+    chunks = [
+        json.loads(line)
+        for line in (tmp_path / "found" / "trial-0.chunks.jsonl").read_text().splitlines()
+    ]
+    assert [chunk["index"] for chunk in chunks] == [0, 1, 2, 3]
+    assert sum(chunk["nats"] for chunk in chunks) == pytest.approx(found["trial-0"].nats)
+    kept = json.loads((tmp_path / "found" / "totals.json").read_text())
+    assert kept["totals"]["base"]["perplexity"] == found["base"].perplexity
+    assert len(totals_table(found).rows) == 2
+    alone = read_with_model(str(planted_run.model), reading, tmp_path / "model", quiet)
+    assert alone["model"].nats == found["base"].nats
+
+
+def test_what_can_be_known_is_refused_before_a_model_is_loaded(text: str) -> None:
+    with pytest.raises(EvaluationError, match="'all' is not one of: kv, window, state, none"):
+        Reading(text, carry="all")
+    with pytest.raises(EvaluationError, match=r"'nothing.txt' is not a file"):
+        Reading("nothing.txt")
