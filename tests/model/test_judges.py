@@ -15,6 +15,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from typer.testing import CliRunner
 
 from ray_abliterate.cli import app
+from ray_abliterate.demo.planted import planted_axes
+from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ModelError, PromptSourceError, RecipeError, ScoreError
 from ray_abliterate.files import cache_root
 from ray_abliterate.judges import Exchange, build
@@ -23,8 +25,10 @@ from ray_abliterate.judges.cache import Remembered
 from ray_abliterate.judges.calibration import calibrate, labelled, precision_recall
 from ray_abliterate.judges.classifier import Classifier
 from ray_abliterate.judges.endpoint import Endpoint
+from ray_abliterate.plan import Plan
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import KeywordRate, Recipe, RefusalJudge
+from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.scorers.keyword_rate import KeywordRateScorer
 from ray_abliterate.scorers.refusal_judge import RefusalJudgeScorer
 from ray_abliterate.scoring import Answer, AnswerWatch
@@ -483,6 +487,30 @@ def test_a_lost_trial_still_ends_early_and_its_answers_are_forgotten() -> None:
     assert scorer.score_until(view, lambda loss: loss > 0).bound
     assert model.written == 1
     assert judge_scorer(judge).score(view).detail["total"] == 4
+
+
+def test_a_replica_writes_answers_once_for_both_scorers(
+    made, recipe: Recipe, planted: Path, behaviour: PromptSet, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RAY_ABLITERATE_CACHE", str(tmp_path))
+    prompts = {"prompts": {"file": "behaviour.txt"}, "max_new_tokens": 4}
+    keywords = KeywordRate.model_validate({"kind": "keyword-rate", **prompts})
+    given = {"kind": "refusal-judge", "classifier": made("answer", "refusal"), "label": "refusal"}
+    judged = RefusalJudge.model_validate({**given, **prompts})
+    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    found = {}
+    for scorers in ((keywords,), (judged,), (keywords, judged)):
+        own = recipe.model_copy(update={"scorers": scorers})
+        replica = Replica(own, str(planted), {s.name: behaviour for s in scorers})
+        plan = Plan.uniform(replica.describe().shape, 2.3, "none", 1.0)
+        alone, together = replica.evaluate(plan, setup), replica.evaluate_together([plan], setup)
+        assert alone.scorecard == together[0].scorecard
+        found[len(scorers), scorers[0].kind] = alone
+    both = found[2, "keyword-rate"]
+    assert both.tokens == found[1, "refusal-judge"].tokens
+    for kind in ("keyword-rate", "refusal-judge"):
+        assert both.scorecard[kind] == found[1, kind].scorecard[kind]
 
 
 # The recipe

@@ -14,6 +14,7 @@ from ray_abliterate.suites import Chunk, Measure, SuiteChunk
 from ray_abliterate.suites.summing import (
     compare,
     mcnemar,
+    merged,
     paired_difference,
     summarise,
 )
@@ -90,6 +91,11 @@ def test_a_chunk_of_other_items_is_refused() -> None:
         summarise("s", [RATE], [])
 
 
+def test_merged_chunks_come_once_and_by_id() -> None:
+    chunks = [result(name, right=[1.0]) for name in ("b/0", "a/1", "a/0")]
+    assert [c.chunk for c in merged("s", [*chunks, chunks[0]])] == ["a/0", "a/1", "b/0"]
+
+
 def test_of_two_results_of_one_chunk_the_same_one_counts_whichever_came_first() -> None:
     one, other = result("0", nats=[1.0]), result("0", nats=[2.0])
     assert summarise("s", [MEAN], [one, other]) == summarise("s", [MEAN], [other, one])
@@ -123,6 +129,13 @@ def test_only_items_that_both_have_are_compared() -> None:
     assert (found.items, found.base, found.other, found.difference) == (2, 1.0, 0.5, -0.5)
     assert found.p == mcnemar(1, 0)
     assert found.low < -0.5 < found.high
+
+
+def test_a_comparison_tests_what_was_lost_against_what_was_gained() -> None:
+    base, other = [1.0] * 6 + [0.0, 1.0], [0.0] * 6 + [1.0, 1.0]
+    (found,) = compare([RATE], [result("0", right=base)], [result("0", right=other)])
+    assert found.p == mcnemar(6, 1) < 0.2
+    assert found.difference == -5 / 8
 
 
 def test_pairs_show_a_difference_that_means_alone_hide() -> None:
