@@ -570,7 +570,7 @@ def clock_jumps(folder: Path, cluster: Any) -> Outcome:
     ahead, behind = folder / "ahead", folder / "behind"
     shim = {"LD_PRELOAD": str(folder / "clock.so")}
     jumps = {"CLOCK_AHEAD": str(ahead), "CLOCK_BEHIND": str(behind)}
-    run = CliRun(folder, shim | jumps, trials=30)
+    run = CliRun(folder, shim | jumps, trials=80)
     process = run.start()
     until(lambda: run.count() >= 3)
     finished, began, count = run.finished(), time.monotonic(), run.count()
