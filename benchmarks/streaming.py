@@ -283,9 +283,10 @@ def masked_losses(module: Any, ids: Any, window: int) -> Any:
     own = min(getattr(module.config, "sliding_window", None) or window, window)
     masks = {"full_attention": band(window), "sliding_attention": band(own)}
     masks |= dict.fromkeys(("linear_attention", "conv"))
+    given = {"input_ids": ids[None], "position_ids": place[None], "use_cache": False}
     with torch.inference_mode():
         try:
-            logits = module(input_ids=ids[None], attention_mask=masks, use_cache=False).logits[0]
+            logits = module(attention_mask=masks, **given).logits[0]
         except (
             AttributeError,
             TypeError,
@@ -293,8 +294,7 @@ def masked_losses(module: Any, ids: Any, window: int) -> Any:
             ValueError,
             RuntimeError,
         ):  # models with one kind of layer take one mask
-            mask = band(own)
-            logits = module(input_ids=ids[None], attention_mask=mask, use_cache=False).logits[0]
+            logits = module(attention_mask=band(own), **given).logits[0]
     return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
 
 
