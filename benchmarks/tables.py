@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/reliability.md, made from the files under `results/`.
+"""The tables of pages under docs/, made from the files under `results/`.
 
     python -m benchmarks.tables
 
@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "reliability.md")
+PAGES = (DOCS / "performance.md", DOCS / "reliability.md", DOCS / "evaluation.md")
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ABSENT = ["Not measured yet."]
@@ -449,6 +449,69 @@ def _bare(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def streaming_table(figures: dict[str, Any]) -> list[str]:
+    """A long text in each carry that takes constant memory."""
+    head = (
+        "carry",
+        "model",
+        "tokens",
+        "tokens/s, whole text",
+        "tokens/s here, plain loop",
+        "resident MB at the first and last look",
+        "growth, kB per 100,000 tokens",
+        "handed on, kB",
+    )
+    rows = []
+    for found in figures["lengths"]:
+        looks = [bytes_ / 1e6 for _, bytes_ in found["memory"]]
+        ours, plain = found["ours_tokens_per_second"], found["plain_tokens_per_second"]
+        rows.append(
+            (
+                f"`{found['carry']}`",
+                f"{found['family']}, {found['parameters'] / 1e6:.1f}M",
+                f"{found['tokens']:,}",
+                f"{found['tokens_per_second']:,.0f}",
+                f"{median(ours):,.0f}, {median(plain):,.0f}",
+                f"{looks[0]:.1f}, {looks[-1]:.1f}" if looks else "",
+                f"{found['slope_bytes_per_100k'] / 1e3:.1f}",
+                f"{found['carried_bytes'] / 1e3:.0f}",
+            )
+        )
+    return table(head, rows)
+
+
+def exactness_table(figures: dict[str, Any]) -> list[str]:
+    """What each carry computes, by family."""
+    carries = ("kv", "window", "state", "none")
+
+    def cell(found: dict[str, Any]) -> str:
+        if "refused" in found:
+            return "–"
+        steps = ", token by token" if found["single"] else ""
+        return f"{found['difference']:.0e}{steps}"
+
+    rows = [
+        (row["family"], *(cell(row[carry]) for carry in carries)) for row in figures["exactness"]
+    ]
+    return table(("family", *(f"`{carry}`" for carry in carries)), rows)
+
+
+def logits_table(figures: dict[str, Any]) -> list[str]:
+    """Peak memory of one chunk, with all its logits and with slices of them."""
+    head = ("vocabulary", "tokens", "all logits, MB", "slices, MB", "saved, MB")
+    rows = [
+        (
+            f"{row['vocab']:,}",
+            f"{row['tokens']:,}",
+            f"{row['plain'] / 1e6:,.0f}",
+            f"{row['sliced'] / 1e6:,.0f}",
+            f"**{(row['plain'] - row['sliced']) / 1e6:,.0f}**",
+        )
+        for row in figures["logits"]
+    ]
+    return table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -464,6 +527,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "limits": ("scaling", limits_table),
     "sampler": ("scaling-sampler", sampler_table),
     "faults": ("faults", faults_table),
+    "streaming": ("streaming", streaming_table),
+    "exactness": ("streaming", exactness_table),
+    "logits": ("streaming", logits_table),
     "efficiency": ("scaling-efficiency", efficiency_table),
 }
 

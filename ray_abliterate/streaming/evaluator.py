@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ray_abliterate.errors import EvaluationError, TokenSourceError, UnsupportedCarry
-from ray_abliterate.grid import forget_garbage, free_bytes, is_out_of_memory
+from ray_abliterate.grid import even, forget_garbage, free_bytes, is_out_of_memory
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.streaming.carries import Carry, Geometry, Span
 from ray_abliterate.streaming.checkpoint import Checkpoint, fingerprint
@@ -331,6 +331,7 @@ class StreamingEvaluator:
     def _in_passes(self, ids: Tensor, own: int, size: int) -> Tensor | None:
         """Losses of the last `own` tokens; None if memory ran out."""
         count, found = len(ids) - 1, []
+        size = even(count, size)  # a last pass of one token is other code in recurrent models
         try:
             for first in range(0, count, size):
                 stop = min(first + size, count)

@@ -15,6 +15,7 @@ from ray_abliterate.errors import (
     UnsupportedCarry,
 )
 from ray_abliterate.streaming import Carry, StreamingEvaluator
+from ray_abliterate.streaming.memory import tokens_per_pass
 from ray_abliterate.streaming.runners import ModuleRunner
 from tests.streaming.conftest import full_losses, losses_by_chunk, model, streamed, text_of
 
@@ -96,6 +97,18 @@ def test_other_errors_of_a_model_are_not_taken_for_a_lack_of_memory(monkeypatch,
         evaluator.evaluate(text)
 
 
+def test_passes_are_as_long_as_memory_allows(monkeypatch):
+    module, cpu = model("llama"), torch.device("cpu")
+    assert tokens_per_pass(module, cpu, 512) == 1024
+    sizes = []
+    for free in (0, 10**6, 10**7):
+        monkeypatch.setattr("ray_abliterate.streaming.memory.free_bytes", lambda _, f=free: f)
+        sizes.append(found := tokens_per_pass(module, cpu, 512))
+    assert sizes[0] == 16 < sizes[1] < sizes[2] < 1024
+    evaluator = StreamingEvaluator(module, carry="kv")
+    assert evaluator.choose(None).geometry.chunk_size == found
+
+
 class Killed(BaseException):
     """What a kill looks like from inside."""
 
@@ -122,6 +135,8 @@ def test_an_evaluation_goes_on_after_a_kill_to_the_same_totals(family, settings,
         with pytest.raises(Killed):
             list(run("b", "b.arrow", kill_after))
     assert (tmp_path / "b").exists()
+    with (tmp_path / "b.arrow").open("ab") as file:
+        file.write(b"a chunk that was written after the state was saved")
     rest = run("b", "b.arrow")
     assert untimed(rest) == untimed(wanted[4:])
     assert settled(rest.totals) == settled(whole.totals)

@@ -114,6 +114,14 @@ def test_a_window_leaves_a_models_own_narrower_windows_alone(window, text):
     assert close([c.loss for c in chunks], losses_by_chunk(masked, chunks))
 
 
+@pytest.mark.parametrize("family", ["falcon_h1", "zamba2", "nemotron_h"])
+def test_a_window_beside_a_recurrent_state_is_the_brute_force_one(family, text):
+    masks = {"full_attention": band(150, 9), "linear_attention": None}
+    masked = full_losses(model(family), text[:150], attention_mask=masks)
+    chunks = streamed(model(family), text[:150], carry="window", window=9, chunk_size=40)
+    assert close([c.loss for c in chunks], losses_by_chunk(masked, chunks))
+
+
 def test_a_window_is_what_a_sliding_window_model_with_these_weights_computes(text):
     slides = model("mistral", sliding_window=11)
     plain = model("llama")
