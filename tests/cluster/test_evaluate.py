@@ -1,6 +1,7 @@
 """Suites on real replicas: after a search, and by the command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_a_run_ends_with_its_suites_and_evaluate_adds_to_them(
     done = subprocess.run(
         [*command, "--suites", str(other), "--trial", trial],
         cwd=tmp_path, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "again" in done.stdout and f"trial-{trial}" in done.stdout and "1 [" in done.stdout
