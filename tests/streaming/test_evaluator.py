@@ -136,7 +136,7 @@ def test_an_evaluation_goes_on_after_a_kill_to_the_same_totals(family, settings,
             list(run("b", "b.arrow", kill_after))
     assert (tmp_path / "b").exists()
     with (tmp_path / "b.arrow").open("ab") as file:
-        file.write(b"a chunk that was written after the state was saved")
+        file.write(b"chunks that were written after the state was saved" * 1000)
     rest = run("b", "b.arrow")
     assert untimed(rest) == untimed(wanted[4:])
     assert settled(rest.totals) == settled(whole.totals)
