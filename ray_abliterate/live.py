@@ -11,8 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ray_abliterate.frontier import Frontier, Trial
-from ray_abliterate.measurements import BASE, Measurements
-from ray_abliterate.measurements import Progress as SuiteProgress
+from ray_abliterate.measurements import Finding, Measurements, comparison_text
 from ray_abliterate.scoring import Score, Scorecard
 from ray_abliterate.suites import Suite
 
@@ -77,33 +76,16 @@ def suites_table(kept: Measurements, suites: Sequence[Suite]) -> Table:
     for suite in suites:
         table.add_column(suite.name)
     for model in kept.labels:
-        row = []
-        for suite in suites:
-            known, base = kept.of(model, suite.name), kept.of(BASE, suite.name)
-            row.append(_suite_cell(suite, known, base if model != BASE else None))
-        table.add_row(model, *row)
-    table.caption = "p: probability of such a difference if the models were equal; * not all chunks"
+        table.add_row(model, *(_cell(kept.finding(model, suite)) for suite in suites))
+    table.caption = "below: difference from the base model on the same items; * not all chunks"
     return table
 
 
-def _suite_cell(suite: Suite, known: SuiteProgress, base: SuiteProgress | None) -> str:
-    if not known.chunks:
+def _cell(found: Finding | None) -> str:
+    if found is None:
         return ""
-    scores = suite.summary(known.chunks)
-    text = describe_score(scores[0]) if scores else f"{len(known.chunks)} chunks"
-    text += "" if known.whole else " *"
-    shared = {c.chunk for c in known.chunks} & {c.chunk for c in base.chunks} if base else set()
-    if not scores or base is None or not shared:
-        return text
-    found = suite.compare(
-        [c for c in base.chunks if c.chunk in shared],
-        [c for c in known.chunks if c.chunk in shared],
-    )
-    if not found:
-        return text
-    first = found[0]
-    p = "" if first.p is None else f", p {first.p:.2g}"
-    return f"{text}\n{first.difference:+.3g} [{first.low:+.2g}, {first.high:+.2g}]{p}"
+    text = (describe_score(found.score) if found.score else "kept") + ("" if found.whole else " *")
+    return f"{text}\n{comparison_text(found.comparison)}" if found.comparison else text
 
 
 def _thinned(members: tuple[Trial, ...], rows: int | None) -> tuple[Trial, ...]:

@@ -14,7 +14,8 @@ from typing import Any
 
 from ray_abliterate.errors import RunDirectoryError
 from ray_abliterate.recipe import SuiteSettings
-from ray_abliterate.suites import Chunk, SuiteChunk
+from ray_abliterate.scoring import Score
+from ray_abliterate.suites import Chunk, Comparison, Suite, SuiteChunk
 
 BASE = "base"
 """Label of the model as it was."""
@@ -41,6 +42,21 @@ class Progress:
     def whole(self) -> bool:
         """Whether nothing is missing."""
         return self.wanted is not None and len(self.chunks) == self.wanted
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A suite's main score of one model, for people.
+
+    Attributes:
+        score: The score; None where a suite scores nothing.
+        comparison: With the base model, on the chunks that both have.
+        whole: Whether nothing is missing.
+    """
+
+    score: Score | None
+    comparison: Comparison | None
+    whole: bool
 
 
 class Measurements:
@@ -100,6 +116,19 @@ class Measurements:
             found[chunk.chunk] = chunk
         return Progress(tuple(found.values()), wanted)
 
+    def finding(self, model: str, suite: Suite) -> Finding | None:
+        """What a suite says of a model; None if nothing is measured."""
+        known, base = self.of(model, suite.name), self.of(BASE, suite.name)
+        if not known.chunks:
+            return None
+        scores = suite.summary(known.chunks)
+        both = {chunk.chunk for chunk in known.chunks} & {chunk.chunk for chunk in base.chunks}
+        found: tuple[Comparison, ...] = ()
+        if model != BASE and scores and both:
+            sides = ([c for c in side.chunks if c.chunk in both] for side in (base, known))
+            found = suite.compare(*sides)
+        return Finding(scores[0] if scores else None, found[0] if found else None, known.whole)
+
     def add(self, model: str, chunk: SuiteChunk) -> None:
         """One more chunk."""
         self._append(model, chunk.suite, chunk.to_dict())
@@ -120,6 +149,12 @@ class Measurements:
 
     def _file(self, model: str, suite: str) -> Path:
         return self._folder / model / f"{self._files[suite]}.jsonl"
+
+
+def comparison_text(found: Comparison) -> str:
+    """The difference from the base model, its interval, and p where it is exact."""
+    p = "" if found.p is None else f", p {found.p:.2g}"
+    return f"{found.difference:+.3g} [{found.low:+.2g}, {found.high:+.2g}]{p}"
 
 
 def _torn(file: Path) -> int:

@@ -8,6 +8,7 @@ documentation, in `docs/recipe.md` and in `ray-abliterate init`.
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -361,7 +362,12 @@ class Recipe(Section):
 class SuiteFile(Section):
     """A file with `[[suites]]` alone, for `ray-abliterate evaluate`."""
 
-    suites: tuple[SuiteSettings, ...] = Field(min_length=1)
+    suites: tuple[SuiteSettings, ...] = ()
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> tuple[SuiteSettings, ...]:
+        """Suites as they were noted in a run's `environment.json`."""
+        return cls.model_validate({"suites": values}).suites
 
     @classmethod
     def load(cls, path: Path) -> tuple[SuiteSettings, ...]:

@@ -17,10 +17,12 @@ from ray_abliterate.figures import (
     strength_figure,
 )
 from ray_abliterate.frontier import Trial
-from ray_abliterate.recipe import PromptSource
+from ray_abliterate.measurements import Finding, comparison_text
+from ray_abliterate.recipe import PromptSource, SuiteFile
 from ray_abliterate.report_data import Figure, RunData, counts_text, value_text
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.saturation import bound_warnings
+from ray_abliterate.suites import build
 
 
 def write_report(directory: RunDirectory) -> Path:
@@ -57,11 +59,37 @@ def build_report(directory: RunDirectory) -> str:
         figures={name: figure for name, figure in figures.items() if figure["views"]},
         importance_note=importance_note,
         headers=run.baseline.scores if run.baseline else run.best[0].scores if run.best else (),
+        suites=_suites(directory),
         rows=[_row(run, trial, directory.path) for trial in run.frontier.members],
         warnings=[*_bounds(run), *run.environment.get("warnings", [])],
-        environment=list(_flat({k: v for k, v in run.environment.items() if k != "warnings"})),
+        environment=list(_flat({k: v for k, v in run.environment.items() if k not in HIDDEN})),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+HIDDEN = ("warnings", "suites")
+"""Of `environment.json`, shown elsewhere."""
+
+
+def _suites(directory: RunDirectory) -> Figure:
+    """Names of suites, and a row of texts for each model."""
+    settings = SuiteFile.of(directory.environment.get("suites", ()))
+    kept, suites = directory.measurements(settings), build(settings, directory.base)
+    rows = [
+        (model, [_suite_texts(kept.finding(model, suite)) for suite in suites])
+        for model in kept.labels
+    ]
+    return {"names": [suite.name for suite in suites], "rows": rows}
+
+
+def _suite_texts(found: Finding | None) -> tuple[str, str]:
+    """Score and interval; difference from the base model."""
+    if found is None or found.score is None:
+        return "", ""
+    score = found.score
+    text = f"{value_text(score)} [{score.low:.3g}, {score.high:.3g}]"
+    compared = comparison_text(found.comparison) if found.comparison else ""
+    return text + ("" if found.whole else " (not all chunks)"), compared
 
 
 def _bounds(run: RunData) -> list[str]:

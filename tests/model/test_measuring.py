@@ -14,6 +14,7 @@ from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.recipe import SuiteFile, SuiteSettings
 from ray_abliterate.replica import Replica, Setup
+from ray_abliterate.report import build_report
 from ray_abliterate.suites import build
 from tests.model.conftest import FLAGGED, THINGS, InProcess
 
@@ -174,13 +175,23 @@ def test_a_damaged_line_is_named(folder: Path, settings: Any) -> None:
 
 
 def test_suites_of_a_run_are_in_its_directory(
-    pool: Counting, folder: Path, settings: Any, setup: Setup, planted_run: Any
+    pool: Counting,
+    folder: Path,
+    settings: Any,
+    setup: Setup,
+    planted_run: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     directory, watch = planted_run.directory, Unwatched()
     measure_trials(directory, [planted_run.trial], settings, folder, pool, setup, watch)
     kept = directory.measurements(settings)
     assert kept.labels == (BASE, "trial-0")
     assert all(kept.of(model, suite).whole for model in kept.labels for suite in kept.suites)
+    monkeypatch.setattr(type(directory), "base", folder)
+    page = build_report(directory)
+    table = page[page.index('id="suites"') : page.index('id="separation"')]
+    assert "trial-0" in table and "<th>asked</th><th>kl</th>" in table
+    assert "0.5 [0.215, 0.785]" in table and "-0.5 [" in table
 
 
 def test_suites_that_are_not_there_are_named(settings: Any) -> None:
