@@ -518,15 +518,14 @@ def torn_journal(folder: Path, cluster: Any) -> Outcome:
 
 
 def damaged_shard(folder: Path, cluster: Any) -> Outcome:
-    """A byte of a residual shard in the cache changes between two runs."""
+    """A residual shard in the cache is cut in half between two runs."""
     cache = {"RAY_ABLITERATE_CACHE": str(folder / "cache")}
     first = CliRun(folder, cache, trials=8)
     first.to_the_end()
     shard = next((folder / "cache" / "residuals").rglob("*.arrow"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
+    data = shard.read_bytes()
     shard.unlink()  # the run directory has the same file under another name
-    shard.write_bytes(data)
+    shard.write_bytes(data[: len(data) // 2])
     (folder / "second").mkdir()
     second = CliRun(folder / "second", cache, trials=8)
     seconds = second.to_the_end()

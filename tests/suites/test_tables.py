@@ -79,7 +79,7 @@ def test_csv_cells_are_texts(tmp_path: Path) -> None:
         ({"dataset": "files"}, "no column 'txt'. Did you mean 'text'?"),
         ({"file": "missing.jsonl"}, "missing.jsonl is neither in"),
         ({"file": "one"}, "is not a file that ends in .jsonl, .csv, .parquet"),
-        ({"builtin": "alarm"}, "Known: alarming, general-knowledge"),
+        ({"builtin": "alarm"}, "Known: alarming, alice, general-knowledge"),
         ({"file": "p.jsonl", "split": "train"}, "a file has no split 'train'"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_abliterate.recipe import Recipe, Section
+from ray_abliterate.recipe import Recipe, Section, SuiteFile
 from ray_abliterate.recipe_docs import INTRO, SECTIONS, recipe_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def test_the_module_prints_the_reference():
 
 
 def test_every_section_of_a_recipe_is_in_the_reference():
-    documented = {model for _, model in SECTIONS} | {Recipe}
+    documented = {model for _, model in SECTIONS} | {Recipe, SuiteFile}
 
     def all_below(model: type) -> set[type]:
         return {model}.union(*map(all_below, model.__subclasses__()))
