@@ -43,10 +43,9 @@ def test_a_fault_in_the_cluster_loses_no_finished_trial(
 
 @pytest.mark.parametrize(
     "scenario",
-    [  # drivers that are killed or terminated, and resumed, are in test_run.py
+    [  # killed and terminated drivers are in test_run.py, torn journals in test_search.py, and the
+        # lock that keeps a second driver out in test_rundir.py
         faults.disk_full,
-        faults.two_drivers,
-        faults.torn_journal,
         faults.damaged_shard,
         faults.clock_jumps,
     ],
