@@ -331,6 +331,7 @@ split = "[:16]"
 trials = {trials}
 [run]
 dashboard = false
+batch_size = 4
 [[scorers]]
 kind = "keyword-rate"
 prompts = {{ builtin = "cooking-heldout", split = "[:8]" }}
@@ -569,7 +570,7 @@ def clock_jumps(folder: Path, cluster: Any) -> Outcome:
     ahead, behind = folder / "ahead", folder / "behind"
     shim = {"LD_PRELOAD": str(folder / "clock.so")}
     jumps = {"CLOCK_AHEAD": str(ahead), "CLOCK_BEHIND": str(behind)}
-    run = CliRun(folder, shim | jumps, trials=80)
+    run = CliRun(folder, shim | jumps, trials=50)
     process = run.start()
     until(lambda: run.count() >= 3)
     finished, began, count = run.finished(), time.monotonic(), run.count()
