@@ -15,7 +15,7 @@ from typing import Any
 from ray_abliterate.errors import RunDirectoryError
 from ray_abliterate.recipe import SuiteSettings
 from ray_abliterate.scoring import Score
-from ray_abliterate.suites import Chunk, Comparison, Suite, SuiteChunk
+from ray_abliterate.suites import Comparison, Suite, SuiteChunk
 
 BASE = "base"
 """Label of the model as it was."""
@@ -133,9 +133,9 @@ class Measurements:
         """One more chunk."""
         self._append(model, chunk.suite, chunk.to_dict())
 
-    def close(self, model: str, suite: str, chunks: Sequence[Chunk | str]) -> None:
+    def close(self, model: str, suite: str, wanted: int) -> None:
         """All chunks are measured: so many there are."""
-        self._append(model, suite, {"wanted": len(chunks)})
+        self._append(model, suite, {"wanted": wanted})
 
     def _append(self, model: str, suite: str, entry: dict[str, Any]) -> None:
         file = self._file(model, suite)

@@ -90,7 +90,7 @@ def _measure(
         watch.step(done, max(len(listed), done))
         if settled(suite, setting, list(held.values())):
             return
-    kept.close(label(trial), suite.name, listed)
+    kept.close(label(trial), suite.name, len(listed))
 
 
 def settled(suite: Suite, setting: SuiteSettings, chunks: Sequence[SuiteChunk]) -> bool:
