@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console, Group
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ray_abliterate.frontier import Frontier, Trial
-from ray_abliterate.measurements import Finding, Measurements, comparison_text
+from ray_abliterate.measurements import BASE, Finding, Measurements, comparison_text, label
 from ray_abliterate.scoring import Score, Scorecard
 from ray_abliterate.suites import Suite
 
@@ -41,9 +41,12 @@ def count_trials(trials: Sequence[Trial], wanted: int | None = None) -> str:
 
 
 def frontier_table(
-    frontier: Frontier, baseline: Scorecard | None = None, rows: int | None = None
+    frontier: Frontier,
+    baseline: Scorecard | None = None,
+    rows: int | None = None,
+    findings: Mapping[tuple[str, str], Finding] | None = None,
 ) -> Table:
-    """The frontier, the base model on top, the knee marked."""
+    """The frontier, the base model on top, the knee marked; by model and suite, what was found."""
     table = Table(title="Frontier", title_justify="left", show_edge=False, pad_edge=False)
     cards = [t.scorecard for t in frontier.members if t.scorecard]
     cards += [baseline] if baseline else []
@@ -51,10 +54,18 @@ def frontier_table(
     table.add_column("trial", justify="right")
     for name in names:
         table.add_column(name)
+    suites = list(dict.fromkeys(suite for _, suite in findings or ()))
+    for suite in suites:
+        table.add_column(suite)
     table.add_column("scope")
     table.add_column("seconds", justify="right")
+
+    def cells(model: str) -> Iterator[str]:
+        return (_cell((findings or {}).get((model, suite))) for suite in suites)
+
     if baseline is not None:
-        table.add_row("base", *(describe_score(s) for s in baseline.scores), "", "")
+        scores = (describe_score(score) for score in baseline.scores)
+        table.add_row(BASE, *scores, *cells(BASE), "", "")
     members = _thinned(frontier.members, rows)
     knee = frontier.knee.number if frontier else None
     for trial in members:
@@ -63,7 +74,8 @@ def frontier_table(
         where = f"layer {trial.plan.direction_layer:.1f}"
         scope = where if trial.plan.scope == "global" else trial.plan.scope
         scores = (describe_score(score) for score in trial.scorecard.scores)
-        table.add_row(f"{trial.number}{mark}", *scores, scope, f"{trial.seconds:.1f}")
+        found = cells(label(trial.number))
+        table.add_row(f"{trial.number}{mark}", *scores, *found, scope, f"{trial.seconds:.1f}")
     if len(members) < len(frontier):
         table.caption = f"{len(members)} of {len(frontier)} members"
     return table
@@ -111,6 +123,7 @@ class LiveWatch:
         )
         self._task = self._progress.add_task("starting", total=None, rate="")
         self._frontier: Frontier | None = None
+        self._findings: dict[tuple[str, str], Finding] = {}
         self._stopped = 0
         self._clock = _Clock()
         self._live = Live(console=output, get_renderable=self._panel, refresh_per_second=4)
@@ -128,7 +141,9 @@ class LiveWatch:
     def _panel(self) -> Group:
         if self._frontier is None or not self._frontier:
             return Group(self._progress)
-        return Group(frontier_table(self._frontier, rows=FRONTIER_ROWS), self._progress)
+        known = dict(self._findings)
+        table = frontier_table(self._frontier, rows=FRONTIER_ROWS, findings=known)
+        return Group(table, self._progress)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -159,6 +174,10 @@ class LiveWatch:
         self._progress.update(self._task, completed=done, total=total, rate=rate)
         if trial.error is not None:
             self.note(f"trial {trial.number} failed: {trial.error}")
+
+    def finding(self, model: str, suite: str, found: Finding, ended: bool) -> None:
+        """Redraw with it."""
+        self._findings[model, suite] = found
 
 
 class LineWatch:
@@ -205,6 +224,11 @@ class LineWatch:
                 result += "  (frontier)"
         rate = self._clock.describe(done, total)
         self.note(f"[{done}/{total}] trial {trial.number}: {result}  {rate}")
+
+    def finding(self, model: str, suite: str, found: Finding, ended: bool) -> None:
+        """One line, once it is all there."""
+        if ended:
+            self.note(f"{model}: {suite} {_cell(found)}".replace("\n", ", "))
 
 
 class _Clock:

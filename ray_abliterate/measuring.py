@@ -5,13 +5,14 @@ so nothing holds a whole data set; a replica that dies costs the chunk it had. E
 disk before the next is asked for, so a stopped measurement goes on where it was.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray_abliterate.errors import RecipeError
-from ray_abliterate.frontier import Frontier, Trial
-from ray_abliterate.measurements import Measurements, Progress, label
+from ray_abliterate.frontier import Trial
+from ray_abliterate.measurements import BASE, Measurements, Progress, label
 from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Watch
 from ray_abliterate.recipe import SuiteSettings
@@ -22,75 +23,90 @@ AHEAD = 2
 """Chunks that are out for each replica: one is measured, one waits."""
 
 
-def measure_model(
-    pool: Any,
-    suites: Sequence[Suite],
-    settings: Sequence[SuiteSettings],
-    plan: Plan,
-    shared: Any,
-    trial: int | None,
-    kept: Measurements,
-    watch: Watch,
-) -> dict[str, Progress]:
-    """All suites on one model; what is known already is not measured again.
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured: its name among the results, and the plan that makes it."""
 
-    Args:
-        pool: The replicas.
-        suites: What is measured.
-        settings: As the recipe has them, in the same order.
-        plan: Makes the model; `Plan.nothing()` is the base model.
+    name: str
+    plan: Plan
+
+    @classmethod
+    def of(cls, trial: Trial) -> "Subject":
+        """A trial's."""
+        return cls(label(trial.number), trial.plan)
+
+
+BASE_MODEL = Subject(BASE, Plan.nothing())
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures models with a pool.
+
+    Attributes:
+        pool: Its replicas do the work.
         shared: Reference to the run's setup.
-        trial: Number of the plan's trial; None for the base model.
         kept: Takes the results, and has those of before.
         watch: Is told how far it is.
-
-    Raises:
-        RayAbliterateError: a chunk can't be measured; those before it are kept.
+        go_on: Asked now and then whether the model at hand is still of interest.
     """
-    found: dict[str, Progress] = {}
-    for suite, setting in zip(suites, settings, strict=True):
-        known = kept.of(label(trial), suite.name)
-        if not known.whole:
-            with watch.stage(f"{suite.name}, {label(trial)}"):
-                _measure(pool, suite, setting, plan, shared, trial, known, kept, watch)
-        found[suite.name] = kept.of(label(trial), suite.name)
-    return found
 
+    pool: Any
+    shared: Any
+    kept: Measurements
+    watch: Watch
+    go_on: Callable[[], bool] = lambda: True
 
-def _measure(
-    pool: Any,
-    suite: Suite,
-    setting: SuiteSettings,
-    plan: Plan,
-    shared: Any,
-    trial: int | None,
-    known: Progress,
-    kept: Measurements,
-    watch: Watch,
-) -> None:
-    held = {chunk.chunk: chunk for chunk in known.chunks}
-    if held and settled(suite, setting, known.chunks):
-        return
-    listed: list[str] = []
+    def model(
+        self, subject: Subject, suites: Sequence[Suite], settings: Sequence[SuiteSettings]
+    ) -> dict[str, Progress]:
+        """All suites on one model; what is known already is not measured again.
 
-    def missing() -> Iterator[Chunk]:
-        for chunk in suite.chunks():
-            listed.append(chunk.id)
-            own = held.get(chunk.id)
-            if own is None or own.fingerprint != chunk.fingerprint:
-                yield chunk
+        Args:
+            subject: The model.
+            suites: What is measured.
+            settings: As the recipe has them, in the same order.
 
-    travelling = pool.put(suite)
-    calls = ((travelling, chunk, plan, shared) for chunk in missing())
-    done = len(held)
-    for result in pool.map("measure", calls, AHEAD * max(pool.replicas, 1)):
-        held[result.chunk] = result
-        kept.add(label(trial), result)
-        done += 1
-        watch.step(done, max(len(listed), done))
-        if settled(suite, setting, list(held.values())):
+        Raises:
+            RayAbliterateError: a chunk can't be measured; those before it are kept.
+        """
+        for suite, setting in zip(suites, settings, strict=True):
+            self.suite(subject, suite, setting)
+        return {suite.name: self.kept.of(subject.name, suite.name) for suite in suites}
+
+    def suite(self, subject: Subject, suite: Suite, setting: SuiteSettings) -> None:
+        """One of them."""
+        known = self.kept.of(subject.name, suite.name)
+        if known.whole or (known.chunks and settled(suite, setting, known.chunks)):
             return
-    kept.close(label(trial), suite.name, len(listed))
+        with self.watch.stage(f"{suite.name}, {subject.name}"):
+            self._chunks(subject, suite, setting, known)
+
+    def _chunks(
+        self, subject: Subject, suite: Suite, setting: SuiteSettings, known: Progress
+    ) -> None:
+        held = {chunk.chunk: chunk for chunk in known.chunks}
+        listed: list[str] = []
+
+        def missing() -> Iterator[Chunk]:
+            for chunk in suite.chunks():
+                listed.append(chunk.id)
+                own = held.get(chunk.id)
+                if own is None or own.fingerprint != chunk.fingerprint:
+                    yield chunk
+
+        travelling = self.pool.put(suite)
+        calls = ((travelling, chunk, subject.plan, self.shared) for chunk in missing())
+        done, most_out = len(held), AHEAD * max(self.pool.replicas, 1)
+        for result in self.pool.map("measure", calls, most_out, self.go_on):
+            held[result.chunk] = result
+            self.kept.add(subject.name, result)
+            done += 1
+            self.watch.step(done, max(len(listed), done))
+            if settled(suite, setting, list(held.values())):
+                return
+        if self.go_on():
+            self.kept.close(subject.name, suite.name, len(listed))
 
 
 def settled(suite: Suite, setting: SuiteSettings, chunks: Sequence[SuiteChunk]) -> bool:
@@ -114,9 +130,9 @@ def measure_trials(
     """All suites on the base model, then on each trial."""
     suites, kept = build(settings, base), directory.measurements(settings)
     directory.note(suites=[setting.model_dump(mode="json") for setting in settings])
-    models = [(None, Plan.nothing()), *((trial.number, trial.plan) for trial in trials)]
-    for number, plan in models:
-        measure_model(pool, suites, settings, plan, shared, number, kept, watch)
+    measurer = Measurer(pool, shared, kept, watch)
+    for subject in (BASE_MODEL, *map(Subject.of, trials)):
+        measurer.model(subject, suites, settings)
 
 
 def chosen_suites(
@@ -137,11 +153,3 @@ def chosen_suites(
         if name not in known:
             raise RecipeError(f"there is no suite {name!r}; there are {', '.join(known)}")
     return tuple(known[name] for name in names or known)
-
-
-def validate(directory: RunDirectory, base: Path, pool: Any, shared: Any, watch: Watch) -> None:
-    """The recipe's suites on the frontier, once the search has ended."""
-    settings = directory.recipe.suites
-    if settings:
-        members = Frontier.of(directory.trials()).members
-        measure_trials(directory, members, settings, base, pool, shared, watch)

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.measurements import Finding
 
 
 @runtime_checkable
@@ -22,6 +23,9 @@ class Watch(Protocol):
     def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
         """A trial has ended."""
 
+    def finding(self, model: str, suite: str, found: Finding, ended: bool) -> None:
+        """So much is known of a model, while the search goes on."""
+
 
 class Unwatched:
     """Nobody follows."""
@@ -37,4 +41,7 @@ class Unwatched:
         """Nothing."""
 
     def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
+        """Nothing."""
+
+    def finding(self, model: str, suite: str, found: Finding, ended: bool) -> None:
         """Nothing."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ray_abliterate.errors import RecipeError
+from ray_abliterate.recipe_run import EvaluationSettings, RunSettings
 from ray_abliterate.recipe_scorers import (
     KeywordRate,
     KlDivergence,
@@ -28,6 +29,7 @@ from ray_abliterate.recipe_suites import SuiteSettings
 from ray_abliterate.recipe_text import apply_override, explain, suggestion
 
 __all__ = [
+    "EvaluationSettings",
     "Goal",
     "KeywordRate",
     "KlDivergence",
@@ -36,6 +38,7 @@ __all__ = [
     "Recipe",
     "RefusalJudge",
     "RefusalLogOdds",
+    "RunSettings",
     "ScorerSettings",
     "Section",
     "SuiteSettings",
@@ -273,23 +276,6 @@ class SearchSettings(Section):
         return min(60, int(0.3 * self.trials))
 
 
-class RunSettings(Section):
-    """What the run leaves behind, and how it computes."""
-
-    batch_size: int | None = Field(None, ge=1)
-    """Prompts of a forward pass; found from memory, once per run, if unset. Part of the result: the
-    same batches on any number of replicas."""
-    record_responses: bool = False
-    """Keep every trial's full answers under `responses/` (for `show --responses`)."""
-    dashboard: bool = True
-    """Start Ray's dashboard (on this machine only, 127.0.0.1) when Ray is started here."""
-    save_residuals: bool = True
-    """Keep the residuals in the run directory, under `residuals/`; a resumed run reads them."""
-    residual_cache: bool = True
-    """Share residuals with other runs of the same model, prompts and batches, in the user's cache
-    folder; see `docs/architecture.md`."""
-
-
 class Recipe(Section):
     """Everything that describes a run."""
 
@@ -300,6 +286,7 @@ class Recipe(Section):
     search: SearchSettings = Field(default_factory=SearchSettings)
     scorers: tuple[ScorerSettings, ...] = Field(min_length=1)
     suites: tuple[SuiteSettings, ...] = ()
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     run: RunSettings = Field(default_factory=RunSettings)
 
     @model_validator(mode="after")
@@ -314,7 +301,22 @@ class Recipe(Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"two suites are named {repeated[0]!r}; give one another `name`")
+        if self.evaluation.replicas and not self.suites:
+            raise ValueError(
+                f"evaluation.replicas = {self.evaluation.replicas}, but there are no [[suites]] "
+                "to measure"
+            )
         return self
+
+    @property
+    def evaluators(self) -> ModelSettings:
+        """The model as the evaluation's own replicas hold it."""
+        own = self.evaluation
+        changed: dict[str, Any] = {"replicas": own.replicas or None}
+        if own.gpus_per_replica is not None:
+            changed["gpus_per_replica"] = own.gpus_per_replica
+        changed["threads_per_replica"] = own.threads_per_replica
+        return self.model.model_copy(update=changed)
 
     @classmethod
     def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> "Recipe":

@@ -18,6 +18,7 @@ from ray_abliterate.recipe import (
     ComponentSpace,
     DirectionSettings,
     EditSettings,
+    EvaluationSettings,
     Interval,
     KeywordRate,
     KlDivergence,
@@ -109,6 +110,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ('`[[suites]]` with `kind = "responses"`', ResponsesSuite),
     ("`[[suites]]` of your own", PluginSuite),
     ("A table", TableSource),
+    ("`[evaluation]`", EvaluationSettings),
     ("`[run]`", RunSettings),
 )
 

@@ -20,7 +20,6 @@ from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier
-from ray_abliterate.measuring import validate
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
 from ray_abliterate.prompts import PromptSet
@@ -31,6 +30,7 @@ from ray_abliterate.scoring import resolve
 from ray_abliterate.searching import Record, search
 from ray_abliterate.shard_files import ShardFiles
 from ray_abliterate.sources import load_prompt_set, warn_on_overlap
+from ray_abliterate.validation import validate, validating
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,9 @@ def run(
         baseline = measure_baseline(directory, pool, setup, shared, shards, watch)
         if profile:
             profile_trial(recipe, directory, pool, shared, baseline, watch)
-        search(recipe, directory, pool, shared, baseline, record, watch)
+        beside = validating(directory, base, source, pool, shared, record, watch)
+        with beside as on_frontier:
+            search(recipe, directory, pool, shared, baseline, record, watch, on_frontier)
         if len(directory.trials()) >= recipe.search.trials:
             validate(directory, base, pool, shared, watch)
     return Frontier.of(directory.trials())

@@ -1,6 +1,6 @@
 """The search's side of a run: plans are tried, and what comes of them is kept."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ def search(
     baseline: Baseline,
     record: Record,
     watch: Watch,
+    on_frontier: Callable[[Frontier], None] = lambda frontier: None,
 ) -> None:
     """Try plans until the run has as many as the recipe wants."""
     if recipe.search.trials_per_pass > pool.facts.most_per_pass:
@@ -77,6 +78,7 @@ def search(
         frontier = Frontier.of(done.values())
         metrics.frontier(frontier.hypervolume(far))
         watch.trial(trial, len(done), recipe.search.trials, frontier)
+        on_frontier(frontier)
 
     seeds = space.seeds(float(baseline.best_layer)) if recipe.search.seed_points else ()
     with watch.stage("search"):

@@ -16,6 +16,9 @@ WORDS = {
     "disk-refuses": "the run directory can't be written ({reason}); {waiting} results wait in "
     "memory, and are written as soon as it can: free some space",
     "disk-back": "the run directory can be written again; nothing was lost",
+    "validation-cancelled": "{model} left the frontier while it was measured; the rest is not",
+    "validation-failed": "{model} could not be measured: {reason}",
+    "validation-stopped": "nothing is measured while the search goes on: {reason}",
     "trial-process-lost": "the process of a trial died; its plan is tried again",
 }
 """How each event reads; events that are not here are for the file only."""

@@ -53,12 +53,11 @@ class Member:
     began: float = field(default_factory=time.monotonic)
     ready: bool = False
     gone: bool = False
-    busy_seconds: float = 0.0
 
     @property
     def label(self) -> str:
         """What people read."""
-        return f"replica {self.place.index} on {self.place.node_name}"
+        return self.place.label
 
 
 @dataclass
@@ -91,7 +90,7 @@ class Fleet:
         """
         self._hosting, self._on_ready, self._tell = hosting, on_ready, tell
         self._on_node_lost = on_node_lost
-        self._pool = ray.get_runtime_context().current_actor
+        self._claims = hosting.claims or ray.get_runtime_context().current_actor
         self._token = secrets.token_hex(2)
         self._posts: dict[tuple[str, int], _Post] = {}
         self._members: dict[tuple[str, int], Member] = {}
@@ -153,12 +152,12 @@ class Fleet:
 
     def _fill(self, there: tuple[Node, ...]) -> None:
         """Start a replica at every place that has none."""
-        settings = self._hosting.settings
+        settings, there = self._hosting.settings, self._hosting.share(there)
         broken = {key[0] for key, post in self._posts.items() if post.given_up}
         sound = [node for node in there if node.id not in broken]
         places = arrange(settings, sound, self._replica_bytes)
         if not broken and not self._hosting.patient and self.facts is None:
-            refuse_what_is_missing(settings, there, places)
+            refuse_what_is_missing(settings, there, places, self._hosting.section)
         self._demand(missing(settings, places), gpus_per_replica(settings, there))
         most = settings.replicas or len(places) + len(self._posts)
         turn: dict[str, int] = {}
@@ -169,7 +168,8 @@ class Fleet:
             if key not in self._posts and standing < most:
                 taken = {post.place.index for post in self._posts.values()}
                 index = next(i for i in range(len(taken) + 1) if i not in taken)
-                self._posts[key] = _Post(replace(place, index=index, pool=self._pool))
+                own = replace(place, index=index, pool=self._claims, role=self._hosting.role)
+                self._posts[key] = _Post(own)
                 self._begin(key)
 
     def _demand(self, count: int, gpus: float) -> None:
@@ -184,7 +184,7 @@ class Fleet:
             self._tell("waiting-for-nodes", missing=count, gpus=gpus)
         for task in self._demands[count:]:
             ray.cancel(task)
-        name = f"room for a replica {self._token}"
+        name = f"room for one {self._hosting.role} {self._token}"
         task = ray.remote(_room).options(num_cpus=0, num_gpus=gpus, max_retries=0, name=name)
         self._demands += [task.remote() for _ in range(count - len(self._demands))]
         del self._demands[count:]
@@ -193,7 +193,7 @@ class Fleet:
         """A new life at a place."""
         post = self._posts[key]
         post.lives += 1
-        name = f"replica-{post.place.index}.{post.lives} {self._token}"
+        name = f"{post.place.role}-{post.place.index}.{post.lives} {self._token}"
         member = Member(post.place, self._hosting.start(post.place, name))
         self._members[key] = member
         self._run(self._bring_up(key, member))

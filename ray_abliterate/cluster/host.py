@@ -1,13 +1,13 @@
 """The process that a replica lives in."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_abliterate.cluster.layout import Place
+from ray_abliterate.cluster.layout import Node, Place
 from ray_abliterate.cluster.node_store import NodeStore
 from ray_abliterate.cluster.secrets import Secrets
 from ray_abliterate.errors import RayAbliterateError
@@ -25,12 +25,23 @@ class Hosting:
         settings: How many, and what each takes.
         patient: The cluster may grow: replicas that it has no room for are asked for and waited
             for. Otherwise they are refused.
+        section: Of the recipe, where the settings come from.
+        share: What of the nodes is there for these replicas.
+        claims: Pool that holds what replicas of a node share; their own if unset.
     """
 
     kind: Callable[..., Any]
     args: tuple[Any, ...]
     settings: ModelSettings
     patient: bool = False
+    section: Literal["model", "evaluation"] = "model"
+    share: Callable[[Sequence[Node]], tuple[Node, ...]] = tuple
+    claims: Any = None
+
+    @property
+    def role(self) -> str:
+        """What these processes are called."""
+        return "replica" if self.section == "model" else "evaluator"
 
     def start(self, place: Place, name: str) -> Any:
         """A handle of a new process at a place. Ray never restarts it: the fleet makes another."""
@@ -73,7 +84,7 @@ class ReplicaHost(Callee):
         secrets: Secrets,
     ) -> None:
         secrets.hand_over()
-        self._label = f"replica-{place.index} {recipe.model.name}"
+        self._label = f"{place.role}-{place.index} {recipe.model.name}"
         self._replica: Any = None
         self._failure: BaseException | None = None
         from ray_abliterate.replica import Replica  # torch, in this process only

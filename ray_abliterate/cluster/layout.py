@@ -1,7 +1,8 @@
 """Where replicas go: how many each node holds, and what each takes. Values only, no Ray."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_abliterate.errors import ModelError
@@ -37,6 +38,7 @@ class Place:
         cpus: CPUs it takes of Ray's count.
         threads: CPU threads it computes with.
         pool: Handle of the pool, once it is started; holds what replicas of a node share.
+        role: What it is: a `replica` of the search, or an `evaluator`.
     """
 
     index: int
@@ -46,6 +48,12 @@ class Place:
     cpus: float
     threads: int
     pool: Any = None
+    role: str = "replica"
+
+    @property
+    def label(self) -> str:
+        """What people read."""
+        return f"{self.role} {self.index} on {self.node_name}"
 
 
 @dataclass(frozen=True)
@@ -98,15 +106,50 @@ def arrange(
     )
 
 
+def offered(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """What the evaluation's own replicas may take: all GPUs, and half of the cores."""
+    return tuple(replace(node, cpus=node.cpus / 2) for node in nodes)
+
+
+def left_by(evaluators: ModelSettings, nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """What the evaluation's own replicas leave of the nodes to the search."""
+    places = arrange(evaluators, offered(nodes))
+    return tuple(_without(node, [p for p in places if p.node == node.id]) for node in nodes)
+
+
+def _without(node: Node, places: Sequence[Place]) -> Node:
+    """A node less what stands on it; of cards that are shared, the rest of one can be used."""
+    if not places:
+        return node
+    gpus, count = places[0].gpus, len(places)
+    if 0 < gpus < 1:
+        per = int(1 / gpus + 1e-6)
+        cards = math.ceil(count / per)
+        taken = cards - (1 - (count - (cards - 1) * per) * gpus)
+    else:
+        taken = gpus * count
+    cpus = node.cpus - sum(place.cpus for place in places)
+    return replace(node, cpus=cpus, gpus=round(node.gpus - taken, 6))
+
+
 def missing(settings: ModelSettings, places: Sequence[Place]) -> int:
     """Replicas that the recipe wants (at least one), and that have no place."""
     return max((settings.replicas or 1) - len(places), 0)
 
 
 def refuse_what_is_missing(
-    settings: ModelSettings, nodes: Sequence[Node], places: Sequence[Place]
+    settings: ModelSettings,
+    nodes: Sequence[Node],
+    places: Sequence[Place],
+    section: str = "model",
 ) -> None:
     """For machines that stay as they are.
+
+    Args:
+        settings: How many are wanted, and what each takes.
+        nodes: What there is for them.
+        places: Those that fit.
+        section: Of the recipe, where that is said.
 
     Raises:
         ModelError: the recipe asks for more GPUs than there are.
@@ -117,15 +160,15 @@ def refuse_what_is_missing(
     if not fitting:
         most = max((node.gpus for node in nodes), default=0.0)
         raise ModelError(
-            f"model.gpus_per_replica = {gpus:g}, but there are {most:g} GPUs"
+            f"{section}.gpus_per_replica = {gpus:g}, but there are {most:g} GPUs"
             + (" on the largest node" if len(nodes) > 1 else "")
             + ".\n  Lower it, or set it to 0 to run on the CPU."
         )
     there = sum(node.gpus for node in nodes)
     wanted = settings.replicas or 1
     raise ModelError(
-        f"model.replicas = {wanted} of {gpus:g} GPUs each need {wanted * gpus:g} GPUs, but there "
-        f"are {there:g}; {fitting} fit."
+        f"{section}.replicas = {wanted} of {gpus:g} GPUs each need {wanted * gpus:g} GPUs, but "
+        f"there are {there:g}; {fitting} fit."
     )
 
 
@@ -133,7 +176,7 @@ def gpus_per_replica(settings: ModelSettings, nodes: Sequence[Node]) -> float:
     """What the recipe says, or one if there are any."""
     if settings.gpus_per_replica is not None:
         return settings.gpus_per_replica
-    return 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
+    return 1.0 if any(node.gpus > 0 for node in nodes) else 0.0
 
 
 def _room(settings: ModelSettings, node: Node, gpus: float, replica_bytes: float | None) -> int:
@@ -141,7 +184,9 @@ def _room(settings: ModelSettings, node: Node, gpus: float, replica_bytes: float
     if gpus >= 1:
         return int(node.gpus // gpus)
     if gpus:
-        return int(node.gpus) * int(1 / gpus + 1e-6)  # a fraction never spans two cards
+        # a fraction never spans two cards; others may have taken a part of one
+        per, part = int(1 / gpus + 1e-6), node.gpus - int(node.gpus)
+        return int(node.gpus) * per + int(part / gpus + 1e-6)
     if settings.replicas:
         return settings.replicas
     if replica_bytes is None:

@@ -8,22 +8,29 @@ from ray.util.metrics import Counter, Gauge
 class PoolMetrics:
     """What the pool knows: trials, tokens, and how busy replicas are."""
 
-    def __init__(self) -> None:
+    def __init__(self, role: str) -> None:
+        """Of replicas or evaluators."""
         self._done = Counter("abliterate_trials_done", "Trials that ended with scores.")
         self._failed = Counter("abliterate_trials_failed", "Trials that ended with an error.")
         self._bounded = Counter(
             "abliterate_trials_bounded", "Trials stopped once a finished one was better."
         )
         self._moved = Counter(
-            "abliterate_calls_moved", "Calls given to another replica because theirs died."
+            "abliterate_calls_moved",
+            "Calls given to another replica because theirs died.",
+            ("role",),
         )
         self._tokens = Counter("abliterate_tokens", "Tokens of answers written in trials.")
         self._per_hour = Gauge("abliterate_trials_per_hour", "Over the last minute or so.")
         self._per_second = Gauge("abliterate_tokens_per_second", "Over the last minute or so.")
-        self._ready = Gauge("abliterate_replicas_ready", "Replicas that can be used now.")
+        self._ready = Gauge("abliterate_replicas_ready", "Those that can be used now.", ("role",))
         self._busy = Gauge(
-            "abliterate_replica_busy_fraction", "Share of the time that ready replicas computed."
+            "abliterate_replica_busy_fraction",
+            "Share of the time that ready replicas computed.",
+            ("role",),
         )
+        for metric in (self._moved, self._ready, self._busy):
+            metric.set_default_tags({"role": role})
         self._running = 0
         self._window = _Window()
 

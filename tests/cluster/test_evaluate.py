@@ -4,13 +4,26 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ray_abliterate.measurements import BASE
+import psutil
+import torch
+
+from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.directions import Directions
+from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.measurements import BASE, Finding, Measurements
+from ray_abliterate.measuring import AHEAD, BASE_MODEL, Measurer, Subject
+from ray_abliterate.progress import Unwatched
 from ray_abliterate.recipe import Recipe, SuiteFile
+from ray_abliterate.replica import Setup
 from ray_abliterate.run import run
 from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.suites import build
 
 SUITES = """
 [[suites]]
@@ -50,3 +63,135 @@ def test_a_run_ends_with_its_suites_and_evaluate_adds_to_them(
     assert "again" in done.stdout and f"trial-{trial}" in done.stdout and "1 [" in done.stdout
     more = directory.measurements(SuiteFile.load(other))
     assert more.labels == (BASE, f"trial-{trial}")
+
+
+class Held(Unwatched):
+    """Lets the search go on only once the base model is measured; knows what was said when."""
+
+    def __init__(self) -> None:
+        self.measured = threading.Event()
+        self.trials, self.during = 0, dict[str, int]()
+
+    def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
+        self.trials = done
+        assert self.measured.wait(120), "nothing was measured while the search went on"
+
+    def finding(self, model: str, suite: str, found: Finding, ended: bool) -> None:
+        self.during.setdefault(model, self.trials)
+        self.measured.set()
+
+
+def asked(tmp_path: Path, count: int) -> str:
+    """A suite of so many chunks."""
+    texts = (tmp_path / "behaviour.txt").read_text().splitlines()
+    rows = [
+        {"prompt": f"{texts[i % len(texts)]} {'and ' * (i // len(texts))}why", "label": "safe"}
+        for i in range(count)
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SUITES.replace("chunk = 2", "chunk = 1")
+
+
+def test_the_frontier_is_measured_while_the_search_goes_on(
+    recipe_file: Path, tmp_path: Path, cluster: Any
+) -> None:
+    suites = asked(tmp_path, 8)
+    own = "\n[evaluation]\nreplicas = 1\nthreads_per_replica = 1\n"
+    text = recipe_file.read_text() + suites + own
+    recipe = Recipe.parse(text, "recipe.toml")
+    directory = RunDirectory.create(tmp_path / "run", recipe, text)
+    watch = Held()
+    frontier = run(recipe, directory, tmp_path, watch)
+    assert watch.during[BASE] < recipe.search.trials
+    kept = directory.measurements(recipe.suites)
+    assert {BASE, *(f"trial-{t.number}" for t in frontier.members)} <= set(kept.labels)
+    told = (directory.path / "events.jsonl").read_text()
+    assert "validation-" not in told.replace("validation-cancelled", "")
+    best = kept.of(f"trial-{frontier.knee.number}", "asked")
+    alone = Recipe.parse(text.replace(own, ""), "recipe.toml")
+    with ReplicaPool.start(alone, recipe.model.name, {}) as pool:
+        again = Measurements(tmp_path / "again", recipe.suites)
+        directions = directory.directions()
+        assert directions is not None
+        prefix = tuple(directory.environment["response_prefix"])
+        shared = pool.put(Setup(directions, prefix, directory.tuning()))
+        measurer = Measurer(pool, shared, again, Unwatched())
+        (found,) = measurer.model(
+            Subject.of(frontier.knee), build(recipe.suites, tmp_path), recipe.suites
+        ).values()
+    assert {c.chunk: c.values for c in found.chunks} == {c.chunk: c.values for c in best.chunks}
+
+
+def test_an_evaluator_that_is_killed_costs_one_chunk(
+    recipe_file: Path, tmp_path: Path, cluster: Any
+) -> None:
+    suites = asked(tmp_path, 60)
+    own = "\n[evaluation]\nreplicas = 1\nthreads_per_replica = 1\n"
+    recipe = Recipe.parse(recipe_file.read_text() + suites + own, "recipe.toml")
+    events: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        pool = stack.enter_context(ReplicaPool.start(recipe, recipe.model.name, {}))
+        beside = pool.evaluators(recipe, recipe.model.name, events.append, lambda: True)
+        evaluators = stack.enter_context(beside)
+        while not evaluators.replicas:
+            time.sleep(0.1)
+        shape = pool.facts.shape
+        unit = torch.full((shape.layers, shape.hidden), shape.hidden**-0.5)
+        shared = pool.put(Setup(Directions(unit, "ones", {})))
+        (suite,), kept = build(recipe.suites, tmp_path), {}
+        for name, kill in (("calm", False), ("killed", True)):
+            kept[name] = Measurements(tmp_path / name, recipe.suites)
+            watch = Killing() if kill else Unwatched()
+            measurer = Measurer(evaluators, shared, kept[name], watch)
+            measurer.model(BASE_MODEL, (suite,), recipe.suites)
+    calm, killed = (kept[name].of(BASE, "asked") for name in ("calm", "killed"))
+    assert calm.whole and killed.whole and len(killed.chunks) == 60
+    assert suite.summary(killed.chunks) == suite.summary(calm.chunks)
+    told = [event["event"] for event in events]
+    assert told.count("replica-lost") == 1 and told.count("call-moved") <= AHEAD
+    assert "evaluator 0" in next(e["replica"] for e in events if e["event"] == "replica-lost")
+
+
+class Killing(Unwatched):
+    """Kills the evaluator once ten chunks are measured."""
+
+    def step(self, done: int, total: int) -> None:
+        if done == 10:
+            hosts = [
+                process
+                for process in psutil.process_iter(["cmdline", "create_time"])
+                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaHost")
+            ]
+            process = max(hosts, key=lambda process: process.info["create_time"])
+            process.kill()
+
+
+def test_a_killed_evaluate_goes_on_to_the_same_totals(
+    recipe_file: Path, tmp_path: Path, cluster: Any
+) -> None:
+    (tmp_path / "more.toml").write_text(asked(tmp_path, 400))
+    recipe = Recipe.load(recipe_file, ("search.trials=1",))
+    directory = RunDirectory.create(tmp_path / "run", recipe, recipe_file.read_text())
+    run(recipe, directory, tmp_path)
+    command = [sys.executable, "-m", "ray_abliterate", "evaluate", str(directory.path)]
+    command += ["--suites", str(tmp_path / "more.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    settings = SuiteFile.load(tmp_path / "more.toml")
+    (suite,) = build(settings, tmp_path)
+    kept = directory.measurements(settings)
+    quietly: Any = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
+    first = subprocess.Popen(command, **quietly)
+    while not kept.of(BASE, "asked").chunks and first.poll() is None:
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    done = len(kept.of(BASE, "asked").chunks)
+    assert 0 < done < 400, "it was to be killed in the middle"
+    subprocess.run(command, check=True, timeout=250, **quietly)
+    resumed = kept.of(BASE, "asked")
+    other = directory.path / "evaluations"
+    other.rename(tmp_path / "resumed")
+    subprocess.run(command, check=True, timeout=250, **quietly)
+    undisturbed = kept.of(BASE, "asked")
+    assert resumed.whole and undisturbed.whole
+    assert suite.summary(resumed.chunks) == suite.summary(undisturbed.chunks)

@@ -93,8 +93,17 @@ class InProcess:
 
     replicas = 1
 
-    def map(self, method: str, calls: Any, most_out: int | None = None) -> Any:
-        return (self.call(method, *args) for args in calls)
+    def map(
+        self,
+        method: str,
+        calls: Any,
+        most_out: int | None = None,
+        go_on: Any = lambda: True,
+    ) -> Any:
+        for args in calls:
+            if not go_on():
+                return
+            yield self.call(method, *args)
 
     def map_by_reference(self, method: str, calls: Any) -> Any:
         return enumerate(list(self.map(method, calls)))

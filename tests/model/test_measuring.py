@@ -8,8 +8,8 @@ import pytest
 
 from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
 from ray_abliterate.live import suites_table
-from ray_abliterate.measurements import BASE, Measurements
-from ray_abliterate.measuring import chosen_suites, measure_model, measure_trials
+from ray_abliterate.measurements import BASE, Measurements, label
+from ray_abliterate.measuring import Measurer, Subject, chosen_suites, measure_trials
 from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.recipe import SuiteFile, SuiteSettings
@@ -86,7 +86,8 @@ def measured(
 ) -> dict[str, Any]:
     kept = Measurements(folder / "kept", settings)
     suites = build(settings, folder)
-    return measure_model(pool, suites, settings, plan, setup, trial, kept, Unwatched())
+    measurer = Measurer(pool, setup, kept, Unwatched())
+    return measurer.model(Subject(label(trial), plan), suites, settings)
 
 
 def test_base_model_and_trial_are_measured_and_compared(

@@ -2,7 +2,15 @@
 
 import pytest
 
-from ray_abliterate.cluster.layout import Node, Place, arrange, plan_layout, refuse_what_is_missing
+from ray_abliterate.cluster.layout import (
+    Node,
+    Place,
+    arrange,
+    left_by,
+    offered,
+    plan_layout,
+    refuse_what_is_missing,
+)
 from ray_abliterate.errors import ModelError
 from ray_abliterate.recipe import ModelSettings
 
@@ -78,3 +86,43 @@ def test_more_than_there_is_is_refused_with_the_numbers() -> None:
         refuse(replicas=4)
     with pytest.raises(ModelError, match="set it to 0"):
         plan_layout(settings(gpus_per_replica=1), 8, 0)
+
+
+def test_evaluators_stand_beside_the_searchs_replicas() -> None:
+    there = [node("a", cpus=16, gpus=2), node("b", cpus=16, gpus=1)]
+    one = settings(replicas=1, gpus_per_replica=1)
+    assert nodes_of(arrange(one, offered(there))) == ["a"]
+    left = left_by(one, there)
+    assert [n.gpus for n in left] == [1, 1] and [n.cpus for n in left] == [15, 16]
+    assert nodes_of(arrange(settings(), left)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("evaluators", "each", "search", "fit"),
+    [(1, 0.25, 0.75, 1), (1, 0.25, 0.25, 3), (2, 0.6, 0.4, 1), (3, 0.5, 0.5, 1), (1, 0.5, 0.6, 1)],
+)  # fmt: skip
+def test_the_rest_of_a_shared_card_is_the_searchs(
+    evaluators: int, each: float, search: float, fit: int
+) -> None:
+    cards = 2.0 if evaluators > 1 or search == 0.6 else 1.0
+    left = left_by(settings(replicas=evaluators, gpus_per_replica=each), [node("a", gpus=cards)])
+    assert len(arrange(settings(gpus_per_replica=search), left)) == fit
+
+
+def test_without_gpus_evaluators_have_half_of_the_cores() -> None:
+    there = [node("a", cpus=8)]
+    (place,) = arrange(settings(replicas=1), offered(there))
+    assert place.threads == 4
+    assert arrange(settings(replicas=1), left_by(settings(replicas=1), there))[0].threads == 4
+    narrow = settings(replicas=1, threads_per_replica=1)
+    assert arrange(settings(replicas=1), left_by(narrow, there))[0].threads == 7
+
+
+def test_a_card_that_evaluators_take_is_missed_not_replaced_by_the_cpu() -> None:
+    there = left_by(settings(replicas=1, gpus_per_replica=0.25), [node("a", gpus=1)])
+    with pytest.raises(ModelError, match=r"model\.gpus_per_replica = 1, but there are 0\.75 GPUs"):
+        refuse_what_is_missing(settings(), there, arrange(settings(), there))
+    wanted = settings(replicas=2, gpus_per_replica=1)
+    with pytest.raises(ModelError, match=r"^evaluation\.replicas = 2 of 1 GPUs"):
+        alone = offered([node("a", gpus=1)])
+        refuse_what_is_missing(wanted, alone, arrange(wanted, alone), "evaluation")
