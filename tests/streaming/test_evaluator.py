@@ -145,7 +145,7 @@ def test_an_evaluation_goes_on_after_a_kill_to_the_same_totals(family, settings,
 
 
 def test_a_cache_too_large_to_save_is_made_again_from_the_text(monkeypatch, text, tmp_path):
-    monkeypatch.setattr("ray_abliterate.streaming.evaluator.MOST_SAVED_BYTES", 10)
+    monkeypatch.setattr("ray_abliterate.streaming.stream.MOST_SAVED_BYTES", 10)
     evaluator = StreamingEvaluator(model("llama"), carry="kv", chunk_size=60)
     wanted = list(evaluator.stream(text))
     begun = evaluator.stream(text, state=tmp_path / "s", save_seconds=0)

@@ -186,7 +186,7 @@ def test_the_most_exact_carry_that_fits_is_chosen_and_said():
 
 def test_keys_and_values_that_do_not_fit_are_not_chosen(monkeypatch):
     evaluator = StreamingEvaluator(model("llama"))
-    monkeypatch.setattr("ray_abliterate.streaming.evaluator.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("ray_abliterate.streaming.choosing.free_bytes", lambda _: 1000)
     choice = evaluator.choose(300)
     assert choice.carry is Carry.WINDOW
     assert "don't fit" in choice.notes[-1]
