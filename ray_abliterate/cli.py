@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_abliterate.cli_evaluate import evaluate
 from ray_abliterate.errors import RayAbliterateError, RecipeError
 from ray_abliterate.recipe import Recipe
 
@@ -134,18 +135,17 @@ def _wanted(text: str, done: int, planned: int) -> int:
 def _go(settings: Recipe, directory: Any, base: Path, profile: bool = False) -> None:
     """Run with a display, then show what came of it."""
     from ray_abliterate.live import (
-        LineWatch,
-        LiveWatch,
         console,
         count_trials,
         frontier_table,
+        watching,
     )
     from ray_abliterate.report import write_report
     from ray_abliterate.run import run as run_recipe
 
     output = console()
     interrupted = False
-    with (LiveWatch if output.is_terminal else LineWatch)(output) as watch:
+    with watching(output) as watch:
         try:
             run_recipe(settings, directory, base, watch, profile)
         except KeyboardInterrupt:
@@ -219,73 +219,7 @@ def show(
         print_trial(directory, directory.trial(trial), output)
 
 
-@app.command()
-def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run; with --text also a model.")],
-    trial: Annotated[
-        list[int] | None, typer.Option(help="Trials to measure; the frontier if unset.")
-    ] = None,
-    suite: Annotated[list[str] | None, typer.Option(help="Suites to run; all if unset.")] = None,
-    suites: Annotated[
-        Path | None, typer.Option(help="File with [[suites]]; the recipe's own if unset.")
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Read one long text instead: a file (.txt, .npy, .parquet, …), hub:NAME."
-        ),
-    ] = None,
-    carry: Annotated[
-        str | None, typer.Option(help="kv, state, window or none; the most exact that fits.")
-    ] = None,
-    chunk: Annotated[int | None, typer.Option(help="Tokens of a chunk.")] = None,
-    overlap: Annotated[int | None, typer.Option(help="Tokens of context, carry = none.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens, carry = window.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of the text; all if unset.")] = None,
-    to: Annotated[Path | None, typer.Option(help="Folder for what a text's reading finds.")] = None,
-) -> None:
-    """Measure suites on a run's trials, or the perplexity of one long text."""
-    if text is not None:
-        _read_text(run, trial or [], (text, carry, chunk, overlap, window, tokens), to)
-        return
-    from ray_abliterate.evaluating import evaluate_run
-    from ray_abliterate.live import LineWatch, console, suites_table
-    from ray_abliterate.measuring import chosen_suites
-    from ray_abliterate.recipe import SuiteFile
-    from ray_abliterate.rundir import RunDirectory
-    from ray_abliterate.suites import build
-
-    directory = RunDirectory.open(Path(run))
-    known = SuiteFile.load(suites) if suites else directory.recipe.suites
-    chosen, base = chosen_suites(known, suite or ()), suites.parent if suites else directory.base
-    built = build(chosen, base)
-    numbers = [directory.trial(number) for number in trial or ()]
-    members = numbers or list(_frontier(directory.trials()).members)
-    output = console()
-    evaluate_run(directory, members, chosen, base, LineWatch(output))
-    output.print(suites_table(directory.measurements(chosen), built))
-    output.print(f"Kept in {directory.path / 'evaluations'}")
-
-
-def _read_text(name: str, trials: list[int], given: Any, to: Path | None) -> None:
-    """One long text, with a model or with a run's base model and one trial."""
-    from ray_abliterate.live import console
-    from ray_abliterate.long_text import Reading, read_with_model, read_with_run, totals_table
-    from ray_abliterate.rundir import RunDirectory
-
-    reading, output = Reading(*given), console()
-    if not RunDirectory.is_one(Path(name)):
-        if trials:
-            raise RecipeError(f"--trial {trials[0]}: {name} is not a run directory")
-        folder = to or Path("evaluation")
-        found = read_with_model(name, reading, folder, output)
-    else:
-        directory = RunDirectory.open(Path(name))
-        number = trials[0] if trials else _chosen(directory, None).number
-        folder = to or directory.path / "evaluations" / "text"
-        found = read_with_run(directory, number, reading, folder, output)
-    output.print(totals_table(found))
-    output.print(f"Chunks and totals: {folder}")
+app.command()(evaluate)
 
 
 @app.command()

@@ -108,6 +108,11 @@ def _thinned(members: tuple[Trial, ...], rows: int | None) -> tuple[Trial, ...]:
     return tuple(members[round(i * step)] for i in range(rows))
 
 
+def watching(output: Console) -> "LiveWatch | LineWatch":
+    """What fits where the output goes; to be opened with `with`."""
+    return LiveWatch(output) if output.is_terminal else LineWatch(output)
+
+
 class LiveWatch:
     """A panel that is redrawn: stage, trials done, rate, time left, frontier."""
 
@@ -158,7 +163,8 @@ class LiveWatch:
 
     def step(self, done: int, total: int) -> None:
         """Move the bar."""
-        self._progress.update(self._task, completed=done, total=total)
+        rate = self._clock.left(done, total)
+        self._progress.update(self._task, completed=done, total=total, rate=rate)
 
     def note(self, text: str) -> None:
         """Print above the panel."""
@@ -244,5 +250,16 @@ class _Clock:
             self._before = done - 1
         elapsed = max(time.monotonic() - self._started, 1e-6)
         per_second = (done - self._before) / elapsed
-        minutes, seconds = divmod(round((total - done) / per_second), 60)
-        return f"{60 * per_second:.1f} trials/min, {minutes}:{seconds:02d} left"
+        return f"{60 * per_second:.1f} trials/min, {_minutes((total - done) / per_second)} left"
+
+    def left(self, done: int, total: int) -> str:
+        """`3:20 left`, once that can be told."""
+        if self._before is None:
+            self._before, self._started = done, time.monotonic()
+        elapsed, since = time.monotonic() - self._started, done - self._before
+        return f"{_minutes((total - done) * elapsed / since)} left" if since else ""
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,165 +1,197 @@
-"""One long text through a model, or through a trial of a run, chunk by chunk.
+"""One long text through models, chunk by chunk, over a pool of replicas.
 
-Each model reads the text on its own, with its state saved as it goes; what it found stands in a
-JSON file, and a text that was stopped in the middle goes on from there.
+How it is read is chosen once and kept. Each chunk is a line in a file as soon as it is read, so a
+text that was stopped in the middle goes on from there; pieces that don't depend on each other are
+read by several replicas.
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from ray_abliterate.errors import EvaluationError
+from ray_abliterate.errors import EvaluationChanged
 from ray_abliterate.files import write_whole
-from ray_abliterate.measurements import label
-from ray_abliterate.model import LanguageModel
-from ray_abliterate.plan import Plan
-from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.replica import Replica
-from ray_abliterate.run import model_source
-from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.streaming import Carry, StreamingEvaluator, Totals
-from ray_abliterate.streaming.results import Progress
+from ray_abliterate.measurements import comparison_text
+from ray_abliterate.measuring import Subject
+from ray_abliterate.progress import Watch
+from ray_abliterate.reading import Reading, Route
+from ray_abliterate.scoring import mean_interval
+from ray_abliterate.streaming import ChunkResult, Totals
+from ray_abliterate.suites import Comparison
 
-SAY_SECONDS = 5.0
-"""How often progress is told."""
+Found = dict[int, ChunkResult]
+"""Chunks by number."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a text is read; fields are those of `StreamingEvaluator`."""
+class Text:
+    """What was found of one text.
 
-    text: str
-    carry: str | None = None
-    chunk_size: int | None = None
-    overlap: int | None = None
-    window: int | None = None
-    max_tokens: int | None = None
+    Attributes:
+        totals: By model.
+        chunks: By model, in order.
+    """
 
-    def __post_init__(self) -> None:
-        """What can be known before a model is loaded.
+    totals: Mapping[str, Totals]
+    chunks: Mapping[str, tuple[ChunkResult, ...]]
 
-        Raises:
-            EvaluationError: the carry or the text can't be.
+    def difference(self, base: str, other: str) -> Comparison | None:
+        """Nats per token that one model needs more than another, over the chunks of both.
+
+        The interval is that of the mean over chunks, as if they did not depend on each other.
         """
-        if self.carry is not None and self.carry not in list(Carry):
-            raise EvaluationError(f"--carry {self.carry!r} is not one of: {', '.join(Carry)}.")
-        if not self.text.startswith("hub:") and not Path(self.text).is_file():
-            raise EvaluationError(
-                f"--text {self.text!r} is not a file.\n"
-                "  Give a file that exists, or hub:owner/name for a data set of the Hub."
-            )
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of the evaluator."""
-        return {
-            "carry": self.carry,
-            "chunk_size": self.chunk_size,
-            "overlap": self.overlap,
-            "window": self.window,
-            "max_tokens": self.max_tokens,
-        }
+        one, two = ({c.index: c for c in self.chunks[name]} for name in (base, other))
+        both = sorted(set(one) & set(two))
+        if not both:
+            return None
+        mean, low, high = mean_interval([two[i].loss - one[i].loss for i in both])
+        before, after = (sum(side[i].loss for i in both) / len(both) for side in (one, two))
+        return Comparison("nats per token", before, after, mean, low, high, len(both))
 
 
-def read_with_model(name: str, reading: Reading, to: Path, output: Console) -> dict[str, Totals]:
-    """A model of the Hub or a folder.
+def read_text(
+    pool: Any,
+    reading: Reading,
+    subjects: Sequence[Subject],
+    shared: Any,
+    model: Mapping[str, str],
+    to: Path,
+    watch: Watch,
+) -> Text:
+    """Every model reads the text; what was read before is not read again.
 
-    Raises:
-        RayAbliterateError: the model or the text can't be read, or not in this way.
-    """
-    source = model_source(name, lambda text: output.print(text, markup=False))
-    model = LanguageModel.load(source, ModelSettings(name=name))
-    return _kept(to, name, {"model": _read(model, reading, to / "model", "model", output)})
-
-
-def read_with_run(
-    directory: RunDirectory, trial: int, reading: Reading, to: Path, output: Console
-) -> dict[str, Totals]:
-    """The base model of a run, and one of its trials.
+    Args:
+        pool: Its replicas read.
+        reading: What is asked for.
+        subjects: The models, as plans of one base model.
+        shared: Reference to the run's setup.
+        model: Name and fingerprint of the base model.
+        to: Folder for what is found.
+        watch: Is told how far it is.
 
     Raises:
-        RayAbliterateError: the model or the text can't be read, or not in this way.
+        EvaluationChanged: the folder holds another reading.
+        RayAbliterateError: the text can't be read; what was read before is kept.
     """
-    recipe, chosen = directory.recipe, directory.trial(trial)
-    directions = directory.directions()
-    assert directions is not None  # a trial has been scored
-    source = model_source(recipe.model.name, lambda text: output.print(text, markup=False))
-    replica = Replica(recipe, source, {})
-    found = {}
-    for number, plan in ((None, Plan.nothing()), (trial, chosen.plan)):
-        name = label(number)
-        with replica.cache.edited(plan, directions):
-            found[name] = _read(replica.model, reading, to / name, name, output)
-    return _kept(to, recipe.model.name, found)
+    to.mkdir(parents=True, exist_ok=True)
+    with watch.stage("text"):
+        route = _route(pool, reading, model, to)
+    for note in route.notes:
+        watch.note(note)
+    found = {subject.name: _known(_file(to, subject.name)) for subject in subjects}
+    with watch.stage("reading"), _lines(to, found) as keep:
+        _read(pool, route, subjects, shared, found, to, keep, watch)
+    carry, notes = route.reading.carry or "", route.notes
+    chunks = {name: tuple(own[i] for i in sorted(own)) for name, own in found.items()}
+    text = Text({name: Totals.of(own, carry, notes) for name, own in chunks.items()}, chunks)
+    totals = {name: own.to_json() for name, own in text.totals.items()}
+    values = {"model": model, "reading": route.to_json(), "totals": totals}
+    write_whole(to / "totals.json", (json.dumps(values, indent=2) + "\n").encode())
+    return text
 
 
 def _read(
-    model: LanguageModel, reading: Reading, place: Path, name: str, output: Console
-) -> Totals:
-    evaluator = StreamingEvaluator(model, **reading.options())
-    state, chunks = place.with_suffix(".state"), place.with_suffix(".chunks.jsonl")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    stream = evaluator.stream(
-        reading.text,
-        tokenizer=model.chat.tokenizer,
-        state=state,
-        on_progress=_Teller(name, output),
-    )
-    for note in stream.choice.notes:
-        output.print(f"{name}: {note}", markup=False)
-    with _lines(chunks, fresh=not stream.totals.chunks) as line:
-        for result in stream:
-            line(result.to_json())
-    return stream.totals
+    pool: Any,
+    route: Route,
+    subjects: Sequence[Subject],
+    shared: Any,
+    found: Mapping[str, Found],
+    to: Path,
+    keep: Callable[[str, ChunkResult], None],
+    watch: Watch,
+) -> None:
+    pieces = [
+        (subject, first, count)
+        for first, count in route.pieces()
+        for subject in subjects
+        if _missing(found[subject.name], first, count, route.chunks) is not None
+    ]
+
+    def arguments(number: int) -> tuple[Any, ...]:
+        subject, first, count = pieces[number]
+        start = _missing(found[subject.name], first, count, route.chunks)
+        start = first if start is None else start
+        state = (to / f"{subject.name}.state").absolute() if count is None else None
+        left = None if count is None else first + count - start
+        return route, start, left, state, subject.plan, shared
+
+    wanted = None if route.chunks is None else route.chunks * len(subjects)
+    for number, result in pool.streams("read", len(pieces), arguments):
+        name = pieces[number][0].name
+        if result.index not in found[name]:
+            found[name][result.index] = result
+            keep(name, result)
+        done = sum(len(own) for own in found.values())
+        watch.step(done, wanted or done)
 
 
-@contextmanager
-def _lines(file: Path, fresh: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    with file.open("w" if fresh else "a", encoding="utf-8") as stream:
-
-        def line(values: dict[str, Any]) -> None:
-            stream.write(json.dumps(values) + "\n")
-            stream.flush()
-
-        yield line
+def _missing(found: Found, first: int, count: int | None, chunks: int | None) -> int | None:
+    """The first chunk of a piece that is not known; None if all are."""
+    if count is None and chunks is None:
+        return next(i for i in range(len(found) + 1) if i not in found)
+    stop = chunks if count is None else first + count
+    return next((i for i in range(first, stop or 0) if i not in found), None)
 
 
-class _Teller:
-    """Says how far it is, now and then."""
+def _route(pool: Any, reading: Reading, model: Mapping[str, str], to: Path) -> Route:
+    """How the text is read: as it was begun, or as one replica chooses.
 
-    def __init__(self, name: str, output: Console) -> None:
-        self._name, self._output, self._said = name, output, time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        if time.monotonic() - self._said < SAY_SECONDS:
-            return
-        self._said = time.monotonic()
-        whole = f" of {progress.length:,}" if progress.length else ""
-        left = (
-            "" if progress.seconds_left is None else f", about {progress.seconds_left:.0f} s left"
-        )
-        totals = progress.totals
-        self._output.print(
-            f"{self._name}: {progress.position:,}{whole} tokens, perplexity "
-            f"{totals.perplexity:.4g}, {totals.tokens_per_second:,.0f} tokens/s{left}",
-            markup=False,
-        )
-
-
-def _kept(to: Path, model: str, found: dict[str, Totals]) -> dict[str, Totals]:
-    values = {"model": model, "totals": {name: t.to_json() for name, t in found.items()}}
-    write_whole(to / "totals.json", (json.dumps(values, indent=2) + "\n").encode())
+    A text of the Hub is not counted: that would be to read it twice.
+    """
+    found: Route = pool.call("route", reading, not reading.text.startswith("hub:"))
+    asked = {"model": dict(model), "asked": asdict(reading), "text": found.fingerprint}
+    file = to / "reading.json"
+    if file.exists():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in asked if known.get(name) != asked[name]]
+        if changed:
+            raise EvaluationChanged(
+                f"{to} holds the reading of something else: {', '.join(changed)} changed.\n"
+                "  Choose another folder with --to, or remove this one."
+            )
+        return Route.from_json(known["route"])
+    values = {**asked, "route": found.to_json()}
+    write_whole(file, (json.dumps(values, indent=2) + "\n").encode())
     return found
 
 
-def totals_table(found: dict[str, Totals]) -> Table:
-    """A row per model."""
+def _file(to: Path, name: str) -> Path:
+    return to / f"{name}.chunks.jsonl"
+
+
+def _known(file: Path) -> Found:
+    """Chunks that were read before; a last line that was cut off is taken away."""
+    if not file.exists():
+        return {}
+    whole, _, torn = file.read_bytes().rpartition(b"\n")
+    if torn:
+        write_whole(file, whole + b"\n" if whole else b"")
+    results = map(ChunkResult.from_json, map(json.loads, whole.splitlines()))
+    return {result.index: result for result in results}
+
+
+@contextmanager
+def _lines(to: Path, names: Mapping[str, Any]) -> Iterator[Callable[[str, ChunkResult], None]]:
+    streams = {name: _file(to, name).open("a", encoding="utf-8") for name in names}
+
+    def line(name: str, result: ChunkResult) -> None:
+        streams[name].write(json.dumps(result.to_json()) + "\n")
+        streams[name].flush()
+
+    try:
+        yield line
+    finally:
+        for stream in streams.values():
+            stream.close()
+
+
+def text_table(text: Text) -> Table:
+    """A row per model, the first one the base of comparison."""
     table = Table(show_edge=False, pad_edge=False)
     for head in (
         "model",
@@ -171,14 +203,41 @@ def totals_table(found: dict[str, Totals]) -> Table:
         "carry",
     ):
         table.add_column(head)
-    for name, totals in found.items():
+    base = next(iter(text.totals))
+    for name, totals in text.totals.items():
+        apart = text.difference(base, name) if name != base else None
+        loss = f"{totals.loss:.5f}" + (f"\n{comparison_text(apart)}" if apart else "")
         table.add_row(
             name,
             f"{totals.perplexity:.5g}",
-            f"{totals.loss:.5f}",
+            loss,
             f"{totals.mean:.4f} ± {totals.deviation:.4f}",
             f"{totals.tokens:,}",
             f"{totals.tokens_per_second:,.0f}",
             totals.carry,
         )
+    if len(text.totals) > 1:
+        table.caption = f"below: mean difference from {base} over chunks, 95 % interval"
     return table
+
+
+def text_page(text: Text) -> str:
+    """A page with the loss of every chunk of every model; needs no network."""
+    from plotly.graph_objects import Figure, Scatter
+
+    figure = Figure()
+    for name, chunks in text.chunks.items():
+        x, y = [c.start for c in chunks], [c.loss for c in chunks]
+        hover = [
+            f"chunk {c.index}, {c.tokens} tokens, perplexity {c.perplexity:.4g}" for c in chunks
+        ]
+        figure.add_trace(Scatter(x=x, y=y, name=name, mode="lines", text=hover))
+    figure.update_layout(
+        title="Loss along the text",
+        xaxis_title="token",
+        yaxis_title="nats per token",
+        hovermode="x unified",
+        template="plotly_white",
+    )
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    return page

@@ -8,8 +8,9 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.profiling import Profile, profiled
 from ray_abliterate.prompts import Prompt, PromptSet
+from ray_abliterate.reading import Reader, Reading, Route
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.scorers import build
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.shards import ResidualShard
 from ray_abliterate.shared_answers import sharing
+from ray_abliterate.streaming import ChunkResult
 from ray_abliterate.suites import Chunk, Suite, SuiteChunk, measure
 from ray_abliterate.together import Together
 from ray_abliterate.virtual import VirtualEdits
@@ -94,6 +97,7 @@ class Replica:
         if self.model.upcast is not None:
             self.cache.on_write = self.model.upcast.written
         self.model.original = self.cache.suspended
+        self._reader = Reader(self.model)
         self._virtual: VirtualEdits | None = None
         self._scorers: tuple[Scorer, ...] = ()
         self._prepared_for = ""
@@ -290,6 +294,23 @@ class Replica:
                     "although weights were edited: the suite does not see the edit"
                 )
         return found
+
+    def route(self, reading: Reading, count: bool) -> Route:
+        """How a long text is read, see `Reader.route`."""
+        return self._reader.route(reading, count)
+
+    def read(
+        self,
+        route: Route,
+        first: int,
+        count: int | None,
+        state: Path | None,
+        plan: Plan,
+        setup: Setup,
+    ) -> Iterator[ChunkResult]:
+        """A stretch of a long text on the model that a plan makes, see `Reader.read`."""
+        with self.cache.edited(plan, setup.directions):
+            yield from self._reader.read(route, first, count, state)
 
     def respond(
         self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256

@@ -12,7 +12,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from ray_abliterate.errors import ModelError, RayAbliterateError
+from ray_abliterate.errors import ModelError, RayAbliterateError, SearchError
 
 DEATHS = (
     ActorDiedError,
@@ -22,6 +22,10 @@ DEATHS = (
     WorkerCrashedError,
 )
 """A process has gone, or can't be reached."""
+
+
+class ReplicaDied(SearchError):
+    """A replica died over a call that is not made again on its own."""
 
 
 def unwrap(reference: Any) -> Any:

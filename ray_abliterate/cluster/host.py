@@ -1,7 +1,8 @@
 """The process that a replica lives in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import ray
@@ -11,8 +12,7 @@ from ray_abliterate.cluster.layout import Node, Place
 from ray_abliterate.cluster.node_store import NodeStore
 from ray_abliterate.cluster.secrets import Secrets
 from ray_abliterate.errors import RayAbliterateError
-from ray_abliterate.prompts import PromptSet
-from ray_abliterate.recipe import ModelSettings, Recipe
+from ray_abliterate.recipe import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,33 @@ class Callee:
         until somebody reads it."""
         return None, self.call(method, *args)
 
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        """What a method yields, item by item."""
+        yield from self.call(method, *args)
+
 
 class ReplicaHost(Callee):
     """A replica in a Ray actor. A constructor that fails is told to the first caller."""
 
     def __init__(
-        self,
-        place: Place,
-        recipe: Recipe,
-        source: str,
-        prompts: Mapping[str, PromptSet],
-        secrets: Secrets,
+        self, place: Place, name: str, secrets: Secrets, kind: str, args: tuple[Any, ...]
     ) -> None:
+        """
+        Args:
+            place: Where this is.
+            name: Of the model, for people.
+            secrets: The driver's.
+            kind: `module:class` of the replica; imported here, as it brings torch.
+            args: Of its constructor, before threads and store.
+        """
         secrets.hand_over()
-        self._label = f"{place.role}-{place.index} {recipe.model.name}"
+        self._label = f"{place.role}-{place.index} {name}"
         self._replica: Any = None
         self._failure: BaseException | None = None
-        from ray_abliterate.replica import Replica  # torch, in this process only
-
+        module, attribute = kind.split(":")
+        make = getattr(import_module(module), attribute)
         try:
-            self._replica = Replica(recipe, source, prompts, place.threads, NodeStore(place))
+            self._replica = make(*args, threads=place.threads, store=NodeStore(place))
         except (RayAbliterateError, RuntimeError, OSError, ValueError, MemoryError) as error:
             self._failure = error
 

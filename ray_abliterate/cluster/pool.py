@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,16 +15,16 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_abliterate.cluster.connection import ours
-from ray_abliterate.cluster.errors import unwrap
+from ray_abliterate.cluster.errors import ReplicaDied, unwrap
 from ray_abliterate.cluster.host import Hosting, ReplicaHost
 from ray_abliterate.cluster.layout import Layout, left_by, offered
-from ray_abliterate.cluster.pool_actor import PoolActor
+from ray_abliterate.cluster.pool_actor import AHEAD, PoolActor
 from ray_abliterate.cluster.secrets import drivers_secrets
 from ray_abliterate.cluster.store import ObjectStore
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import Evaluation
 from ray_abliterate.prompts import PromptSet
-from ray_abliterate.recipe import Recipe
+from ray_abliterate.recipe import ModelSettings, Recipe
 
 NEWS_SECONDS = 1.0
 """How often the driver hears from the pool if nothing happens."""
@@ -56,11 +57,19 @@ class ReplicaPool:
         on_event: OnEvent = lambda event: None,
     ) -> contextlib.AbstractContextManager["ReplicaPool"]:
         """A pool of real replicas, see `of`; the evaluation's own find room beside them."""
-        args = (recipe, source, prompts, drivers_secrets())
+        args = _args(recipe.model, "ray_abliterate.replica:Replica", recipe, source, prompts)
         share = partial(left_by, recipe.evaluators) if recipe.evaluation.replicas else tuple
         hosting = Hosting(ReplicaHost, args, recipe.model, patient=not ours(), share=share)
         search = recipe.search
         return cls.of(hosting, search.trial_timeout_seconds, search.trials_per_pass, on_event)
+
+    @classmethod
+    def bare(
+        cls, settings: ModelSettings, source: str, on_event: OnEvent = lambda event: None
+    ) -> contextlib.AbstractContextManager["ReplicaPool"]:
+        """A pool of a model of no run, see `of`; its replicas are `BareReplica`s."""
+        args = _args(settings, "ray_abliterate.bare:BareReplica", settings, source)
+        return cls.of(Hosting(ReplicaHost, args, settings, not ours()), on_event=on_event)
 
     def evaluators(
         self, recipe: Recipe, source: str, on_event: OnEvent, go_on: Callable[[], bool]
@@ -71,7 +80,7 @@ class ReplicaPool:
         """
         settings = recipe.evaluators
         own = recipe.model_copy(update={"model": settings})
-        args: tuple[Any, ...] = (own, source, {}, drivers_secrets())
+        args = _args(settings, "ray_abliterate.replica:Replica", own, source, {})
         hosting = Hosting(
             ReplicaHost, args, settings, not ours(), "evaluation", offered, self.actor
         )
@@ -188,3 +197,59 @@ class ReplicaPool:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=NEWS_SECONDS)
             for reference in ready:
                 yield unwrap(reference)
+
+    def streams(
+        self,
+        method: str,
+        count: int,
+        arguments: Callable[[int], tuple[Any, ...]],
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> Iterator[tuple[int, Any]]:
+        """Call a method that yields so many times, as many at once as there are replicas.
+
+        A replica is at most a few items ahead of who takes them here. A call whose replica dies is
+        made again, with arguments that may say what has come of it.
+
+        Args:
+            method: Of the replicas; a generator.
+            count: Number of calls.
+            arguments: Of call number so and so, asked for when it is made.
+            go_on: Asked now and then; once it says no, nothing more is called or waited for.
+
+        Yields:
+            Number of the call, and an item.
+        """
+        left, running, deaths = deque(range(count)), list[tuple[Any, int]](), Counter[int]()
+        while go_on() and (left or running):
+            while left and len(running) < max(self.replicas, 1):
+                number = left.popleft()
+                items = self._stream.remote(method, list(arguments(number)))
+                running.append((items, number))
+            ready, _ = ray.wait(
+                [items for items, _ in running], timeout=NEWS_SECONDS, fetch_local=False
+            )
+            for items in ready:
+                number = next(n for known, n in running if known is items)
+                try:
+                    yield number, unwrap(next(items))
+                    deaths[number] = 0
+                    continue
+                except StopIteration:
+                    pass
+                except ReplicaDied:
+                    deaths[number] += 1
+                    if deaths[number] == 2:
+                        raise
+                    left.appendleft(number)
+                running = [(known, n) for known, n in running if known is not items]
+
+    @property
+    def _stream(self) -> Any:
+        return self.actor.stream.options(
+            num_returns="streaming", _generator_backpressure_num_objects=AHEAD, max_task_retries=0
+        )
+
+
+def _args(settings: ModelSettings, kind: str, *args: Any) -> tuple[Any, ...]:
+    """Of a `ReplicaHost`, after its place."""
+    return settings.name, drivers_secrets(), kind, args

@@ -8,12 +8,13 @@ replica can be had.
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from ray_abliterate.cluster.errors import DEATHS, death
+from ray_abliterate.cluster.errors import DEATHS, ReplicaDied, death
 from ray_abliterate.cluster.events import Events
 from ray_abliterate.cluster.fleet import Fleet, Member
 from ray_abliterate.cluster.host import Hosting
@@ -28,6 +29,8 @@ NO_REPLICA_SECONDS = 900.0
 """A call waits this long for any replica; a new one has to load its model."""
 SLOTS_SECONDS = 30.0
 """Trial slots wait for each other at the start, as long as another one comes within this time."""
+AHEAD = 2
+"""Items that a replica that yields may be ahead of who takes them."""
 GATHER_SECONDS = 0.5
 """Plans that may share a pass wait this long for others: about what the sampler needs for a few."""
 
@@ -197,6 +200,35 @@ class PoolActor:
         outlive the replica."""
         found = await self._run(await self._lease(), method, args, by_reference=True)
         return [found]
+
+    async def stream(self, method: str, args: list[Any]) -> AsyncIterator[Any]:
+        """What a method of a free replica yields, item by item; the replica is little ahead.
+
+        Args:
+            method: Name of a method of `Replica` that yields.
+            args: Its arguments, object references among them.
+
+        Raises:
+            ReplicaDied: after some items, or none.
+        """
+        member = await self._lease()
+        self._metrics.begins()
+        items = member.handle.stream.options(
+            num_returns="streaming", _generator_backpressure_num_objects=AHEAD
+        ).remote(method, *args)
+        try:
+            async for reference in items:
+                yield await reference
+        except DEATHS as error:
+            self._fleet.lost(member, death(error))
+            self._events.tell("call-moved", method=method, dead=member.label)
+            self._metrics.moved()
+            raise ReplicaDied(
+                f"{member.label}: {death(error)}, twice over the same piece"
+            ) from None
+        finally:
+            self._metrics.ends()
+            self._give_back(member)
 
     async def claim(self, node: str, key: str, stale: list[Any]) -> Any:
         """What a node's replicas share, see `Claims.claim`."""

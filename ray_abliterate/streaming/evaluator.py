@@ -4,7 +4,7 @@ What is carried from chunk to chunk is chosen by the user, or the most exact tha
 docs/evaluation.md. Knows nothing about Ray: a chunk can be evaluated anywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class StreamingEvaluator:
         self._config: Any = getattr(module, "config", None)
         self.positions = position_table(module)
         self.findings = examine(self._runner, self.positions)
-        self._fingerprint = fingerprint(module)
+        self._module = module
         name, sizes = type(module).__name__, PassSize(module, self._runner.device)
         self._reader = ChunkReader(self._runner, name, self.findings, sizes, self.positions)
         self._chooser = Chooser(
@@ -87,6 +87,7 @@ class StreamingEvaluator:
         token_losses: Path | str | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         save_seconds: float = SAVE_SECONDS,
+        first_wanted: int | None = None,
     ) -> Stream:
         """The chunks of a text, one after the other; totals are those until now.
 
@@ -98,6 +99,8 @@ class StreamingEvaluator:
             token_losses: Arrow file for the losses of single tokens.
             on_progress: Is told after each chunk.
             save_seconds: Time between two savings.
+            first_wanted: Number of the first chunk that the caller lacks: a saved state beyond it
+                is not used. Chunks before it may come again.
 
         Raises:
             EvaluationError: it can't be done; says why.
@@ -105,12 +108,12 @@ class StreamingEvaluator:
         text = open_source(source, tokenizer)
         return Stream(
             text,
-            self.choose(self._length(text)),
+            self.choose(self.length(text)),
             self._settings,
             self._runner,
             self._reader,
-            self._fingerprint,
-            Files(_path(state), _path(token_losses), save_seconds),
+            fingerprint(self._module),
+            Files(_path(state), _path(token_losses), save_seconds, first_wanted),
             on_progress,
         )
 
@@ -124,50 +127,78 @@ class StreamingEvaluator:
     def chunk(
         self, source: Any, index: int, *, tokenizer: Any = None, warm_up: int | None = None
     ) -> ChunkResult:
-        """Chunk number `index` alone, as `stream` finds it; any process may compute any chunk.
-
-        For carry = none that is all there is to it. For window, tokens before the chunk are fed
-        first, without their losses: `layers * (window - 1)` of them reach as far back as any layer
-        sees, so that the result is that of the stream but for rounding; with fewer it is close.
-        A recurrent state has no such reach: beside a window, and for state and kv, all of the text
-        before is fed.
-
-        Args:
-            source: A `TokenSource`, or what `open_source` takes.
-            index: Number of the chunk.
-            tokenizer: Makes tokens of texts.
-            warm_up: Tokens before the chunk, for carry = window.
+        """Chunk number `index` alone, see `stretch`.
 
         Raises:
             EvaluationError: the text has no such chunk.
         """
         text = open_source(source, tokenizer)
-        choice = self.choose(self._length(text))
-        span = choice.geometry.span(index)
+        for result in self.stretch(text, index, 1, warm_up=warm_up):
+            return result
+        geometry = self.choose(self.length(text)).geometry
+        sizes = f"{geometry.chunk_size} tokens (overlap {geometry.overlap})"
+        raise TokenSourceError(f"{text.name} has no chunk {index} of {sizes}.")
+
+    def stretch(
+        self,
+        source: Any,
+        first: int,
+        count: int,
+        *,
+        tokenizer: Any = None,
+        warm_up: int | None = None,
+    ) -> Iterator[ChunkResult]:
+        """So many chunks from number `first` on, as `stream` finds them; any process may compute
+        any stretch.
+
+        For carry = none that is all there is to it. For window, tokens before the first chunk are
+        fed, without their losses: `layers * (window - 1)` of them reach as far back as any layer
+        sees, so that the results are those of the stream but for rounding; with fewer they are
+        close. A recurrent state has no such reach: beside a window, and for state and kv, all of
+        the text before is fed.
+
+        Args:
+            source: A `TokenSource`, or what `open_source` takes.
+            first: Number of the first chunk.
+            count: How many; fewer where the text ends.
+            tokenizer: Makes tokens of texts.
+            warm_up: Tokens before the first chunk, for carry = window.
+        """
+        text = open_source(source, tokenizer)
+        choice = self.choose(self.length(text))
+        span = choice.geometry.span(first)
         before = self._before(choice, span, warm_up)
         tape = Tape(text, span.first - before, self._settings.max_tokens, self._runner.vocab)
         self._reader.begin(choice, span.first - before)
         warm = tape.read(span.first - before, span.first)
-        ids = tape.read(span.first, span.stop) if len(warm) == before else warm[:0]
-        if len(ids) < 2 or span.first + len(ids) <= span.start:
-            sizes = f"{choice.geometry.chunk_size} tokens (overlap {choice.geometry.overlap})"
-            raise TokenSourceError(f"{text.name} has no chunk {index} of {sizes}.")
+        if len(warm) < before:
+            return
         self._reader.replay(warm, choice)
-        return self._reader.measure(span, ids, choice)[0]
+        for index in range(first, first + count):
+            span = choice.geometry.span(index)
+            ids = tape.read(span.first, span.stop)
+            if len(ids) < 2 or span.first + len(ids) <= span.start:
+                return
+            yield self._reader.measure(span, ids, choice)[0]
 
-    def _before(self, choice: Choice, span: Span, warm_up: int | None) -> int:
-        """Tokens that are fed before a chunk that is computed alone."""
+    def warm_up(self, choice: Choice) -> int | None:
+        """Tokens that are fed before a stretch; None if all of the text before it has to be."""
         if choice.carry is Carry.NONE:
             return 0
-        recurrent = self.findings.memory.recurrent
-        if choice.window is None or (recurrent and warm_up is None):
-            return span.first
-        if warm_up is None:
-            layers = self._config.get_text_config(decoder=True).num_hidden_layers
-            warm_up = layers * (choice.window - 1)
-        return min(span.first, warm_up)
+        if choice.window is None or self.findings.memory.recurrent:
+            return None
+        layers = int(self._config.get_text_config(decoder=True).num_hidden_layers)
+        return layers * (choice.window - 1)
 
-    def _length(self, text: TokenSource) -> int | None:
+    def _before(self, choice: Choice, span: Span, warm_up: int | None) -> int:
+        """Tokens that are fed before a stretch."""
+        most = self.warm_up(choice)
+        if warm_up is not None and choice.carry is Carry.WINDOW:
+            most = warm_up
+        return span.first if most is None else min(span.first, most)
+
+    def length(self, text: TokenSource) -> int | None:
+        """Tokens of a text that count, if that is known before it is read."""
         limit = self._settings.max_tokens
         if text.length is None or limit is None:
             return text.length

@@ -32,11 +32,13 @@ class Files:
         state: Where the evaluation is saved, and goes on from if it is there.
         token_losses: Arrow file of the losses of single tokens.
         save_seconds: Time between two savings.
+        first_wanted: Chunk that a saved state must not be beyond; any state will do if None.
     """
 
     state: Path | None = None
     token_losses: Path | None = None
     save_seconds: float = SAVE_SECONDS
+    first_wanted: int | None = None
 
 
 class Stream:
@@ -97,6 +99,9 @@ class Stream:
     def _run(self) -> Iterator[ChunkResult]:
         state, losses_at = self._files.state, self._files.token_losses
         saved = None if state is None else Checkpoint.read(state, self._identity)
+        wanted = self._files.first_wanted
+        if saved is not None and wanted is not None and saved.next_chunk > wanted:
+            saved = None
         number = saved.next_chunk if saved else 0
         self.totals = saved.totals if saved else self.totals
         tape = self._begin(saved, number)
@@ -121,7 +126,7 @@ class Stream:
             span = self.choice.geometry.span(number)
             ids = tape.read(span.first, span.stop)
             if number == 0:
-                self._refuse_short(len(ids))
+                refuse_short(self.text.name, len(ids), self._settings.chunk_size)
             if len(ids) < 2 or span.first + len(ids) <= span.start:
                 return
             result, found = self._reader.measure(span, ids, self.choice)
@@ -176,19 +181,27 @@ class Stream:
         left = None if length is None else (length - result.stop) * seconds / max(tokens, 1)
         self._told(Progress(result, self.totals, result.stop, length, left))
 
-    def _refuse_short(self, tokens: int) -> None:
-        name, asked = self.text.name, self._settings.chunk_size
-        if tokens == 0:
-            raise TokenSourceError(
-                f"source = {name} is empty.\n  Give a text of two tokens or more."
-            )
-        if tokens == 1:
-            raise TokenSourceError(
-                f"source = {name} has one token, and the first token of a text is not predicted.\n"
-                "  Give a text of two tokens or more."
-            )
-        if asked is not None and tokens < asked:
-            raise EvaluationError(
-                f"source = {name} has {tokens} tokens, fewer than chunk_size = {asked}.\n"
-                f"  Set chunk_size = {tokens} or less, or leave it unset."
-            )
+
+def refuse_short(name: str, tokens: int, asked: int | None) -> None:
+    """Refuse a text that has no chunk, or less than the chunk that was asked for.
+
+    Args:
+        name: What the text is called.
+        tokens: Of the text, or of its first chunk.
+        asked: Tokens of a chunk, if the user says so.
+
+    Raises:
+        EvaluationError: it is too short.
+    """
+    if tokens == 0:
+        raise TokenSourceError(f"source = {name} is empty.\n  Give a text of two tokens or more.")
+    if tokens == 1:
+        raise TokenSourceError(
+            f"source = {name} has one token, and the first token of a text is not predicted.\n"
+            "  Give a text of two tokens or more."
+        )
+    if asked is not None and tokens < asked:
+        raise EvaluationError(
+            f"source = {name} has {tokens} tokens, fewer than chunk_size = {asked}.\n"
+            f"  Set chunk_size = {tokens} or less, or leave it unset."
+        )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,20 +11,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
+import pytest
 import torch
 
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.directions import Directions
 from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.long_text import read_text
 from ray_abliterate.measurements import BASE, Finding, Measurements
 from ray_abliterate.measuring import AHEAD, BASE_MODEL, Measurer, Subject
 from ray_abliterate.progress import Unwatched
-from ray_abliterate.recipe import Recipe, SuiteFile
+from ray_abliterate.reading import Reading
+from ray_abliterate.recipe import ModelSettings, Recipe, SuiteFile
 from ray_abliterate.replica import Setup
 from ray_abliterate.run import run
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.suites import build
+from ray_abliterate.testing.tiny import tiny_model
 
 SUITES = """
 [[suites]]
@@ -195,3 +201,44 @@ def test_a_killed_evaluate_goes_on_to_the_same_totals(
     undisturbed = kept.of(BASE, "asked")
     assert resumed.whole and undisturbed.whole
     assert suite.summary(resumed.chunks) == suite.summary(undisturbed.chunks)
+
+
+@pytest.mark.parametrize("carry", ["none", "state"])
+def test_a_reader_that_is_killed_costs_what_it_read_last(
+    tmp_path: Path, cluster: Any, planted: Path, carry: str
+) -> None:
+    """By several replicas: independent chunks; by one: what has to be read in order."""
+    model, text = tmp_path / "model", tmp_path / "text.npy"
+    tiny_model("mamba2" if carry == "state" else "llama").save_pretrained(model)
+    for file in (*planted.glob("token*"), *planted.glob("chat*")):
+        shutil.copy(file, model / file.name)
+    numpy.save(text, numpy.random.default_rng(0).integers(0, 60, 6000).astype(numpy.uint16))
+    settings = ModelSettings(name="tiny", replicas=2, threads_per_replica=1, dtype="float32")
+    reading = Reading(str(text), carry=carry, chunk_size=40)
+    found, events = {}, list[dict[str, Any]]()
+    with ReplicaPool.bare(settings, str(model), events.append) as pool:
+        while pool.replicas < 2:
+            time.sleep(0.1)
+        for name, watch in (("calm", Unwatched()), ("killed", KillingAReader())):
+            named = {"name": "tiny", "weights": pool.facts.fingerprint}
+            found[name] = read_text(
+                pool, reading, (BASE_MODEL,), None, named, tmp_path / name, watch
+            )
+    assert found["calm"].totals["base"].nats == found["killed"].totals["base"].nats
+    assert found["calm"].totals["base"].chunks == len(found["killed"].chunks["base"])
+    assert [e["event"] for e in events].count("replica-lost") == 1
+    lines = (tmp_path / "killed" / "base.chunks.jsonl").read_text().splitlines()
+    assert len(lines) == len(found["killed"].chunks["base"])
+
+
+class KillingAReader(Unwatched):
+    """Kills a replica that reads, once some chunks are read."""
+
+    def step(self, done: int, total: int) -> None:
+        if done == 12:
+            hosts = [
+                process
+                for process in psutil.process_iter(["cmdline", "cpu_times"])
+                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaHost.stream")
+            ]
+            hosts[0].kill()

@@ -105,6 +105,11 @@ class InProcess:
                 return
             yield self.call(method, *args)
 
+    def streams(self, method: str, count: int, arguments: Any, go_on: Any = lambda: True) -> Any:
+        for number in range(count):
+            for item in self.call(method, *arguments(number)):
+                yield number, item
+
     def map_by_reference(self, method: str, calls: Any) -> Any:
         return enumerate(list(self.map(method, calls)))
 
