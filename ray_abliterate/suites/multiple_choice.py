@@ -22,10 +22,9 @@ from torch import Tensor
 from ray_abliterate.errors import PromptSourceError, ScoreError
 from ray_abliterate.prompts import Prompt
 from ray_abliterate.recipe_suites import MultipleChoiceSuite
-from ray_abliterate.scoring import Score
-from ray_abliterate.suites import summing
-from ray_abliterate.suites.chunking import Choice, chunked
-from ray_abliterate.suites.suite import Chunk, Comparison, Measure, SuiteChunk, SuiteModel
+from ray_abliterate.suites.chunking import Choice
+from ray_abliterate.suites.items import ItemSuite
+from ray_abliterate.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
 from ray_abliterate.tables import TableRow, stream_table
 
 LETTERS = string.ascii_uppercase
@@ -38,35 +37,27 @@ LETTER_MASS = Measure("letter-mass", "mean", "report", "probability")
 accuracy says little."""
 
 
-class MultipleChoice:
+class MultipleChoice(ItemSuite[MultipleChoiceSuite]):
     """See the module."""
 
     def __init__(self, settings: MultipleChoiceSuite, base: Path = Path()) -> None:
-        """
-        Args:
-            settings: As the recipe has them.
-            base: The recipe's folder.
-        """
-        self.name = settings.name
+        """See `ItemSuite`."""
+        super().__init__(settings, base)
         letters = settings.scoring == "letters"
         self.measures = (CORRECT, LETTER_MASS) if letters else (CORRECT,)
-        self._settings, self._base = settings, base
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Category by category, as the table is read; see `Suite`.
+    def choice(self) -> Choice:
+        """So many of each category."""
+        settings = self.settings
+        return Choice(settings.categories, settings.samples_per_category, settings.limit)
 
-        Raises:
-            PromptSourceError: a row is not a question with a right answer; names file, line and
-                field.
-        """
-        settings = self._settings
-        per_group = settings.samples_per_category
-        choice = Choice(settings.categories, per_group, settings.limit)
-        return chunked(self.name, choice.taken(self._questions()), settings.chunk, per_group)
+    def nothing(self) -> str:
+        """See `ItemSuite`."""
+        return "the table has no question of the categories.\n  Check `categories`."
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
         """Which choice is likeliest, for each question; 1 if it is the right one."""
-        if self._settings.scoring == "letters":
+        if self.settings.scoring == "letters":
             scores, mass = letter_scores(model, chunk.items)
         else:
             scores, mass = text_scores(model, chunk.items), []
@@ -79,21 +70,12 @@ class MultipleChoice:
             values[LETTER_MASS.name] = mass
         return SuiteChunk.of(chunk, values)
 
-    def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
-        """Accuracy over all questions, the mean over categories (`/macro`), and each category's."""
-        return summing.summarise(self.name, self.measures, chunks)
-
-    def compare(
-        self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
-    ) -> tuple[Comparison, ...]:
-        """See `Suite`."""
-        return summing.compare(self.measures, base, other)
-
-    def _questions(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        settings = self._settings
+    def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Questions, by category."""
+        settings = self.settings
         columns = [settings.question, settings.choices, settings.answer]
         columns += [settings.category] if settings.category else []
-        for row in stream_table(settings.table, self._base, columns):
+        for row in stream_table(settings.table, self.base, columns):
             yield read_question(row, settings)
 
 

@@ -58,6 +58,12 @@ def test_so_many_of_each_category_and_so_many_in_all(tmp_path: Path) -> None:
     assert [name for name, _ in asked(only)] == ["soup/00000"]
 
 
+def test_categories_that_no_question_has_are_an_error(tmp_path: Path) -> None:
+    written(tmp_path / "q.jsonl", questions("stars"))
+    with pytest.raises(PromptSourceError, match="no question of the categories.\n  Check `categ"):
+        asked(suite(tmp_path, categories=["soups"]))
+
+
 def test_nothing_is_read_behind_the_last_question_that_is_asked(tmp_path: Path) -> None:
     rows = [*questions("stars", "soup"), {"question": "broken"}]
     written(tmp_path / "q.jsonl", rows)
