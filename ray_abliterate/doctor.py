@@ -28,15 +28,13 @@ from ray_abliterate.machine import cpu_cores, gpu_memory, ram_available, standin
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import PromptSource, Recipe
 from ray_abliterate.run import LIBRARIES, model_source
+from ray_abliterate.samples import asked, read
 from ray_abliterate.scorers import build
-from ray_abliterate.sources import load_prompt_set
 
 State = Literal["ok", "warn", "FAIL"]
 COLOURS: dict[State, str] = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 GB = 1e9
 LITTLE_DISK = 5 * GB
-SAMPLE_ROWS = 8
-"""Rows that are read of a Hub data set."""
 TIGHT = 0.85
 """Above this share of the memory an estimate is no promise."""
 
@@ -202,6 +200,8 @@ def recipe_checks(recipe: Recipe, base: Path) -> Iterator[Check]:
     for scorer in recipe.scorers:
         if scorer.prompts is None or scorer.name in sets:
             yield _attempt(f"scorer {scorer.name}", lambda s=scorer: _built(s, sets))  # type: ignore[misc]
+    for suite in recipe.suites:
+        yield _attempt(f"suite {suite.name}", lambda s=suite: asked(s, base))  # type: ignore[misc]
     try:
         layout = plan_layout(recipe.model, cpu_cores(), len(gpu_memory()))
     except ModelError as error:
@@ -217,16 +217,6 @@ def sources_of(recipe: Recipe) -> list[tuple[str, PromptSource]]:
     """All prompt sets of a recipe, by name."""
     named = [("behaviour", recipe.prompts.behaviour), ("neutral", recipe.prompts.neutral)]
     return named + [(s.name, s.prompts) for s in recipe.scorers if s.prompts is not None]
-
-
-def read(name: str, source: PromptSource, base: Path) -> tuple[PromptSet, bool]:
-    """A prompt set, and whether these are its first rows only: the Hub is asked for few."""
-    on_hub = bool(source.dataset) and not (base / str(source.dataset)).exists()
-    if on_hub:
-        start, stop = source.bounds
-        last = min(start + SAMPLE_ROWS, stop or start + SAMPLE_ROWS)
-        source = source.model_copy(update={"split": f"{source.split_name}[{start}:{last}]"})
-    return load_prompt_set(name, source, base), on_hub
 
 
 def overlaps(sets: dict[str, PromptSet]) -> Iterator[Check]:
@@ -329,5 +319,6 @@ def _built(scorer: Any, sets: dict[str, PromptSet]) -> str:
 
 def _failure(name: str, error: Exception) -> Check:
     """An error of ours: the first line says what was found, the others what to do."""
-    found, _, fix = str(error).removeprefix(f"prompts {name[8:]!r}: ").partition("\n")
+    kind, _, own = name.partition(" ")
+    found, _, fix = str(error).removeprefix(f"{kind} {own!r}: ").partition("\n")
     return Check(name, "FAIL", found, fix.strip())

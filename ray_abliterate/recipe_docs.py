@@ -36,6 +36,7 @@ from ray_abliterate.recipe import (
 )
 from ray_abliterate.recipe_suites import (
     KlSuite,
+    LmEvalSuite,
     MultipleChoiceSuite,
     OverRefusalSuite,
     PerplexitySuite,
@@ -108,6 +109,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ('`[[suites]]` with `kind = "kl"`', KlSuite),
     ('`[[suites]]` with `kind = "perplexity"`', PerplexitySuite),
     ('`[[suites]]` with `kind = "responses"`', ResponsesSuite),
+    ('`[[suites]]` with `kind = "lm-eval"`', LmEvalSuite),
     ("`[[suites]]` of your own", PluginSuite),
     ("A table", TableSource),
     ("`[evaluation]`", EvaluationSettings),

@@ -2,9 +2,9 @@
 
 import difflib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ray_abliterate.markers import fold
 from ray_abliterate.recipe_sections import PLUGIN, PromptSource, Section, TableSource
@@ -55,8 +55,20 @@ class MultipleChoiceSuite(_Named):
     scoring: Literal["letters", "text"] = "letters"
     """`letters` compares the letters' probabilities, as MMLU does; `text` the log-likelihood of
     each answer's text per byte."""
+    shots: int = Field(0, ge=0)
+    """Examples with their answers before each question, of the same category."""
+    examples: TableSource | None = None
+    """Where they are, such as a `dev` split, in the same layout: the first of each category, never
+    the question that is asked. If unset, the first questions of each category of `table` are taken
+    and not asked."""
     chunk: int = Field(32, ge=1)
     """Questions of a unit of work."""
+
+    @model_validator(mode="after")
+    def _examples_are_shown(self) -> Self:
+        if self.examples is not None and not self.shots:
+            raise ValueError("`examples` are given, and shots = 0; set `shots`")
+        return self
 
 
 class OverRefusalSuite(_Named):
@@ -162,6 +174,38 @@ class ResponsesSuite(_Named):
     """Prompts of a unit of work."""
 
 
+class LmEvalSuite(_Named):
+    """Tasks of lm-evaluation-harness (`pip install 'ray-abliterate[lm-eval]'`)."""
+
+    kind: Literal["lm-eval"]
+    name: str = "lm-eval"
+    """Name of the suite, and of its scores."""
+    tasks: tuple[str, ...]
+    """Names of single tasks, as `lm-eval ls subtasks` lists them."""
+    limit: int = Field(100, ge=1)
+    """The first so many samples of each task."""
+    shots: int | None = Field(None, ge=0)
+    """Examples before each; what the task says if unset."""
+    metric: str = ""
+    """The number of a sample that is scored, such as `acc_norm`; the task's first if unset."""
+    lower_is_better: bool = False
+    """Whether a smaller one is better."""
+    chat: bool = False
+    """Ask through the model's chat template."""
+    folder: str | None = None
+    """Where task files of your own are, beside those of the harness; must exist where replicas
+    run."""
+    batch_size: int = Field(8, ge=1)
+    """Requests that go through the model at once."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("name one task or more, each once")
+        return value
+
+
 class PluginSuite(_Named):
     """A suite of your own, or of an installed package; see `docs/extending.md`."""
 
@@ -187,7 +231,7 @@ class PluginSuite(_Named):
         return value
 
 
-KINDS = ("multiple-choice", "over-refusal", "kl", "perplexity", "responses")
+KINDS = ("multiple-choice", "over-refusal", "kl", "perplexity", "responses", "lm-eval")
 """The kinds that have a section of their own."""
 
 
@@ -202,6 +246,7 @@ SuiteSettings = Annotated[
     | Annotated[KlSuite, Tag("kl")]
     | Annotated[PerplexitySuite, Tag("perplexity")]
     | Annotated[ResponsesSuite, Tag("responses")]
+    | Annotated[LmEvalSuite, Tag("lm-eval")]
     | Annotated[PluginSuite, Tag("plugin")],
     Discriminator(_suite_kind),
 ]

@@ -13,9 +13,12 @@ MOST_CUDA = 8192
 LEAST = 16
 UNKNOWN = 256
 """Tokens a pass for a model whose shapes tell nothing."""
-SLICE_BYTES = {"cpu": 1 << 25}
-"""Of float32 logits that exist at a time; small ones stay in the processor's caches longer."""
-SLICE_BYTES_CUDA = 1 << 28
+SLICE_BYTES, SLICE_BYTES_CUDA = 1 << 25, 1 << 28
+"""Of float32 logits that exist at a time, at most."""
+SMALL_BYTES, ENOUGH_ROWS = 1 << 22, 128
+"""On a CPU, slices of this size are taken from memory that the process has already; larger ones are
+asked of the system each time, and each of their pages costs a fault. Fewer rows than this would
+multiply slower."""
 
 
 def tokens_per_pass(module: Any, device: torch.device, behind: int) -> int:
@@ -41,7 +44,10 @@ def tokens_per_pass(module: Any, device: torch.device, behind: int) -> int:
 
 def slice_rows(vocab: int, device: torch.device) -> int:
     """Positions whose logits are computed at a time."""
-    return max(1, SLICE_BYTES.get(device.type, SLICE_BYTES_CUDA) // (4 * vocab))
+    row = 4 * vocab
+    if device.type == "cuda":
+        return max(1, SLICE_BYTES_CUDA // row)
+    return max(1, SMALL_BYTES // row, min(ENOUGH_ROWS, SLICE_BYTES // row))
 
 
 def kept_bytes_per_token(config: Any, full_layers: int, size: int) -> int:

@@ -124,9 +124,8 @@ class ModuleRunner:
 
     @staticmethod
     def _losses_of(logits: Tensor, targets: Tensor) -> Tensor:
-        values = logits.float()
-        chosen = values.gather(-1, targets.to(values.device)[:, None])[:, 0]
-        return (values.logsumexp(-1) - chosen).cpu()
+        wanted = targets.to(logits.device)
+        return nn.functional.cross_entropy(logits.float(), wanted, reduction="none").cpu()
 
     def _whole(self, ids: Tensor) -> Tensor:
         """Logits of a whole pass, `"token vocab"`."""

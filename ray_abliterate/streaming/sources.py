@@ -125,16 +125,17 @@ class Tape:
             block = next(self._blocks, None)
             if block is None:
                 break
-            self._refuse_unknown(block, self._first + len(self._held))
             self._held = torch.cat([self._held, block])
-        return self._held[: max(0, stop - first)]
+        read = self._held[: max(0, stop - first)]
+        self._refuse_unknown(read, first)
+        return read
 
-    def _refuse_unknown(self, block: Tensor, at: int) -> None:
-        wrong = ((block < 0) | (block >= self._vocab)).nonzero()
+    def _refuse_unknown(self, read: Tensor, at: int) -> None:
+        wrong = ((read < 0) | (read >= self._vocab)).nonzero()
         if len(wrong):
             place = int(wrong[0])
             raise TokenSourceError(
-                f"{self._source.name}: token {at + place} is {int(block[place])}, and the model "
+                f"{self._source.name}: token {at + place} is {int(read[place])}, and the model "
                 f"has ids from 0 to {self._vocab - 1}.\n"
                 "  Was it made with another model's tokenizer, or written with another dtype?"
             )

@@ -50,6 +50,7 @@ SHIPPED: Mapping[str, str] = {
     "kl": "ray_abliterate.suites.kl:KlDivergenceSuite",
     "perplexity": "ray_abliterate.suites.perplexity:Perplexity",
     "responses": "ray_abliterate.suites.responses:Responses",
+    "lm-eval": "ray_abliterate.suites.lm_eval:LmEval",
 }
 """Suites of this package. Those with a section of their own in the recipe are made from it and the
 recipe's folder, others as suites of one's own are, from keyword arguments."""

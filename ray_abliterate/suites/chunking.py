@@ -69,9 +69,9 @@ def chunked(
         yield chunk(group)
 
 
-def prompt_items(prompts: PromptSet, limit: int | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def prompt_items(prompts: PromptSet) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The prompts of a set as items of no group."""
-    for number, prompt in enumerate(prompts.prompts[:limit]):
+    for number, prompt in enumerate(prompts.prompts):
         yield "", {"id": str(number), "prompt": prompt.user, "system": prompt.system}
 
 

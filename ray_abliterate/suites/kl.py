@@ -9,51 +9,42 @@ and writing all edited matrices twice, at memory speed; in memory it takes the b
 chunk (prompts x T x vocabulary x 4 bytes) and those of the edited model.
 """
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from ray_abliterate.recipe_suites import KlSuite
 from ray_abliterate.scorers.kl_divergence import divergence
-from ray_abliterate.scoring import Score
 from ray_abliterate.sources import load_prompt_set
-from ray_abliterate.suites import summing
-from ray_abliterate.suites.chunking import chunked, prompt_items, prompts_of
-from ray_abliterate.suites.suite import Chunk, Comparison, Measure, SuiteChunk, SuiteModel
+from ray_abliterate.suites.chunking import prompt_items, prompts_of
+from ray_abliterate.suites.items import ItemSuite
+from ray_abliterate.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
 
 DIVERGENCE = Measure("kl", "mean", "minimize", "nats per token")
 TOKENS_AT_ONCE = 256
 """Tokens of answers in a chunk: 156 MB of base logits for a vocabulary of 152,000."""
 
 
-class KlDivergenceSuite:
+class KlDivergenceSuite(ItemSuite[KlSuite]):
     """See the module."""
 
     measures = (DIVERGENCE,)
 
-    def __init__(self, settings: KlSuite, base: Path = Path()) -> None:
-        """
-        Args:
-            settings: As the recipe has them.
-            base: The recipe's folder.
-        """
-        self.name = settings.name
-        self._settings, self._base = settings, base
+    def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The prompts."""
+        return prompt_items(load_prompt_set(self.name, self.settings.prompts, self.base))
 
-    def chunks(self) -> Iterator[Chunk]:
-        """See `Suite`."""
-        settings = self._settings
-        size = settings.chunk or max(1, TOKENS_AT_ONCE // settings.tokens)
-        prompts = load_prompt_set(self.name, settings.prompts, self._base)
-        return chunked(self.name, prompt_items(prompts, settings.limit), size)
+    def size(self) -> int:
+        """Prompts whose base logits are in memory at once."""
+        return self.settings.chunk or max(1, TOKENS_AT_ONCE // self.settings.tokens)
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
         """Mean over the tokens of each prompt's answer; `identical` counts tokens at which the two
         models' logits are the same to the last bit."""
         prompts = prompts_of(chunk)
         with model.original():
-            answers = model.continue_greedily(prompts, self._settings.tokens)
+            answers = model.continue_greedily(prompts, self.settings.tokens)
             base = model.continuation_logits(prompts, answers)
         edited = model.continuation_logits(prompts, answers)
         values, identical, nats = [], 0, []
@@ -64,13 +55,3 @@ class KlDivergenceSuite:
             identical += int(torch.eq(one, other).all(dim=-1).sum())
         counts = {"tokens": len(nats), "identical": identical}
         return SuiteChunk.of(chunk, {DIVERGENCE.name: values}, counts)
-
-    def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
-        """Mean over prompts of the mean over tokens."""
-        return summing.summarise(self.name, self.measures, chunks)
-
-    def compare(
-        self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
-    ) -> tuple[Comparison, ...]:
-        """See `Suite`."""
-        return summing.compare(self.measures, base, other)

@@ -1,7 +1,6 @@
 """`multiple-choice`: the share of questions whose right answer the model finds likeliest.
 
-The layout is MMLU's (Hendrycks et al. 2021, arXiv 2009.03300): question, choices, the right one's
-place or letter, category. The prompt shows the question with lettered choices.
+The layout of a table, and of a prompt, is in `questions.py`.
 
     letters:   argmax_i  log Σ_v p(v | prompt)        v: tokens that spell letter i, with or without
                                                       a blank before it
@@ -11,7 +10,6 @@ place or letter, category. The prompt shows the question with lettered choices.
 aren't shown.
 """
 
-import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_abliterate.errors import PromptSourceError, ScoreError
-from ray_abliterate.prompts import Prompt
+from ray_abliterate.errors import ScoreError
+from ray_abliterate.recipe import TableSource
 from ray_abliterate.recipe_suites import MultipleChoiceSuite
-from ray_abliterate.scoring import Score
-from ray_abliterate.suites import summing
-from ray_abliterate.suites.chunking import Choice, chunked
-from ray_abliterate.suites.suite import Chunk, Comparison, Measure, SuiteChunk, SuiteModel
-from ray_abliterate.tables import TableRow, stream_table
+from ray_abliterate.suites.chunking import Choice
+from ray_abliterate.suites.items import ItemSuite
+from ray_abliterate.suites.questions import (
+    LETTERS,
+    from_another,
+    letter_prompt,
+    read_question,
+    set_apart,
+    text_prompt,
+)
+from ray_abliterate.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
+from ray_abliterate.tables import stream_table
 
-LETTERS = string.ascii_uppercase
 TOKENS_AT_ONCE = 256
 """Tokens of answers whose logits are in memory at once: 156 MB for a vocabulary of 152,000."""
 
@@ -38,35 +42,27 @@ LETTER_MASS = Measure("letter-mass", "mean", "report", "probability")
 accuracy says little."""
 
 
-class MultipleChoice:
+class MultipleChoice(ItemSuite[MultipleChoiceSuite]):
     """See the module."""
 
     def __init__(self, settings: MultipleChoiceSuite, base: Path = Path()) -> None:
-        """
-        Args:
-            settings: As the recipe has them.
-            base: The recipe's folder.
-        """
-        self.name = settings.name
+        """See `ItemSuite`."""
+        super().__init__(settings, base)
         letters = settings.scoring == "letters"
         self.measures = (CORRECT, LETTER_MASS) if letters else (CORRECT,)
-        self._settings, self._base = settings, base
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Category by category, as the table is read; see `Suite`.
+    def choice(self) -> Choice:
+        """So many of each category."""
+        settings = self.settings
+        return Choice(settings.categories, settings.samples_per_category, settings.limit)
 
-        Raises:
-            PromptSourceError: a row is not a question with a right answer; names file, line and
-                field.
-        """
-        settings = self._settings
-        per_group = settings.samples_per_category
-        choice = Choice(settings.categories, per_group, settings.limit)
-        return chunked(self.name, choice.taken(self._questions()), settings.chunk, per_group)
+    def nothing(self) -> str:
+        """See `ItemSuite`."""
+        return "the table has no question of the categories.\n  Check `categories`."
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
         """Which choice is likeliest, for each question; 1 if it is the right one."""
-        if self._settings.scoring == "letters":
+        if self.settings.scoring == "letters":
             scores, mass = letter_scores(model, chunk.items)
         else:
             scores, mass = text_scores(model, chunk.items), []
@@ -79,84 +75,27 @@ class MultipleChoice:
             values[LETTER_MASS.name] = mass
         return SuiteChunk.of(chunk, values)
 
-    def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
-        """Accuracy over all questions, the mean over categories (`/macro`), and each category's."""
-        return summing.summarise(self.name, self.measures, chunks)
-
-    def compare(
-        self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
-    ) -> tuple[Comparison, ...]:
-        """See `Suite`."""
-        return summing.compare(self.measures, base, other)
-
-    def _questions(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        settings = self._settings
+    def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Questions, by category, with examples where there are `shots`."""
+        settings = self.settings
         columns = [settings.question, settings.choices, settings.answer]
         columns += [settings.category] if settings.category else []
-        for row in stream_table(settings.table, self._base, columns):
-            yield read_question(row, settings)
 
+        def read(table: TableSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
+            for row in stream_table(table, self.base, columns):
+                yield read_question(row, settings)
 
-def read_question(row: TableRow, settings: MultipleChoiceSuite) -> tuple[str, dict[str, Any]]:
-    """Category and question of a row.
-
-    Raises:
-        PromptSourceError: a field is missing or impossible; names the row and the field.
-    """
-    question, choices = row.values[settings.question], row.values[settings.choices]
-    if not isinstance(question, str) or not question.strip():
-        raise _refused(row, settings.question, f"is {question!r}, not a question")
-    if (
-        not isinstance(choices, list)
-        or not 2 <= len(choices) <= len(LETTERS)
-        or not all(isinstance(text, str) and text.strip() for text in choices)
-    ):
-        raise _refused(
-            row, settings.choices, f"is {choices!r}, not a list of 2 to {len(LETTERS)} texts"
+        if not settings.shots:
+            return read(settings.table)
+        if settings.examples is None:
+            return set_apart(read(settings.table), settings.shots)
+        return from_another(
+            read(settings.table),
+            read(settings.examples),
+            settings.shots,
+            settings.categories,
+            self.name,
         )
-    answer = _place(row.values[settings.answer], len(choices))
-    if answer is None:
-        last = len(choices) - 1
-        raise _refused(
-            row,
-            settings.answer,
-            f"is {row.values[settings.answer]!r}; the right answer's place is from 0 to {last}, "
-            f"or its letter from A to {LETTERS[last]}",
-        )
-    category = row.values[settings.category] if settings.category else ""
-    if not isinstance(category, str):
-        raise _refused(row, settings.category, f"is {category!r}, not the name of a category")
-    item = {"id": str(row.number), "question": question, "choices": choices, "answer": answer}
-    return category, item
-
-
-def _place(answer: Any, choices: int) -> int | None:
-    """From 0; an index, or a letter."""
-    if isinstance(answer, str):
-        text = answer.strip().upper()
-        if text.isdecimal():
-            answer = int(text)
-        else:
-            answer = LETTERS.find(text) if len(text) == 1 else -1
-    whole = isinstance(answer, int) and not isinstance(answer, bool)
-    return answer if whole and 0 <= answer < choices else None
-
-
-def _refused(row: TableRow, field: str, what: str) -> PromptSourceError:
-    return PromptSourceError(f"{row.place}: `{field}` {what}.")
-
-
-def letter_prompt(item: Mapping[str, Any]) -> Prompt:
-    """The question with its choices, to be answered with a letter."""
-    choices = [f"{LETTERS[i]}. {text}" for i, text in enumerate(item["choices"])]
-    lines = [
-        "Choose the right answer to the question. Reply with its letter alone.",
-        "",
-        item["question"].strip(),
-        *choices,
-        "Answer:",
-    ]
-    return Prompt("\n".join(lines))
 
 
 def letter_scores(
@@ -204,7 +143,7 @@ def text_scores(model: SuiteModel, items: Sequence[Mapping[str, Any]]) -> list[l
     Raises:
         ScoreError: logits are not numbers.
     """
-    asked = [(Prompt(item["question"].strip()), text) for item in items for text in item["choices"]]
+    asked = [(text_prompt(item), text) for item in items for text in item["choices"]]
     tokens = [model.tokens(text.strip()) for _, text in asked]
     found: list[float] = []
     for start, stop in _slices([len(ids) for ids in tokens], TOKENS_AT_ONCE):

@@ -4,60 +4,41 @@ The layout is XSTest's (Röttger et al. 2024, arXiv 2308.01263): prompt, type, a
 which prompts are harmless. Refusals are told by the markers of `keyword-rate`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.markers import Markers
 from ray_abliterate.recipe_suites import OverRefusalSuite
 from ray_abliterate.scorers.keyword_rate import MARKERS, MarkerWatch, verdict
-from ray_abliterate.scoring import Score
-from ray_abliterate.suites import summing
-from ray_abliterate.suites.chunking import Choice, chunked, prompts_of
-from ray_abliterate.suites.suite import Chunk, Comparison, Measure, SuiteChunk, SuiteModel
+from ray_abliterate.suites.chunking import Choice, prompts_of
+from ray_abliterate.suites.items import ItemSuite
+from ray_abliterate.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
 from ray_abliterate.tables import stream_table
 
 REFUSED = Measure("refused", "rate", "minimize")
 
 
-class OverRefusal:
+class OverRefusal(ItemSuite[OverRefusalSuite]):
     """See the module."""
 
     measures = (REFUSED,)
 
-    def __init__(self, settings: OverRefusalSuite, base: Path = Path()) -> None:
-        """
-        Args:
-            settings: As the recipe has them.
-            base: The recipe's folder.
-        """
-        self.name = settings.name
-        self._settings, self._base = settings, base
+    def choice(self) -> Choice:
+        """So many of each type."""
+        settings = self.settings
+        return Choice(settings.categories, settings.samples_per_category, settings.limit)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Type by type, as the table is read; see `Suite`.
-
-        Raises:
-            PromptSourceError: a row has no prompt, or the table no harmless one.
-        """
-        settings = self._settings
-        per_group = settings.samples_per_category
-        choice = Choice(settings.categories, per_group, settings.limit)
-        found = False
-        taken = choice.taken(self._harmless())
-        for chunk in chunked(self.name, taken, settings.chunk, per_group):
-            found = True
-            yield chunk
-        if not found:
-            raise PromptSourceError(
-                f"suite {self.name!r}: no row has {settings.label} = {settings.harmless!r} and is "
-                "of the categories.\n  Check `label`, `harmless` and `categories`."
-            )
+    def nothing(self) -> str:
+        """See `ItemSuite`."""
+        return (
+            f"no row has {self.settings.label} = {self.settings.harmless!r} and is of the "
+            "categories.\n  Check `label`, `harmless` and `categories`."
+        )
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
         """Greedy answers, each followed until its first marker; whole if they are kept."""
-        settings = self._settings
+        settings = self.settings
         given = settings.markers
         own = MARKERS[given] if isinstance(given, str) else given
         markers = Markers(own, f"suite {self.name!r}")
@@ -76,20 +57,11 @@ class OverRefusal:
             chunk, {REFUSED.name: [float(v in bad) for v in verdicts]}, counts, rows=rows
         )
 
-    def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
-        """The rate over all prompts, the mean over types (`/macro`), and each type's."""
-        return summing.summarise(self.name, self.measures, chunks)
-
-    def compare(
-        self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
-    ) -> tuple[Comparison, ...]:
-        """See `Suite`."""
-        return summing.compare(self.measures, base, other)
-
-    def _harmless(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        settings = self._settings
+    def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Harmless prompts, by type."""
+        settings = self.settings
         columns = [c for c in (settings.prompt, settings.category, settings.label) if c]
-        for row in stream_table(settings.table, self._base, columns):
+        for row in stream_table(settings.table, self.base, columns):
             if settings.label and row.values[settings.label] != settings.harmless:
                 continue
             prompt = row.values[settings.prompt]

@@ -10,7 +10,6 @@ tokenizer. For one long text, and what is carried through it, see `ray_abliterat
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,44 +20,24 @@ from ray_abliterate.recipe_suites import PerplexitySuite
 from ray_abliterate.scoring import Score
 from ray_abliterate.streaming.results import perplexity
 from ray_abliterate.streaming.runners import ModuleRunner
-from ray_abliterate.suites import summing
-from ray_abliterate.suites.chunking import Choice, chunked
-from ray_abliterate.suites.suite import Chunk, Comparison, Measure, SuiteChunk, SuiteModel
+from ray_abliterate.suites.items import ItemSuite
+from ray_abliterate.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
 from ray_abliterate.tables import stream_table
 
 LOSS = Measure("loss", "mean", "minimize", "nats per token")
 
 
-class Perplexity:
+class Perplexity(ItemSuite[PerplexitySuite]):
     """See the module."""
 
     measures = (LOSS,)
 
-    def __init__(self, settings: PerplexitySuite, base: Path = Path()) -> None:
-        """
-        Args:
-            settings: As the recipe has them.
-            base: The recipe's folder.
-        """
-        self.name = settings.name
-        self._settings, self._base = settings, base
-
-    def chunks(self) -> Iterator[Chunk]:
-        """As the table is read; see `Suite`.
-
-        Raises:
-            PromptSourceError: a row is no text, or none is long enough.
-        """
-        found = False
-        taken = Choice((), None, self._settings.limit).taken(self._texts())
-        for chunk in chunked(self.name, taken, self._settings.chunk):
-            found = True
-            yield chunk
-        if not found:
-            raise PromptSourceError(
-                f"suite {self.name!r}: no row has {self._settings.least_characters} characters in "
-                f"column {self._settings.column!r}.\n  Check `column` and `least_characters`."
-            )
+    def nothing(self) -> str:
+        """See `ItemSuite`."""
+        return (
+            f"no row has {self.settings.least_characters} characters in column "
+            f"{self.settings.column!r}.\n  Check `column` and `least_characters`."
+        )
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
         """Losses of the first tokens of each text; a text of one token has none."""
@@ -68,7 +47,7 @@ class Perplexity:
         values: list[float | None] = []
         tokens, size, nats = 0, 0, []
         for item in chunk.items:
-            ids = _ids(tokenizer, item["text"], self._settings.tokens)
+            ids = _ids(tokenizer, item["text"], self.settings.tokens)
             if len(ids) < 2:
                 values.append(None)
                 continue
@@ -84,7 +63,7 @@ class Perplexity:
 
     def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
         """Mean over texts; perplexity and bits per byte over all tokens are in its detail."""
-        main, *others = summing.summarise(self.name, self.measures, chunks)
+        main, *others = super().summary(chunks)
         nats, tokens, size = (main.detail[name] for name in ("nats", "tokens", "bytes"))
         more = {
             "perplexity": perplexity(nats / max(tokens, 1)),
@@ -92,19 +71,14 @@ class Perplexity:
         }
         return (replace(main, detail={**main.detail, **more}), *others)
 
-    def compare(
-        self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
-    ) -> tuple[Comparison, ...]:
-        """See `Suite`."""
-        return summing.compare(self.measures, base, other)
-
-    def _texts(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        column = self._settings.column
-        for row in stream_table(self._settings.table, self._base, [column]):
+    def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Texts that are long enough."""
+        column = self.settings.column
+        for row in stream_table(self.settings.table, self.base, [column]):
             text = row.values[column]
             if not isinstance(text, str):
                 raise PromptSourceError(f"{row.place}: `{column}` is {text!r}, not a text.")
-            if len(text) >= self._settings.least_characters:
+            if len(text) >= self.settings.least_characters:
                 yield "", {"id": str(row.number), "text": text}
 
 

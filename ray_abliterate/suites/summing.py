@@ -110,6 +110,23 @@ def compare(
     return tuple(found)
 
 
+class Summed:
+    """A suite whose scores are those of its measures, added up over chunks as above."""
+
+    name: str
+    measures: tuple[Measure, ...]
+
+    def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
+        """Scores with intervals, whatever the order of the chunks; see `summarise`."""
+        return summarise(self.name, self.measures, chunks)
+
+    def compare(
+        self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
+    ) -> tuple[Comparison, ...]:
+        """How two models differ on the items that both were asked; see `compare`."""
+        return compare(self.measures, base, other)
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided p of McNemar's test (1947): are as many lost as gained?"""
     from scipy.stats import binomtest

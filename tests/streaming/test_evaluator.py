@@ -385,6 +385,18 @@ def test_texts_that_cannot_be_are_refused(ids, says):
         evaluator.evaluate(ids)
 
 
+def test_chunks_before_a_wrong_id_are_given(text):
+    ids = text.clone()
+    ids[250] = 97
+    chunks = StreamingEvaluator(model("llama"), carry="kv", chunk_size=50).stream(ids)
+    with pytest.raises(EvaluationError, match="token 250 is 97"):
+        list(chunks)
+    with pytest.raises(EvaluationError, match="token 250 is 97"):
+        StreamingEvaluator(model("llama"), carry="kv", chunk_size=50).chunk(ids, 5)
+    assert chunks.totals.chunks == 5
+    assert chunks.totals.tokens == 249
+
+
 def test_a_short_text_is_one_chunk_if_no_size_was_asked_for():
     for carry in ("kv", "none"):
         assert StreamingEvaluator(model("llama"), carry=carry).evaluate([5, 6, 7]).tokens == 2

@@ -2,24 +2,18 @@
 
 from ray_abliterate.suites import Measure, SuiteChunk
 from ray_abliterate.suites.chunking import chunked, prompt_items, prompts_of
-from ray_abliterate.suites.summing import compare, summarise
+from ray_abliterate.suites.summing import Summed
 
 
-class AnswerLength:
+class AnswerLength(Summed):
     measures = (Measure("length", "mean", "minimize", "tokens"),)
 
     def __init__(self, name: str, prompts, tokens: int = 64) -> None:
         self.name, self._prompts, self._tokens = name, prompts, tokens
 
     def chunks(self):
-        return chunked(self.name, prompt_items(self._prompts, None), size=2)
+        return chunked(self.name, prompt_items(self._prompts), size=2)
 
     def run(self, model, chunk):
         answers = model.answer(prompts_of(chunk), self._tokens)
         return SuiteChunk.of(chunk, {"length": [float(answer.tokens) for answer in answers]})
-
-    def summary(self, chunks):
-        return summarise(self.name, self.measures, chunks)
-
-    def compare(self, base, other):
-        return compare(self.measures, base, other)

@@ -41,6 +41,10 @@ def refused(text: str) -> str:
         ('kind = "multiple-choice"\nname = "a b"\n' + TABLE, "'a b' is not a name"),
         ('kind = "multiple-choice"\ntable = {}\n', "suites.0.table: give exactly one of builtin"),
         ('kind = "kl"\ntokens = 4\n', "suites.0.prompts is missing."),
+        (
+            'kind = "multiple-choice"\nexamples = { file = "dev.jsonl" }\n' + TABLE,
+            "suites.0: `examples` are given, and shots = 0",
+        ),
         ('kind = "over-refusal"\nmarkers = []\n', "suites.0.markers: each marker needs letters"),
         ('kind = "responses"\nprompts = { builtin = "other-heldout" }\ntop_p = 0.0\n', "top_p"),
         ('kind = "No Such"\nname = "n"\n', "'No Such' is not a suite, nor a `module:attribute`."),

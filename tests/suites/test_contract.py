@@ -45,6 +45,15 @@ class TestMultipleChoiceByText(SuiteContract):
         )
 
 
+class TestMultipleChoiceWithExamples(SuiteContract):
+    @pytest.fixture
+    def suite(self) -> Suite:
+        return suite_of(
+            'kind = "multiple-choice"\ntable = { builtin = "general-knowledge" }\nchunk = 3\n'
+            "shots = 2\n"
+        )
+
+
 class TestOverRefusal(SuiteContract):
     @pytest.fixture
     def suite(self) -> Suite:

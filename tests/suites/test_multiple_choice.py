@@ -14,12 +14,8 @@ from ray_abliterate.model import LanguageModel
 from ray_abliterate.prompts import Prompt
 from ray_abliterate.recipe_suites import MultipleChoiceSuite
 from ray_abliterate.suites import measure
-from ray_abliterate.suites.multiple_choice import (
-    MultipleChoice,
-    letter_prompt,
-    letter_tokens,
-    text_scores,
-)
+from ray_abliterate.suites.multiple_choice import MultipleChoice, letter_tokens, text_scores
+from ray_abliterate.suites.questions import letter_prompt, text_prompt
 from tests.suites.conftest import questions, written
 
 
@@ -56,6 +52,12 @@ def test_so_many_of_each_category_and_so_many_in_all(tmp_path: Path) -> None:
     assert sum(len(ids) for _, ids in asked(suite(tmp_path, limit=4))) == 4
     only = suite(tmp_path, categories=["soup"], samples_per_category=2)
     assert [name for name, _ in asked(only)] == ["soup/00000"]
+
+
+def test_categories_that_no_question_has_are_an_error(tmp_path: Path) -> None:
+    written(tmp_path / "q.jsonl", questions("stars"))
+    with pytest.raises(PromptSourceError, match=r"no question of the categories\.\n  Check `categ"):
+        asked(suite(tmp_path, categories=["soups"]))
 
 
 def test_nothing_is_read_behind_the_last_question_that_is_asked(tmp_path: Path) -> None:
@@ -145,6 +147,82 @@ def test_memory_is_that_of_one_chunk_of_each_category(tmp_path: Path) -> None:
 
     peak(10)
     assert peak(2000) < 1.2 * peak(200) + 20_000
+
+
+# Examples
+
+
+def test_examples_are_shown_as_documented() -> None:
+    example = {"question": " which one ", "choices": ["x", "y"], "answer": 1}
+    item = {**ITEM, "examples": [example, {**example, "question": "or", "answer": 0}]}
+    assert letter_prompt(item).user == (
+        "Choose the right answer to the question. Reply with its letter alone.\n\n"
+        "which one\nA. x\nB. y\nAnswer: B\n\n"
+        "or\nA. x\nB. y\nAnswer: A\n\n"
+        "which\nA. x\nB. y\nC. z\nAnswer:"
+    )
+    assert text_prompt(item).user == "which one\ny\n\nor\nx\n\nwhich"
+
+
+def shown(suite: MultipleChoice) -> dict[str, list[str]]:
+    """Questions that are asked, each with the questions of its examples."""
+    return {
+        item["question"]: [example["question"] for example in item["examples"]]
+        for chunk in suite.chunks()
+        for item in chunk.items
+    }
+
+
+def test_without_a_table_of_examples_the_first_of_each_category_are_set_apart(
+    tmp_path: Path,
+) -> None:
+    rows = questions("stars", "soup", each=4)
+    twice = {**rows[0], "question": "what  is stars 0 "}  # an example again
+    written(tmp_path / "q.jsonl", [*rows[::2], twice, *rows[1::2]])
+    assert shown(suite(tmp_path, shots=2)) == {
+        "what is stars 1": ["what is stars 0", "what is stars 2"],
+        "what is stars 3": ["what is stars 0", "what is stars 2"],
+        "what is soup 1": ["what is soup 0", "what is soup 2"],
+        "what is soup 3": ["what is soup 0", "what is soup 2"],
+    }
+    assert len(shown(suite(tmp_path, shots=2, samples_per_category=1))) == 2
+
+
+def test_examples_of_another_table_are_never_the_question(tmp_path: Path) -> None:
+    written(tmp_path / "q.jsonl", questions("stars", "soup", each=3))
+    written(tmp_path / "dev.jsonl", questions("soup", "stars", "bread", each=5))
+    found = shown(suite(tmp_path, shots=2, examples={"file": "dev.jsonl"}))
+    assert found["what is stars 0"] == ["what is stars 1", "what is stars 2"]
+    assert found["what is stars 1"] == ["what is stars 0", "what is stars 2"]
+    assert found["what is soup 2"] == ["what is soup 0", "what is soup 1"]
+    assert len(found) == 6
+
+
+def test_a_category_with_too_few_examples_is_named(tmp_path: Path) -> None:
+    written(tmp_path / "q.jsonl", questions("stars", "soup", each=3))
+    written(tmp_path / "dev.jsonl", [*questions("stars", each=4), *questions("soup", each=2)])
+    few = {"shots": 2, "examples": {"file": "dev.jsonl"}}
+    with pytest.raises(PromptSourceError, match=r"'soup' has 1 examples, and shots = 2\.\n  Lower"):
+        shown(suite(tmp_path, **few))
+    assert len(shown(suite(tmp_path, **few, categories=["stars"]))) == 3
+
+
+def test_an_impossible_example_is_named_too(tmp_path: Path) -> None:
+    written(tmp_path / "q.jsonl", questions("stars"))
+    written(tmp_path / "dev.jsonl", [*questions("stars"), {"question": "broken"}])
+    with pytest.raises(PromptSourceError, match=r"dev.jsonl, line 5: `choices` is None"):
+        shown(suite(tmp_path, shots=1, examples={"file": "dev.jsonl"}))
+
+
+def test_examples_change_what_a_model_says(tmp_path: Path, model: LanguageModel) -> None:
+    written(tmp_path / "q.jsonl", questions("stars", each=5))
+    few, none = suite(tmp_path, shots=3), suite(tmp_path)
+    asked = next(iter(few.chunks())).items[0]
+    again = next(
+        item for chunk in none.chunks() for item in chunk.items if item["id"] == asked["id"]
+    )
+    logits = model.next_token_logits([letter_prompt(asked), letter_prompt(again)])
+    assert not torch.equal(logits[0], logits[1])
 
 
 # How it is scored

@@ -10,13 +10,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from ray_abliterate import demo, doctor
+from ray_abliterate import demo, doctor, samples
 from ray_abliterate.architecture import find_writers
 from ray_abliterate.cluster.layout import Layout
 from ray_abliterate.doctor import examine, fit
+from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.families import UNSUPPORTED
 from ray_abliterate.footprint import Footprint, footprint, outline
-from ray_abliterate.recipe import Recipe
+from ray_abliterate.recipe import PromptSource, Recipe
+from ray_abliterate.recipe_suites import PerplexitySuite
+from ray_abliterate.tables import TableRow
 from ray_abliterate.testing.tiny import tiny_config, tiny_model
 
 GB = 10**9
@@ -180,13 +183,13 @@ def test_few_rows_are_asked_of_the_hub(monkeypatch, tmp_path):
 
     def load(name, source, base):
         asked.append(source.split)
-        raise doctor.PromptSourceError("not today")
+        raise PromptSourceError("not today")
 
-    monkeypatch.setattr(doctor, "load_prompt_set", load)
+    monkeypatch.setattr(samples, "load_prompt_set", load)
     for split in ("train[:400]", "train[100:103]", "train"):
-        source = doctor.PromptSource(dataset="owner/data", column="text", split=split)
-        with pytest.raises(doctor.PromptSourceError):
-            doctor.read("behaviour", source, tmp_path)
+        source = PromptSource(dataset="owner/data", column="text", split=split)
+        with pytest.raises(PromptSourceError):
+            samples.read("behaviour", source, tmp_path)
     assert asked == ["train[0:8]", "train[100:103]", "train[0:8]"]
 
 
@@ -194,6 +197,69 @@ def test_a_scorer_that_cannot_be_imported_fails(recipe, model, tmp_path):
     extra = '\n[[scorers]]\nkind = "no_such_module:scorer"\nname = "mine"\n'
     code, text = look(Recipe.parse(RECIPE.format(model=model) + extra, "recipe.toml"), tmp_path)
     assert (code, row(text, "scorer mine")[0]) == (1, "FAIL")
+
+
+SUITES = """
+[[suites]]
+kind = "multiple-choice"
+table = {{ file = "{file}" }}
+
+[[suites]]
+kind = "perplexity"
+limit = 3
+"""
+
+
+def with_suites(model, file="questions.jsonl"):
+    return Recipe.parse(RECIPE.format(model=model) + SUITES.format(file=file), "recipe.toml")
+
+
+def test_suites_are_looked_into_to_the_last_row(recipe, model, tmp_path):
+    rows = [{"question": "which", "choices": ["a", "b"], "answer": 1, "subject": "s"}] * 40
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, text = look(with_suites(model), tmp_path)
+    assert (code, row(text, "suite multiple-choice")) == (0, ("ok", "multiple-choice, 40 items"))
+    assert row(text, "suite perplexity") == ("ok", "perplexity, 3 items")
+
+    del rows[-1:]
+    broken = {k: v for k, v in rows[0].items() if k != "answer"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, broken]))
+    code, text = look(with_suites(model), tmp_path)
+    state, found = row(text, "suite multiple-choice")
+    assert (code, state) == (1, "FAIL")
+    assert "questions.jsonl, line 40: `answer` is None" in found
+    assert row(text, "suite perplexity")[0] == "ok"
+
+
+def test_a_suite_whose_file_is_missing_fails(recipe, model, tmp_path):
+    code, text = look(with_suites(model, "nothing.jsonl"), tmp_path)
+    state, found = row(text, "suite multiple-choice")
+    assert (code, state) == (1, "FAIL")
+    assert found.startswith("nothing.jsonl is neither in")
+
+
+def test_a_suite_that_nobody_offers_fails_and_the_rest_is_checked(recipe, model, tmp_path):
+    extra = '\n[[suites]]\nkind = "eloquence"\nname = "mine"\n'
+    code, text = look(Recipe.parse(RECIPE.format(model=model) + extra, "recipe.toml"), tmp_path)
+    state, found = row(text, "suite mine")
+    assert (code, state) == (1, "FAIL")
+    assert found.startswith("there is no suite 'eloquence'.")
+    assert row(text, "fits")[0] == "ok"
+
+
+def test_one_chunk_is_asked_of_a_suite_on_the_hub(monkeypatch, tmp_path):
+    def rows(source, base, columns):
+        for number in range(1000):
+            given.append(number)
+            yield TableRow(number, "place", {"text": "t" * 100})
+
+    given = []
+    monkeypatch.setattr("ray_abliterate.suites.perplexity.stream_table", rows)
+    table = {"dataset": "owner/name", "split": "train"}
+    setting = PerplexitySuite.model_validate({"kind": "perplexity", "table": table, "chunk": 4})
+    assert samples.asked(setting, tmp_path) == "perplexity, first 4 items"
+    assert len(given) == 4
 
 
 def test_a_model_that_is_not_there_fails(recipe, tmp_path):
