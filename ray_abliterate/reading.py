@@ -103,6 +103,7 @@ class Reader:
     def __init__(self, model: LanguageModel) -> None:
         """Examine nothing yet."""
         self._model = model
+        self._examined: StreamingEvaluator | None = None
         self._evaluators: dict[Reading, StreamingEvaluator] = {}
 
     def route(self, reading: Reading, count: bool) -> Route:
@@ -155,8 +156,10 @@ class Reader:
             yield from evaluator.stream(text, state=here, first_wanted=first)
 
     def _evaluator(self, reading: Reading) -> StreamingEvaluator:
+        if self._examined is None:
+            self._examined = StreamingEvaluator(self._model)
         if reading not in self._evaluators:
-            self._evaluators[reading] = StreamingEvaluator(self._model, **reading.options())
+            self._evaluators[reading] = self._examined.with_settings(**reading.options())
         return self._evaluators[reading]
 
     def _open(self, reading: Reading) -> TokenSource:

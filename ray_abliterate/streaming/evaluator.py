@@ -4,6 +4,7 @@ What is carried from chunk to chunk is chosen by the user, or the most exact tha
 docs/evaluation.md. Knows nothing about Ray: a chunk can be evaluated anywhere.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,40 @@ class StreamingEvaluator:
             UnsupportedCarry: the model can't carry this.
         """
         module = model.module if isinstance(model, LanguageModel) else model
-        self._settings = Settings(carry_of(carry), chunk_size, overlap, window, max_tokens)
+        settings = Settings(carry_of(carry), chunk_size, overlap, window, max_tokens)
         self._runner = _runner(module, vocab)
         self._config: Any = getattr(module, "config", None)
         self.positions = position_table(module)
         self.findings = examine(self._runner, self.positions)
         self._module = module
-        name, sizes = type(module).__name__, PassSize(module, self._runner.device)
+        self._use(settings)
+
+    def _use(self, settings: Settings) -> None:
+        name, sizes = type(self._module).__name__, PassSize(self._module, self._runner.device)
+        self._settings = settings
         self._reader = ChunkReader(self._runner, name, self.findings, sizes, self.positions)
         self._chooser = Chooser(
-            module, self._runner.device, self.findings, self._settings, sizes.most
+            self._module, self._runner.device, self.findings, settings, sizes.most
         )
+
+    def with_settings(
+        self,
+        *,
+        carry: Carry | str | None = None,
+        chunk_size: int | None = None,
+        overlap: int | None = None,
+        window: int | None = None,
+        max_tokens: int | None = None,
+    ) -> "StreamingEvaluator":
+        """Another one of the same model, which is not examined again; one is used at a time.
+
+        Raises:
+            EvaluationError: a setting can't be.
+            UnsupportedCarry: the model can't carry this.
+        """
+        other = copy.copy(self)
+        other._use(Settings(carry_of(carry), chunk_size, overlap, window, max_tokens))
+        return other
 
     def choose(self, length: int | None) -> Choice:
         """How a text of so many tokens is evaluated; None if that is not known.
