@@ -512,6 +512,25 @@ def logits_table(figures: dict[str, Any]) -> list[str]:
     return table(head, rows)
 
 
+def evaluation_pool_table(figures: dict[str, Any]) -> list[str]:
+    """Seconds by the number of readers, and how many times as fast as one they are."""
+    one = figures["rows"][0]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.1f} s ({one[name] / row[name]:.2f} x)"
+
+    ideal = figures["chunks"] * figures["seconds"]
+    head = (
+        "readers",
+        f"independent chunks (two models; {2 * ideal:.1f} s by one reader without overhead)",
+        "in order (one reader a model)",
+        f"a suite ({ideal:.1f} s)",
+    )
+    names = ("apart", "in_order", "suite")
+    rows = [[row["readers"], *(cell(row, name) for name in names)] for row in figures["rows"]]
+    return table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -528,6 +547,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "sampler": ("scaling-sampler", sampler_table),
     "faults": ("faults", faults_table),
     "streaming": ("streaming", streaming_table),
+    "evaluation-pool": ("evaluation_pool", evaluation_pool_table),
     "exactness": ("streaming", exactness_table),
     "logits": ("streaming", logits_table),
     "efficiency": ("scaling-efficiency", efficiency_table),
