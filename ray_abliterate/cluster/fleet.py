@@ -96,7 +96,8 @@ class Fleet:
         self._members: dict[tuple[str, int], Member] = {}
         self._known_nodes: dict[str, Node] = {}
         self._replica_bytes: float | None = None
-        self._demands: list[Any] = []
+        self._demands: list[tuple[Any, Any]] = []
+        self._told_missing = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.facts: Any = None
         """What the first replica says of its model."""
@@ -178,16 +179,19 @@ class Fleet:
         Tasks that need what a replica needs, and do nothing, wait for room. They end with this
         process, where a standing request to the autoscaler would outlive a driver that is killed.
         """
+        # one may find room, and end, before a replica takes that room: it is needed again
+        self._demands = [demand for demand in self._demands if not demand[1].done()]
         if not self._hosting.patient or count == len(self._demands):
             return
-        if count > len(self._demands):
+        if count > self._told_missing:
             self._tell("waiting-for-nodes", missing=count, gpus=gpus)
-        for task in self._demands[count:]:
+        self._told_missing = count
+        for task, _ in self._demands[count:]:
             ray.cancel(task)
         name = f"room for one {self._hosting.role} {self._token}"
         task = ray.remote(_room).options(num_cpus=0, num_gpus=gpus, max_retries=0, name=name)
-        self._demands += [task.remote() for _ in range(count - len(self._demands))]
-        del self._demands[count:]
+        more = [task.remote() for _ in range(count - len(self._demands))]
+        self._demands = [*self._demands[:count], *((task, task.future()) for task in more)]
 
     def _begin(self, key: tuple[str, int]) -> None:
         """A new life at a place."""
