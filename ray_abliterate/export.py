@@ -60,7 +60,7 @@ def export_trial(
         scored = load_prompts(recipe, directory, base, watch).scored
     with _scratch(to) as work, _threads(directory):
         dtype = write_weights(recipe, source, trial, directions, work, watch)
-        _write_text(work / "README.md", model_card(directory, trial))
+        _write_text(work / "README.md", model_card(directory, trial, source.folder))
         if verify:
             try:
                 found = verify_export(directory, trial, scored, source.folder, work, dtype, watch)

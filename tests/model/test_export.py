@@ -353,8 +353,7 @@ def test_the_card_holds_no_prompt_and_no_path(pair):
     assert str(run.model.parent) not in card
     assert str(run.directory.path) not in card
     assert "tell me about" not in card
-    assert "base_model" not in card
-    assert "tags: [abliterated, ray-abliterate]" in card
+    assert "base_model:" not in card
     baseline = run.directory.baseline().scorecard["keyword-rate"]
     assert f"{baseline.detail['hits']}/{baseline.detail['total']}" in card
     plan = card.partition("```json\n")[2].partition("```")[0]
@@ -384,7 +383,7 @@ def test_a_model_on_the_hub_is_read_at_the_runs_revision(copied_run, tmp_path, m
     assert "*.safetensors" in asked[0][2]["ignore_patterns"]
     assert asked[1][2] == {"allow_patterns": ["model.safetensors"]}
     card = (out / "README.md").read_text()
-    assert 'base_model: "owner/tiny"' in card
+    assert "base_model: owner/tiny\nbase_model_relation: finetune" in card
     assert "revision `abc123`" in card
 
 
