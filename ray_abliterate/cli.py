@@ -314,6 +314,27 @@ def export(
 
 
 @app.command()
+def reproduce(
+    file: Annotated[Path, typer.Argument(help="reproduce.json, or an export that has it.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub name of the base model; the file's if unset.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model.")
+    ] = False,
+) -> None:
+    """Rebuild an export from its base model, without a search, and check every tensor."""
+    from ray_abliterate.live import LineWatch, console
+    from ray_abliterate.reproduce import reproduce as rebuild
+
+    found = rebuild(file, to, LineWatch(console()), base, trust_remote_code)
+    equal = f"{found.bit_equal} of {found.tensors} edited tensors are equal bit for bit"
+    rest = "" if found.bit_equal == found.tensors else "; the others, within rounding"
+    typer.echo(f"{equal}{rest}. Written to {to}")
+
+
+@app.command()
 def chat(
     run: RunFolder,
     trial: TrialNumber = None,

@@ -167,7 +167,7 @@ def _one(value: Any) -> str | None:
 
 def _base(directory: RunDirectory) -> dict[str, Any]:
     name, hub = base_name(directory), hub_name(directory)
-    on_hub = hub is not None and HUB_NAME.match(hub)
+    on_hub = hub is not None and HUB_NAME.fullmatch(hub)
     link = f"[{escaped(name)}](https://huggingface.co/{hub})" if on_hub else f"**{escaped(name)}**"
     revision = directory.environment["model"].get("revision")
     return {"name": name, "link": Markdown(link), "revision": revision}
