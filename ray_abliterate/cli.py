@@ -335,6 +335,30 @@ def reproduce(
 
 
 @app.command()
+def push(
+    place: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported folder.")],
+    to: Annotated[str, typer.Option(help="USER/NAME of the model on the Hugging Face Hub.")],
+    trial: TrialNumber = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may read it.")] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Also if it was not scored again.")
+    ] = False,
+    with_responses: Annotated[
+        bool, typer.Option("--with-responses", help="Also files with prompts or answers.")
+    ] = False,
+) -> None:
+    """Upload an export to the Hugging Face Hub, private unless told."""
+    from ray_abliterate.live import LineWatch, console
+    from ray_abliterate.push import exported
+    from ray_abliterate.push import push as upload
+
+    watch = LineWatch(console())
+    folder = exported(place, trial, watch, unverified)
+    revision = upload(folder, to, watch, public, unverified, with_responses)
+    typer.echo(f"{to} is there, revision {revision}")
+
+
+@app.command()
 def chat(
     run: RunFolder,
     trial: TrialNumber = None,
