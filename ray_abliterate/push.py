@@ -329,7 +329,10 @@ class _Notes(logging.Handler):
 @contextmanager
 def _hub_speaks_through(watch: Watch) -> Iterator[None]:
     """The Hub's client shows its bars in a terminal only, and its warnings through us."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     client = logging.getLogger("huggingface_hub")
     before, client.handlers = client.handlers, [_Notes(watch)]

@@ -166,6 +166,13 @@ def test_what_has_arrived_is_not_sent_again_after_a_long_outage(hub, folder):
     assert whole(hub, folder) and set(hub.sent.values()) == {1}
 
 
+def test_an_outage_that_the_client_gives_up_on_is_waited_for(hub, folder):
+    lost = large(folder)["model-3.safetensors"]
+    hub.once(f"PUT /large/{lost}", Request.drop, times=8)  # the client tries 6 times
+    push(folder, NAME, Unwatched())
+    assert whole(hub, folder) and set(hub.sent.values()) == {1}
+
+
 def test_a_push_that_was_killed_goes_on(hub, folder, tmp_path):
     """The whole command, in a process of its own; nothing of the token is shown."""
     names = large(folder)
