@@ -196,7 +196,13 @@ def show(
     ] = False,
 ) -> None:
     """Show the frontier, or one trial."""
-    from ray_abliterate.live import console, count_trials, frontier_table, suites_table
+    from ray_abliterate.live import (
+        console,
+        count_trials,
+        foreign_table,
+        frontier_table,
+        suites_table,
+    )
     from ray_abliterate.rundir import RunDirectory
     from ray_abliterate.show import print_responses, print_trial
     from ray_abliterate.suites import build
@@ -208,6 +214,8 @@ def show(
         baseline = directory.baseline()
         output.print(count_trials(trials, directory.recipe.search.trials))
         output.print(frontier_table(_frontier(trials), baseline.scorecard if baseline else None))
+        if imported := directory.foreign():
+            output.print(foreign_table(imported))
         kept = directory.measurements(directory.recipe.suites)
         if kept.labels:
             output.print(suites_table(kept, build(directory.recipe.suites, directory.base)))
@@ -356,6 +364,35 @@ def push(
     folder = exported(place, trial, watch, unverified)
     revision = upload(folder, to, watch, public, unverified, with_responses)
     typer.echo(f"{to} is there, revision {revision}")
+
+
+@app.command()
+def import_heretic(
+    checkpoint: Annotated[Path, typer.Argument(help="Heretic's checkpoints/MODEL.jsonl.")],
+    to: Annotated[
+        Path | None, typer.Option(help="Run directory.", show_default="runs/CHECKPOINT")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is, if not where the checkpoint says.")
+    ] = None,
+    front: Annotated[
+        bool, typer.Option("--front", help="Take over its Pareto front only.")
+    ] = False,
+) -> None:
+    """Make a run of a Heretic study: its trials are plans that are evaluated first."""
+    from ray_abliterate.import_heretic import import_heretic as take_over
+    from ray_abliterate.live import LineWatch, console, foreign_table
+
+    output = console()
+    folder = to or Path("runs") / checkpoint.stem
+    made = take_over(checkpoint, folder, LineWatch(output), model, front)
+    output.print(foreign_table(made.directory.foreign() or {}, rows=20))
+    for note in made.notes:
+        output.print(f"note: {note}", markup=False)
+    if made.study.unfinished:
+        output.print(f"{made.study.unfinished} trials of the study did not finish; left out")
+    output.print(f"{len(made.trials)} plans wait in {folder}. Score them here, in parallel, with:")
+    output.print(f"  ray-abliterate resume {folder}", markup=False)
 
 
 @app.command()

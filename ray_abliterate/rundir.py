@@ -306,6 +306,19 @@ class RunDirectory:
             raise TrialNotFound(f"trial {number} failed: {trials[number].error}")
         return trials[number]
 
+    def save_foreign(self, study: Mapping[str, Any]) -> None:
+        """Keep what another tool found of the plans that a run began with."""
+        text = json.dumps(study, indent=2, ensure_ascii=False)
+        write_whole(self.path / "imported.json", text.encode())
+
+    def foreign(self) -> dict[str, Any] | None:
+        """What another tool found of the run's first plans, if they came from one."""
+        file = self.path / "imported.json"
+        values: dict[str, Any] | None = (
+            json.loads(file.read_text("utf-8")) if file.exists() else None
+        )
+        return values
+
     def save_responses(self, number: int, rows: list[dict[str, Any]]) -> None:
         """Keep the answers of one trial, as a Parquet table."""
         import io
