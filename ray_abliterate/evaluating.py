@@ -55,7 +55,7 @@ def evaluate_run(
             source = model_source(recipe.model.name, partial(warn, directory, watch))
         with watch.stage("replicas"):
             dashboard = connect(recipe.run.dashboard, (str(directory.base.resolve()),))
-            starting = ReplicaPool.start(recipe, source, {}, record.event)
+            starting = ReplicaPool.start(directory.pinned(recipe), source, {}, record.event)
             pool = open_until_the_end.enter_context(starting)
         describe(recipe, directory, pool, dashboard, watch)
         measure_trials(directory, trials, settings, base, pool, pool.put(setup), watch)

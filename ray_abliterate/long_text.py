@@ -90,7 +90,7 @@ def read_with_run(
     directions = directory.directions()
     assert directions is not None  # a trial has been scored
     source = model_source(recipe.model.name, lambda text: output.print(text, markup=False))
-    replica = Replica(recipe, source, {})
+    replica = Replica(directory.pinned(recipe), source, {})
     found = {}
     for number, plan in ((None, Plan.nothing()), (trial, chosen.plan)):
         name = label(number)

@@ -144,6 +144,17 @@ class RunDirectory:
                 f"{self._recipe_file} is damaged or from another version: {error}"
             ) from None
 
+    def pinned(self, recipe: Recipe) -> Recipe:
+        """The recipe with its model at the commit of the Hub that the run began with.
+
+        A branch, or nothing, may name another commit by now.
+        """
+        commit = self.environment.get("model", {}).get("revision")
+        if commit is None:
+            return recipe
+        model = recipe.model.model_copy(update={"revision": commit})
+        return recipe.model_copy(update={"model": model})
+
     def extend(self, trials: int) -> None:
         """Raise the number of trials that the run is to have."""
         recipe = self.recipe
