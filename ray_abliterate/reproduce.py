@@ -21,13 +21,11 @@ from ray_abliterate.bundle import (
     FOLDER,
     Bundle,
     Computed,
-    TensorRecord,
-    base_sha256,
     computed,
-    edited_tensors,
     read_bundle,
 )
 from ray_abliterate.checkpoint import DTYPES, WEIGHT_SUFFIXES, Checkpoint, weight_file_names
+from ray_abliterate.edited_tensors import TensorRecord, base_sha256, edited_tensors
 from ray_abliterate.errors import ReproductionError
 from ray_abliterate.export import check_target, unverified_name, write_weights
 from ray_abliterate.frontier import Trial

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 
 from ray_abliterate import export
 from ray_abliterate import reproduce as reproduction
-from ray_abliterate.bundle import Bundle, TensorRecord, public_recipe, read_bundle
+from ray_abliterate.bundle import Bundle, public_recipe, read_bundle
 from ray_abliterate.checkpoint import Checkpoint
-from ray_abliterate.errors import ExportError, ReproductionError
+from ray_abliterate.edited_tensors import TensorRecord
+from ray_abliterate.errors import ExportError, PushError, ReproductionError, TrialNotFound
 from ray_abliterate.progress import Unwatched
+from ray_abliterate.push import exported
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.reproduce import compare, differences, reproduce
+from ray_abliterate.rundir import RunDirectory
 
 
 class Notes(Unwatched):
@@ -48,6 +52,13 @@ def copied(exports, tmp_path):
     run, folder = exports("planted_run")
     shutil.copytree(folder, tmp_path / "export")
     return tmp_path / "export", run.model
+
+
+@pytest.fixture
+def copied_run(planted_run, tmp_path):
+    """A copy of the planted model's run, to be changed."""
+    shutil.copytree(planted_run.directory.path, tmp_path / "copy")
+    return replace(planted_run, directory=RunDirectory(tmp_path / "copy"))
 
 
 def changed(folder: Path, **values: Any) -> None:
@@ -280,3 +291,25 @@ def test_a_tensor_more_or_less_fails(exports):
     assert failures == [
         "another.weight was left alone, now not", f"{name} was edited, now not",
     ]  # fmt: skip
+
+
+# A run's trial on its way to the Hub
+
+
+def test_a_runs_trial_is_exported_once_to_be_uploaded(copied_run):
+    directory, watch = copied_run.directory, Notes()
+    folder = exported(directory.path, None, watch, unverified=False)
+    assert folder == directory.path / "exports" / "trial-0"
+    assert (folder / "verification.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert exported(directory.path, 0, watch, unverified=False) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert any("the frontier's knee" in note for note in watch.notes)
+    assert exported(folder, None, watch, unverified=False) == folder
+    changed(folder, plan={**json.loads(copied_run.trial.plan.to_json()), "norm": "none"})
+    with pytest.raises(PushError, match="is not of trial 0"):
+        exported(directory.path, 0, watch, unverified=False)
+    with pytest.raises(PushError, match="is an export, not a run"):
+        exported(folder, 3, watch, unverified=False)
+    with pytest.raises(TrialNotFound):
+        exported(directory.path, 7, watch, unverified=False)
