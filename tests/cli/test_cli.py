@@ -213,12 +213,10 @@ def test_report_is_one_file(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_an_upload_says_what_it_lacks_before_anything_is_loaded(tmp_path: Path) -> None:
-    assert "holds no run" in refused("push", "nowhere", "--to", "a/b", folder=tmp_path)
     folder = tmp_path / "export"
     folder.mkdir()
     for name in ("config.json", "README.md", "model.safetensors"):
         (folder / name).write_text("{}")
-    assert "Write USER/NAME" in refused("push", "export", "--to", "b", folder=tmp_path)
     assert "--unverified" in refused("push", "export", "--to", "a/b", folder=tmp_path)
 
 
@@ -231,7 +229,6 @@ def test_a_study_of_heretics_becomes_a_run_that_shows_its_scores_as_its_own(
     tmp_path: Path,
 ) -> None:
     journal = ROOT / "tests" / "data" / "heretic-1.4.jsonl"
-    assert "is not there" in refused("import-heretic", "gone.jsonl", folder=tmp_path)
     assert "behaviour.txt is not there" in refused("import-heretic", str(journal), folder=tmp_path)
     for name in ("behaviour", "neutral"):
         (tmp_path / f"{name}.txt").write_text("a prompt\n")

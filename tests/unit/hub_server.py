@@ -1,13 +1,14 @@
 """A Hub on this machine: the endpoints that an upload uses, with faults to order.
 
-Speaks what `huggingface_hub` asks for when files go by LFS: make a model, look at it, check a card,
-ask how to send files, send them, commit.
+Speaks what `huggingface_hub` asks for: make a model, look at it, check a card, ask how to send
+files, send them by LFS or to a Xet store, commit.
 """
 
 import base64
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,10 +31,12 @@ class Hub:
         """By SHA-256."""
         self.committed: dict[str, str] = {}
         """SHA-256 of large files, by path."""
+        self.xorbs: dict[str, bytes] = {}
+        """Of the Xet store, by hash: chunks of files."""
         self.commits = 0
         self.asked: list[str] = []
         self.sent: Counter[str] = Counter()
-        """How often each large file arrived whole."""
+        """How often each large file, or each xorb, arrived whole."""
         self.faults: list[Fault] = []
         self.url = ""
         self.token = TOKEN
@@ -83,7 +86,7 @@ class Request(BaseHTTPRequestHandler):
         self._serve(b"")
 
     def do_POST(self) -> None:
-        self._serve(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        self._serve(self._read())
 
     def do_PUT(self) -> None:
         self.hub.asked.append(f"PUT {self.path}")
@@ -106,24 +109,54 @@ class Request(BaseHTTPRequestHandler):
         hub.asked.append(f"{self.command} {path}")
         if any(fault(self) for fault in hub.faults):
             return
-        if self.headers.get("Authorization") != f"Bearer {hub.token}":
+        if path.startswith("/cas/"):
+            self._store(path, data)
+        elif self.headers.get("Authorization") != f"Bearer {hub.token}":
             headers = {"X-Error-Message": "Invalid credentials in Authorization header"}
             self.answer(401, {"error": "Invalid credentials"}, **headers)
-        elif path == "/api/repos/create":
+        else:
+            self._admitted(path, data)
+
+    def _admitted(self, path: str, data: bytes) -> None:
+        if path == "/api/repos/create":
             self._create(json.loads(data))
         elif path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
         elif path.endswith("/info/lfs/objects/batch"):
             self._batch(json.loads(data))
+        elif "/xet-write-token/" in path:
+            self._admit()
         elif path == "/verify":
             asked = json.loads(data)
-            self.answer(200 if asked["oid"] in hub.large else 404)
+            self.answer(200 if asked["oid"] in self.hub.large else 404)
         elif "/preupload/" in path:
             self._preupload(json.loads(data))
         elif "/commit/" in path:
             self._commit([json.loads(line) for line in data.splitlines()])
         elif path.startswith("/api/models/"):
             self._info("/".join(path.split("/")[3:5]))
+        else:
+            self.answer(404)
+
+    def _admit(self) -> None:
+        """Where the Xet store is, and a token for it."""
+        until = int(time.time()) + 3600
+        cas = f"{self.hub.url}/cas"
+        headers = {"X-Xet-Cas-Url": cas, "X-Xet-Access-Token": "t"}
+        headers["X-Xet-Token-Expiration"] = str(until)
+        self.answer(200, {"casUrl": cas, "accessToken": "t", "exp": until}, **headers)
+
+    def _store(self, path: str, data: bytes) -> None:
+        """The Xet store: xorbs and shards are taken, newer ways to send them are not known."""
+        if path.startswith("/cas/v1/xorbs/"):
+            name = path.rpartition("/")[2]
+            with self.hub.lock:
+                new = name not in self.hub.xorbs
+                self.hub.xorbs[name] = data
+                self.hub.sent[name] += 1
+            self.answer(200, {"was_inserted": new})
+        elif path == "/cas/v1/shards":
+            self.answer(200, {"result": 1})
         else:
             self.answer(404)
 
@@ -185,7 +218,7 @@ class Request(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 self.hub.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                if value["oid"] not in self.hub.large:
+                if value["oid"] not in self.hub.large and not self.hub.xorbs:
                     self.answer(400, {"error": "no such object"})
                     return
                 self.hub.committed[value["path"]] = value["oid"]

@@ -212,6 +212,42 @@ def test_a_push_that_was_killed_goes_on(hub, folder, tmp_path):
     assert "%|" not in done.stderr  # bars are for terminals
 
 
+# The Xet store, which the client uses unless told
+
+
+def by_command(hub: Hub, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, with a cache of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "ray_abliterate", "push", str(folder), "--to", NAME],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN,
+             "HF_HOME": str(folder.parent / "home"), "HF_HUB_DISABLE_XET": "0", **environment},
+        cwd=folder.parent, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def arrived(hub: Hub, folder: Path) -> bool:
+    """Whether the Xet store has the first chunk of every large file, and the commit names them."""
+    firsts = [(folder / name).read_bytes()[:400] for name in large(folder)]
+    store = b"".join(hub.xorbs.values())
+    return hub.committed == large(folder) and all(first in store for first in firsts)
+
+
+def test_xet_takes_the_files_in_spite_of_faults_and_takes_them_once(hub, folder):
+    pytest.importorskip("hf_xet")
+    hub.once("POST /cas/v1/xorbs/", lambda request: request.answer(500))
+    hub.once("POST /cas/v1/shards", Request.drop)
+    hub.once("GET /xet-write-token/", lambda request: request.answer(429, Retry_After="1"))
+    hub.once("POST /commit/", lambda request: request.answer(401, {"error": "expired"}))
+    first = by_command(hub, folder)
+    assert first.returncode == 2 and "hf auth login" in first.stderr, first.stdout + first.stderr
+    assert hub.commits == 0 and set(hub.sent.values()) == {1}
+    second = by_command(hub, folder)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert arrived(hub, folder) and hub.private == {NAME: True} and hub.commits == 1
+    assert set(hub.sent.values()) == {1}
+    assert all(TOKEN not in text for text in (first.stdout, first.stderr, second.stdout))
+
+
 # Refusals of the Hub
 
 
