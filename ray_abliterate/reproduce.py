@@ -36,6 +36,8 @@ from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.run import model_source
 from ray_abliterate.scoring import Scorecard
 
+SETTINGS = ("writers", "weight_cache", "attention", "gpus_per_replica", "max_memory")
+"""Of the bundle's model that say what is edited and where it is computed."""
 ULPS = 2.0
 """Units in the last place, of a value or of the tensor's typical value, that a sampled value may
 be off where bits may differ."""
@@ -178,7 +180,7 @@ def why_inexact(then: Computed, now: Computed) -> Iterator[str]:
 def _recipe(bundle: Bundle, trust_remote_code: bool) -> Recipe:
     try:
         recipe = Recipe.model_validate(bundle.recipe)
-        own = recipe.model.model_dump(include={"writers", "weight_cache", "attention"})
+        own = recipe.model.model_dump(include={*SETTINGS})
         settings = ModelSettings(
             name=bundle.base.called, trust_remote_code=trust_remote_code, **own
         )
