@@ -81,7 +81,9 @@ def _record(source: Checkpoint, written: Checkpoint, name: str) -> TensorRecord:
 
 def _values(checkpoint: Checkpoint, stored: StoredTensor) -> Tensor:
     """All values of a tensor, flat, in the stored dtype."""
-    data = bytearray(b"".join(_bytes(checkpoint, stored)))
+    data = bytearray()
+    for part in _bytes(checkpoint, stored):
+        data += part
     return torch.frombuffer(data, dtype=DTYPES[stored.dtype])
 
 

@@ -1,5 +1,6 @@
 """Exports rebuilt from their bundle, and bundles that are not what they should be."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 from ray_abliterate import export
 from ray_abliterate import reproduce as reproduction
-from ray_abliterate.bundle import Bundle, public_recipe, read_bundle
+from ray_abliterate.bundle import Bundle, public_recipe, read_bundle, write_bundle
 from ray_abliterate.checkpoint import Checkpoint
 from ray_abliterate.edited_tensors import TensorRecord
 from ray_abliterate.errors import ExportError, PushError, ReproductionError, TrialNotFound
@@ -140,6 +141,16 @@ def test_a_public_recipe_is_a_recipe_without_texts_paths_and_hosts():
     again = Recipe.model_validate(json.loads(told))
     assert again.model.name == "base" and again.scorers[0].prompts.dataset == "owner/set"
     assert again.model.writers == recipe.model.writers
+
+
+def test_the_bundle_of_an_adapter_holds_its_hash_and_rebuilds_nothing(planted_run, tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"any bytes")
+    write_bundle(planted_run.directory, planted_run.trial, planted_run.model, tmp_path, "adapter")
+    bundle = read_bundle(tmp_path)[0]
+    sha256 = hashlib.sha256(b"any bytes").hexdigest()
+    assert bundle.files == {"adapter_model.safetensors": sha256} and bundle.tensors == {}
+    with pytest.raises(ReproductionError, match="is of an adapter"):
+        reproduce(tmp_path, tmp_path / "o", Unwatched(), str(planted_run.model))
 
 
 # What is not right is said

@@ -173,6 +173,20 @@ def test_an_outage_that_the_client_gives_up_on_is_waited_for(hub, folder):
     assert whole(hub, folder) and set(hub.sent.values()) == {1}
 
 
+def test_ctrl_c_says_how_to_go_on(hub, folder):
+    def interrupt(request: Request) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        request.drop()
+
+    hub.once("POST /commit/", interrupt)
+    watch = Notes()
+    with pytest.raises(KeyboardInterrupt):
+        push(folder, NAME, watch)
+    assert "same command again" in watch.notes[-1] and hub.commits == 0
+    push(folder, NAME, watch)
+    assert whole(hub, folder) and set(hub.sent.values()) == {1}
+
+
 def test_a_push_that_was_killed_goes_on(hub, folder, tmp_path):
     """The whole command, in a process of its own; nothing of the token is shown."""
     names = large(folder)
