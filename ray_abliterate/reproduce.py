@@ -41,7 +41,7 @@ SETTINGS = ("writers", "weight_cache", "attention", "gpus_per_replica", "max_mem
 ULPS = 2.0
 """Units in the last place, of a value or of the tensor's typical value, that a sampled value may
 be off where bits may differ."""
-NORM = 1e-3
+NORM = 1e-6
 """Relative difference of a tensor's norm that is allowed then."""
 
 
