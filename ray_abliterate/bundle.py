@@ -199,8 +199,8 @@ def _version(library: str) -> str:
 def public_recipe(recipe: Recipe, base: str) -> dict[str, Any]:
     """The recipe as a recipe, without paths, hosts and texts of prompts.
 
-    A text is told by its SHA-256, a file by its kind; options of plugins, which may be anything,
-    are left out.
+    A text is told by its SHA-256, a file by its kind; of options, which may be anything, only
+    numbers are.
     """
     values: dict[str, Any] = _public("", recipe.model_dump(mode="json"))
     values["model"]["name"] = base
@@ -209,7 +209,7 @@ def public_recipe(recipe: Recipe, base: str) -> dict[str, Any]:
 
 def _public(key: str, value: Any) -> Any:
     if key == "options":
-        return {}
+        return {name: own for name, own in value.items() if isinstance(own, int | float)}
     if isinstance(value, Mapping):
         return {name: _public(name, own) for name, own in value.items()}
     if isinstance(value, list):

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +135,7 @@ def test_a_public_recipe_is_a_recipe_without_texts_paths_and_hosts():
     [[scorers]]
     kind = "my_module:Scorer"
     name = "own"
-    options = { path = "x/secret" }
+    options = { path = "x/secret", tokens = 7 }
     """
     recipe = Recipe.parse(text, "recipe.toml")
     told = json.dumps(public_recipe(recipe, "base"))
@@ -141,6 +144,7 @@ def test_a_public_recipe_is_a_recipe_without_texts_paths_and_hosts():
     again = Recipe.model_validate(json.loads(told))
     assert again.model.name == "base" and again.scorers[0].prompts.dataset == "owner/set"
     assert again.model.writers == recipe.model.writers
+    assert again.scorers[2].options == {"tokens": 7}
 
 
 def test_the_bundle_of_an_adapter_holds_its_hash_and_rebuilds_nothing(planted_run, tmp_path):
@@ -274,6 +278,23 @@ def test_other_versions_are_warned_of_and_allow_for_rounding_only(copied, tmp_pa
     with_other_bits(folder, norm=1e9)
     with pytest.raises(ReproductionError, match="norm 1 off"):
         reproduce(folder, tmp_path / "p", Unwatched(), base)
+
+
+def test_other_vector_instructions_are_named_and_stay_within_rounding(copied, tmp_path):
+    """The verb, in a process that may use none of them."""
+    folder, base = copied
+    command = [sys.executable, "-m", "ray_abliterate", "reproduce", str(folder)]
+    done = subprocess.run(
+        [*command, "--to", str(tmp_path / "o"), "--base", str(base)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]),
+             "ATEN_CPU_CAPABILITY": "default", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "edited tensors are equal bit for bit" in done.stdout
+    here = torch.backends.cpu.get_cpu_capability()
+    if here != "DEFAULT" and not torch.cuda.is_available():
+        assert f"it was written on cpu ({here}), and this is cpu (DEFAULT)" in done.stdout
 
 
 def test_differences_are_in_units_of_the_last_place():
