@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_abliterate.errors import PushError
-from ray_abliterate.hub import SECRETS, first_line, is_transient, retry
+from ray_abliterate.hub import SECRETS, first_line, is_transient, retry, status_of
 from ray_abliterate.progress import Watch
 
 ATTEMPTS = 4
@@ -279,13 +279,15 @@ def explain(error: BaseException, to: str) -> str:
     reasons = list(_beneath(error))
     if isinstance(error, PushError):
         return str(error)
-    status = next((s for s in map(_status, reasons) if s is not None), None)
+    status = next((s for s in map(status_of, reasons) if s is not None), None)
+    told = [str(m) for r in reasons if (m := getattr(r, "server_message", None))]
+    said = f" (it says: {SECRETS.sub('…', told[0]).splitlines()[0]})" if told else ""
     user = to.partition("/")[0]
     advice = {
         401: "The token is not accepted: it is wrong, was revoked, or has expired.\n"
         "  Log in anew with:  hf auth login",
-        403: f"The token may not write to {user}.\n  Make one that may, on "
-        f"huggingface.co/settings/tokens, or choose another name.",
+        403: f"The Hub does not let this token write to {user}{said}.\n  Make one that may, on "
+        "huggingface.co/settings/tokens, or choose another name.",
         404: f"There is no user or organisation {user}, or the token may not see it.\n"
         "  Check --to.",
         429: "The Hub asks for patience: too many requests for now.\n  Give the same command again "
@@ -298,7 +300,7 @@ def explain(error: BaseException, to: str) -> str:
             f"{to} was not uploaded whole: the Hub can't be reached ({first_line(reasons[-1])}).\n"
             "  Give the same command again; what has arrived is not sent again."
         )
-    return f"{to} was not uploaded: {first_line(error)}"
+    return f"{to} was not uploaded: {first_line(error)}{said}"
 
 
 def _beneath(error: BaseException) -> Iterator[BaseException]:
@@ -307,11 +309,6 @@ def _beneath(error: BaseException) -> Iterator[BaseException]:
     while seen is not None:
         yield seen
         seen = seen.__cause__
-
-
-def _status(error: BaseException) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
 
 
 class _Notes(logging.Handler):
@@ -330,13 +327,14 @@ class _Notes(logging.Handler):
 def _hub_speaks_through(watch: Watch) -> Iterator[None]:
     """The Hub's client shows its bars in a terminal only, and its warnings through us."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
     client = logging.getLogger("huggingface_hub")
     before, client.handlers = client.handlers, [_Notes(watch)]
-    quiet = not sys.stderr.isatty()
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
     if quiet:
         disable_progress_bars()
     try:

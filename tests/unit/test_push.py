@@ -282,11 +282,11 @@ def test_a_token_that_expires_in_the_midst_is_named(hub, folder):
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(403, "may not write to somebody"), (404, "no user or organisation somebody"),
-     (429, "too many requests")],
+    [(403, r"write to somebody \(it says: no way"), (402, "it says: no way"),
+     (404, "no user or organisation somebody"), (429, "too many requests")],
 )  # fmt: skip
 def test_what_the_hub_refuses_is_told_with_the_next_step(hub, folder, status, words):
-    hub.once("POST /api/repos/create", lambda r: r.answer(status, {"error": "no"}), times=1000)
+    hub.once("POST /api/repos/create", lambda r: r.answer(status, {"error": "no way"}), times=1000)
     hub.once("GET /api/models/", lambda r: r.answer(status, {"error": "no"}), times=1000)
     with pytest.raises(PushError, match=words):
         push(folder, NAME, Unwatched())
