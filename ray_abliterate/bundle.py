@@ -18,13 +18,13 @@ from pydantic import Field, ValidationError
 
 from ray_abliterate.checkpoint import Checkpoint
 from ray_abliterate.directions import Directions
-from ray_abliterate.edited_tensors import TensorRecord, edited_tensors, file_sha256
+from ray_abliterate.edited_tensors import Record, TensorRecord, edited_tensors, file_sha256
 from ray_abliterate.errors import ReproductionError
 from ray_abliterate.files import write_whole
 from ray_abliterate.frontier import Trial
 from ray_abliterate.loading import device_for
 from ray_abliterate.model_card import EMBEDDED, Kind, base_name, hub_name, public_origin
-from ray_abliterate.recipe import ModelSettings, Recipe, Section
+from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.rundir import RunDirectory
 
 FORMAT = 1
@@ -36,7 +36,7 @@ TEXTS = ("system", "prefix", "suffix")
 NOT_TOLD = "https://not-told.invalid/v1"
 
 
-class BaseFacts(Section):
+class BaseFacts(Record):
     """The model that was edited."""
 
     name: str | None
@@ -50,7 +50,7 @@ class BaseFacts(Section):
     """Of the weights as the search held them; see `ModelFacts`."""
 
 
-class PromptFacts(Section):
+class PromptFacts(Record):
     """A prompt set."""
 
     prompts: int
@@ -59,7 +59,7 @@ class PromptFacts(Section):
     """Where everybody can read it, if anywhere."""
 
 
-class DirectionFacts(Section):
+class DirectionFacts(Record):
     """The file of the directions."""
 
     file: str
@@ -67,7 +67,7 @@ class DirectionFacts(Section):
     method: str
 
 
-class Computed(Section):
+class Computed(Record):
     """What made the bits."""
 
     versions: dict[str, str]
@@ -75,7 +75,7 @@ class Computed(Section):
     threads: int
 
 
-class Bundle(Section):
+class Bundle(Record):
     """What `reproduce.json` holds."""
 
     format: Literal[1]
@@ -107,10 +107,9 @@ def write_bundle(
         folder: Of the export, whose weights are written already.
         kind: What was written.
     """
-    directions = directory.directions()
-    assert directions is not None and trial.scorecard is not None
+    data = directory.directions_file()
+    assert data is not None and trial.scorecard is not None
     recipe, baseline = directory.recipe, directory.baseline()
-    data = directions.to_bytes()
     tensors, files = {}, {}
     if kind == "merged":
         tensors = edited_tensors(Checkpoint.open(source), Checkpoint.open(folder))
@@ -128,7 +127,9 @@ def write_bundle(
         recipe=public_recipe(recipe, base_name(directory)),
         prompts=_prompts(directory),
         directions=DirectionFacts(
-            file=DIRECTIONS, sha256=hashlib.sha256(data).hexdigest(), method=directions.method
+            file=DIRECTIONS,
+            sha256=hashlib.sha256(data).hexdigest(),
+            method=Directions.from_bytes(data).method,
         ),
         searched=_searched(directory),
         written=computed(recipe.model),

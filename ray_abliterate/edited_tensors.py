@@ -8,18 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ray_abliterate.checkpoint import DTYPES, Checkpoint, StoredTensor
 from ray_abliterate.errors import ReproductionError
-from ray_abliterate.recipe import Section
 
 SAMPLE = 16
 """Values of each edited tensor that are kept, to compare with where bits may differ."""
 READ_BYTES = 1 << 24
 
 
-class TensorRecord(Section):
+class Record(BaseModel):
+    """Values of a file that others may have written: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TensorRecord(Record):
     """One edited tensor, as it was and as it was written."""
 
     dtype: str

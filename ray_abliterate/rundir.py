@@ -237,8 +237,13 @@ class RunDirectory:
 
     def directions(self) -> Directions | None:
         """The directions, if they were computed."""
+        data = self.directions_file()
+        return Directions.from_bytes(data) if data is not None else None
+
+    def directions_file(self) -> bytes | None:
+        """The file of the directions; written anew, its bytes might be in another order."""
         file = self.path / "directions.safetensors"
-        return Directions.from_bytes(file.read_bytes()) if file.exists() else None
+        return file.read_bytes() if file.exists() else None
 
     def save_baseline(self, baseline: Baseline) -> None:
         """Keep the base model's scores."""

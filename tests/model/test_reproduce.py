@@ -345,3 +345,15 @@ def test_a_runs_trial_is_exported_once_to_be_uploaded(copied_run):
         exported(folder, 3, watch, unverified=False)
     with pytest.raises(TrialNotFound):
         exported(directory.path, 7, watch, unverified=False)
+
+
+def test_two_bundles_of_a_trial_are_equal_files(planted_run, tmp_path):
+    """Many times: what is written in no order of its own would differ some time."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"any bytes")
+    found = set()
+    for _ in range(16):
+        directory, trial = planted_run.directory, planted_run.trial
+        write_bundle(directory, trial, planted_run.model, tmp_path, "adapter")
+        files = sorted((tmp_path / "reproduce").iterdir())
+        found.add(tuple(file.read_bytes() for file in files))
+    assert len(found) == 1
