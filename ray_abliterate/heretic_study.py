@@ -20,7 +20,8 @@ from ray_abliterate.recipe_sections import SPLIT
 STUDY_NAME = "heretic"
 FIELDS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
 """Of a component's parameters; `min_weight` is a share of `max_weight` there, as our floor is."""
-HUB_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?", re.ASCII)
+DATASET_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?", re.ASCII)
+"""Of a data set on the Hub; some have no owner."""
 NORMS = {"none": "none", "full": "row"}
 SCORERS = {"KeywordRate": "keyword-rate", "KLDivergence": "kl-divergence"}
 PROMPTS = {
@@ -284,7 +285,7 @@ def _place(place: str, setting: str) -> dict[str, str]:
                 f"{setting}: {place} was not saved by `datasets` (save_to_disk); save it so."
             )
         return {"folder": place}
-    if HUB_NAME.fullmatch(place) and path.suffix not in (".txt", ".json", ".csv", ".parquet"):
+    if DATASET_NAME.fullmatch(place) and path.suffix not in (".txt", ".json", ".csv", ".parquet"):
         return {"dataset": place}
     raise ForeignStudyError(
         f"{setting}: {place} is not there (from {Path.cwd()}).\n"

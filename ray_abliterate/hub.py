@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
+"""Of a model on the Hub, with its owner; to be matched as a whole."""
 SECRETS = re.compile(r"\bhf_\w{16,}|(?<=://)[^/@\s]+@|\?\w[\w.-]*=[^\s'\"]+|(?i:bearer)\s+\S+")
 """Tokens, passwords of proxies, and queries of URLs, which may be signed."""
 

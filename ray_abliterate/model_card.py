@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_abliterate.frontier import Trial
+from ray_abliterate.hub import MODEL_NAME
 from ray_abliterate.live import describe_score
 from ray_abliterate.measurements import BASE, Finding, comparison_text, label
 from ray_abliterate.plan import Plan
@@ -28,7 +29,6 @@ NORMS = {
 }
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the base model's card that hold for the edited model, too."""
-HUB_NAME = re.compile(r"^\w[\w.\-]*/\w[\w.\-]*$", re.ASCII)
 MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~&$])")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
@@ -167,7 +167,7 @@ def _one(value: Any) -> str | None:
 
 def _base(directory: RunDirectory) -> dict[str, Any]:
     name, hub = base_name(directory), hub_name(directory)
-    on_hub = hub is not None and HUB_NAME.fullmatch(hub)
+    on_hub = hub is not None and MODEL_NAME.fullmatch(hub)
     link = f"[{escaped(name)}](https://huggingface.co/{hub})" if on_hub else f"**{escaped(name)}**"
     revision = directory.environment["model"].get("revision")
     return {"name": name, "link": Markdown(link), "revision": revision}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_abliterate.errors import PushError
-from ray_abliterate.hub import SECRETS, first_line, is_transient, retry, status_of
+from ray_abliterate.hub import MODEL_NAME, SECRETS, first_line, is_transient, retry, status_of
 from ray_abliterate.progress import Watch
 
 ATTEMPTS = 4
@@ -24,7 +24,6 @@ ATTEMPTS = 4
 FIRST_DELAY = 2.0
 """Seconds before the second attempt."""
 CONFIGS = ("config.json", "adapter_config.json")
-NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 PRIVATE = (
     "responses/*", "*.parquet", "*.arrow", "*.jsonl", "*transcript*", "prompt*.txt",
     "recipe.toml", "recipe.resolved.json", "environment.json", "study.journal", "report.html",
@@ -126,7 +125,7 @@ def refuse_name(to: str) -> None:
         PushError: it cannot.
     """
     bad = "--" in to or ".." in to or to.endswith((".git", ".ipynb")) or len(to) > 96
-    if bad or not NAME.fullmatch(to):
+    if bad or not MODEL_NAME.fullmatch(to):
         raise PushError(
             f"--to {to!r} is not the name of a model on the Hub.\n  Write USER/NAME, in letters, "
             "digits, `.`, `_` and `-`, without `--` and `..`, in 96 characters at most."
@@ -152,7 +151,7 @@ def refuse_incomplete(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = str(config.get("base_model_name_or_path"))
-        if not NAME.fullmatch(base) or Path(base).exists():
+        if not MODEL_NAME.fullmatch(base) or Path(base).exists():
             raise PushError(
                 f"the adapter's base model is {base!r}, which nobody else has.\n"
                 "  Set base_model_name_or_path in adapter_config.json to its name on the Hub."

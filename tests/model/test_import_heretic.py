@@ -294,7 +294,7 @@ def test_a_study_of_a_mixture_of_experts_leaves_stacked_experts_alone(place):
 def test_nothing_private_is_in_the_journals():
     for file in DATA.glob("heretic-*.jsonl"):
         text = file.read_text()
-        assert not any(word in text for word in ("/home", "/root", "/tmp", "tell me", "cake"))
+        assert not any(word in text for word in ("/home", "/root", "/Users", "tell me", "cake"))
 
 
 def test_show_tells_heretics_scores_from_our_own(place, planted_folder):
