@@ -62,7 +62,9 @@ def converse(
     prefix = tuple(directory.environment["response_prefix"])
     setup = Setup(directions, prefix, directory.tuning())
     recipe = directory.recipe
-    replica = Replica(recipe, model_source(recipe.model.name, Unwatched().note), {})
+    replica = Replica(
+        directory.pinned(recipe), model_source(recipe.model.name, Unwatched().note), {}
+    )
     greet(directory, trial, output)
     sides = _sides(trial)
     while (line := next_line(output, source)) is not None:

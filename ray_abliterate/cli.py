@@ -196,7 +196,13 @@ def show(
     ] = False,
 ) -> None:
     """Show the frontier, or one trial."""
-    from ray_abliterate.live import console, count_trials, frontier_table, suites_table
+    from ray_abliterate.live import (
+        console,
+        count_trials,
+        foreign_table,
+        frontier_table,
+        suites_table,
+    )
     from ray_abliterate.rundir import RunDirectory
     from ray_abliterate.show import print_responses, print_trial
     from ray_abliterate.suites import build
@@ -208,6 +214,8 @@ def show(
         baseline = directory.baseline()
         output.print(count_trials(trials, directory.recipe.search.trials))
         output.print(frontier_table(_frontier(trials), baseline.scorecard if baseline else None))
+        if imported := directory.foreign():
+            output.print(foreign_table(imported))
         kept = directory.measurements(directory.recipe.suites)
         if kept.labels:
             output.print(suites_table(kept, build(directory.recipe.suites, directory.base)))
@@ -245,6 +253,80 @@ def export(
 
     directory = RunDirectory.open(run)
     export_trial(directory, _chosen(directory, trial), to, LineWatch(console()), verify)
+
+
+@app.command()
+def reproduce(
+    file: Annotated[Path, typer.Argument(help="reproduce.json, or an export that has it.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub name of the base model; the file's if unset.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model.")
+    ] = False,
+) -> None:
+    """Rebuild an export from its base model, without a search, and check every tensor."""
+    from ray_abliterate.live import LineWatch, console
+    from ray_abliterate.reproduce import reproduce as rebuild
+
+    found = rebuild(file, to, LineWatch(console()), base, trust_remote_code)
+    equal = f"{found.bit_equal} of {found.tensors} edited tensors are equal bit for bit"
+    rest = "" if found.bit_equal == found.tensors else "; the others, within rounding"
+    typer.echo(f"{equal}{rest}. Written to {to}")
+
+
+@app.command()
+def push(
+    place: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported folder.")],
+    to: Annotated[str, typer.Option(help="USER/NAME of the model on the Hugging Face Hub.")],
+    trial: TrialNumber = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may read it.")] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Also if it was not scored again.")
+    ] = False,
+    with_responses: Annotated[
+        bool, typer.Option("--with-responses", help="Also files with prompts or answers.")
+    ] = False,
+) -> None:
+    """Upload an export to the Hugging Face Hub, private unless told."""
+    from ray_abliterate.live import LineWatch, console
+    from ray_abliterate.push import exported
+    from ray_abliterate.push import push as upload
+
+    watch = LineWatch(console())
+    folder = exported(place, trial, watch, unverified)
+    revision = upload(folder, to, watch, public, unverified, with_responses)
+    typer.echo(f"{to} is there, revision {revision}")
+
+
+@app.command()
+def import_heretic(
+    checkpoint: Annotated[Path, typer.Argument(help="Heretic's checkpoints/MODEL.jsonl.")],
+    to: Annotated[
+        Path | None, typer.Option(help="Run directory.", show_default="runs/CHECKPOINT")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is, if not where the checkpoint says.")
+    ] = None,
+    front: Annotated[
+        bool, typer.Option("--front", help="Take over its Pareto front only.")
+    ] = False,
+) -> None:
+    """Make a run of a Heretic study: its trials are plans that are evaluated first."""
+    from ray_abliterate.import_heretic import import_heretic as take_over
+    from ray_abliterate.live import LineWatch, console, foreign_table
+
+    output = console()
+    folder = to or Path("runs") / checkpoint.stem
+    made = take_over(checkpoint, folder, LineWatch(output), model, front)
+    output.print(foreign_table(made.directory.foreign() or {}, rows=20))
+    for note in made.notes:
+        output.print(f"note: {note}", markup=False)
+    if made.study.unfinished:
+        output.print(f"{made.study.unfinished} trials of the study did not finish; left out")
+    output.print(f"{len(made.trials)} plans wait in {folder}. Score them here, in parallel, with:")
+    output.print(f"  ray-abliterate resume {folder}", markup=False)
 
 
 @app.command()

@@ -16,7 +16,10 @@
     │   ├── RunNotFound
     │   ├── RecipeChanged
     │   └── TrialNotFound
-    └── ExportError             an export cannot be written, or is not the trial
+    ├── ExportError             an export cannot be written, or is not the trial
+    ├── ReproductionError       an export cannot be rebuilt from its bundle
+    ├── PushError               a folder cannot be uploaded
+    └── ForeignStudyError       another tool's study cannot be taken over
 
 Every message says what was found, what was expected, and the next step.
 """
@@ -88,3 +91,15 @@ class TrialNotFound(RunDirectoryError):
 
 class ExportError(RayAbliterateError):
     """An export cannot be written, or does not answer as the trial did."""
+
+
+class ReproductionError(RayAbliterateError):
+    """An export cannot be rebuilt, or what was rebuilt is another model."""
+
+
+class PushError(RayAbliterateError):
+    """A folder cannot be uploaded, or should not be."""
+
+
+class ForeignStudyError(RayAbliterateError):
+    """Another tool's study cannot be read, or says what cannot be done here."""

@@ -112,7 +112,7 @@ def _pool_of_run(directory: RunDirectory, watch: Watch) -> Iterator[tuple[Replic
             source = model_source(recipe.model.name, partial(warn, directory, watch))
         with watch.stage("replicas"):
             dashboard = connect(recipe.run.dashboard, (str(directory.base.resolve()),))
-            starting = ReplicaPool.start(recipe, source, {}, record.event)
+            starting = ReplicaPool.start(directory.pinned(recipe), source, {}, record.event)
             pool = open_until_the_end.enter_context(starting)
         describe(recipe, directory, pool, dashboard, watch)
         yield pool, pool.put(setup)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_abliterate.architecture import Writer, WriterRow, find_writers, hidden_size
+from ray_abliterate.bundle import write_bundle
 from ray_abliterate.checkpoint import WEIGHT_SUFFIXES, Checkpoint, weight_file_names
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError, ScoreError
@@ -60,7 +61,8 @@ def export_trial(
         scored = load_prompts(recipe, directory, base, watch).scored
     with _scratch(to) as work, _threads(directory):
         dtype = write_weights(recipe, source, trial, directions, work, watch)
-        _write_text(work / "README.md", model_card(directory, trial))
+        _write_text(work / "README.md", model_card(directory, trial, source.folder))
+        write_bundle(directory, trial, source.folder, work)
         if verify:
             try:
                 found = verify_export(directory, trial, scored, source.folder, work, dtype, watch)

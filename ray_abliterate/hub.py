@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
+"""Of a model on the Hub, with its owner; to be matched as a whole."""
 SECRETS = re.compile(r"\bhf_\w{16,}|(?<=://)[^/@\s]+@|\?\w[\w.-]*=[^\s'\"]+|(?i:bearer)\s+\S+")
 """Tokens, passwords of proxies, and queries of URLs, which may be signed."""
 
@@ -50,7 +52,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later: no connection, a timeout, 408, 429 or a 5xx."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return status in (408, 429) or status >= 500
     if isinstance(error, OfflineModeIsEnabled):
@@ -76,14 +78,18 @@ def advice_for(error: Exception, dataset: str) -> str:
             "Check the name (owner/name; no local folder has it either). "
             "If it is private, log in with `hf auth login`.",
         ),
-        (_status(error) in (401, 403), "Log in with `hf auth login`, as someone who may read it."),
+        (
+            status_of(error) in (401, 403),
+            "Log in with `hf auth login`, as someone who may read it.",
+        ),
         (isinstance(error, hub.OfflineModeIsEnabled), "Unset HF_HUB_OFFLINE, or set `file`."),
         (is_transient(error), "The Hub cannot be reached; try again later, or set `file`."),
     )
     return next((advice for holds, advice in cases if holds), "Check `split` and `config`.")
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error; None if there is none."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 

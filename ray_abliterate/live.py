@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -78,6 +79,22 @@ def frontier_table(
         table.add_row(f"{trial.number}{mark}", *scores, *found, scope, f"{trial.seconds:.1f}")
     if len(members) < len(frontier):
         table.caption = f"{len(members)} of {len(frontier)} members"
+    return table
+
+
+def foreign_table(found: Mapping[str, Any], rows: int | None = None) -> Table:
+    """What another tool found of the plans that came from it."""
+    title = f"As scored by {found['tool']}, not by this run"
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    known = found["trials"][:rows]
+    names = list(known[0]["scores"]) if known else []
+    for heading in ("trial", "its number there", *names):
+        table.add_column(heading)
+    for trial in known:
+        scores = (trial["scores"].get(name, "") for name in names)
+        table.add_row(str(trial["number"]), str(trial["index"]), *scores)
+    if len(known) < len(found["trials"]):
+        table.caption = f"{len(known)} of {len(found['trials'])} trials"
     return table
 
 

@@ -1,15 +1,25 @@
 """The model card of an export: what was edited, how, what it scored, and what it must not be
-taken for. Holds no prompts, no answers and no paths of the machine it was written on.
+taken for. Holds no prompts, no answers, no paths and no names of the machine it was written on.
+
+Names and settings may hold anything: the card's metadata are written by a YAML library, and every
+value that the template puts into the text is escaped unless this module made it.
 """
 
 import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ray_abliterate.frontier import Trial
+from ray_abliterate.hub import MODEL_NAME
 from ray_abliterate.live import describe_score
+from ray_abliterate.measurements import BASE, Finding, comparison_text, label
+from ray_abliterate.plan import Plan
+from ray_abliterate.recipe import SuiteFile
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score
+from ray_abliterate.suites import build
 
 EMBEDDED = ("demo", "planted")
 NORMS = {
@@ -17,84 +27,62 @@ NORMS = {
     "row": "each matrix keeps the norm of its output rows",
     "column": "each matrix keeps the norm of its input columns",
 }
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Metadata of the base model's card that hold for the edited model, too."""
+MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~&$])")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
-CARD = """\
----
-{front_matter}
----
-
-# {base}, abliterated
-
-The weights of **{base}**{revision} were edited by directional ablation with `ray-abliterate`: a
-direction of the residual stream along which a behaviour shows was taken out of the matrices that
-write to the stream (Arditi et al. 2024, [arXiv 2406.11717](https://arxiv.org/abs/2406.11717)).
-Nothing was trained, and tensors that do not write to the stream are byte for byte those of the base
-model.
-
-## How
-
-* Direction: `{method}`, {scope}.
-* Norm mode `{norm}`: {norm_text}.
-* Edited components: {components}.
-* Chosen: trial {number} of a search.
-
-The plan, from which the edit can be made again:
-
-```json
-{plan}
-```
-
-## Scores
-
-With 95 % intervals, beside the base model's, on prompts of the user's choice.
-
-| score | goal | this model | base model |
-|---|---|---|---|
-{scores}
-
-`verification.json`, if it is here, holds the scores of these files, reloaded from disk.
-
-Measured with {versions}, in {dtype}.
-
-## Limits and responsible use
-
-The edit suppresses a behaviour in the prompts that it was measured on; it may show in others, and
-abilities that were not measured may have suffered. If the behaviour was a safeguard, this model is
-without it: test it for your use, keep other safeguards around it, and use it within the law.
-
-## Licence
-
-The licence and the terms of use of the base model apply to this one.
-"""
+Kind = Literal["merged", "adapter"]
 
 
-def model_card(directory: RunDirectory, trial: Trial) -> str:
-    """The card of the model that a trial's plan makes."""
-    environment = directory.environment
-    directions = directory.directions()
-    plan = trial.plan
-    revision = environment["model"].get("revision")
-    at_layer = f"one for all layers, taken at layer {plan.direction_layer:.2f}"
-    versions = environment.get("versions", {})
-    libraries = ("ray-abliterate", "transformers", "torch")
-    named = [
-        f"{n} {versions[n]}" for n in libraries if versions.get(n, "not installed")[0].isdigit()
-    ]
-    return CARD.format(
-        front_matter=_front_matter(directory),
-        base=base_name(directory),
-        revision=f" (revision `{revision}`)" if revision else "",
-        method=directions.method if directions else "unknown",
-        scope=at_layer if plan.scope == "global" else "each layer's own",
-        norm=plan.norm,
-        norm_text=NORMS[plan.norm],
-        components=", ".join(name for name, part in plan.profiles if part.peak > 0) or "none",
-        number=trial.number,
-        plan=json.dumps(json.loads(plan.to_json()), indent=2),
-        scores="\n".join(_score_rows(directory, trial)),
-        versions=", ".join(named),
-        dtype=environment["model"]["dtype"],
+class Markdown(str):
+    """Text that is Markdown already, and is not escaped again."""
+
+
+def model_card(
+    directory: RunDirectory, trial: Trial, source: Path | None = None, kind: Kind = "merged"
+) -> str:
+    """The card of the model that a trial's plan makes.
+
+    Args:
+        directory: The run.
+        trial: Whose plan was written.
+        source: Folder of the base model, whose own card tells its licence.
+        kind: Whether whole weights were written, or an adapter.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(
+        loader=PackageLoader("ray_abliterate"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=escaped,
+        keep_trailing_newline=True,
     )
+    pages.filters |= {"code": code, "cell": escaped}
+    carried = front_matter_of(source / "README.md") if source is not None else {}
+    return pages.get_template("model_card.md.jinja").render(
+        front_matter=Markdown(_front_matter(directory, carried, kind)),
+        adapter=kind == "adapter",
+        base=_base(directory),
+        direction=_direction(directory, trial.plan),
+        norm={"mode": trial.plan.norm, "meaning": NORMS[trial.plan.norm]},
+        number=trial.number,
+        trials=len(directory.trials()),
+        strengths=list(_strengths(directory, trial.plan)),
+        plan=Markdown(json.dumps(json.loads(trial.plan.to_json()), indent=2)),
+        bounded=trial.bounded,
+        scores=list(_score_rows(directory, trial)),
+        suites=list(_suite_rows(directory, trial)),
+        licence=_one(carried.get("license_name")) or _one(carried.get("license")),
+        licence_link=_one(carried.get("license_link")),
+        versions=_versions(directory),
+        dtype=directory.environment["model"]["dtype"],
+    )
+
+
+# Names
 
 
 def hub_name(directory: RunDirectory) -> str | None:
@@ -111,24 +99,159 @@ def base_name(directory: RunDirectory) -> str:
     return hub_name(directory) or Path(name).resolve().name
 
 
-def _front_matter(directory: RunDirectory) -> str:
-    # JSON is YAML too, and quotes what needs it.
-    lines = ["library_name: transformers", "tags: [abliterated, ray-abliterate]"]
+def public_origin(origin: str) -> str | None:
+    """Where prompts came from, if everybody can read them there: the Hub, or this package."""
+    return origin.removeprefix("hub:") if origin.startswith(("hub:", "builtin:")) else None
+
+
+# Escaping
+
+
+def escaped(value: Any) -> Any:
+    """A value as Markdown shows it as it is, on one line; Markdown stays."""
+    if isinstance(value, Markdown) or not isinstance(value, str):
+        return value
+    return Markdown(MARKDOWN.sub(r"\\\1", UNPRINTABLE.sub(" ", value)))
+
+
+def code(value: str) -> Markdown:
+    """A value in a span of code, whatever backticks it has."""
+    text = UNPRINTABLE.sub(" ", value).strip() or " "
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return Markdown(f"{fence}{space}{text}{space}{fence}")
+
+
+# Metadata
+
+
+def front_matter_of(readme: Path) -> dict[str, Any]:
+    """The metadata at the head of a model card; empty if there are none that can be read."""
+    import yaml
+
+    try:
+        text = readme.read_text(encoding="utf-8")
+        found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+        values = yaml.safe_load(found[1]) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _front_matter(directory: RunDirectory, carried: Mapping[str, Any], kind: Kind) -> str:
+    import yaml
+
     hub = hub_name(directory)
-    return "\n".join([f"base_model: {json.dumps(hub)}", *lines] if hub else lines)
+    values: dict[str, Any] = {key: carried[key] for key in CARRIED if _is_text(carried.get(key))}
+    if hub is not None:
+        relation = "adapter" if kind == "adapter" else "finetune"
+        values |= {"base_model": hub, "base_model_relation": relation}
+    values["library_name"] = "peft" if kind == "adapter" else "transformers"
+    values["tags"] = ["abliterated", "ray-abliterate"]
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    return text.rstrip("\n")
 
 
-def _score_rows(directory: RunDirectory, trial: Trial) -> list[str]:
+def _is_text(value: Any) -> bool:
+    """A text, or a list of texts: what these metadata may be."""
+    parts = value if isinstance(value, list) else [value]
+    return bool(parts) and all(isinstance(part, str) and part for part in parts)
+
+
+def _one(value: Any) -> str | None:
+    return ", ".join(value if isinstance(value, list) else [value]) if _is_text(value) else None
+
+
+# What the run knows
+
+
+def _base(directory: RunDirectory) -> dict[str, Any]:
+    name, hub = base_name(directory), hub_name(directory)
+    on_hub = hub is not None and MODEL_NAME.fullmatch(hub)
+    link = f"[{escaped(name)}](https://huggingface.co/{hub})" if on_hub else f"**{escaped(name)}**"
+    revision = directory.environment["model"].get("revision")
+    return {"name": name, "link": Markdown(link), "revision": revision}
+
+
+def _direction(directory: RunDirectory, plan: Plan) -> dict[str, Any]:
+    found, settings = directory.directions(), directory.recipe.direction
+    at_layer = f"one for all layers, taken at layer {plan.direction_layer:.2f}"
+    known = directory.environment.get("prompts", {})
+    return {
+        "method": found.method if found else settings.method,
+        "scope": at_layer if plan.scope == "global" else "each layer's own",
+        "projected": settings.project_out_neutral,
+        "quantile": settings.winsorize_quantile,
+        "sets": [
+            {
+                "title": title,
+                "prompts": known[name]["prompts"],
+                "origin": public_origin(known[name]["origin"]),
+                "fingerprint": known[name]["fingerprint"][:16],
+            }
+            for name, title in (("behaviour", "With the behaviour"), ("neutral", "Without it"))
+            if name in known
+        ],
+    }
+
+
+def _strengths(directory: RunDirectory, plan: Plan) -> Iterator[dict[str, Any]]:
+    layers = directory.environment["model"]["layers"]
+    for component, profile in plan.profiles:
+        edited = [n for n, strength in enumerate(profile.strengths(layers)) if strength > 0]
+        yield {
+            "component": component,
+            "peak": f"{profile.peak:.3f}" if edited else "off",
+            "layer": f"{profile.peak_layer:.1f}",
+            "floor": f"{profile.floor:.2f}",
+            "reach": f"{profile.reach:.1f}",
+            "edited": f"{edited[0]} to {edited[-1]}" if edited else "none",
+        }
+
+
+def _score_rows(directory: RunDirectory, trial: Trial) -> Iterator[dict[str, Any]]:
     assert trial.scorecard is not None
     baseline = directory.baseline()
-    base: dict[str, Any] = {s.name: s for s in baseline.scorecard.scores} if baseline else {}
-    return [
-        f"| {s.name} | {s.goal} | {_shown(s)} | {_shown(base.get(s.name))} |"
-        for s in trial.scorecard.scores
-    ]
+    base: dict[str, Score] = {s.name: s for s in baseline.scorecard.scores} if baseline else {}
+    for score in trial.scorecard.scores:
+        was = base.get(score.name)
+        yield {
+            "name": score.name,
+            "goal": score.goal,
+            "own": _shown(score),
+            "base": _shown(was) if was else "not measured",
+        }
 
 
-def _shown(score: Score | None) -> str:
-    if score is None:
-        return "not measured"
+def _shown(score: Score) -> str:
     return f"{describe_score(score)} {score.unit}".rstrip()
+
+
+def _suite_rows(directory: RunDirectory, trial: Trial) -> Iterator[dict[str, Any]]:
+    """What suites found of the trial, each beside the base model."""
+    settings = SuiteFile.of(directory.environment.get("suites", ()))
+    kept = directory.measurements(settings)
+    if label(trial.number) not in kept.labels:
+        return
+    for suite in build(settings, directory.base):
+        found, base = kept.finding(label(trial.number), suite), kept.finding(BASE, suite)
+        if found is None or found.score is None:
+            continue
+        compared = comparison_text(found.comparison) if found.comparison else ""
+        yield {
+            "name": suite.name,
+            "own": _finding(found) + ("" if found.whole else " *"),
+            "base": _finding(base),
+            "difference": compared or "not measured",
+            "whole": found.whole,
+        }
+
+
+def _finding(found: Finding | None) -> str:
+    return _shown(found.score) if found and found.score else "not measured"
+
+
+def _versions(directory: RunDirectory) -> list[str]:
+    versions = directory.environment.get("versions", {})
+    libraries = ("ray-abliterate", "transformers", "torch", "python")
+    return [f"{n} {versions[n]}" for n in libraries if str(versions.get(n, ""))[:1].isdigit()]

@@ -131,7 +131,9 @@ class RefusalJudge(Section):
             "an endpoint": ("endpoint_model", "key_variable", "timeout_seconds"),
         }
         other = "an endpoint" if self.classifier is not None else "a classifier"
-        unused = [name for name in kinds[other] if name in self.model_fields_set]
+        # a resolved recipe names every setting, at its default where it is not in use
+        fields = type(self).model_fields
+        unused = [name for name in kinds[other] if getattr(self, name) != fields[name].default]
         if unused:
             raise ValueError(f"`{unused[0]}` is for {other} only; leave it out")
         return self

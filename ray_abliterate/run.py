@@ -83,7 +83,9 @@ def run(
             source = model_source(recipe.model.name, partial(warn, directory, watch))
         with watch.stage("replicas"):
             dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
-            starting = ReplicaPool.start(recipe, source, sets.scored, record.event)
+            starting = ReplicaPool.start(
+                directory.pinned(recipe), source, sets.scored, record.event
+            )
             pool = open_until_the_end.enter_context(starting)
         describe(recipe, directory, pool, dashboard, watch)
         setup, shards = find_directions(recipe, directory, pool, sets, watch)

@@ -144,6 +144,17 @@ class RunDirectory:
                 f"{self._recipe_file} is damaged or from another version: {error}"
             ) from None
 
+    def pinned(self, recipe: Recipe) -> Recipe:
+        """The recipe with its model at the commit of the Hub that the run began with.
+
+        A branch, or nothing, may name another commit by now.
+        """
+        commit = self.environment.get("model", {}).get("revision")
+        if commit is None:
+            return recipe
+        model = recipe.model.model_copy(update={"revision": commit})
+        return recipe.model_copy(update={"model": model})
+
     def extend(self, trials: int) -> None:
         """Raise the number of trials that the run is to have."""
         recipe = self.recipe
@@ -226,8 +237,13 @@ class RunDirectory:
 
     def directions(self) -> Directions | None:
         """The directions, if they were computed."""
+        data = self.directions_file()
+        return Directions.from_bytes(data) if data is not None else None
+
+    def directions_file(self) -> bytes | None:
+        """The file of the directions; written anew, its bytes might be in another order."""
         file = self.path / "directions.safetensors"
-        return Directions.from_bytes(file.read_bytes()) if file.exists() else None
+        return file.read_bytes() if file.exists() else None
 
     def save_baseline(self, baseline: Baseline) -> None:
         """Keep the base model's scores."""
@@ -305,6 +321,19 @@ class RunDirectory:
         if trials[number].scorecard is None:
             raise TrialNotFound(f"trial {number} failed: {trials[number].error}")
         return trials[number]
+
+    def save_foreign(self, study: Mapping[str, Any]) -> None:
+        """Keep what another tool found of the plans that a run began with."""
+        text = json.dumps(study, indent=2, ensure_ascii=False)
+        write_whole(self.path / "imported.json", text.encode())
+
+    def foreign(self) -> dict[str, Any] | None:
+        """What another tool found of the run's first plans, if they came from one."""
+        file = self.path / "imported.json"
+        values: dict[str, Any] | None = (
+            json.loads(file.read_text("utf-8")) if file.exists() else None
+        )
+        return values
 
     def save_responses(self, number: int, rows: list[dict[str, Any]]) -> None:
         """Keep the answers of one trial, as a Parquet table."""

@@ -56,7 +56,7 @@ def validating(
     if not recipe.evaluation.replicas:
         yield lambda frontier: None
         return
-    start = partial(pool.evaluators, recipe, source, record.event)
+    start = partial(pool.evaluators, directory.pinned(recipe), source, record.event)
     validation = Validation(directory, base, start, shared, record.tell, watch)
     validation.frontier(Frontier.of(directory.trials()))
     with validation:

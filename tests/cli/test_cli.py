@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, recipes that ship, and wrong inputs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    for verb in ("init", "doctor", "run", "resume", "show", "report", "export", "chat"):
+    verbs = "init doctor run resume show report export push reproduce import-heretic chat"
+    for verb in verbs.split():
         assert verb in done.stdout
     times = []
     for _ in range(3):
@@ -208,3 +210,36 @@ def test_report_is_one_file(recipe: Recipe, tmp_path: Path) -> None:
     done = command("report", "run", folder=tmp_path)
     assert done.stdout.strip().endswith("report.html")
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
+
+
+def test_an_upload_says_what_it_lacks_before_anything_is_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name in ("config.json", "README.md", "model.safetensors"):
+        (folder / name).write_text("{}")
+    assert "--unverified" in refused("push", "export", "--to", "a/b", folder=tmp_path)
+
+
+def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
+    error = refused("reproduce", "reproduce.json", "--to", "out", folder=tmp_path)
+    assert "reproduce.json is not there" in error
+
+
+def test_a_study_of_heretics_becomes_a_run_that_shows_its_scores_as_its_own(
+    tmp_path: Path,
+) -> None:
+    journal = ROOT / "tests" / "data" / "heretic-1.4.jsonl"
+    assert "behaviour.txt is not there" in refused("import-heretic", str(journal), folder=tmp_path)
+    for name in ("behaviour", "neutral"):
+        (tmp_path / f"{name}.txt").write_text("a prompt\n")
+    (tmp_path / "model").mkdir()
+    config = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 32,
+              "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}  # fmt: skip
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    done = command(
+        "import-heretic", str(journal), "--to", "run", "--model", "model", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 plans wait in run" in done.stdout and "ray-abliterate resume run" in done.stdout
+    shown = command("show", "run", folder=tmp_path).stdout
+    assert "0 of 5 trials" in shown and "As scored by Heretic 1.4, not by this run" in shown

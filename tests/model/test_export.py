@@ -77,6 +77,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
@@ -117,7 +122,7 @@ def test_companion_files_are_byte_for_byte_the_originals(pair):
     run, folder = pair
     written = {path.name for path in folder.iterdir()}
     given = {path.name for path in run.model.iterdir()} - NOT_COPIED
-    assert written == given | {"README.md", "verification.json"}
+    assert written == given | {"README.md", "verification.json", "reproduce"}
     for name in given - {"README.md"}:
         if not name.endswith(".safetensors"):
             assert (folder / name).read_bytes() == (run.model / name).read_bytes(), name
@@ -140,9 +145,7 @@ def test_tied_embeddings_stay_tied(exported):
 def test_two_exports_are_equal_files(exported, tmp_path):
     run, first = exported("planted_run")
     second = export.export_trial(run.directory, run.trial, tmp_path / "again", Unwatched())
-    assert {p.name: p.read_bytes() for p in first.iterdir()} == {
-        p.name: p.read_bytes() for p in second.iterdir()
-    }
+    assert files_of(first) == files_of(second)
 
 
 def test_the_export_holds_the_bits_that_the_search_scored(exported):
@@ -353,8 +356,7 @@ def test_the_card_holds_no_prompt_and_no_path(pair):
     assert str(run.model.parent) not in card
     assert str(run.directory.path) not in card
     assert "tell me about" not in card
-    assert "base_model" not in card
-    assert "tags: [abliterated, ray-abliterate]" in card
+    assert "base_model:" not in card
     baseline = run.directory.baseline().scorecard["keyword-rate"]
     assert f"{baseline.detail['hits']}/{baseline.detail['total']}" in card
     plan = card.partition("```json\n")[2].partition("```")[0]
@@ -384,7 +386,7 @@ def test_a_model_on_the_hub_is_read_at_the_runs_revision(copied_run, tmp_path, m
     assert "*.safetensors" in asked[0][2]["ignore_patterns"]
     assert asked[1][2] == {"allow_patterns": ["model.safetensors"]}
     card = (out / "README.md").read_text()
-    assert 'base_model: "owner/tiny"' in card
+    assert "base_model: owner/tiny\nbase_model_relation: finetune" in card
     assert "revision `abc123`" in card
 
 

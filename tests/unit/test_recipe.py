@@ -356,3 +356,22 @@ def test_what_is_accepted_survives_json(peak, layer, reach, trials):
     recipe = Recipe.model_validate(values)
     assert recipe.search.space == SpaceSettings(peak=peak, peak_layer=layer, reach=reach)
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        'classifier = "owner/judge"\nlabel = "refusal"',
+        'endpoint = "http://h/v1"\nendpoint_model = "m"',
+    ],
+)
+def test_a_resolved_recipe_with_a_judge_is_read_again(judge):
+    """It names every setting, those of the other kind of judge at their defaults."""
+    text = (
+        '[model]\nname = "m"\n[prompts]\nbehaviour = { file = "a.txt" }\n'
+        'neutral = { file = "b.txt" }\n[[scorers]]\nkind = "keyword-rate"\n'
+        'prompts = { file = "c.txt" }\n[[scorers]]\nkind = "refusal-judge"\n'
+        f'prompts = {{ file = "c.txt" }}\n{judge}\n'
+    )
+    recipe = Recipe.parse(text, "recipe.toml")
+    assert Recipe.from_json(recipe.to_json()) == recipe

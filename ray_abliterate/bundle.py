@@ -1,0 +1,267 @@
+"""The reproduction bundle of an export: all that rebuilds it from the base model without a search.
+
+`reproduce/reproduce.json` holds the plan, recipe, seeds, versions, scores, and of every edited
+tensor its SHA-256; `directions.safetensors` lies beside it. Both can be published: prompt sets are
+told by their fingerprints, and nothing tells of the machine's paths or users.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+
+from ray_abliterate.checkpoint import Checkpoint
+from ray_abliterate.directions import Directions
+from ray_abliterate.edited_tensors import Record, TensorRecord, edited_tensors, file_sha256
+from ray_abliterate.errors import ReproductionError
+from ray_abliterate.files import write_whole
+from ray_abliterate.frontier import Trial
+from ray_abliterate.loading import device_for
+from ray_abliterate.model_card import EMBEDDED, Kind, base_name, hub_name, public_origin
+from ray_abliterate.recipe import ModelSettings, Recipe
+from ray_abliterate.rundir import RunDirectory
+
+FORMAT = 1
+FOLDER, FILE, DIRECTIONS = "reproduce", "reproduce.json", "directions.safetensors"
+ADAPTER = "adapter_model.safetensors"
+LIBRARIES = ("ray-abliterate", "torch", "transformers", "safetensors")
+TEXTS = ("system", "prefix", "suffix")
+"""Settings that are parts of prompts."""
+NOT_TOLD = "https://not-told.invalid/v1"
+
+
+class BaseFacts(Record):
+    """The model that was edited."""
+
+    name: str | None
+    """On the Hub, or of an embedded model; None for a folder."""
+    called: str
+    revision: str | None
+    model_type: str
+    layers: int
+    hidden: int
+    fingerprint: str
+    """Of the weights as the search held them; see `ModelFacts`."""
+
+
+class PromptFacts(Record):
+    """A prompt set."""
+
+    prompts: int
+    fingerprint: str
+    origin: str | None
+    """Where everybody can read it, if anywhere."""
+
+
+class DirectionFacts(Record):
+    """The file of the directions."""
+
+    file: str
+    sha256: str
+    method: str
+
+
+class Computed(Record):
+    """What made the bits."""
+
+    versions: dict[str, str]
+    device: str
+    threads: int
+
+
+class Bundle(Record):
+    """What `reproduce.json` holds."""
+
+    format: Literal[1]
+    kind: Literal["merged", "adapter"]
+    base: BaseFacts
+    trial: int
+    plan: dict[str, Any]
+    scores: tuple[dict[str, Any], ...]
+    base_scores: tuple[dict[str, Any], ...]
+    seed: int
+    recipe: dict[str, Any]
+    prompts: dict[str, PromptFacts]
+    directions: DirectionFacts
+    searched: dict[str, Any] = Field(description="Versions, device and dtype of the search.")
+    written: Computed
+    tensors: dict[str, TensorRecord]
+    files: dict[str, str] = Field(description="SHA-256 of an adapter's files.")
+
+
+def write_bundle(
+    directory: RunDirectory, trial: Trial, source: Path, folder: Path, kind: Kind = "merged"
+) -> None:
+    """Write the bundle into the folder of an export.
+
+    Args:
+        directory: The run.
+        trial: Whose plan was written.
+        source: Folder of the base model.
+        folder: Of the export, whose weights are written already.
+        kind: What was written.
+    """
+    data = directory.directions_file()
+    assert data is not None and trial.scorecard is not None
+    recipe, baseline = directory.recipe, directory.baseline()
+    tensors, files = {}, {}
+    if kind == "merged":
+        tensors = edited_tensors(Checkpoint.open(source), Checkpoint.open(folder))
+    else:
+        files = {ADAPTER: file_sha256(folder / ADAPTER)}
+    bundle = Bundle(
+        format=FORMAT,
+        kind=kind,
+        base=_base(directory),
+        trial=trial.number,
+        plan=json.loads(trial.plan.to_json()),
+        scores=tuple(trial.scorecard.to_list()),
+        base_scores=tuple(baseline.scorecard.to_list()) if baseline else (),
+        seed=recipe.search.seed,
+        recipe=public_recipe(recipe, base_name(directory)),
+        prompts=_prompts(directory),
+        directions=DirectionFacts(
+            file=DIRECTIONS,
+            sha256=hashlib.sha256(data).hexdigest(),
+            method=Directions.from_bytes(data).method,
+        ),
+        searched=_searched(directory),
+        written=computed(recipe.model),
+        tensors=tensors,
+        files=files,
+    )
+    text = json.dumps(bundle.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    write_whole(folder / FOLDER / DIRECTIONS, data)
+    write_whole(folder / FOLDER / FILE, (text + "\n").encode())
+
+
+def read_bundle(place: Path) -> tuple[Bundle, Directions, Path]:
+    """The bundle in a file, in its folder or in an export, its directions, and the file.
+
+    Raises:
+        ReproductionError: it is not there, damaged, or of a newer version.
+    """
+    candidates = (place, place / FILE, place / FOLDER / FILE)
+    file = next((path for path in candidates if path.is_file()), None)
+    if file is None:
+        raise ReproductionError(
+            f"{place} is not there, or holds no {FILE}.\n"
+            f"  Exports of this version have it under {FOLDER}/."
+        )
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("format") not in (FORMAT, None):
+            raise ReproductionError(
+                f"{file} has the format {values['format']!r}; this version reads {FORMAT}.\n"
+                "  Install a newer ray-abliterate."
+            )
+        bundle = Bundle.model_validate(values)
+        data = (file.parent / Path(bundle.directions.file).name).read_bytes()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ReproductionError(f"{file} is damaged: {where}: {first['msg']}") from None
+    except (ValueError, OSError) as error:
+        raise ReproductionError(f"{file} or the file beside it is damaged: {error}") from None
+    if hashlib.sha256(data).hexdigest() != bundle.directions.sha256:
+        raise ReproductionError(
+            f"{file.parent / bundle.directions.file} is not the file that {file.name} was written "
+            "with (its SHA-256 differs).\n  Fetch both anew."
+        )
+    return bundle, Directions.from_bytes(data), file
+
+
+# Facts that can be published
+
+
+def computed(settings: ModelSettings) -> Computed:
+    """Versions, device and threads of this process, which the last bits depend on."""
+    on_gpu = device_for(settings) in ("cuda", "auto") and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else device_for(settings)
+    if device == "cpu":
+        device = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    versions = {library: _version(library) for library in LIBRARIES}
+    return Computed(versions=versions, device=device, threads=torch.get_num_threads())
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "not installed"
+
+
+def public_recipe(recipe: Recipe, base: str) -> dict[str, Any]:
+    """The recipe as a recipe, without paths, hosts and texts of prompts.
+
+    A text is told by its SHA-256, a file by its kind; of options, which may be anything, only
+    numbers are.
+    """
+    values: dict[str, Any] = _public("", recipe.model_dump(mode="json"))
+    values["model"]["name"] = base
+    return values
+
+
+def _public(key: str, value: Any) -> Any:
+    if key == "options":
+        return {name: own for name, own in value.items() if isinstance(own, int | float)}
+    if isinstance(value, Mapping):
+        return {name: _public(name, own) for name, own in value.items()}
+    if isinstance(value, list):
+        return [_public(key, own) for own in value]
+    return _public_text(key, value) if isinstance(value, str) else value
+
+
+def _public_text(key: str, text: str) -> str:
+    if key in TEXTS and text:
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    if key == "endpoint":
+        return NOT_TOLD
+    if key == "key_variable":
+        return "NOT_TOLD"
+    if key == "file" or (key == "chat_template" and text != "plain"):
+        return f"not-told{Path(text).suffix}"
+    local = text.startswith(("/", "~", "./", "../")) or os.path.exists(text)
+    return "not-told" if key == "folder" or ("/" in text and local) else text
+
+
+def _base(directory: RunDirectory) -> BaseFacts:
+    facts = directory.environment["model"]
+    name = directory.recipe.model.name
+    return BaseFacts(
+        name=name if name in EMBEDDED else hub_name(directory),
+        called=base_name(directory),
+        revision=facts.get("revision"),
+        model_type=facts["model_type"],
+        layers=facts["layers"],
+        hidden=facts["hidden"],
+        fingerprint=facts["fingerprint"],
+    )
+
+
+def _prompts(directory: RunDirectory) -> dict[str, PromptFacts]:
+    return {
+        name: PromptFacts(
+            prompts=facts["prompts"],
+            fingerprint=facts["fingerprint"],
+            origin=public_origin(facts["origin"]),
+        )
+        for name, facts in directory.environment.get("prompts", {}).items()
+    }
+
+
+def _searched(directory: RunDirectory) -> dict[str, Any]:
+    known = directory.environment
+    return {
+        "versions": known.get("versions", {}),
+        "machine": known.get("machine", ""),
+        "device": known["model"]["device"],
+        "dtype": known["model"]["dtype"],
+        "replicas": known.get("replicas", {}).get("replicas"),
+    }

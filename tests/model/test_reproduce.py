@@ -1,0 +1,359 @@
+"""Exports rebuilt from their bundle, and bundles that are not what they should be."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_abliterate import export
+from ray_abliterate import reproduce as reproduction
+from ray_abliterate.bundle import Bundle, public_recipe, read_bundle, write_bundle
+from ray_abliterate.checkpoint import Checkpoint
+from ray_abliterate.edited_tensors import TensorRecord
+from ray_abliterate.errors import ExportError, PushError, ReproductionError, TrialNotFound
+from ray_abliterate.progress import Unwatched
+from ray_abliterate.push import exported
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.reproduce import compare, differences, reproduce
+from ray_abliterate.rundir import RunDirectory
+
+
+class Notes(Unwatched):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory, request):
+    """The export of each run, made once and not verified: that is tested elsewhere."""
+    folder, made = tmp_path_factory.mktemp("exports"), {}
+
+    def of(name):
+        run = request.getfixturevalue(name)
+        if name not in made:
+            made[name] = export.export_trial(
+                run.directory, run.trial, folder / name, Unwatched(), verify=False
+            )
+        return run, made[name]
+
+    return of
+
+
+@pytest.fixture
+def copied(exports, tmp_path):
+    """A copy of the planted model's export, to be changed, and its base model."""
+    run, folder = exports("planted_run")
+    shutil.copytree(folder, tmp_path / "export")
+    return tmp_path / "export", run.model
+
+
+@pytest.fixture
+def copied_run(planted_run, tmp_path):
+    """A copy of the planted model's run, to be changed."""
+    shutil.copytree(planted_run.directory.path, tmp_path / "copy")
+    return replace(planted_run, directory=RunDirectory(tmp_path / "copy"))
+
+
+def changed(folder: Path, **values: Any) -> None:
+    file = folder / "reproduce" / "reproduce.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("name", ["planted_run", "mixtral_run", "mixtral_float32_run"])
+def test_an_export_is_rebuilt_bit_for_bit(exports, tmp_path, name):
+    run, folder = exports(name)
+    watch = Notes()
+    found = reproduce(folder / "reproduce" / "reproduce.json", tmp_path / "again", watch, run.model)
+    assert found.bit_equal == found.tensors > 0 and found.reasons == () and not watch.notes
+    assert weights(tmp_path / "again") == weights(folder)
+    again = {p.relative_to(tmp_path / "again").as_posix() for p in (tmp_path / "again").rglob("*")}
+    first = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    assert again == first | {"reproduced.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_the_bundle_names_exactly_the_edited_tensors_and_their_bits(exports):
+    run, folder = exports("mixtral_run")
+    bundle, directions, _ = read_bundle(folder)
+    before, after = Checkpoint.open(run.model), Checkpoint.open(folder)
+    differ = {n for n in before.tensors if not torch.equal(before.read(n), after.read(n))}
+    assert bundle.tensors.keys() == differ
+    name = sorted(differ)[0]
+    values = after.read(name)
+    record = bundle.tensors[name]
+    assert record.norm == pytest.approx(float(values.double().norm()), rel=1e-12)
+    assert set(record.sample) <= set(values.double().flatten().tolist())
+    assert len(record.sample) >= 8 and record.shape == tuple(values.shape)
+    assert torch.equal(directions.vectors, run.directory.directions().vectors)
+    assert bundle.trial == run.trial.number and bundle.plan["norm"] == "column"
+
+
+def test_the_bundle_keeps_paths_and_prompts_to_itself(exports):
+    run, folder = exports("planted_run")
+    text = (folder / "reproduce" / "reproduce.json").read_text()
+    for private in (str(run.model.parent), str(run.directory.path), "tell me", "behaviour.txt"):
+        assert private not in text
+    facts = run.directory.environment["prompts"]["behaviour"]
+    assert facts["fingerprint"] in text
+
+
+def test_a_public_recipe_is_a_recipe_without_texts_paths_and_hosts():
+    text = """
+    [model]
+    name = "/home/somebody/model"
+    chat_template = "/home/somebody/t.jinja"
+    [[model.writers]]
+    pattern = 'mlp\\.down\\.weight'
+    component = "mlp"
+    [prompts]
+    behaviour = { file = "mine/p.csv", column = "text", system = "You are SYSTEM", prefix = "PRE" }
+    neutral = { dataset = "/home/somebody/set", column = "text" }
+    [[scorers]]
+    kind = "keyword-rate"
+    prompts = { dataset = "owner/set", column = "text", suffix = "SUF" }
+    [[scorers]]
+    kind = "refusal-judge"
+    prompts = { folder = "saved", column = "text" }
+    endpoint = "http://host.internal:8000/v1"
+    endpoint_model = "judge"
+    key_variable = "MY_KEY"
+    [[scorers]]
+    kind = "my_module:Scorer"
+    name = "own"
+    options = { path = "x/secret", tokens = 7 }
+    """
+    recipe = Recipe.parse(text, "recipe.toml")
+    told = json.dumps(public_recipe(recipe, "base"))
+    for private in ("somebody", "SYSTEM", "PRE", "SUF", "mine", "internal", "MY_KEY", "secret"):
+        assert private not in told, private
+    again = Recipe.model_validate(json.loads(told))
+    assert again.model.name == "base" and again.scorers[0].prompts.dataset == "owner/set"
+    assert again.model.writers == recipe.model.writers
+    assert again.scorers[2].options == {"tokens": 7}
+
+
+def test_the_bundle_of_an_adapter_holds_its_hash_and_rebuilds_nothing(planted_run, tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"any bytes")
+    write_bundle(planted_run.directory, planted_run.trial, planted_run.model, tmp_path, "adapter")
+    bundle = read_bundle(tmp_path)[0]
+    sha256 = hashlib.sha256(b"any bytes").hexdigest()
+    assert bundle.files == {"adapter_model.safetensors": sha256} and bundle.tensors == {}
+    with pytest.raises(ReproductionError, match="is of an adapter"):
+        reproduce(tmp_path, tmp_path / "o", Unwatched(), str(planted_run.model))
+
+
+# What is not right is said
+
+
+def test_a_file_that_is_damaged_or_missing_is_named(copied, tmp_path):
+    folder, base = copied
+    file = folder / "reproduce" / "reproduce.json"
+    whole = file.read_text()
+    for text, words in (
+        (whole[:500], "damaged"),
+        ("[]", "damaged"),
+        (whole.replace('"norm"', '"nrom"', 1), "damaged"),
+        (whole.replace('"format": 1', '"format": 2'), "newer ray-abliterate"),
+        (whole.replace('"merged"', '"adapter"'), "is of an adapter"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ReproductionError, match=words):
+            reproduce(file, tmp_path / "o", Unwatched(), base)
+    with pytest.raises(ReproductionError, match=r"holds no reproduce\.json"):
+        reproduce(tmp_path, tmp_path / "o", Unwatched(), base)
+    file.write_text(whole)
+    directions = file.parent / "directions.safetensors"
+    data = bytearray(directions.read_bytes())
+    data[-1] ^= 1
+    directions.write_bytes(data)
+    with pytest.raises(ReproductionError, match="SHA-256 differs"):
+        reproduce(file, tmp_path / "o", Unwatched(), base)
+    directions.unlink()
+    with pytest.raises(ReproductionError, match="damaged"):
+        reproduce(file, tmp_path / "o", Unwatched(), base)
+    assert not (tmp_path / "o").exists()
+
+
+def test_another_base_model_is_refused_before_anything_is_written(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "write_weights", None)
+    folder, base = copied
+    shutil.copytree(base, tmp_path / "other")
+    other = Checkpoint.open(tmp_path / "other")
+    name = "model.layers.1.mlp.down_proj.weight"
+    other.replace(name, other.read(name) + 0.5)
+    with pytest.raises(ReproductionError, match=rf"not the base model.*\s.*1 of .*{name}"):
+        reproduce(folder, tmp_path / "o", Unwatched(), str(tmp_path / "other"))
+    with pytest.raises(ReproductionError, match="Say where it is with --base"):
+        reproduce(folder, tmp_path / "o", Unwatched())
+    with pytest.raises(ExportError, match="not an empty folder"):
+        reproduce(folder, tmp_path / "other", Unwatched(), base)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_hub_model_is_fetched_at_its_revision(copied, tmp_path, monkeypatch):
+    folder, base = copied
+    facts = json.loads((folder / "reproduce" / "reproduce.json").read_text())["base"]
+    changed(folder, base={**facts, "name": "owner/tiny", "revision": "abc"})
+    asked = []
+
+    def snapshot_download(name, revision, **patterns):
+        asked.append((name, revision))
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    reproduce(folder, tmp_path / "o", Unwatched())
+    assert set(asked) == {("owner/tiny", "abc")}
+
+    def gone(name, revision, **patterns):
+        raise OSError("Revision Not Found")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gone)
+    with pytest.raises(ReproductionError, match=r"owner/tiny at revision abc(?s:.*)--base"):
+        reproduce(folder, tmp_path / "p", Unwatched())
+
+
+def test_a_bundle_cannot_ask_for_code_to_be_run(copied, tmp_path, monkeypatch):
+    folder, base = copied
+    recipe = json.loads((folder / "reproduce" / "reproduce.json").read_text())["recipe"]
+    recipe["model"]["trust_remote_code"] = True
+    changed(folder, recipe=recipe)
+    asked = []
+    write = reproduction.write_weights
+
+    def noted(recipe, *rest):
+        asked.append(recipe.model.trust_remote_code)
+        return write(recipe, *rest)
+
+    monkeypatch.setattr(reproduction, "write_weights", noted)
+    reproduce(folder, tmp_path / "o", Unwatched(), base)
+    reproduce(folder, tmp_path / "p", Unwatched(), base, trust_remote_code=True)
+    assert asked == [False, True]
+
+
+# Bits that differ
+
+
+def with_other_bits(folder: Path, **values: Any) -> str:
+    """Change what the bundle says of one tensor."""
+    tensors = json.loads((folder / "reproduce" / "reproduce.json").read_text())["tensors"]
+    name = sorted(tensors)[0]
+    tensors[name] = {**tensors[name], "sha256": "0" * 64, **values}
+    changed(folder, tensors=tensors)
+    return name
+
+
+def test_other_bits_with_the_same_versions_are_kept_aside(copied, tmp_path):
+    folder, base = copied
+    name = with_other_bits(folder)
+    with pytest.raises(ReproductionError, match=f"{name}: other bits, with the same versions"):
+        reproduce(folder, tmp_path / "o", Unwatched(), base)
+    assert (tmp_path / "o.unverified" / "reproduced.json").exists()
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_versions_are_warned_of_and_allow_for_rounding_only(copied, tmp_path):
+    folder, base = copied
+    written = json.loads((folder / "reproduce" / "reproduce.json").read_text())["written"]
+    changed(folder, written={**written, "versions": {**written["versions"], "torch": "1.0"}})
+    with_other_bits(folder)
+    watch = Notes()
+    found = reproduce(folder, tmp_path / "o", watch, base)
+    assert found.bit_equal == found.tensors - 1
+    assert any("torch was 1.0, and is" in note for note in watch.notes)
+    with_other_bits(folder, norm=1e9)
+    with pytest.raises(ReproductionError, match="norm 1 off"):
+        reproduce(folder, tmp_path / "p", Unwatched(), base)
+
+
+def test_other_vector_instructions_are_named_and_stay_within_rounding(copied, tmp_path):
+    """The verb, in a process that may use none of them."""
+    folder, base = copied
+    command = [sys.executable, "-m", "ray_abliterate", "reproduce", str(folder)]
+    done = subprocess.run(
+        [*command, "--to", str(tmp_path / "o"), "--base", str(base)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]),
+             "ATEN_CPU_CAPABILITY": "default", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "edited tensors are equal bit for bit" in done.stdout
+    here = torch.backends.cpu.get_cpu_capability()
+    if here != "DEFAULT" and not torch.cuda.is_available():
+        assert f"it was written on cpu ({here}), and this is cpu (DEFAULT)" in done.stdout
+
+
+def test_differences_are_in_units_of_the_last_place():
+    def record(*values: float, dtype: str = "F32", sha: str = "a") -> TensorRecord:
+        norm = float(torch.tensor(values, dtype=torch.float64).norm())
+        return TensorRecord(
+            dtype=dtype, shape=(len(values),), base_sha256="b", sha256=sha, norm=norm, sample=values
+        )
+
+    eps = torch.finfo(torch.float32).eps
+    norm, sample = differences(record(1.0, -1.0), record(1.0 + eps, -1.0))
+    assert sample == pytest.approx(1.0) and norm < 1e-6
+    assert differences(record(1.0, 0.0), record(1.0, 0.1))[1] > 1e5
+    assert differences(record(1.0), record(1.0, 2.0))[1] == float("inf")
+    bfloat = differences(record(1.0, dtype="BF16"), record(1.0078125, dtype="BF16"))[1]
+    assert bfloat == pytest.approx(1.0)
+
+
+def test_a_tensor_more_or_less_fails(exports):
+    _, folder = exports("planted_run")
+    bundle: Bundle = read_bundle(folder)[0]
+    found = dict(bundle.tensors)
+    name = sorted(found)[0]
+    found["another.weight"] = found.pop(name)
+    _, failures = compare(bundle, found, ("other versions",))
+    assert failures == [
+        "another.weight was left alone, now not", f"{name} was edited, now not",
+    ]  # fmt: skip
+
+
+# A run's trial on its way to the Hub
+
+
+def test_a_runs_trial_is_exported_once_to_be_uploaded(copied_run):
+    directory, watch = copied_run.directory, Notes()
+    folder = exported(directory.path, None, watch, unverified=False)
+    assert folder == directory.path / "exports" / "trial-0"
+    assert (folder / "verification.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert exported(directory.path, 0, watch, unverified=False) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert any("the frontier's knee" in note for note in watch.notes)
+    assert exported(folder, None, watch, unverified=False) == folder
+    changed(folder, plan={**json.loads(copied_run.trial.plan.to_json()), "norm": "none"})
+    with pytest.raises(PushError, match="is not of trial 0"):
+        exported(directory.path, 0, watch, unverified=False)
+    with pytest.raises(PushError, match="is an export, not a run"):
+        exported(folder, 3, watch, unverified=False)
+    with pytest.raises(TrialNotFound):
+        exported(directory.path, 7, watch, unverified=False)
+
+
+def test_two_bundles_of_a_trial_are_equal_files(planted_run, tmp_path):
+    """Many times: what is written in no order of its own would differ some time."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"any bytes")
+    found = set()
+    for _ in range(16):
+        directory, trial = planted_run.directory, planted_run.trial
+        write_bundle(directory, trial, planted_run.model, tmp_path, "adapter")
+        files = sorted((tmp_path / "reproduce").iterdir())
+        found.add(tuple(file.read_bytes() for file in files))
+    assert len(found) == 1
