@@ -4,7 +4,8 @@ What is carried from chunk to chunk is chosen by the user, or the most exact tha
 docs/evaluation.md. Knows nothing about Ray: a chunk can be evaluated anywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from ray_abliterate.streaming.checkpoint import fingerprint
 from ray_abliterate.streaming.choosing import Choice, Chooser, Settings, carry_of, position_table
 from ray_abliterate.streaming.chunk import ChunkReader, PassSize
 from ray_abliterate.streaming.opening import open_source
+from ray_abliterate.streaming.prefix import KeptStates, StateFiles, hooked, layer_keys
 from ray_abliterate.streaming.results import ChunkResult, Progress, Totals
 from ray_abliterate.streaming.runners import CarriesState, ModuleRunner, Runner, StatefulRunner
-from ray_abliterate.streaming.self_check import examine
+from ray_abliterate.streaming.self_check import examine, serves
 from ray_abliterate.streaming.sources import Tape, TokenSource
 from ray_abliterate.streaming.stream import SAVE_SECONDS, Files, Stream
 
@@ -40,6 +42,8 @@ class StreamingEvaluator:
         window: int | None = None,
         max_tokens: int | None = None,
         vocab: int | None = None,
+        states: StateFiles | None = None,
+        states_at: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -52,12 +56,16 @@ class StreamingEvaluator:
             window: Tokens that attention reaches back to with carry = window; 1024 if unset.
             max_tokens: Tokens of a text that count; all if unset.
             vocab: Ids of a model that carries its state itself, if it has no `config.vocab_size`.
+            states: Where states in the middle of a model are kept, so that a model whose lower
+                blocks are the same reads a text again from there on.
+            states_at: Blocks whose inputs are kept: those at which edits of later models begin.
 
         Raises:
             EvaluationError: a setting can't be.
             UnsupportedCarry: the model can't carry this.
         """
         module = model.module if isinstance(model, LanguageModel) else model
+        self._module, self._states, self._states_at = module, states, tuple(states_at)
         self._settings = Settings(carry_of(carry), chunk_size, overlap, window, max_tokens)
         self._runner = _runner(module, vocab)
         self._config: Any = getattr(module, "config", None)
@@ -103,16 +111,29 @@ class StreamingEvaluator:
             EvaluationError: it can't be done; says why.
         """
         text = open_source(source, tokenizer)
+        choice = self.choose(self._length(text))
         return Stream(
             text,
-            self.choose(self._length(text)),
+            choice,
             self._settings,
             self._runner,
             self._reader,
             self._fingerprint,
             Files(_path(state), _path(token_losses), save_seconds),
             on_progress,
+            lambda: self._kept(text, choice),
         )
+
+    def _kept(self, text: TokenSource, choice: Choice) -> KeptStates | None:
+        """States of a text that is about to be read, if they are kept and can be."""
+        runner = self._runner
+        again = choice.carry is Carry.NONE or text.fingerprint  # it may have to be read once more
+        if self._states is None or not isinstance(runner, ModuleRunner) or not again:
+            return None
+        if not runner.blocks or hooked(self._module):
+            return None
+        keys = layer_keys(self._module, runner.blocks)
+        return KeptStates(self._states, keys, self._states_at, choice, partial(serves, runner))
 
     def evaluate(self, source: Any, **options: Any) -> Totals:
         """The totals of a whole text; options are those of `stream`."""
