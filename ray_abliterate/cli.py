@@ -242,11 +242,14 @@ def evaluate(
     overlap: Annotated[int | None, typer.Option(help="Tokens of context, carry = none.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens, carry = window.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the text; all if unset.")] = None,
+    states: Annotated[
+        float, typer.Option(help="GB of disk for what readings by other trials begin with.")
+    ] = 1.0,
     to: Annotated[Path | None, typer.Option(help="Folder for what a text's reading finds.")] = None,
 ) -> None:
     """Measure suites on a run's trials, or the perplexity of one long text."""
     if text is not None:
-        _read_text(run, trial or [], (text, carry, chunk, overlap, window, tokens), to)
+        _read_text(run, trial or [], (text, carry, chunk, overlap, window, tokens, states), to)
         return
     from ray_abliterate.evaluating import evaluate_run
     from ray_abliterate.live import LineWatch, console, suites_table

@@ -24,7 +24,7 @@ from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.replica import Replica
 from ray_abliterate.run import model_source
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.streaming import Carry, StreamingEvaluator, Totals
+from ray_abliterate.streaming import Carry, StateFiles, StreamingEvaluator, Totals
 from ray_abliterate.streaming.results import Progress
 
 SAY_SECONDS = 5.0
@@ -33,7 +33,11 @@ SAY_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Reading:
-    """How a text is read; fields are those of `StreamingEvaluator`."""
+    """How a text is read; fields are those of `StreamingEvaluator`.
+
+    Attributes:
+        states: GB of disk for the states in the middle of the base model that trials begin with.
+    """
 
     text: str
     carry: str | None = None
@@ -41,6 +45,7 @@ class Reading:
     overlap: int | None = None
     window: int | None = None
     max_tokens: int | None = None
+    states: float = 1.0
 
     def __post_init__(self) -> None:
         """What can be known before a model is loaded.
@@ -91,18 +96,27 @@ def read_with_run(
     assert directions is not None  # a trial has been scored
     source = model_source(recipe.model.name, lambda text: output.print(text, markup=False))
     replica = Replica(recipe, source, {})
+    kept = StateFiles(to / "states", int(reading.states * 1e9)) if reading.states > 0 else None
+    edited = (writer.layer for writer, _ in replica.cache.edits(chosen.plan, directions))
+    at = (min(edited, default=0),)
     found = {}
     for number, plan in ((None, Plan.nothing()), (trial, chosen.plan)):
         name = label(number)
         with replica.cache.edited(plan, directions):
-            found[name] = _read(replica.model, reading, to / name, name, output)
+            found[name] = _read(replica.model, reading, to / name, name, output, kept, at)
     return _kept(to, recipe.model.name, found)
 
 
 def _read(
-    model: LanguageModel, reading: Reading, place: Path, name: str, output: Console
+    model: LanguageModel,
+    reading: Reading,
+    place: Path,
+    name: str,
+    output: Console,
+    states: StateFiles | None = None,
+    states_at: tuple[int, ...] = (),
 ) -> Totals:
-    evaluator = StreamingEvaluator(model, **reading.options())
+    evaluator = StreamingEvaluator(model, states=states, states_at=states_at, **reading.options())
     state, chunks = place.with_suffix(".state"), place.with_suffix(".chunks.jsonl")
     place.parent.mkdir(parents=True, exist_ok=True)
     stream = evaluator.stream(

@@ -1,6 +1,8 @@
 """One long text through a model, and through a run's trial."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from rich.console import Console
 
 from ray_abliterate.errors import EvaluationError
 from ray_abliterate.long_text import Reading, read_with_model, read_with_run, totals_table
+from ray_abliterate.plan import Profile
+from ray_abliterate.rundir import RunDirectory
 
 
 @pytest.fixture
@@ -39,6 +43,34 @@ def test_base_model_and_trial_read_the_same_text_and_differ(
     assert len(totals_table(found).rows) == 2
     alone = read_with_model(str(planted_run.model), reading, tmp_path / "model", quiet)
     assert alone["model"].nats == found["base"].nats
+
+
+def test_a_trial_begins_where_its_edit_does_with_states_of_the_base_model(
+    planted_run: Any, text: str, tmp_path: Path
+) -> None:
+    shutil.copytree(planted_run.directory.path, tmp_path / "run")
+    run = RunDirectory.open(tmp_path / "run")
+    first = planted_run.trial
+    profiles = tuple((name, Profile(1.0, 3.0, 1.0, 1.0)) for name, _ in first.plan.profiles)
+    run.append(replace(first, number=1, plan=replace(first.plan, profiles=profiles)))
+    place = tmp_path / "found"
+
+    def read(states: float) -> dict[str, float]:
+        reading = Reading(text, carry="kv", chunk_size=64, states=states)
+        found = read_with_run(run, 1, reading, place, Console(quiet=True))
+        return {name: totals.nats for name, totals in found.items()}
+
+    def kept() -> dict[str, int]:
+        return {str(f): f.stat().st_mtime_ns for f in (place / "states").glob("*/*")}
+
+    wanted = read(0.0)
+    assert not (place / "states").exists()
+    assert wanted["base"] != wanted["trial-1"]
+    assert read(1.0) == wanted
+    written = kept()
+    assert len(written) == 5  # four chunks, and the mark of the end
+    assert read(1.0) == wanted
+    assert kept() == written
 
 
 def test_what_can_be_known_is_refused_before_a_model_is_loaded(text: str) -> None:
