@@ -34,6 +34,9 @@ FAMILIES = (
     "llama qwen3 qwen3_moe gemma2 gemma3_text mistral gpt2 gpt_oss opt mamba mamba2 falcon_mamba "
     "falcon_h1 bamba jamba zamba2 qwen3_next granitemoehybrid nemotron_h lfm2 recurrent_gemma xlstm"
 ).split()
+BLOCKS, STATES_TOKENS = 16, 65_536
+PLANS = 2000
+"""Plans that are drawn to see where edits begin."""
 VOCABULARIES = (49_152, 256_000)
 LOGITS_TOKENS = 1024
 
@@ -64,9 +67,11 @@ def main() -> None:
             | {way: apart("logits", vocab=vocab, way=way)["bytes"] for way in ("plain", "sliced")}
             for vocab in VOCABULARIES
         ],
+        "states": apart("states", tokens=min(options.tokens, STATES_TOKENS))["rows"],
+        "first_edited": first_edited(),
     }
     print(save("streaming", figures, options.save))
-    for row in [*lengths, *figures["exactness"], *figures["logits"]]:
+    for row in [*lengths, *figures["exactness"], *figures["logits"], *figures["states"]]:
         print({name: value for name, value in row.items() if name != "memory"})
 
 
@@ -89,7 +94,7 @@ def apart(kind: str, **settings: Any) -> dict[str, Any]:
     return found
 
 
-def small(family: str, vocab: int = VOCAB, **overrides: Any) -> Any:
+def small(family: str, vocab: int = VOCAB, layers: int = 2, **overrides: Any) -> Any:
     """A small model of a family, random and in float32."""
     from transformers import logging
 
@@ -102,7 +107,7 @@ def small(family: str, vocab: int = VOCAB, **overrides: Any) -> Any:
     else:
         own = {"intermediate_size": 384, "head_dim": 32, "max_position_embeddings": 8192}
         own["attn_implementation"] = "sdpa"
-    return tiny_model(family, layers=2, **{**sizes, **own, **overrides})
+    return tiny_model(family, layers=layers, **{**sizes, **own, **overrides})
 
 
 # A long text
@@ -315,6 +320,62 @@ def token_losses(module: Any, ids: Any, carry: str, size: int) -> Any:
     return torch.from_numpy(table["loss"].to_numpy().copy())
 
 
+# What is kept of the base model
+
+
+def states(tokens: int) -> dict[str, Any]:
+    """Seconds for a text without states, with their recording, and from a block on; by block."""
+    import torch
+
+    from ray_abliterate.streaming import StateFiles, StreamingEvaluator
+
+    torch.set_num_threads(1)
+    module = small("llama", layers=BLOCKS, hidden_size=256, intermediate_size=768)
+    ids = torch.randint(0, VOCAB, (tokens,), generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {"carry": "window", "window": WINDOW, "chunk_size": CHUNK}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for block in (BLOCKS // 4, BLOCKS // 2, 3 * BLOCKS // 4):
+            files = StateFiles(Path(folder) / str(block))
+            ways = {
+                "plain": StreamingEvaluator(module, **settings),
+                "recording": StreamingEvaluator(
+                    module, states=files, states_at=(block,), **settings
+                ),
+                "from_there": StreamingEvaluator(module, states=files, **settings),
+            }
+            found = {}
+            for name, evaluator in ways.items():
+                started = time.perf_counter()
+                nats = evaluator.evaluate(ids).nats
+                found[name] = (time.perf_counter() - started, nats)
+            rows.append(
+                {"block": block, "blocks": BLOCKS, "tokens": tokens, "bytes": files.bytes}
+                | {"same_bits": len({nats for _, nats in found.values()}) == 1}
+                | {name: seconds for name, (seconds, _) in found.items()}
+            )
+    return {"rows": rows}
+
+
+def first_edited() -> dict[str, Any]:
+    """The first edited block of plans that are drawn from the default search space."""
+    from benchmarks import points
+    from ray_abliterate.plan import ModelShape
+
+    shape = ModelShape(30, 576, ("attn", "mlp"))
+    found = []
+    for plan in points.draw(shape, "row", PLANS, seed=0):
+        strengths = [plan.strengths(component, shape.layers) for component in shape.components]
+        edited = [n for n in range(shape.layers) if any(own[n] for own in strengths)]
+        found.append(edited[0] if edited else shape.layers)
+    return {
+        "blocks": shape.layers,
+        "plans": PLANS,
+        "mean": statistics.mean(found),
+        "quartiles": statistics.quantiles(found, n=4),
+    }
+
+
 # What logits take
 
 
@@ -346,6 +407,7 @@ PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "length": length,
     "exactness": exactness,
     "logits": logits,
+    "states": states,
 }
 
 
