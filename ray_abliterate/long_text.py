@@ -24,7 +24,8 @@ from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.replica import Replica
 from ray_abliterate.run import model_source
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.streaming import Carry, StateFiles, StreamingEvaluator, Totals
+from ray_abliterate.streaming import StateFiles, StreamingEvaluator, Totals
+from ray_abliterate.streaming.choosing import Settings, carry_of
 from ray_abliterate.streaming.results import Progress
 
 SAY_SECONDS = 5.0
@@ -51,10 +52,12 @@ class Reading:
         """What can be known before a model is loaded.
 
         Raises:
-            EvaluationError: the carry or the text can't be.
+            EvaluationError: a setting or the text can't be.
         """
-        if self.carry is not None and self.carry not in list(Carry):
-            raise EvaluationError(f"--carry {self.carry!r} is not one of: {', '.join(Carry)}.")
+        if self.states < 0:
+            raise EvaluationError(f"states = {self.states} is negative.\n  Set it to 0 or more GB.")
+        options = self.options()
+        Settings(carry_of(options.pop("carry")), **options)
         if not self.text.startswith("hub:") and not Path(self.text).is_file():
             raise EvaluationError(
                 f"--text {self.text!r} is not a file.\n"

@@ -73,8 +73,22 @@ def test_a_trial_begins_where_its_edit_does_with_states_of_the_base_model(
     assert kept() == written
 
 
-def test_what_can_be_known_is_refused_before_a_model_is_loaded(text: str) -> None:
-    with pytest.raises(EvaluationError, match="'all' is not one of: kv, window, state, none"):
-        Reading(text, carry="all")
-    with pytest.raises(EvaluationError, match=r"'nothing.txt' is not a file"):
-        Reading("nothing.txt")
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"carry": "all"}, "'all' is not one of: kv, window, state, none"),
+        ({"text": "nothing.txt"}, r"'nothing.txt' is not a file"),
+        ({"chunk_size": 8, "overlap": 8}, "overlap = 8 leaves nothing of chunk_size = 8"),
+        ({"carry": "kv", "chunk_size": 1}, "chunk_size = 1: a chunk needs two tokens"),
+        ({"carry": "kv", "chunk_size": 8, "overlap": 2}, "Set overlap = 0, or carry = none"),
+        ({"carry": "kv", "window": 8}, "Set carry = window, or leave window unset"),
+        ({"window": 1}, "window = 1 is too few"),
+        ({"max_tokens": 1}, "max_tokens = 1 is too few"),
+        ({"states": -1.0}, "states = -1.0 is negative"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_a_model_is_loaded(
+    text: str, own: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(EvaluationError, match=says):
+        Reading(**{"text": text, **own})
