@@ -15,8 +15,8 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,31 +59,31 @@ class StateFiles:
         try:
             with safe_open(str(path), framework="pt") as file:
                 states: Tensor = file.get_tensor("states")
+            os.utime(path.parent)
         except (OSError, SafetensorError):
             return None
-        os.utime(path.parent)
         return states
 
     def write(self, text: str, chunk: str, states: Tensor) -> bool:
         """Keep a chunk's states; False if there is no room, and the text is given up."""
         place = self.folder / text
         size = states.numel() * states.element_size()
-        if not self._room(size, place):
-            shutil.rmtree(place, ignore_errors=True)
-            return False
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            write_whole(place / f"{chunk}.safetensors", save({"states": states.contiguous()}))
-        except OSError as error:  # a full disk: what is kept only saves time
+            if self._room(size, place):
+                place.mkdir(parents=True, exist_ok=True)
+                write_whole(place / f"{chunk}.safetensors", save({"states": states.contiguous()}))
+                return True
+            log.warning("states of a text don't fit into %s", self.folder)
+        except OSError as error:  # a full disk, another process: what is kept only saves time
             log.warning("states can't be written to %s: %s", place, error)
-            shutil.rmtree(place, ignore_errors=True)
-            return False
-        return True
+        shutil.rmtree(place, ignore_errors=True)
+        return False
 
     def end(self, text: str) -> None:
         """All chunks of a text are there."""
-        if (self.folder / text).is_dir():
-            write_whole(self.folder / text / WHOLE, f"{time.time():.0f}\n".encode())
+        with suppress(OSError):  # then they are made anew
+            if (self.folder / text).is_dir():
+                write_whole(self.folder / text / WHOLE, b"")
 
     @property
     def bytes(self) -> int:
@@ -209,7 +209,6 @@ class KeptStates:
         """States of the chunk that was asked for last, by block."""
         for layer in self.record:
             if not self._files.write(self._texts[layer], self._chunk, states[layer]):
-                log.warning("states of block %d don't fit into %s", layer, self._files.folder)
                 self.record = tuple(other for other in self.record if other != layer)
 
     def end(self) -> None:

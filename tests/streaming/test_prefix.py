@@ -197,6 +197,17 @@ def test_a_text_that_does_not_fit_is_not_kept(reader, text):
     assert StateFiles(one.folder).bytes == 0
 
 
+def test_a_disk_that_is_full_costs_time_and_nothing_else(reader, text, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    one = reader("llama", **KV)
+    wanted = one.read(text, kept=False)
+    monkeypatch.setattr("ray_abliterate.streaming.prefix.write_whole", full)
+    assert one.read(text) == wanted
+    assert StateFiles(one.folder).bytes == 0
+
+
 def test_passes_that_were_halved_are_not_kept(reader, text, monkeypatch):
     one = reader("llama", **KV)
     feed, limit = ModuleRunner.feed, {"tokens": 10**9}
@@ -211,6 +222,7 @@ def test_passes_that_were_halved_are_not_kept(reader, text, monkeypatch):
     wanted = one.read(text, kept=False)
     limit["tokens"] = 40
     assert one.read(text) == pytest.approx(wanted, rel=1e-6)
+    assert StateFiles(one.folder).bytes == 0
     limit["tokens"] = 10**9
     assert one.read(text) == wanted
     assert one.ran == {0, 1, 2, 3}
