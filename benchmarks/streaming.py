@@ -34,7 +34,7 @@ FAMILIES = (
     "llama qwen3 qwen3_moe gemma2 gemma3_text mistral gpt2 gpt_oss opt mamba mamba2 falcon_mamba "
     "falcon_h1 bamba jamba zamba2 qwen3_next granitemoehybrid nemotron_h lfm2 recurrent_gemma xlstm"
 ).split()
-BLOCKS, STATES_TOKENS = 16, 65_536
+BLOCKS, STATES_TOKENS = 16, 16_384
 PLANS = 2000
 """Plans that are drawn to see where edits begin."""
 VOCABULARIES = (49_152, 256_000)
@@ -67,7 +67,9 @@ def main() -> None:
             | {way: apart("logits", vocab=vocab, way=way)["bytes"] for way in ("plain", "sliced")}
             for vocab in VOCABULARIES
         ],
-        "states": apart("states", tokens=min(options.tokens, STATES_TOKENS))["rows"],
+        "states": apart("states", tokens=min(options.tokens, STATES_TOKENS), rounds=options.rounds)[
+            "rows"
+        ],
         "first_edited": first_edited(),
     }
     print(save("streaming", figures, options.save))
@@ -323,38 +325,42 @@ def token_losses(module: Any, ids: Any, carry: str, size: int) -> Any:
 # What is kept of the base model
 
 
-def states(tokens: int) -> dict[str, Any]:
-    """Seconds for a text without states, with their recording, and from a block on; by block."""
+def states(tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds for a text without states, with their recording, and from a block on; by block, the
+    fastest of some rounds."""
     import torch
-
-    from ray_abliterate.streaming import StateFiles, StreamingEvaluator
 
     torch.set_num_threads(1)
     module = small("llama", layers=BLOCKS, hidden_size=256, intermediate_size=768)
     ids = torch.randint(0, VOCAB, (tokens,), generator=torch.Generator().manual_seed(1))
-    settings: dict[str, Any] = {"carry": "window", "window": WINDOW, "chunk_size": CHUNK}
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for block in (BLOCKS // 4, BLOCKS // 2, 3 * BLOCKS // 4):
-            files = StateFiles(Path(folder) / str(block))
-            ways = {
-                "plain": StreamingEvaluator(module, **settings),
-                "recording": StreamingEvaluator(
-                    module, states=files, states_at=(block,), **settings
-                ),
-                "from_there": StreamingEvaluator(module, states=files, **settings),
-            }
-            found = {}
-            for name, evaluator in ways.items():
-                started = time.perf_counter()
-                nats = evaluator.evaluate(ids).nats
-                found[name] = (time.perf_counter() - started, nats)
-            rows.append(
-                {"block": block, "blocks": BLOCKS, "tokens": tokens, "bytes": files.bytes}
-                | {"same_bits": len({nats for _, nats in found.values()}) == 1}
-                | {name: seconds for name, (seconds, _) in found.items()}
-            )
+    for block in (BLOCKS // 4, BLOCKS // 2, 3 * BLOCKS // 4):
+        found = [reading(module, ids, block) for _ in range(rounds)]
+        row = {"block": block, "blocks": BLOCKS, "tokens": tokens, "bytes": found[0]["bytes"]}
+        seconds = {way: min(own[way] for own in found) for way in ("plain", "recording", "from")}
+        rows.append(row | seconds | {"same_bits": all(own["same_bits"] for own in found)})
     return {"rows": rows}
+
+
+def reading(module: Any, ids: Any, block: int) -> dict[str, Any]:
+    """Seconds of each way, one after the other."""
+    from ray_abliterate.streaming import StateFiles, StreamingEvaluator
+
+    settings: dict[str, Any] = {"carry": "window", "window": WINDOW, "chunk_size": CHUNK}
+    with tempfile.TemporaryDirectory() as folder:
+        files = StateFiles(Path(folder))
+        ways: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "recording": {"states": files, "states_at": (block,)},
+            "from": {"states": files},
+        }
+        seconds, nats = {}, set()
+        for name, own in ways.items():
+            evaluator = StreamingEvaluator(module, **own, **settings)
+            started = time.perf_counter()
+            nats.add(evaluator.evaluate(ids).nats)
+            seconds[name] = time.perf_counter() - started
+        return {**seconds, "bytes": files.bytes, "same_bits": len(nats) == 1}
 
 
 def first_edited() -> dict[str, Any]:

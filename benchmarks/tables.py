@@ -520,7 +520,7 @@ def states_table(figures: dict[str, Any]) -> list[str]:
             f"{row['block']} of {row['blocks']}",
             f"{row['plain']:.1f}",
             f"{row['recording']:.1f}",
-            f"**{row['from_there']:.1f}**",
+            f"**{row['from']:.1f}**",
             f"{row['bytes'] / 1e6:.0f}",
         )
         for row in figures["states"]
