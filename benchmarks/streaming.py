@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import save
 
 EVERY = 100_000
-"""Tokens between two looks at the memory."""
+"""Tokens between two looks at the memory; a tenth of shorter texts."""
 WINDOW, CHUNK, OVERLAP = 256, 1024, 256
 VOCAB = 4096
 LENGTHS = {
@@ -34,6 +34,9 @@ FAMILIES = (
     "llama qwen3 qwen3_moe gemma2 gemma3_text mistral gpt2 gpt_oss opt mamba mamba2 falcon_mamba "
     "falcon_h1 bamba jamba zamba2 qwen3_next granitemoehybrid nemotron_h lfm2 recurrent_gemma xlstm"
 ).split()
+BLOCKS, STATES_TOKENS = 16, 16_384
+PLANS = 2000
+"""Plans that are drawn to see where edits begin."""
 VOCABULARIES = (49_152, 256_000)
 LOGITS_TOKENS = 1024
 
@@ -64,9 +67,13 @@ def main() -> None:
             | {way: apart("logits", vocab=vocab, way=way)["bytes"] for way in ("plain", "sliced")}
             for vocab in VOCABULARIES
         ],
+        "states": apart("states", tokens=min(options.tokens, STATES_TOKENS), rounds=options.rounds)[
+            "rows"
+        ],
+        "first_edited": first_edited(),
     }
     print(save("streaming", figures, options.save))
-    for row in [*lengths, *figures["exactness"], *figures["logits"]]:
+    for row in [*lengths, *figures["exactness"], *figures["logits"], *figures["states"]]:
         print({name: value for name, value in row.items() if name != "memory"})
 
 
@@ -89,7 +96,7 @@ def apart(kind: str, **settings: Any) -> dict[str, Any]:
     return found
 
 
-def small(family: str, vocab: int = VOCAB, **overrides: Any) -> Any:
+def small(family: str, vocab: int = VOCAB, layers: int = 2, **overrides: Any) -> Any:
     """A small model of a family, random and in float32."""
     from transformers import logging
 
@@ -102,7 +109,7 @@ def small(family: str, vocab: int = VOCAB, **overrides: Any) -> Any:
     else:
         own = {"intermediate_size": 384, "head_dim": 32, "max_position_embeddings": 8192}
         own["attn_implementation"] = "sdpa"
-    return tiny_model(family, layers=2, **{**sizes, **own, **overrides})
+    return tiny_model(family, layers=layers, **{**sizes, **own, **overrides})
 
 
 # A long text
@@ -121,9 +128,10 @@ def length(carry: str, file: str, rounds: int) -> dict[str, Any]:
     count = int(numpy.load(file, mmap_mode="r").shape[0])
     evaluator = StreamingEvaluator(module, **settings)
     memory: list[tuple[int, int]] = []
+    every = min(EVERY, count // 10)
 
     def look(progress: Any) -> None:
-        if progress.position // EVERY > (memory[-1][0] // EVERY if memory else 0):
+        if progress.position // every > (memory[-1][0] // every if memory else 0):
             memory.append((progress.position, anonymous_bytes()))
 
     totals = evaluator.evaluate(open_source(file), on_progress=look)
@@ -314,6 +322,66 @@ def token_losses(module: Any, ids: Any, carry: str, size: int) -> Any:
     return torch.from_numpy(table["loss"].to_numpy().copy())
 
 
+# What is kept of the base model
+
+
+def states(tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds for a text without states, with their recording, and from a block on; by block, the
+    fastest of some rounds."""
+    import torch
+
+    torch.set_num_threads(1)
+    module = small("llama", layers=BLOCKS, hidden_size=256, intermediate_size=768)
+    ids = torch.randint(0, VOCAB, (tokens,), generator=torch.Generator().manual_seed(1))
+    rows = []
+    for block in (BLOCKS // 4, BLOCKS // 2, 3 * BLOCKS // 4):
+        found = [reading(module, ids, block) for _ in range(rounds)]
+        row = {"block": block, "blocks": BLOCKS, "tokens": tokens, "bytes": found[0]["bytes"]}
+        seconds = {way: min(own[way] for own in found) for way in ("plain", "recording", "from")}
+        rows.append(row | seconds | {"same_bits": all(own["same_bits"] for own in found)})
+    return {"rows": rows}
+
+
+def reading(module: Any, ids: Any, block: int) -> dict[str, Any]:
+    """Seconds of each way, one after the other."""
+    from ray_abliterate.streaming import StateFiles, StreamingEvaluator
+
+    settings: dict[str, Any] = {"carry": "window", "window": WINDOW, "chunk_size": CHUNK}
+    with tempfile.TemporaryDirectory() as folder:
+        files = StateFiles(Path(folder))
+        ways: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "recording": {"states": files, "states_at": (block,)},
+            "from": {"states": files},
+        }
+        seconds, nats = {}, set()
+        for name, own in ways.items():
+            evaluator = StreamingEvaluator(module, **own, **settings)
+            started = time.perf_counter()
+            nats.add(evaluator.evaluate(ids).nats)
+            seconds[name] = time.perf_counter() - started
+        return {**seconds, "bytes": files.bytes, "same_bits": len(nats) == 1}
+
+
+def first_edited() -> dict[str, Any]:
+    """The first edited block of plans that are drawn from the default search space."""
+    from benchmarks import points
+    from ray_abliterate.plan import ModelShape
+
+    shape = ModelShape(30, 576, ("attn", "mlp"))
+    found = []
+    for plan in points.draw(shape, "row", PLANS, seed=0):
+        strengths = [plan.strengths(component, shape.layers) for component in shape.components]
+        edited = [n for n in range(shape.layers) if any(own[n] for own in strengths)]
+        found.append(edited[0] if edited else shape.layers)
+    return {
+        "blocks": shape.layers,
+        "plans": PLANS,
+        "mean": statistics.mean(found),
+        "quartiles": statistics.quantiles(found, n=4),
+    }
+
+
 # What logits take
 
 
@@ -345,6 +413,7 @@ PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "length": length,
     "exactness": exactness,
     "logits": logits,
+    "states": states,
 }
 
 

@@ -531,6 +531,22 @@ def evaluation_pool_table(figures: dict[str, Any]) -> list[str]:
     return table(head, rows)
 
 
+def states_table(figures: dict[str, Any]) -> list[str]:
+    """A text from a block on, with the states of the base model."""
+    head = ("edit begins at block", "plain, s", "recording, s", "from there, s", "states, MB")
+    rows = [
+        (
+            f"{row['block']} of {row['blocks']}",
+            f"{row['plain']:.1f}",
+            f"{row['recording']:.1f}",
+            f"**{row['from']:.1f}**",
+            f"{row['bytes'] / 1e6:.0f}",
+        )
+        for row in figures["states"]
+    ]
+    return table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -550,6 +566,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "evaluation-pool": ("evaluation_pool", evaluation_pool_table),
     "exactness": ("streaming", exactness_table),
     "logits": ("streaming", logits_table),
+    "states": ("streaming", states_table),
     "efficiency": ("scaling-efficiency", efficiency_table),
 }
 

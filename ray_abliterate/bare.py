@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ray_abliterate.model import LanguageModel
-from ray_abliterate.reading import Reader, Reading, Route
+from ray_abliterate.reading import Keeping, Reader, Reading, Route
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.streaming import ChunkResult
 from ray_abliterate.streaming.checkpoint import fingerprint
@@ -71,9 +70,9 @@ class BareReplica:
         route: Route,
         first: int,
         count: int | None,
-        state: Path | None,
+        keeping: Keeping | None,
         plan: Any = None,
         setup: Any = None,
     ) -> Iterator[ChunkResult]:
         """A stretch of a long text, see `Reader.read`."""
-        yield from self._reader.read(route, first, count, state)
+        yield from self._reader.read(route, first, count, keeping)

@@ -46,6 +46,9 @@ def evaluate(
     overlap: Annotated[int | None, typer.Option(help="Tokens of context, carry = none.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens, carry = window.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the text; all if unset.")] = None,
+    states: Annotated[
+        float, typer.Option(help="GB of disk for what readings by other trials begin with.")
+    ] = 1.0,
     to: Annotated[
         Path | None, typer.Option(help="Folder for what is found; of a run's text, or of a model.")
     ] = None,
@@ -65,7 +68,7 @@ def evaluate(
     if text is not None:
         from ray_abliterate.reading import Reading
 
-        reading = Reading(text, carry, chunk, overlap, window, tokens)
+        reading = Reading(text, carry, chunk, overlap, window, tokens, states)
         read = _read_with_run if is_run else _read_with_models
         read(model, trial or [], compare, reading, to, console())
     elif is_run:

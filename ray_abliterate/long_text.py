@@ -17,9 +17,9 @@ from rich.table import Table
 from ray_abliterate.errors import EvaluationChanged
 from ray_abliterate.files import write_whole
 from ray_abliterate.measurements import comparison_text
-from ray_abliterate.measuring import Subject
+from ray_abliterate.measuring import BASE_MODEL, Subject
 from ray_abliterate.progress import Watch
-from ray_abliterate.reading import Reading, Route
+from ray_abliterate.reading import Keeping, Reading, Route
 from ray_abliterate.scoring import mean_interval
 from ray_abliterate.streaming import ChunkResult, Totals
 from ray_abliterate.suites import Comparison
@@ -105,6 +105,10 @@ def _read(
     keep: Callable[[str, ChunkResult], None],
     watch: Watch,
 ) -> None:
+    begins: tuple[int, ...] = ()
+    if route.stretch is None and route.reading.states:
+        edited = [subject.plan for subject in subjects if subject != BASE_MODEL]
+        begins = tuple({pool.call("begins", plan, shared) for plan in edited if plan.profiles})
     pieces = [
         (subject, first, count)
         for first, count in route.pieces()
@@ -116,9 +120,10 @@ def _read(
         subject, first, count = pieces[number]
         start = _missing(found[subject.name], first, count, route.chunks)
         start = first if start is None else start
-        state = (to / f"{subject.name}.state").absolute() if count is None else None
+        later = begins if subject == BASE_MODEL else ()
+        keeping = Keeping(to.absolute(), subject.name, later) if count is None else None
         left = None if count is None else first + count - start
-        return route, start, left, state, subject.plan, shared
+        return route, start, left, keeping, subject.plan, shared
 
     wanted = None if route.chunks is None else route.chunks * len(subjects)
     for number, result in pool.streams("read", len(pieces), arguments):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_abliterate.errors import ModelError
+from ray_abliterate.skipping import begun_at, recorded
 
 ATTENTION = "ray_abliterate_packed"
 """Name under which transformers knows our attention."""
@@ -315,7 +316,12 @@ class PackedModel:
         found: dict[int, Tensor] = {}
         if self.on_edits is not None:
             self.on_edits(given.edits)
-        with self._ours(), self._begun_at(given), self._recorded(record, found):
+        states = None if given.states is None else given.states[None]
+        with (
+            self._ours(),
+            begun_at(self._blocks, given.start, states),
+            recorded(self._blocks, record, found),
+        ):
             _current = _Attention.of(given, slab)
             try:
                 output = self._module(
@@ -326,7 +332,7 @@ class PackedModel:
                 )
             finally:
                 _current = None
-        return output.logits[0], found
+        return output.logits[0], {layer: inputs[0] for layer, inputs in found.items()}
 
     @torch.inference_mode()
     def residuals(self, given: Pass, slab: Slab) -> Tensor:
@@ -356,45 +362,3 @@ class PackedModel:
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = name
-
-    @contextmanager
-    def _begun_at(self, given: Pass) -> Iterator[None]:
-        """Blocks below the first one are passed over; the last of them gives its input."""
-        if given.start == 0:
-            yield
-            return
-        states = given.states
-        assert states is not None
-
-        def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-            return hidden_states
-
-        def begin(*_: Any, **__: Any) -> Tensor:
-            return states[None]
-
-        skipped: list[Any] = self._blocks[: given.start]
-        for block in skipped[:-1]:
-            block.forward = skip
-        skipped[-1].forward = begin
-        try:
-            yield
-        finally:
-            for block in skipped:
-                del block.forward
-
-    @contextmanager
-    def _recorded(self, layers: Sequence[int], found: dict[int, Tensor]) -> Iterator[None]:
-        def keep(layer: int) -> Any:
-            def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-                found[layer] = (args[0] if args else kwargs["hidden_states"])[0]
-
-            return hook
-
-        handles = [
-            self._blocks[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()

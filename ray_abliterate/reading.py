@@ -11,7 +11,8 @@ from typing import Any
 
 from ray_abliterate.errors import EvaluationError
 from ray_abliterate.model import LanguageModel
-from ray_abliterate.streaming import Carry, ChunkResult, StreamingEvaluator
+from ray_abliterate.streaming import ChunkResult, StateFiles, StreamingEvaluator
+from ray_abliterate.streaming.choosing import Settings, carry_of
 from ray_abliterate.streaming.opening import open_source
 from ray_abliterate.streaming.sources import TokenSource
 from ray_abliterate.streaming.stream import refuse_short
@@ -24,7 +25,11 @@ WARM_SHARE = 8
 
 @dataclass(frozen=True)
 class Reading:
-    """How a text is read; fields are those of `StreamingEvaluator`."""
+    """How a text is read; fields are those of `StreamingEvaluator`.
+
+    Attributes:
+        states: GB of disk for the states in the middle of the base model that trials begin with.
+    """
 
     text: str
     carry: str | None = None
@@ -32,15 +37,18 @@ class Reading:
     overlap: int | None = None
     window: int | None = None
     max_tokens: int | None = None
+    states: float = 1.0
 
     def __post_init__(self) -> None:
         """What can be known before a model is loaded.
 
         Raises:
-            EvaluationError: the carry or the text can't be.
+            EvaluationError: a setting or the text can't be.
         """
-        if self.carry is not None and self.carry not in list(Carry):
-            raise EvaluationError(f"--carry {self.carry!r} is not one of: {', '.join(Carry)}.")
+        if self.states < 0:
+            raise EvaluationError(f"states = {self.states} is negative.\n  Set it to 0 or more GB.")
+        options = self.options()
+        Settings(carry_of(options.pop("carry")), **options)
         if not self.text.startswith("hub:") and not Path(self.text).is_file():
             raise EvaluationError(
                 f"--text {self.text!r} is not a file.\n"
@@ -97,6 +105,32 @@ class Route:
         return cls(**{**values, **own})
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept on the disk of the machine that reads a whole text, where the folder is there.
+
+    Attributes:
+        folder: Of what is found.
+        name: The model's.
+        begins: Blocks at which edits begin whose models read the text later.
+    """
+
+    folder: Path
+    name: str
+    begins: tuple[int, ...] = ()
+
+    @property
+    def state(self) -> Path | None:
+        """File for what a text that is stopped goes on from."""
+        return self.folder / f"{self.name}.state" if self.folder.is_dir() else None
+
+    def states(self, gigabytes: float) -> StateFiles | None:
+        """Folder for states in the middle of the model."""
+        if not gigabytes or not self.folder.is_dir():
+            return None
+        return StateFiles(self.folder / "states", int(gigabytes * 1e9))
+
+
 class Reader:
     """Reads texts with a model."""
 
@@ -135,7 +169,7 @@ class Reader:
         return Route(chosen, text.fingerprint, length, chunks, stretch, choice.notes)
 
     def read(
-        self, route: Route, first: int, count: int | None, state: Path | None = None
+        self, route: Route, first: int, count: int | None, keeping: Keeping | None = None
     ) -> Iterator[ChunkResult]:
         """Chunks of a text, one by one.
 
@@ -143,24 +177,34 @@ class Reader:
             route: How it is read.
             first: Number of the first chunk that is wanted; earlier ones may come, too.
             count: How many; all there are if None.
-            state: Where the model's state is saved now and then, if all are wanted.
+            keeping: What is kept on the disk, if all are wanted.
 
         Raises:
             EvaluationError: a chunk can't be read.
         """
-        evaluator, text = self._evaluator(route.reading), self._open(route.reading)
+        text = self._open(route.reading)
         if count is not None:
-            yield from evaluator.stretch(text, first, count)
-        else:
-            here = state if state is not None and state.parent.is_dir() else None
-            yield from evaluator.stream(text, state=here, first_wanted=first)
+            yield from self._evaluator(route.reading).stretch(text, first, count)
+            return
+        states = keeping.states(route.reading.states) if keeping else None
+        begins = keeping.begins if keeping else ()
+        evaluator = self._like(route.reading, states, begins)
+        state = keeping.state if keeping else None
+        yield from evaluator.stream(text, state=state, first_wanted=first)
 
     def _evaluator(self, reading: Reading) -> StreamingEvaluator:
+        if reading not in self._evaluators:
+            self._evaluators[reading] = self._like(reading)
+        return self._evaluators[reading]
+
+    def _like(
+        self, reading: Reading, states: StateFiles | None = None, begins: tuple[int, ...] = ()
+    ) -> StreamingEvaluator:
+        """A new one, of the model that was examined."""
         if self._examined is None:
             self._examined = StreamingEvaluator(self._model)
-        if reading not in self._evaluators:
-            self._evaluators[reading] = self._examined.with_settings(**reading.options())
-        return self._evaluators[reading]
+        options = reading.options()
+        return self._examined.with_settings(**options, states=states, states_at=begins)
 
     def _open(self, reading: Reading) -> TokenSource:
         return open_source(reading.text, self._model.chat.tokenizer)

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.profiling import Profile, profiled
 from ray_abliterate.prompts import Prompt, PromptSet
-from ray_abliterate.reading import Reader, Reading, Route
+from ray_abliterate.reading import Keeping, Reader, Reading, Route
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.scorers import build
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
@@ -304,13 +303,18 @@ class Replica:
         route: Route,
         first: int,
         count: int | None,
-        state: Path | None,
+        keeping: Keeping | None,
         plan: Plan,
         setup: Setup,
     ) -> Iterator[ChunkResult]:
         """A stretch of a long text on the model that a plan makes, see `Reader.read`."""
         with self.cache.edited(plan, setup.directions):
-            yield from self._reader.read(route, first, count, state)
+            yield from self._reader.read(route, first, count, keeping)
+
+    def begins(self, plan: Plan, setup: Setup) -> int:
+        """The first block that a plan edits; 0 if it edits none."""
+        edits = self.cache.edits(plan, setup.directions)
+        return min((writer.layer for writer, _ in edits), default=0)
 
     def respond(
         self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256

@@ -71,6 +71,20 @@ def _tensors(value: Any) -> list[Tensor]:
     return _tensors(vars(value)) if hasattr(value, "__dict__") and not callable(value) else []
 
 
+def standing_in(cache: Any, start: int) -> Any:
+    """The cache for passes that begin at block `start`: where a model asks a layer below it how
+    much has been seen, one of the same kind behind it answers."""
+    for number in range(min(start, len(cache.layers))):
+        kind = _kind(cache.layers[number])
+        alike = (layer for layer in cache.layers[start:] if _kind(layer) == kind)
+        cache.layers[number] = next(alike, cache.layers[number])
+    return cache
+
+
+def _kind(layer: Any) -> tuple[type, Any]:
+    return type(layer), getattr(layer, "sliding_window", None)
+
+
 # Taking back
 
 

@@ -42,6 +42,22 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise EvaluationError(f"{name} = {value} is too few.\n  Set it to {least} or more.")
+        if self.chunk_size is not None:
+            Geometry(self.carry or Carry.NONE, self.chunk_size, self.overlap or 0)
+        if self.carry is not None:
+            self.refuse_window(self.carry)
+
+    def refuse_window(self, carry: Carry) -> None:
+        """A window is for the carry of that name.
+
+        Raises:
+            EvaluationError: there is one, and the carry is another.
+        """
+        if self.window is not None and carry is not Carry.WINDOW:
+            raise EvaluationError(
+                f"window = {self.window} with carry = {carry.value}: nothing is bounded by it.\n"
+                "  Set carry = window, or leave window unset."
+            )
 
 
 @dataclass(frozen=True)
@@ -100,21 +116,17 @@ class Chooser:
         Raises:
             EvaluationError: the settings can't be.
         """
-        notes, asked = list(self._findings.notes), self._settings.window
+        notes = list(self._findings.notes)
         carry = self._settings.carry
         if carry is None:
             carry, why = self._most_exact(length)
             notes.append(f"carry = {carry.value}: {why}")
         if self._findings.per_pass[carry] == 1:
             notes.append(f"carry = {carry.value} goes token by token: {SINGLE}")
-        if asked is not None and carry is not Carry.WINDOW:
-            raise EvaluationError(
-                f"window = {asked} with carry = {carry.value}: nothing is bounded by it.\n"
-                "  Set carry = window, or leave window unset."
-            )
+        self._settings.refuse_window(carry)
         window = None
         if carry is Carry.WINDOW:
-            window = asked or min(WINDOW, trained(self._config) or WINDOW)
+            window = self._settings.window or min(WINDOW, trained(self._config) or WINDOW)
         return Choice(self._geometry(carry, window), window, tuple(notes))
 
     def _geometry(self, carry: Carry, window: int | None) -> Geometry:

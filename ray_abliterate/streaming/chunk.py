@@ -12,6 +12,7 @@ from ray_abliterate.grid import even, forget_garbage, is_out_of_memory
 from ray_abliterate.streaming.carries import Carry, Span
 from ray_abliterate.streaming.choosing import CHUNK, Choice, trained
 from ray_abliterate.streaming.memory import tokens_per_pass
+from ray_abliterate.streaming.prefix import KeptStates
 from ray_abliterate.streaming.results import ChunkResult
 from ray_abliterate.streaming.runners import ModuleRunner, Runner
 from ray_abliterate.streaming.self_check import Findings
@@ -56,6 +57,10 @@ class ChunkReader:
         """
         self._runner, self._name, self._findings = runner, name, findings
         self._sizes, self._positions = sizes, positions
+        self.kept: KeptStates | None = None
+        """States of the text that is read, if they are kept."""
+        self._inputs: dict[int, list[Tensor]] = {}
+        """Of the last chunk's passes, by block."""
 
     def begin(self, choice: Choice, position: int = 0) -> None:
         """The model has seen nothing; the next token is number `position`."""
@@ -64,7 +69,14 @@ class ChunkReader:
             able = {Carry.KV, Carry.STATE} & set(self._findings.per_pass)
             whole = [self._findings.per_pass[carry] == 0 for carry in able]
             self._runner.splits = choice.carry is not Carry.NONE or any(whole)
+            self._runner.start = 0
         self._runner.begin(position)
+
+    def forget(self) -> None:
+        """States are neither read nor kept any more."""
+        self.kept, self._inputs = None, {}
+        if isinstance(self._runner, ModuleRunner):
+            self._runner.record, self._runner.states, self._runner.inputs = (), None, {}
 
     def replay(self, ids: Tensor, choice: Choice) -> None:
         """Feed tokens whose losses are not asked for."""
@@ -77,18 +89,21 @@ class ChunkReader:
 
         Raises:
             EvaluationError: a single token does not fit, or a loss is not finite.
+            StatesMissing: the model has to see the text before it again.
         """
         self._refuse_far(span.first + len(ids), choice)
-        if choice.carry is Carry.NONE:
-            self._runner.begin()
         own = span.first + len(ids) - max(span.start, span.first + 1)
-        started, kept = time.perf_counter(), self._runner.snapshot()
-        size = self._size(choice, len(ids) - 1)
-        while (found := self._in_passes(ids, own, size)) is None:
+        started, size = time.perf_counter(), self._size(choice, len(ids) - 1)
+        states = self._begun(span, ids, size, choice)
+        kept = self._runner.snapshot()
+        while (found := self._in_passes(ids, own, size, states)) is None:
             size = self._halved(size, len(ids) - 1)
+            if self.kept is not None:
+                self.kept.stop_recording()  # they would be those of other passes
             self._runner.restore(kept)
             forget_garbage()
         del kept
+        self._record(states)
         _refuse_infinite(found, span)
         seconds = time.perf_counter() - started
         carried = 0 if choice.carry is Carry.NONE else self._runner.carried_bytes
@@ -97,7 +112,25 @@ class ChunkReader:
         result = ChunkResult(span.index, span.start, stop, own, nats, seconds, passes, carried)
         return result, found
 
-    def _in_passes(self, ids: Tensor, own: int, size: int) -> Tensor | None:
+    def _begun(self, span: Span, ids: Tensor, size: int, choice: Choice) -> Tensor | None:
+        """The model is ready for a chunk's first pass; states of the chunk, if they are kept."""
+        states = None
+        if self.kept is not None:
+            states = self.kept.known(ids[:-1], even(len(ids) - 1, size))
+        if isinstance(self._runner, ModuleRunner) and self.kept is not None:
+            self._runner.start = 0 if states is None else self.kept.layer
+            self._runner.record = self.kept.record if states is None else ()
+        if choice.carry is Carry.NONE or (self.kept is not None and span.index == 0):
+            self._runner.begin()
+        return states
+
+    def _record(self, states: Tensor | None) -> None:
+        """Keep what went into blocks in the passes of the last chunk."""
+        if self.kept is not None and states is None:
+            self.kept.keep({layer: torch.cat(own) for layer, own in self._inputs.items() if own})
+        self._inputs = {}
+
+    def _in_passes(self, ids: Tensor, own: int, size: int, states: Tensor | None) -> Tensor | None:
         """Losses of the last `own` tokens; None if memory ran out."""
         count, found = len(ids) - 1, []
         size = even(count, size)  # a last pass of one token is other code in recurrent models
@@ -105,12 +138,24 @@ class ChunkReader:
             for first in range(0, count, size):
                 stop = min(first + size, count)
                 targets = ids[max(first, count - own) + 1 : stop + 1]
-                found.append(self._runner.feed(ids[first:stop], targets))
+                found.append(self._fed(ids[first:stop], targets, first, states))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
         return torch.cat(found)
+
+    def _fed(self, ids: Tensor, targets: Tensor, first: int, states: Tensor | None) -> Tensor:
+        """One pass of a chunk, from its token `first` on."""
+        if not isinstance(self._runner, ModuleRunner):
+            return self._runner.feed(ids, targets)
+        self._runner.states = None if states is None else states[first : first + len(ids)]
+        found = self._runner.feed(ids, targets)
+        for layer, inputs in self._runner.inputs.items():
+            if not first:
+                self._inputs[layer] = []
+            self._inputs[layer].append(inputs[0].cpu())
+        return found
 
     def _size(self, choice: Choice, count: int) -> int:
         """Tokens of a pass."""

@@ -5,7 +5,8 @@ docs/evaluation.md. Knows nothing about Ray: a chunk can be evaluated anywhere.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from ray_abliterate.streaming.checkpoint import fingerprint
 from ray_abliterate.streaming.choosing import Choice, Chooser, Settings, carry_of, position_table
 from ray_abliterate.streaming.chunk import ChunkReader, PassSize
 from ray_abliterate.streaming.opening import open_source
+from ray_abliterate.streaming.prefix import KeptStates, StateFiles, hooked, layer_keys
 from ray_abliterate.streaming.results import ChunkResult, Progress, Totals
 from ray_abliterate.streaming.runners import CarriesState, ModuleRunner, Runner, StatefulRunner
-from ray_abliterate.streaming.self_check import examine
+from ray_abliterate.streaming.self_check import examine, serves
 from ray_abliterate.streaming.sources import Tape, TokenSource
 from ray_abliterate.streaming.stream import SAVE_SECONDS, Files, Stream
 
@@ -41,6 +43,8 @@ class StreamingEvaluator:
         window: int | None = None,
         max_tokens: int | None = None,
         vocab: int | None = None,
+        states: StateFiles | None = None,
+        states_at: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -53,18 +57,21 @@ class StreamingEvaluator:
             window: Tokens that attention reaches back to with carry = window; 1024 if unset.
             max_tokens: Tokens of a text that count; all if unset.
             vocab: Ids of a model that carries its state itself, if it has no `config.vocab_size`.
+            states: Where states in the middle of a model are kept, so that a model whose lower
+                blocks are the same reads a text again from there on.
+            states_at: Blocks whose inputs are kept: those at which edits of later models begin.
 
         Raises:
             EvaluationError: a setting can't be.
             UnsupportedCarry: the model can't carry this.
         """
         module = model.module if isinstance(model, LanguageModel) else model
+        self._module, self._states, self._states_at = module, states, tuple(states_at)
         settings = Settings(carry_of(carry), chunk_size, overlap, window, max_tokens)
         self._runner = _runner(module, vocab)
         self._config: Any = getattr(module, "config", None)
         self.positions = position_table(module)
         self.findings = examine(self._runner, self.positions)
-        self._module = module
         self._use(settings)
 
     def _use(self, settings: Settings) -> None:
@@ -83,6 +90,8 @@ class StreamingEvaluator:
         overlap: int | None = None,
         window: int | None = None,
         max_tokens: int | None = None,
+        states: StateFiles | None = None,
+        states_at: Sequence[int] = (),
     ) -> "StreamingEvaluator":
         """Another one of the same model, which is not examined again; one is used at a time.
 
@@ -91,6 +100,7 @@ class StreamingEvaluator:
             UnsupportedCarry: the model can't carry this.
         """
         other = copy.copy(self)
+        other._states, other._states_at = states, tuple(states_at)
         other._use(Settings(carry_of(carry), chunk_size, overlap, window, max_tokens))
         return other
 
@@ -130,16 +140,29 @@ class StreamingEvaluator:
             EvaluationError: it can't be done; says why.
         """
         text = open_source(source, tokenizer)
+        choice = self.choose(self.length(text))
         return Stream(
             text,
-            self.choose(self.length(text)),
+            choice,
             self._settings,
             self._runner,
             self._reader,
             fingerprint(self._module),
             Files(_path(state), _path(token_losses), save_seconds, first_wanted),
             on_progress,
+            lambda: self._kept(text, choice),
         )
+
+    def _kept(self, text: TokenSource, choice: Choice) -> KeptStates | None:
+        """States of a text that is about to be read, if they are kept and can be."""
+        runner = self._runner
+        again = choice.carry is Carry.NONE or text.fingerprint  # it may have to be read once more
+        if self._states is None or not isinstance(runner, ModuleRunner) or not again:
+            return None
+        if not runner.blocks or hooked(self._module):
+            return None
+        keys = layer_keys(self._module, runner.blocks)
+        return KeptStates(self._states, keys, self._states_at, choice, partial(serves, runner))
 
     def evaluate(self, source: Any, **options: Any) -> Totals:
         """The totals of a whole text; options are those of `stream`."""

@@ -13,7 +13,7 @@ MOST_CUDA = 8192
 LEAST = 16
 UNKNOWN = 256
 """Tokens a pass for a model whose shapes tell nothing."""
-SLICE_BYTES, SLICE_BYTES_CUDA = 1 << 25, 1 << 28
+SLICE_BYTES, SLICE_BYTES_CUDA = 1 << 26, 1 << 28
 """Of float32 logits that exist at a time, at most."""
 SMALL_BYTES, ENOUGH_ROWS = 1 << 22, 128
 """On a CPU, slices of this size are taken from memory that the process has already; larger ones are

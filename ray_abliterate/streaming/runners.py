@@ -8,12 +8,15 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ray_abliterate.errors import EvaluationError
+from ray_abliterate.architecture import find_blocks
+from ray_abliterate.errors import EvaluationError, UnknownArchitecture
+from ray_abliterate.skipping import begun_at, recorded
 from ray_abliterate.streaming import caches
 from ray_abliterate.streaming.memory import slice_rows
 from ray_abliterate.streaming.windows import bounded_cache, reaching
@@ -89,6 +92,16 @@ class ModuleRunner:
         self.cache_name = names[0] if names else ""
         self._positions = "position_ids" in taken
         self._offset, self._fed = 0, 0
+        self.start = 0
+        """Block that passes begin at, from the next `begin` on."""
+        self.states: Tensor | None = None
+        """Input of that block in the next pass, `"token hidden"`."""
+        self.record: tuple[int, ...] = ()
+        """Blocks whose inputs are wanted."""
+        self.inputs: dict[int, Tensor] = {}
+        """Inputs of these in the last pass, `"1 token hidden"`."""
+        self.in_tuples = False
+        """Blocks answer with tuples."""
         self.rows = slice_rows(self.vocab, self.device)
         """Positions whose logits exist at a time."""
         self.head_slices = bool(self._name)
@@ -104,6 +117,21 @@ class ModuleRunner:
         self._offset, self._fed, self.cache = position, 0, None
         if self.window is not None:
             self.cache = bounded_cache(self.module.config, self.window)
+        if self.start and self.cache_name and self.splits:
+            self.cache = caches.standing_in(self._new_cache(), self.start)
+
+    def _new_cache(self) -> Any:
+        from transformers.cache_utils import DynamicCache
+
+        return DynamicCache(config=self.module.config) if self.cache is None else self.cache
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks; none if they are not known."""
+        try:
+            return list(find_blocks(self.module)[1])
+        except UnknownArchitecture:
+            return []
 
     @torch.inference_mode()
     def feed(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -141,12 +169,21 @@ class ModuleRunner:
         if self._positions:  # not every model counts on from its cache
             seen = self._offset + self._fed
             options["position_ids"] = torch.arange(seen, seen + len(ids), device=self.device)[None]
-        with reaching(self.window):
+        states, found = self.states, dict[int, Tensor]()
+        if self.start:
+            assert states is not None
+            states = states.to(self.device)[None]
+        with (
+            reaching(self.window),
+            begun_at(self.blocks, self.start, states, self.in_tuples),
+            recorded(self.blocks, self.record, found),
+        ):
             output = part(input_ids=ids[None], **options)
         if options["use_cache"]:
             self.cache = getattr(output, self.cache_name, None)
             if self.cache is None:
                 raise EvaluationError(f"{type(self.module).__name__} returns no cache.")
+        self.inputs = found
         return output
 
     @contextmanager
@@ -172,7 +209,7 @@ class ModuleRunner:
 
     def export(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
         """What is kept of the text, for a file; None if it can't be written."""
-        found = caches.exported(self.cache) if self.cache is not None else None
+        found = caches.exported(self.cache) if self.cache is not None and not self.start else None
         if found is None:
             return None
         tensors, rest = found
@@ -180,11 +217,9 @@ class ModuleRunner:
 
     def load(self, tensors: dict[str, Tensor], rest: list[dict[str, Any]]) -> bool:
         """Go on from what was exported; whether that was possible."""
-        from transformers.cache_utils import DynamicCache
-
         place = rest[-1]
         self.begin(place["offset"])
-        cache = DynamicCache(config=self.module.config) if self.cache is None else self.cache
+        cache = self._new_cache()
         if not caches.imported(cache, tensors, rest[:-1], self.device):
             self.begin()
             return False

@@ -6,6 +6,7 @@ pass after the first has more than one token.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,6 +207,46 @@ def _windowed(
         runner.window = None
         runner.begin()
     return 0, "" if right else why or "its attention does not heed the window"
+
+
+def serves(runner: ModuleRunner, layer: int) -> bool:
+    """Whether passes that begin at a block give the same to the last bit; in the carry that is set.
+
+    Args:
+        runner: The model; left as if it had seen nothing.
+        layer: The block.
+    """
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, runner.vocab, (TOKENS,), generator=draw)
+    sizes = _parts(TOKENS - 1) if runner.splits else [TOKENS - 1]
+    answers: list[Any] = []
+    handle = runner.blocks[layer - 1].register_forward_hook(lambda _m, _a, out: answers.append(out))
+    runner.start, runner.record = 0, (layer,)
+    try:
+        whole, states = _begun(runner, ids, sizes, layer, None)
+        runner.in_tuples = isinstance(answers[0], tuple)
+        runner.start, runner.record = layer, ()
+        return torch.equal(whole, _begun(runner, ids, sizes, layer, states)[0])
+    except (*_ANY, EvaluationError):
+        return False
+    finally:
+        handle.remove()
+        runner.start, runner.record, runner.states = 0, (), None
+        runner.begin()
+
+
+def _begun(
+    runner: ModuleRunner, ids: Tensor, parts: Sequence[int], layer: int, states: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Losses, and the inputs of a block; in passes that begin there if they are given."""
+    runner.begin()
+    found, inputs, at = [], [], 0
+    for size in parts:
+        runner.states = None if states is None else states[at : at + size]
+        found.append(runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1]))
+        inputs += [own[0] for own in runner.inputs.values()]
+        at += size
+    return torch.cat(found), torch.cat(inputs) if inputs else torch.empty(0)
 
 
 def _try(

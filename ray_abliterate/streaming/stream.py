@@ -12,6 +12,7 @@ from ray_abliterate.streaming.carries import Carry
 from ray_abliterate.streaming.checkpoint import Checkpoint
 from ray_abliterate.streaming.choosing import Choice, Settings
 from ray_abliterate.streaming.chunk import ChunkReader
+from ray_abliterate.streaming.prefix import KeptStates, StatesMissing
 from ray_abliterate.streaming.results import ChunkResult, Progress, Totals
 from ray_abliterate.streaming.runners import Runner
 from ray_abliterate.streaming.sources import Tape, TokenSource
@@ -60,6 +61,7 @@ class Stream:
         model: str,
         files: Files,
         on_progress: Callable[[Progress], None] | None,
+        states: Callable[[], KeptStates | None],
     ) -> None:
         """
         Args:
@@ -71,11 +73,12 @@ class Stream:
             model: Its fingerprint.
             files: What is written beside.
             on_progress: Is told after each chunk.
+            states: Makes the states that are kept of it, when reading begins.
         """
         self.choice, self.text = choice, text
         self.totals = Totals(carry=choice.carry.value, notes=choice.notes)
         self._settings, self._runner, self._reader = settings, runner, reader
-        self._files, self._told = files, on_progress
+        self._files, self._told, self._states = files, on_progress, states
         self._identity = {
             "model": model,
             "source": text.fingerprint,
@@ -105,13 +108,18 @@ class Stream:
         number = saved.next_chunk if saved else 0
         self.totals = saved.totals if saved else self.totals
         tape = self._begin(saved, number)
+        known = self._states() if number == 0 or self.choice.carry is Carry.NONE else None
+        self._reader.kept = known
         size = saved.losses_bytes if saved else 0
         losses = TokenLosses(losses_at, size) if losses_at else None
         whole = False
         try:
             yield from self._chunk_by_chunk(tape, number, losses)
             whole = True
+            if known is not None:
+                known.end()
         finally:
+            self._reader.forget()
             if losses is not None:
                 losses.close(whole)
         if state is not None:
@@ -129,7 +137,14 @@ class Stream:
                 refuse_short(self.text.name, len(ids), self._settings.chunk_size)
             if len(ids) < 2 or span.first + len(ids) <= span.start:
                 return
-            result, found = self._reader.measure(span, ids, self.choice)
+            try:
+                result, found = self._reader.measure(span, ids, self.choice)
+            except StatesMissing:
+                log.info(
+                    "%s: kept states end at chunk %d; it is read again", self.text.name, number
+                )
+                tape = self._read_again(number)
+                continue
             self.totals = self.totals.plus(result)
             number += 1
             if losses is not None:
@@ -147,10 +162,15 @@ class Stream:
         alone = self.choice.carry is Carry.NONE
         if saved is None or alone or self._loads(saved):
             return self._tape(geometry.span(number).first)
+        return self._read_again(number)
+
+    def _read_again(self, number: int) -> Tape:
+        """The same, by feeding the text from its beginning; states are not kept of it."""
+        self._reader.forget()
         self._reader.begin(self.choice)
         tape = self._tape(0)
         for index in range(number):
-            span = geometry.span(index)
+            span = self.choice.geometry.span(index)
             self._reader.replay(tape.read(span.first, span.stop)[:-1], self.choice)
         return tape
 

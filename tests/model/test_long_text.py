@@ -1,6 +1,7 @@
 """One long text through a model, and through a run's trial."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray_abliterate.bare import BareReplica
 from ray_abliterate.errors import EvaluationChanged, EvaluationError
 from ray_abliterate.long_text import Text, read_text, text_page, text_table
 from ray_abliterate.measuring import BASE_MODEL, Subject
-from ray_abliterate.plan import Plan
+from ray_abliterate.plan import Plan, Profile
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.reading import Reading
 from ray_abliterate.recipe import ModelSettings
@@ -156,11 +157,54 @@ def test_models_are_compared_chunk_by_chunk(read: Any, text: str) -> None:
     assert 'src="http' not in page and "cdn.plot.ly" not in page.split("<body>")[1][:2000]
 
 
-def test_what_can_be_known_is_refused_before_a_model_is_loaded(text: str) -> None:
-    with pytest.raises(EvaluationError, match="'all' is not one of: kv, window, state, none"):
-        Reading(text, carry="all")
-    with pytest.raises(EvaluationError, match=r"'nothing.txt' is not a file"):
-        Reading("nothing.txt")
+def test_a_trial_begins_where_its_edit_does_with_states_of_the_base_model(
+    pool: Stopping, planted_run: Any, text: str, tmp_path: Path
+) -> None:
+    directory, first = planted_run.directory, planted_run.trial
+    profiles = tuple((name, Profile(1.0, 3.0, 1.0, 1.0)) for name, _ in first.plan.profiles)
+    later = Subject("trial-1", replace(first.plan, profiles=profiles))
+    setup = Setup(directory.directions(), (), directory.tuning())
+    assert pool.call("begins", later.plan, setup) > 0
+
+    def read(states: float, folder: str) -> dict[str, float]:
+        reading = Reading(text, carry="kv", chunk_size=500, states=states)
+        place = tmp_path / folder
+        subjects = (BASE_MODEL, later)
+        found = read_text(pool, reading, subjects, setup, NAMED, place, Unwatched())
+        return {name: totals.nats for name, totals in found.totals.items()}
+
+    wanted = read(0.0, "without")
+    assert not (tmp_path / "without" / "states").exists()
+    assert wanted["base"] != wanted["trial-1"]
+    assert read(1.0, "with") == wanted
+    states = tmp_path / "with" / "states"
+    assert len(list(states.glob("*/*"))) == 5  # four chunks, and the mark of the end
+    used = {file: file.stat().st_mtime_ns for file in states.glob("*")}
+    for file in (tmp_path / "with").glob("trial-1.*"):
+        file.unlink()
+    assert read(1.0, "with") == wanted
+    assert all(file.stat().st_mtime_ns > before for file, before in used.items())
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"carry": "all"}, "'all' is not one of: kv, window, state, none"),
+        ({"text": "nothing.txt"}, r"'nothing.txt' is not a file"),
+        ({"chunk_size": 8, "overlap": 8}, "overlap = 8 leaves nothing of chunk_size = 8"),
+        ({"carry": "kv", "chunk_size": 1}, "chunk_size = 1: a chunk needs two tokens"),
+        ({"carry": "kv", "chunk_size": 8, "overlap": 2}, "Set overlap = 0, or carry = none"),
+        ({"carry": "kv", "window": 8}, "Set carry = window, or leave window unset"),
+        ({"window": 1}, "window = 1 is too few"),
+        ({"max_tokens": 1}, "max_tokens = 1 is too few"),
+        ({"states": -1.0}, "states = -1.0 is negative"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_a_model_is_loaded(
+    text: str, own: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(EvaluationError, match=says):
+        Reading(**{"text": text, **own})
 
 
 def test_a_text_shorter_than_its_chunk_is_refused(
