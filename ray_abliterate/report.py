@@ -1,7 +1,7 @@
 """The report: one page of HTML about a run, readable without a network and without Python.
 
-Reads a run directory and nothing else. Figures are in `figures.py`. Answers of the model
-are never shown.
+Reads a run directory and nothing else. Figures are in `figures`, what the page does in
+`templates/report.js`. Answers of the model are never shown.
 """
 
 import shlex
@@ -9,20 +9,32 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_abliterate.figures import (
-    frontier_figure,
-    importance_figure,
-    progress_figures,
-    separation_figures,
-    strength_figure,
-)
+from ray_abliterate.figures.frontier import frontier_figure
+from ray_abliterate.figures.importance import importance_figure
+from ray_abliterate.figures.layers import members_figure, separation_figures, strength_figure
+from ray_abliterate.figures.search import progress_figures
+from ray_abliterate.figures.timeline import timeline_figure
+from ray_abliterate.figures.validation import validation_figures
 from ray_abliterate.frontier import Trial
-from ray_abliterate.measurements import Finding, comparison_text
-from ray_abliterate.recipe import PromptSource, SuiteFile
-from ray_abliterate.report_data import Figure, RunData, counts_text, value_text
+from ray_abliterate.measurements import BASE, label
+from ray_abliterate.recipe import PromptSource
+from ray_abliterate.report_data import (
+    Figure,
+    RunData,
+    counts_text,
+    finding_texts,
+    model_text,
+    value_text,
+)
+from ray_abliterate.report_exports import exports
+from ray_abliterate.report_sheets import GOALS, choices, headline, sheets
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.saturation import bound_warnings
-from ray_abliterate.suites import build
+from ray_abliterate.scoring import Scorecard
+from ray_abliterate.timeline import Timeline
+
+HIDDEN = ("warnings", "suites")
+"""Of `environment.json`, shown elsewhere."""
 
 
 def write_report(directory: RunDirectory) -> Path:
@@ -38,8 +50,15 @@ def build_report(directory: RunDirectory) -> str:
     from plotly.offline import get_plotlyjs
 
     run = RunData.read(directory)
-    figures = {"frontier": frontier_figure(run), "strengths": strength_figure(run)}
-    figures |= separation_figures(run.base) | progress_figures(run)
+    figures = {
+        "frontier": frontier_figure(run),
+        "strengths": strength_figure(run),
+        "members": members_figure(run),
+        **separation_figures(run.base),
+        **validation_figures(run),
+        **progress_figures(run),
+        "timeline": timeline_figure(Timeline.read(directory)),
+    }
     figures["importance"], importance_note = importance_figure(run)
     pages = Environment(
         loader=PackageLoader("ray_abliterate"),
@@ -50,6 +69,7 @@ def build_report(directory: RunDirectory) -> str:
     return pages.get_template("report.html.jinja").render(
         run=run,
         recipe=run.recipe,
+        goals=GOALS,
         sets={
             "Prompts with the behaviour": run.recipe.prompts.behaviour,
             "Prompts without it": run.recipe.prompts.neutral,
@@ -59,37 +79,36 @@ def build_report(directory: RunDirectory) -> str:
         figures={name: figure for name, figure in figures.items() if figure["views"]},
         importance_note=importance_note,
         headers=run.baseline.scores if run.baseline else run.best[0].scores if run.best else (),
-        suites=_suites(directory),
+        base_cells=_cells(run.baseline) if run.baseline else [],
+        headline=headline(run),
+        suites=_suites(run),
         rows=[_row(run, trial, directory.path) for trial in run.frontier.members],
-        warnings=[*_bounds(run), *run.environment.get("warnings", [])],
+        others=[_row(run, trial, directory.path) for trial in run.trials if trial.scorecard],
+        choices=choices(run),
+        sheets=sheets(run),
+        exports=exports(directory),
+        warnings=[*_bounds(run), *run.environment.get("warnings", []), *_problem(run)],
         environment=list(_flat({k: v for k, v in run.environment.items() if k not in HIDDEN})),
         plotly=Markup(get_plotlyjs()),
     )
 
 
-HIDDEN = ("warnings", "suites")
-"""Of `environment.json`, shown elsewhere."""
+def _suites(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each measured model, with score and difference from the base model for each suite.
 
-
-def _suites(directory: RunDirectory) -> Figure:
-    """Names of suites, and a row of texts for each model."""
-    settings = SuiteFile.of(directory.environment.get("suites", ()))
-    kept, suites = directory.measurements(settings), build(settings, directory.base)
-    rows = [
-        (model, [_suite_texts(kept.finding(model, suite)) for suite in suites])
-        for model in kept.labels
+    The base model comes first, then the frontier in its order, then what has left it.
+    """
+    members = [label(trial.number) for trial in run.frontier.members]
+    order = [one for one in (BASE, *members) if one in run.suites.findings]
+    return [
+        (model_text(model), [finding_texts(found.get(name)) for name in run.suites.names])
+        for model in dict.fromkeys([*order, *run.suites.findings])
+        for found in [run.suites.findings[model]]
     ]
-    return {"names": [suite.name for suite in suites], "rows": rows}
 
 
-def _suite_texts(found: Finding | None) -> tuple[str, str]:
-    """Score and interval; difference from the base model."""
-    if found is None or found.score is None:
-        return "", ""
-    score = found.score
-    text = f"{value_text(score)} [{score.low:.3g}, {score.high:.3g}]"
-    compared = comparison_text(found.comparison) if found.comparison else ""
-    return text + ("" if found.whole else " (not all chunks)"), compared
+def _problem(run: RunData) -> list[str]:
+    return [run.suites.problem] if run.suites.problem else []
 
 
 def _bounds(run: RunData) -> list[str]:
@@ -113,20 +132,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _row(run: RunData, trial: Trial, path: Path) -> Figure:
-    """One line of the table of frontier members."""
+    """One line of a table of trials."""
     assert trial.scorecard is not None
-    base = {s.name: s for s in run.baseline.scores} if run.baseline else {}
-    cells = []
-    for score in trial.scorecard.scores:
-        was = base.get(score.name)
-        before = f"{value_text(was)} {counts_text(was)}".rstrip() if was else ""
-        cells.append((score.name, value_text(score), counts_text(score), before))
     where, number = shlex.quote(path.as_posix()), trial.number
     commands = [
         f"ray-abliterate show {where} --trial {number}",
         f"ray-abliterate export {where} --trial {number} --to DIR",
         f"ray-abliterate chat {where} --trial {number}",
     ]
-    return {"trial": trial, "knee": trial is run.frontier.knee, "cells": cells} | {
-        "commands": commands
-    }
+    knee = bool(run.frontier) and trial is run.frontier.knee
+    cells = _cells(trial.scorecard)
+    return {"trial": trial, "knee": knee, "cells": cells, "commands": commands}
+
+
+def _cells(card: Scorecard) -> list[tuple[str, str, str]]:
+    """Name, value with interval, and counts of each score."""
+    return [(score.name, value_text(score), counts_text(score)) for score in card.scores]

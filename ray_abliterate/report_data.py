@@ -1,12 +1,14 @@
 """What the report and its figures know of a run, and how they word it."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.measurements import BASE, Finding, comparison_text
 from ray_abliterate.plan import ModelShape, Plan, Space
+from ray_abliterate.report_suites import SuiteResults
 from ray_abliterate.rundir import Baseline, RunDirectory
 from ray_abliterate.scoring import Score, Scorecard
 
@@ -22,13 +24,15 @@ class RunData:
     trials: tuple[Trial, ...]
     frontier: Frontier
     base: Baseline | None
+    suites: SuiteResults
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "RunData":
         """Read a run directory."""
         trials = directory.trials()
         environment, base = directory.environment, directory.baseline()
-        return cls(directory.recipe, environment, trials, Frontier.of(trials), base)
+        found = SuiteResults.read(directory)
+        return cls(directory.recipe, environment, trials, Frontier.of(trials), base, found)
 
     @property
     def finished(self) -> list[tuple[Trial, Scorecard]]:
@@ -70,6 +74,24 @@ class RunData:
         shape = ModelShape(facts["layers"], facts["hidden"], tuple(facts["components"]))
         return Space.of(shape, self.recipe.search.space, self.recipe.edit.norm)
 
+    @property
+    def layers(self) -> int:
+        """Blocks of the model; 0 if they are not known."""
+        return (
+            self.space.shape.layers
+            if self.space
+            else len(self.base.separation if self.base else ())
+        )
+
+    def validation_texts(self, trial: Trial | None) -> list[str]:
+        """A line for each suite that measured a trial, or the base model."""
+        lines = []
+        for name, found in self.suites.of(trial).items():
+            score, compared = finding_texts(found)
+            beside = f"; {compared} from the base model" if compared else ""
+            lines += [f"{name} {score}{beside}"] if score else []
+        return lines
+
 
 def number_text(value: float) -> str:
     """A number in few digits."""
@@ -94,10 +116,26 @@ def title_text(score: Score) -> str:
     return html.escape(f"{score.name} ({score.unit})" if score.unit else score.name)
 
 
-def hover_text(label: str, scorecard: Scorecard, plan: Plan | None = None) -> str:
-    """What a point says when pointed at, escaped."""
+def model_text(label: str) -> str:
+    """A model of suites' results, as people call it."""
+    return "base model" if label == BASE else label.replace("-", " ")
+
+
+def finding_texts(found: Finding | None) -> tuple[str, str]:
+    """Score with its interval; difference from the base model with its own."""
+    if found is None or found.score is None:
+        return "", ""
+    compared = comparison_text(found.comparison) if found.comparison else ""
+    return value_text(found.score) + ("" if found.whole else " (not all chunks)"), compared
+
+
+def hover_text(
+    label: str, scorecard: Scorecard, plan: Plan | None = None, more: Sequence[str] = ()
+) -> str:
+    """What a point says when pointed at, escaped: scores, `more`, the plan."""
     lines = [f"<b>{html.escape(label)}</b>"]
     lines += [html.escape(f"{s.name} {value_text(s)} {counts_text(s)}") for s in scorecard.scores]
+    lines += [html.escape(text) for text in more]
     if plan is not None:
         where = f" {number_text(plan.direction_layer)}" if plan.scope == "global" else ""
         lines.append(f"direction {plan.scope}{where}, norm {plan.norm}")

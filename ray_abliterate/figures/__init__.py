@@ -1,0 +1,1 @@
+"""The figures of the report, as plain plotly dictionaries. No model, no HTML."""

@@ -1,0 +1,54 @@
+"""What was exported into a run's own folder, and what its files scored when they were reloaded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_abliterate.report_data import Figure
+from ray_abliterate.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Export:
+    """One folder below `RUN/exports` that was verified.
+
+    Attributes:
+        name: The folder's.
+        kind: `merged model` or `adapter`.
+        scores: For each score: name, value in the trial, value reloaded, whether it is within what
+            is allowed.
+        reasons: Why the two may differ.
+    """
+
+    name: str
+    kind: str
+    scores: tuple[Figure, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Every score is the trial's."""
+        return bool(self.scores) and all(score["within"] for score in self.scores)
+
+
+def exports(directory: RunDirectory) -> tuple[Export, ...]:
+    """All verified exports in the run directory; folders elsewhere are not known to it."""
+    files = sorted((directory.path / "exports").glob("*/verification.json"))
+    return tuple(_export(file) for file in files)
+
+
+def _export(file: Path) -> Export:
+    adapter = (file.parent / "adapter_config.json").exists()
+    kind = "adapter" if adapter else "merged model"
+    try:
+        values = json.loads(file.read_text("utf-8"))
+        scores = tuple(_score(score) for score in values["scores"])
+        reasons = tuple(str(reason) for reason in values["reasons"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Export(file.parent.name, kind, (), (f"{file.name} can't be read: {error}",))
+    return Export(file.parent.name, kind, scores, reasons)
+
+
+def _score(score: Figure) -> Figure:
+    values = {key: float(score[key]) for key in ("trial", "reloaded")}
+    return {"name": str(score["name"]), "within": score["within"] is True, **values}

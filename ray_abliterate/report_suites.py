@@ -1,0 +1,72 @@
+"""What suites found of a run's models, read for the report."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ray_abliterate.errors import RayAbliterateError, ScoreError
+from ray_abliterate.frontier import Trial
+from ray_abliterate.measurements import Finding, Measurements, label
+from ray_abliterate.recipe import SuiteFile
+from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.scoring import Score
+from ray_abliterate.suites import Suite, SuiteChunk, build
+
+Curve = tuple[tuple[int, Score], ...]
+"""A suite's main score after so many items, in the order in which they were measured."""
+
+
+@dataclass(frozen=True)
+class SuiteResults:
+    """All that suites found.
+
+    Attributes:
+        names: Of the suites, in order.
+        findings: By model (`base`, `trial-17`), then suite; only what is measured.
+        curves: By suite, then model; of suites that score something.
+        problem: Why there is nothing, if something was there that can't be read.
+    """
+
+    names: tuple[str, ...] = ()
+    findings: Mapping[str, Mapping[str, Finding]] = field(default_factory=dict)
+    curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
+    problem: str = ""
+
+    @classmethod
+    def read(cls, directory: RunDirectory) -> "SuiteResults":
+        """What the run directory holds; the report is made without it if it can't be read."""
+        try:
+            settings = SuiteFile.of(directory.environment.get("suites", ()))
+            suites, kept = build(settings, directory.base), directory.measurements(settings)
+            findings = {model: _findings(kept, model, suites) for model in kept.labels}
+            curves = {suite.name: _curves(kept, suite) for suite in suites}
+        except (RayAbliterateError, ValueError) as error:
+            return cls(problem=f"What suites found can't be read, and is left out: {error}")
+        scored = {name: found for name, found in curves.items() if found}
+        return cls(tuple(suite.name for suite in suites), findings, scored)
+
+    def of(self, trial: Trial | None) -> Mapping[str, Finding]:
+        """What was found of a trial, or of the base model; by suite."""
+        return self.findings.get(label(trial.number if trial else None), {})
+
+
+def _findings(kept: Measurements, model: str, suites: Sequence[Suite]) -> dict[str, Finding]:
+    found = {suite.name: kept.finding(model, suite) for suite in suites}
+    return {name: finding for name, finding in found.items() if finding is not None}
+
+
+def _curves(kept: Measurements, suite: Suite) -> dict[str, Curve]:
+    found = {model: _curve(suite, kept.of(model, suite.name).chunks) for model in kept.labels}
+    return {model: curve for model, curve in found.items() if curve}
+
+
+def _curve(suite: Suite, chunks: Sequence[SuiteChunk]) -> Curve:
+    """After 1, 2, 4, … chunks and after all, so that it costs little more than the last point."""
+    stops = [2**power for power in range(len(chunks).bit_length())]
+    points = []
+    for stop in dict.fromkeys([*stops, len(chunks)] if chunks else []):
+        with suppress(ScoreError):  # nothing is known of the first few items
+            scores = suite.summary(chunks[:stop])
+            items = sum(len(chunk.items) for chunk in chunks[:stop])
+            points += [(items, score) for score in scores[:1]]
+    return tuple(points)

@@ -1,0 +1,39 @@
+"""A picture of a page on this disk, such as a run's report, taken in headless Chromium.
+
+python scripts/screenshot.py runs/my/report.html report.png --width 1280 --height 900
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ray_abliterate.testing.browser import chromium, opened
+
+
+def main() -> None:
+    """Take the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--width", type=int, default=1280, help="CSS pixels")
+    parser.add_argument("--height", type=int, default=900, help="CSS pixels")
+    parser.add_argument("--dark", action="store_true", help="as where dark is preferred")
+    parser.add_argument("--touch", action="store_true", help="as on a phone")
+    parser.add_argument("--whole", action="store_true", help="the page to its end")
+    parser.add_argument("--part", help="id of the part to scroll to")
+    args = parser.parse_args()
+    program = chromium()
+    if program is None:
+        sys.exit("no Chromium is installed")
+    with opened(program) as browser:
+        browser.look(args.width, args.height, args.dark, args.touch)
+        browser.open(args.page)
+        if args.part:
+            browser.run(f"document.getElementById({args.part!r}).scrollIntoView()")
+        args.picture.write_bytes(browser.picture(args.whole))
+        for complaint in browser.complaints:
+            print(complaint, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
