@@ -24,7 +24,7 @@ from ray_abliterate.cluster.store import ObjectStore
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import Evaluation
 from ray_abliterate.prompts import PromptSet
-from ray_abliterate.recipe import ModelSettings, Recipe
+from ray_abliterate.recipe import ModelSettings, Recipe, RefusalJudge
 
 NEWS_SECONDS = 1.0
 """How often the driver hears from the pool if nothing happens."""
@@ -57,7 +57,11 @@ class ReplicaPool:
         on_event: OnEvent = lambda event: None,
     ) -> contextlib.AbstractContextManager["ReplicaPool"]:
         """A pool of real replicas, see `of`; the evaluation's own find room beside them."""
-        args = _args(recipe.model, "ray_abliterate.replica:Replica", recipe, source, prompts)
+        judges = [s for s in recipe.scorers if isinstance(s, RefusalJudge)]
+        keys = [judge.key_variable for judge in judges if judge.key_variable]
+        args = _args(
+            recipe.model, "ray_abliterate.replica:Replica", (recipe, source, prompts), keys
+        )
         share = partial(left_by, recipe.evaluators) if recipe.evaluation.replicas else tuple
         hosting = Hosting(ReplicaHost, args, recipe.model, patient=not ours(), share=share)
         search = recipe.search
@@ -68,7 +72,7 @@ class ReplicaPool:
         cls, settings: ModelSettings, source: str, on_event: OnEvent = lambda event: None
     ) -> contextlib.AbstractContextManager["ReplicaPool"]:
         """A pool of a model of no run, see `of`; its replicas are `BareReplica`s."""
-        args = _args(settings, "ray_abliterate.bare:BareReplica", settings, source)
+        args = _args(settings, "ray_abliterate.bare:BareReplica", (settings, source))
         return cls.of(Hosting(ReplicaHost, args, settings, not ours()), on_event=on_event)
 
     def evaluators(
@@ -80,7 +84,7 @@ class ReplicaPool:
         """
         settings = recipe.evaluators
         own = recipe.model_copy(update={"model": settings})
-        args = _args(settings, "ray_abliterate.replica:Replica", own, source, {})
+        args = _args(settings, "ray_abliterate.replica:Replica", (own, source, {}))
         hosting = Hosting(
             ReplicaHost, args, settings, not ours(), "evaluation", offered, self.actor
         )
@@ -250,6 +254,8 @@ class ReplicaPool:
         )
 
 
-def _args(settings: ModelSettings, kind: str, *args: Any) -> tuple[Any, ...]:
-    """Of a `ReplicaHost`, after its place."""
-    return settings.name, drivers_secrets(), kind, args
+def _args(
+    settings: ModelSettings, kind: str, args: tuple[Any, ...], keys: Iterable[str] = ()
+) -> tuple[Any, ...]:
+    """Of a `ReplicaHost`, after its place; `keys` are variables whose values it needs."""
+    return settings.name, drivers_secrets(keys), kind, args

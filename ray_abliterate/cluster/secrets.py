@@ -1,4 +1,4 @@
-"""The driver's Hub token, carried to replicas on other nodes; knows nothing of what reads it there.
+"""The driver's Hub token and judges' keys, carried to replicas on other nodes.
 
 On a cluster that was joined, replicas have the environment of their node, not the driver's. A Ray
 runtime environment would carry the token, and show it: in the dashboard, in `ray list`, in logs.
@@ -7,7 +7,7 @@ object reference: objects can be spilled to disk.
 """
 
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 HUB_TOKEN = "HF_TOKEN"
@@ -36,13 +36,16 @@ class Secrets:
         environment.update(self._values)
 
 
-def drivers_secrets() -> Secrets:
+def drivers_secrets(variables: Iterable[str] = ()) -> Secrets:
     """What a replica needs of this process to read a gated model: its Hub token, if it has one.
 
     Found as the Hub's own library finds it, in the environment or the file that `hf auth login`
-    writes. Nothing else of the environment travels.
+    writes. Nothing else of the environment travels but what is named.
+
+    Args:
+        variables: Names of environment variables that hold keys; one that is not set is left out.
     """
     from huggingface_hub import get_token
 
-    token = get_token()
-    return Secrets({HUB_TOKEN: token} if token else None)
+    found = {HUB_TOKEN: get_token(), **{name: os.environ.get(name) for name in variables}}
+    return Secrets({name: value for name, value in found.items() if value})

@@ -112,6 +112,9 @@ def test_only_the_hub_token_travels_wherever_the_hub_library_finds_it(
     (tmp_path / "token").write_text("hf_of_the_file\n")
     drivers_secrets().hand_over(carried)
     assert carried == {"HF_TOKEN": "hf_of_the_file"}
+    monkeypatch.setenv("JUDGE_KEY", "of a judge")
+    drivers_secrets(["JUDGE_KEY", "NOT_SET"]).hand_over(carried)
+    assert carried == {"HF_TOKEN": "hf_of_the_file", "JUDGE_KEY": "of a judge"}
 
 
 def test_a_joined_clusters_replicas_get_the_drivers_token_and_nobody_sees_it(
