@@ -128,9 +128,10 @@ def _read(
     wanted = None if route.chunks is None else route.chunks * len(subjects)
     for number, result in pool.streams("read", len(pieces), arguments):
         name = pieces[number][0].name
-        if result.index not in found[name]:
-            found[name][result.index] = result
-            keep(name, result)
+        if result.index in found[name]:
+            continue
+        found[name][result.index] = result
+        keep(name, result)
         done = sum(len(own) for own in found.values())
         watch.step(done, wanted or done)
 

@@ -3,7 +3,7 @@
 import contextlib
 import secrets
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -212,7 +212,7 @@ class ReplicaPool:
         """Call a method that yields so many times, as many at once as there are replicas.
 
         A replica is at most a few items ahead of who takes them here. A call whose replica dies is
-        made again, with arguments that may say what has come of it.
+        made again, with arguments that say what has come of it; once, if they have not changed.
 
         Args:
             method: Of the replicas; a generator.
@@ -223,11 +223,16 @@ class ReplicaPool:
         Yields:
             Number of the call, and an item.
         """
-        left, running, deaths = deque(range(count)), list[tuple[Any, int]](), Counter[int]()
+        left, running = deque(range(count)), list[tuple[Any, int]]()
+        tried: dict[int, tuple[Any, ...]] = {}
+        again: set[int] = set()
         while go_on() and (left or running):
             while left and len(running) < max(self.replicas, 1):
                 number = left.popleft()
-                items = self._stream.remote(method, list(arguments(number)))
+                args = arguments(number)
+                (again.add if tried.get(number) == args else again.discard)(number)
+                tried[number] = args
+                items = self._stream.remote(method, list(args))
                 running.append((items, number))
             ready, _ = ray.wait(
                 [items for items, _ in running], timeout=NEWS_SECONDS, fetch_local=False
@@ -236,13 +241,11 @@ class ReplicaPool:
                 number = next(n for known, n in running if known is items)
                 try:
                     yield number, unwrap(next(items))
-                    deaths[number] = 0
                     continue
                 except StopIteration:
                     pass
                 except ReplicaDied:
-                    deaths[number] += 1
-                    if deaths[number] == 2:
+                    if number in again:
                         raise
                     left.appendleft(number)
                 running = [(known, n) for known, n in running if known is not items]

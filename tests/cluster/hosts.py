@@ -5,7 +5,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,21 @@ class Host(Callee):
         peak = plan.profiles[0][1].peak
         scores = (Score("rate", 2 - peak, 0, 2), Score("kl", peak, 0, 2))
         return Evaluation(Scorecard(scores), self.seconds)
+
+
+class CountingHost(Host):
+    """Yields numbers."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        return self._count(*args) if method == "count" else super().call(method, *args)
+
+    def _count(self, first: int, stop: int, dies_at: int) -> Iterator[int]:
+        """Numbers; where it comes to one number it dies, unless it began there."""
+        for number in range(first, stop):
+            if number == dies_at and (number != first or not number):
+                time.sleep(0.5)  # what was yielded is on its way
+                os._exit(1)
+            yield number
 
 
 class JitteryHost(Host):

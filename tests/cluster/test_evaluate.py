@@ -226,19 +226,16 @@ def test_a_reader_that_is_killed_costs_what_it_read_last(
             )
     assert found["calm"].totals["base"].nats == found["killed"].totals["base"].nats
     assert found["calm"].totals["base"].chunks == len(found["killed"].chunks["base"])
-    assert [e["event"] for e in events].count("replica-lost") == 1
+    assert "replica-lost" in [event["event"] for event in events]
     lines = (tmp_path / "killed" / "base.chunks.jsonl").read_text().splitlines()
     assert len(lines) == len(found["killed"].chunks["base"])
 
 
 class KillingAReader(Unwatched):
-    """Kills a replica that reads, once some chunks are read."""
+    """Kills all replicas once some chunks are read."""
 
     def step(self, done: int, total: int) -> None:
         if done == 12:
-            hosts = [
-                process
-                for process in psutil.process_iter(["cmdline", "cpu_times"])
-                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaHost.stream")
-            ]
-            hosts[0].kill()
+            for process in psutil.process_iter(["cmdline"]):
+                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaHost"):
+                    process.kill()

@@ -19,7 +19,7 @@ from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ModelError, ScoreError, SearchError
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.recipe import ModelSettings, Recipe
-from tests.cluster.hosts import SHAPE, SharingHost, StoppableHost, pool_of
+from tests.cluster.hosts import SHAPE, CountingHost, SharingHost, StoppableHost, pool_of
 
 PLAN = Plan.uniform(ModelShape(8, 32, ("attn",)), 3.0, "none")
 
@@ -187,3 +187,13 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_error(recipe: Recipe, tmp_pa
         ReplicaPool.start(recipe, str(tmp_path), {}),
     ):
         pass
+
+
+def test_what_a_replica_yields_comes_on_from_another_but_not_without_end(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path, 2, kind=CountingHost)
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    for number, item in pool.streams("count", 2, lambda n: (len(seen[n]), 6, 3 if n else 99)):
+        seen[number].append(item)
+    assert seen == {0: list(range(6)), 1: list(range(6))}  # the second's dies before item 3
+    with pytest.raises(SearchError, match="its process died, twice over the same piece"):
+        list(pool.streams("count", 1, lambda n: (0, 6, 0)))
