@@ -13,11 +13,7 @@ from ray_abliterate.directions import Directions, best_layer, compute, from_sums
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import Residuals
 from ray_abliterate.shards import Projected, ResidualShard, projected, sums_of
-from ray_abliterate.testing.directions import DirectionMethodContract, planted_residuals
-
-
-class TestMeanDifference(DirectionMethodContract):
-    method = "mean-difference"
+from ray_abliterate.testing.directions import planted_residuals
 
 
 def test_the_neutral_mean_is_projected_out() -> None:

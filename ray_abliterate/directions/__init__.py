@@ -1,0 +1,26 @@
+"""Directions of a behaviour in the residual stream: the value, how it is found, how well it does.
+
+Pure mathematics on residuals; knows nothing about models. The methods are in `methods`.
+"""
+
+from ray_abliterate.directions.finding import (
+    compute,
+    from_layers,
+    from_sums,
+    need_of,
+    refuse_unknown,
+)
+from ray_abliterate.directions.separation import best_layer, separation
+from ray_abliterate.directions.value import Blend, Directions
+
+__all__ = [
+    "Blend",
+    "Directions",
+    "best_layer",
+    "compute",
+    "from_layers",
+    "from_sums",
+    "need_of",
+    "refuse_unknown",
+    "separation",
+]

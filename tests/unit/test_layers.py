@@ -1,0 +1,157 @@
+"""Shards of a run, reduced to what a method needs, one layer at a time; without Ray.
+
+The pool here is this process: it hands out real shards, and its store works on them directly.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from ray_abliterate.cluster.shards import Extraction, Shards
+from ray_abliterate.directions import compute
+from ray_abliterate.errors import SearchError
+from ray_abliterate.evaluation import ModelFacts
+from ray_abliterate.grid import Tuning
+from ray_abliterate.plan import ModelShape
+from ray_abliterate.progress import Unwatched
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import DirectionSettings
+from ray_abliterate.residuals import Residuals
+from ray_abliterate.shard_files import ShardFiles
+from ray_abliterate.shards import ResidualShard
+from ray_abliterate.testing.directions import assert_same, planted_residuals
+
+ROWS = 4
+LAYERS = 3
+
+
+@dataclass
+class Store:
+    """References are the values; parts come back in the other order, and some are lost at first."""
+
+    lose: int = 0
+    parts: list[Any] = field(default_factory=list)
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def fetch(self, reference: Any) -> Any:
+        return reference
+
+    def each(self, function: Any, references: Any, *args: Any) -> Iterator[tuple[Any, Any]]:
+        for key, value in reversed(references.items()):
+            if self.lose > 0:
+                self.lose -= 1
+                yield key, None
+                continue
+            part = function(value, *args)
+            self.parts.append((function.__name__, *args[:1]))
+            yield key, part
+
+
+class Pool:
+    """Makes the shards of two sets of residuals."""
+
+    def __init__(self, sets: dict[str, Residuals], store: Store) -> None:
+        self.sets, self.store, self.calls = sets, store, 0
+        hidden = sets["behaviour"].values.shape[2]
+        self.facts = ModelFacts(
+            ModelShape(LAYERS, hidden, ("mlp",)), 2, 10, 40, 10, "float32", "cpu", "llama", "r1"
+        )
+
+    def map_by_reference(self, method: str, calls: Any) -> Iterator[tuple[int, Any]]:
+        for index, (name, first, prompts, *_) in enumerate(calls):
+            assert method == "residuals"
+            self.calls += 1
+            values = self.sets[name].values[first : first + len(prompts)].numpy()
+            yield index, ResidualShard.of(name, first, values).batch
+
+
+def opened(prompts: int, hidden: int, lose: int = 0) -> tuple[Shards, Pool, list[Residuals]]:
+    sets = planted_residuals(seed=2, prompts=prompts, layers=LAYERS, hidden=hidden)[:2]
+    both = [Residuals(s.values[:prompts], name) for s, name in zip(sets, "bn", strict=True)]
+    pool = Pool({"behaviour": both[0], "neutral": both[1]}, Store())
+    names = [
+        PromptSet.of(name, *(f"{name} {i}" for i in range(prompts)))
+        for name in ("behaviour", "neutral")
+    ]
+    tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
+    files = ShardFiles(None, None, pytest.fail)
+    shards = Shards(pool, files, Extraction(ROWS, (), "float32", tuning), *names)
+    shards.extract(Unwatched())
+    pool.store.lose = lose
+    return shards, pool, both
+
+
+READS = {
+    "mean-difference": "sums_of",
+    "variance-scaled": "moments_of",
+    "whitened": "rows_of",
+    "svd-subspace": "rows_of",
+    "median-difference": "rows_of",
+    "logistic-probe": "rows_of",
+    "tests.unit.own_methods:trimmed_difference": "rows_of",
+}
+
+
+@pytest.mark.parametrize("method", sorted(READS))
+@pytest.mark.parametrize(("prompts", "hidden"), [(18, 8), (10, 40)])
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+def test_directions_are_those_of_whole_sets_and_no_more_is_read_at_a_time(
+    method: str, prompts: int, hidden: int, quantile: float
+) -> None:
+    shards, pool, both = opened(prompts, hidden)
+    settings = DirectionSettings(method=method, winsorize_quantile=quantile)
+    assert_same(shards.directions(settings), compute(*both, settings), 1e-6)
+    name = READS[method]
+    assert {part[0] for part in pool.store.parts} == {name}
+    if name == "rows_of":  # a layer of both sets after the other
+        of_layers = [part[1] for part in pool.store.parts]
+        assert of_layers == sorted(of_layers)
+        assert set(of_layers) == set(range(LAYERS))
+
+
+def test_how_second_moments_are_kept_is_said() -> None:
+    whitened = DirectionSettings(method="whitened")
+    many = opened(18, 8)[0].directions(whitened).origin["statistics"]
+    few = opened(10, 40)[0].directions(whitened).origin["statistics"]
+    assert "as covariances of 8 units (36 prompts are no fewer)" in many
+    assert "in the span of the residuals (20 prompts are fewer than 40 units)" in few
+    probe = opened(10, 8)[0].directions(DirectionSettings(method="inlp"))
+    assert probe.origin["statistics"] == "layer by layer from all residuals"
+    assert "statistics" not in opened(10, 8)[0].directions(DirectionSettings()).origin
+
+
+@pytest.mark.parametrize("method", ["mean-difference", "whitened", "median-difference"])
+def test_parts_that_are_lost_are_made_again_and_change_no_bit(method: str) -> None:
+    settings = DirectionSettings(method=method)
+    expected = opened(18, 8)[0].directions(settings).vectors
+    shards, pool, _ = opened(18, 8, lose=3)
+    before = pool.calls
+    assert torch.equal(shards.directions(settings).vectors, expected)
+    assert pool.calls == before + 3
+    with pytest.raises(SearchError, match=r"lost 3 times.*behaviour"):
+        opened(18, 8, lose=100)[0].directions(settings)
+
+
+def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of them are there at once: it is what makes memory independent of prompts."""
+    from ray_abliterate.statistics import moments
+
+    waiting = []
+    plain = moments.Pairs.__add__
+
+    def watched(self: Any, part: Any) -> Any:
+        total = plain(self, part)
+        waiting.append(sum(map(len, total.waiting.parts)))
+        return total
+
+    monkeypatch.setattr(moments, "TAKEN_AT_ONCE", 8)
+    monkeypatch.setattr(moments.Pairs, "__add__", watched)
+    shards, _, both = opened(50, 8)
+    settings = DirectionSettings(method="whitened")
+    assert_same(shards.directions(settings), compute(*both, settings), 1e-6)
+    assert max(waiting) < 8
