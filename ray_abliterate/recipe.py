@@ -221,6 +221,9 @@ class SpaceSettings(Section):
     """One direction for all layers, or each layer's own."""
     direction_layer: Interval = (0.4, 0.9)
     """Where the global direction is taken."""
+    source_offset: Interval | None = None
+    """With `per-layer`: how far above its own layer (below, if negative) each layer's direction is
+    taken, as `[-0.1, 0.1]`; its own if unset."""
     peak: Interval = (0.8, 1.5)
     """Largest strength. Below 0 switches the component off."""
     peak_layer: Interval = (0.6, 1.0)
@@ -263,6 +266,17 @@ class SpaceSettings(Section):
                 raise ValueError(f"{name} = [{low}, {high}] is a fraction and ends at 1")
         if not self.scope:
             raise ValueError("scope must hold `global`, `per-layer` or both")
+        return self
+
+    @model_validator(mode="after")
+    def _offset_has_a_use(self) -> "SpaceSettings":
+        low, high = self.source_offset or (0.0, 0.0)
+        if not -1 <= low <= high <= 1:
+            raise ValueError(
+                f"source_offset = [{low}, {high}] must run from low to high, inside [-1, 1]"
+            )
+        if self.source_offset is not None and "per-layer" not in self.scope:
+            raise ValueError("source_offset is for `per-layer`, which scope leaves out")
         return self
 
 

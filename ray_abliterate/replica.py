@@ -57,7 +57,7 @@ class Setup:
     @property
     def key(self) -> str:
         """Content key."""
-        vectors = self.directions.vectors.numpy().tobytes()
+        vectors = self.directions.rows.numpy().tobytes()
         rest = repr((self.response_prefix, self.tuning)).encode()
         return hashlib.sha256(vectors + rest).hexdigest()
 

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 
 from ray_abliterate import ablation
 from ray_abliterate.architecture import Writer, oriented, post_norm_gain
-from ray_abliterate.directions import Directions
+from ray_abliterate.directions import Blend, Directions
 from ray_abliterate.errors import ModelError
 from ray_abliterate.plan import Plan
 from ray_abliterate.recipe import Norm
@@ -188,20 +188,16 @@ class WeightCache:
     def _edits(self, plan: Plan, directions: Directions) -> Iterator[tuple[_Target, ablation.Edit]]:
         layers = directions.layers
         self._use(directions)
-        shared = directions.blend(min(plan.direction_layer, layers - 1.0))
         strengths = {component: plan.strengths(component, layers) for component, _ in plan.profiles}
         for target in self._targets:
             writer = target.writer
             strength = strengths.get(writer.component, (0.0,) * layers)[writer.layer]
-            blend = shared if plan.scope == "global" else ((writer.layer, 1.0),)
-            if strength != 0 and all(directions.usable[row] for row, _ in blend):
-                yield target, self._edit(target, plan.norm, blend, strength)
+            if strength != 0 and (blends := directions.used(plan, writer.layer)):
+                yield target, self._edit(target, plan.norm, blends, strength)
 
     def _use(self, directions: Directions) -> None:
         """Forget the products of other directions."""
-        if self._directions is not None and torch.equal(
-            self._directions.vectors, directions.vectors
-        ):
+        if self._directions is not None and torch.equal(self._directions.rows, directions.rows):
             return
         for target in self._targets:
             if target.writer.layer >= directions.layers:
@@ -219,23 +215,23 @@ class WeightCache:
                 self._kept.add(target.writer.parameter)
 
     def _edit(
-        self, target: _Target, norm: Norm, blend: tuple[tuple[int, float], ...], strength: float
+        self, target: _Target, norm: Norm, blends: tuple[Blend, ...], strength: float
     ) -> ablation.Edit:
         key = (norm, target.writer.parameter)
         if target.writer.parameter not in self._kept:
-            rows = [row for row, _ in blend]
+            rows = list(dict.fromkeys(row for blend in blends for row, _ in blend))
             some = ablation.project(self._pristine(target), self._rows_of(target)[rows], norm)
-            moved = tuple((i, weight) for i, (_, weight) in enumerate(blend))
-            return ablation.edit(some, moved, strength)
+            moved = [tuple((rows.index(row), weight) for row, weight in b) for b in blends]
+            return ablation.edit(some, moved[0], strength, moved[1:])
         if key not in self._projections:
             full = ablation.project(self._pristine(target), self._rows_of(target), norm)
             self._projections[key] = full
-        return ablation.edit(self._projections[key], blend, strength)
+        return ablation.edit(self._projections[key], blends[0], strength, blends[1:])
 
     def _rows_of(self, target: _Target) -> Tensor:
         """All directions as this writer sees them: pulled back through the norm after it."""
         assert self._directions is not None
-        vectors = self._directions.vectors.to(target.weight.device)
+        vectors = self._directions.rows.to(target.weight.device)
         return vectors if target.gain is None else vectors * target.gain.to(vectors.device)
 
     @staticmethod
@@ -246,7 +242,7 @@ class WeightCache:
         """Bytes of a writer's products, in the largest mode."""
         assert self._directions is not None
         experts, hidden, fan_in = oriented(target.pristine, target.writer).shape
-        return 4 * self._directions.layers * experts * (fan_in + hidden)
+        return 4 * len(self._directions.rows) * experts * (fan_in + hidden)
 
 
 def _target(

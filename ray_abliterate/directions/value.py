@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ray_abliterate.plan import Plan
 from ray_abliterate.residuals import LayerVectors
 
 Blend = tuple[tuple[int, float], ...]
@@ -80,7 +81,7 @@ class Directions:
         lead = self.vectors[:, None]
         return lead if self.further is None else torch.cat([lead, self.further], dim=1)
 
-    @property
+    @cached_property
     def rows(self) -> Float[Tensor, "row hidden"]:
         """All that blends are made of: the first directions, the further ones, what is spared."""
         parts = [self.vectors]
@@ -119,6 +120,15 @@ class Directions:
             cosine, weight_b = -cosine, -weight_b
         norm = math.sqrt(weight_a**2 + weight_b**2 + 2 * weight_a * abs(weight_b) * cosine)
         return (a, weight_a / norm), (b, weight_b / norm)
+
+    def used(self, plan: Plan, layer: int) -> tuple[Blend, ...]:
+        """Blends of the directions that a plan takes out of a layer's writers; none, maybe."""
+        last = self.layers - 1.0
+        if plan.scope == "global":
+            return self.blends(min(plan.direction_layer, last), layer)
+        if plan.source_offset is None:
+            return self.blends(float(layer), layer) if self.usable[layer] else ()
+        return self.blends(min(max(layer + plan.source_offset, 0.0), last), layer)
 
     def blends(self, layer: float, target: int | None = None) -> tuple[Blend, ...]:
         """Rows and weights of all directions at a (fractional) layer, as `rows` numbers them.
