@@ -14,7 +14,9 @@ from statistics import median
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "reliability.md", DOCS / "evaluation.md")
+PAGES = tuple(
+    DOCS / f"{name}.md" for name in ("performance", "reliability", "evaluation", "directions")
+)
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ABSENT = ["Not measured yet."]
@@ -512,6 +514,45 @@ def logits_table(figures: dict[str, Any]) -> list[str]:
     return table(head, rows)
 
 
+def statistics_table(figures: dict[str, Any]) -> list[str]:
+    """Peak memory and time of each statistic, by the number of prompts."""
+    found = {(row["statistic"], row["prompts"]): row for row in figures["measured"]}
+    sizes = sorted({prompts for _, prompts in found})
+    names = {
+        "sums": "count and mean, all layers",
+        "variances": "and variances, all layers",
+        "quantiles": "quantiles of magnitudes, all layers",
+        "covariance": "covariance, one layer",
+        "residuals": "residuals themselves, one layer",
+    }
+
+    def cell(row: dict[str, float]) -> str:
+        return f"{row['added_bytes'] / 1e6:,.0f} MB, {row['seconds']:.2f} s"
+
+    rows = [
+        (name, *(cell(found[kind, size]) if (kind, size) in found else "–" for size in sizes))
+        for kind, name in names.items()
+    ]
+    return table(("statistic", *(f"{size:,} prompts" for size in sizes)), rows)
+
+
+def methods_table(figures: dict[str, Any]) -> list[str]:
+    """Seconds of each method by size, and what it finds at the last size."""
+    found = {(row["method"], row["prompts"], row["hidden"]): row for row in figures["measured"]}
+    sizes = list(dict.fromkeys((prompts, hidden) for _, prompts, hidden in found))
+    rows = [
+        (
+            f"`{name}`",
+            *(f"{found[name, *size]['seconds']:.2f}" for size in sizes),
+            f"{found[name, *sizes[-1]]['cosine']:.2f}",
+            f"{found[name, *sizes[-1]]['cosine_outliers']:.2f}",
+        )
+        for name in dict.fromkeys(name for name, _, _ in found)
+    ]
+    seconds = (f"s a layer, 2 × {prompts:,} prompts × {hidden:,}" for prompts, hidden in sizes)
+    return table(("method", *seconds, "cosine", "with outliers"), rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -531,6 +572,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "exactness": ("streaming", exactness_table),
     "logits": ("streaming", logits_table),
     "efficiency": ("scaling-efficiency", efficiency_table),
+    "statistics": ("statistics", statistics_table),
+    "methods": ("methods", methods_table),
 }
 
 

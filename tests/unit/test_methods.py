@@ -85,12 +85,10 @@ class TestSvdSubspace(DirectionMethodContract):
 
 class TestLogisticProbe(DirectionMethodContract):
     method = "logistic-probe"
-    bears_outliers = False  # the scale is a variance
 
 
 class TestInlp(DirectionMethodContract):
     method = "inlp"
-    bears_outliers = False
 
 
 class TestLeace(DirectionMethodContract):
