@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import Residuals
 from ray_abliterate.shard_files import ShardFiles
 from ray_abliterate.shards import ResidualShard
+from ray_abliterate.statistics.moments import rows_of
 from ray_abliterate.testing.directions import assert_same, planted_residuals
 
 ROWS = 4
@@ -33,6 +35,7 @@ class Store:
     """References are the values; parts come back in the other order, and some are lost at first."""
 
     lose: int = 0
+    backwards: bool = True
     parts: list[Any] = field(default_factory=list)
 
     def put(self, value: Any) -> Any:
@@ -42,7 +45,8 @@ class Store:
         return reference
 
     def each(self, function: Any, references: Any, *args: Any) -> Iterator[tuple[Any, Any]]:
-        for key, value in reversed(references.items()):
+        items = list(references.items())
+        for key, value in reversed(items) if self.backwards else items:
             if self.lose > 0:
                 self.lose -= 1
                 yield key, None
@@ -135,6 +139,18 @@ def test_parts_that_are_lost_are_made_again_and_change_no_bit(method: str) -> No
     assert pool.calls == before + 3
     with pytest.raises(SearchError, match=r"lost 3 times.*behaviour"):
         opened(18, 8, lose=100)[0].directions(settings)
+
+
+def test_parts_are_added_in_the_order_of_the_shards_in_whatever_order_they_come() -> None:
+    totals, rows = [], []
+    for backwards in (True, False):
+        shards, pool, both = opened(50, 8)
+        pool.store.backwards = backwards
+        totals.append(shards.sums("behaviour", 0.9).totals.tobytes())
+        rows.append(shards._reduced("neutral", rows_of, 1).values)
+    assert totals[0] == totals[1]
+    for found in rows:
+        assert numpy.array_equal(found, both[1].values[:, 1].numpy())
 
 
 def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
