@@ -193,7 +193,7 @@ def _raw(layer: Layer, settings: DirectionSettings) -> Rows:
     first one. The sum is as long as the first member's vector, for whatever compares lengths.
     """
     first, *more = (
-        (weight, layer.find(function, **options))
+        (weight, _sized(layer.find(function, **options), layer))
         for _, weight, function, options in members_of(settings)
     )
     if settings.method != "ensemble":
@@ -205,6 +205,18 @@ def _raw(layer: Layer, settings: DirectionSettings) -> Rows:
         total = total + weight * unit * (-1.0 if (unit * lead).sum() < 0 else 1.0)
     total *= lead.norm()
     return total
+
+
+def _sized(rows: Rows, layer: Layer) -> Rows:
+    """Rows in a unit of the method's own, which may be small, brought to the stream's.
+
+    So that only what is small beside the residuals, where the sets' means are the same too, counts
+    as rounding.
+    """
+    means = layer.behaviour.mean, layer.neutral.mean
+    least = VANISHING * max(float(mean.norm()) for mean in means)
+    length, gap = float(rows[0].norm()), float((means[0] - means[1]).norm())
+    return rows * (gap / length) if 0 < length <= least < gap else rows
 
 
 def _normed(vectors: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:

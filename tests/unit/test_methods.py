@@ -230,6 +230,24 @@ def test_a_method_that_gives_no_vectors_is_named(function: str, said: str) -> No
         compute(*sets, DirectionSettings(method=f"{OWN}:{function}"))
 
 
+def test_the_length_of_a_methods_vector_does_not_matter() -> None:
+    """Unless there is nothing that it could be of: the sets are the same."""
+    behaviour, neutral, _ = planted_residuals(seed=0)
+    one, other = Residuals(1000 * behaviour.values), Residuals(1000 * neutral.values)
+    faint = DirectionSettings(method=f"{__name__}:faint")
+    expected = compute(one, other, DirectionSettings()).vectors
+    torch.testing.assert_close(compute(one, other, faint).vectors, expected)
+    with pytest.raises(ValueError, match="no layer has a direction"):
+        compute(one, one, faint)
+
+
+@needs("means")
+def faint(behaviour: methods.Means, neutral: methods.Means) -> torch.Tensor:
+    """The difference in units of its own, with some rounding."""
+    rounding = 1e-20 * torch.ones_like(neutral.mean)
+    return 1e-12 * (behaviour.mean - neutral.mean) + rounding
+
+
 # In the span of the residuals
 
 
@@ -278,6 +296,31 @@ def test_what_varies_loudly_in_both_sets_is_not_taken_for_the_direction(
     mean = float(compute(behaviour, neutral, plain).vectors[0] @ planted)
     found = float(compute(behaviour, neutral, own).vectors[0] @ planted)
     assert found > 0.95 > mean
+
+
+@pytest.mark.parametrize("method", ["whitened", "leace", "variance-scaled"])
+def test_discriminants_turn_away_from_a_behaviour_that_varies_in_strength(method: str) -> None:
+    """What tells sets apart need not carry the behaviour; docs/directions.md says so."""
+    random = torch.Generator().manual_seed(3)
+    planted = torch.zeros(24)
+    planted[5] = 1.0
+    shift = torch.zeros(24)
+    shift[9] = 1.0  # a small, steady difference of something else
+
+    def noise() -> torch.Tensor:
+        return 0.05 * torch.randn(200, 1, 24, generator=random)
+
+    strength = 6 + 3 * torch.randn(200, 1, 1, generator=random)
+    sets = Residuals(noise() + strength * planted + 0.5 * shift), Residuals(noise())
+    found = {
+        name: float(
+            compute(*sets, DirectionSettings(method=name, project_out_neutral=False)).vectors[0]
+            @ planted
+        )
+        for name in ("mean-difference", method)
+    }
+    assert found["mean-difference"] > 0.99
+    assert found[method] < 0.9
 
 
 def test_whitening_fully_shrunk_is_the_difference_of_means() -> None:
