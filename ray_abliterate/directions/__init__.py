@@ -10,13 +10,14 @@ from ray_abliterate.directions.finding import (
     need_of,
     refuse_unknown,
 )
-from ray_abliterate.directions.separation import best_layer, separation
+from ray_abliterate.directions.separation import best_layer, best_position, separation
 from ray_abliterate.directions.value import Blend, Directions
 
 __all__ = [
     "Blend",
     "Directions",
     "best_layer",
+    "best_position",
     "compute",
     "from_layers",
     "from_sums",

@@ -187,6 +187,21 @@ class Directions:
         total = torch.stack(parts).sum(dim=0)
         return torch.nn.functional.normalize(total, dim=0).float()
 
+    def part(self, first: int, layers: int, **origin: str) -> "Directions":
+        """Some layers in a row as directions of their own, with more to say of their origin.
+
+        Raises:
+            ValueError: none of them has a direction.
+        """
+        own = slice(first, first + layers)
+        return Directions(
+            self.vectors[own].clone(),
+            self.method,
+            {**self.origin, **origin},
+            None if self.further is None else self.further[own].clone(),
+            None if self.spared is None else self.spared[own].clone(),
+        )
+
     def to_bytes(self) -> bytes:
         """A safetensors file."""
         from safetensors.torch import save
