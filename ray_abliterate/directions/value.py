@@ -22,6 +22,10 @@ VANISHING = 1e-6
 """What is left of a vector below this share of its length is rounding."""
 
 
+class NoDirection(ValueError):
+    """The sets leave the same residuals."""
+
+
 @dataclass(frozen=True)
 class Directions:
     """A unit vector per layer, float32 `"layer hidden"`; zeros where a layer has none.
@@ -49,7 +53,7 @@ class Directions:
             layer = int(wrong.nonzero()[0])
             raise ValueError(f"the direction of layer {layer} has length {norms[layer]:.6f}, not 1")
         if not (norms > 0).any():
-            raise ValueError(
+            raise NoDirection(
                 "no layer has a direction: the two prompt sets leave the same residuals.\n"
                 "  Check that prompts.behaviour and prompts.neutral are different prompts."
             )

@@ -206,6 +206,16 @@ def test_residuals_at_one_position_keep_the_key_that_they_had() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+def test_layers_are_handed_out_one_at_a_time(quantile: float) -> None:
+    shards, pool, both = opened(10, 8)
+    whole = [s.winsorized(quantile).values for s in both]
+    for index, layer in enumerate(shards.layers(quantile)):
+        assert torch.equal(layer.behaviour.values, whole[0][:, index])
+        assert torch.equal(layer.neutral.values, whole[1][:, index])
+        assert {part[1] for part in pool.store.parts} == set(range(index + 1))
+
+
 def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not all of them are there at once: it is what makes memory independent of prompts."""
     from ray_abliterate.statistics import moments
