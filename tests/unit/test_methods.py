@@ -186,6 +186,10 @@ def test_a_section_that_cannot_be_meant_is_refused(settings: dict[str, Any], sai
          "inlp has no option 'k'"),
         ({"method": "no_such_module:f"}, ScoreError, "cannot be imported"),
         ({"method": f"{OWN}:nothing"}, ScoreError, "has no 'nothing'"),
+        ({"method": f"{__name__}:OWN"}, RecipeError, "is no function"),
+        ({"method": "inlp", "options": {"rank": 2.0}}, RecipeError, "inlp: .*float"),
+        ({"method": f"{OWN}:trimmed_difference", "options": {"part": 0.2}}, RecipeError,
+         "has no option 'part'; it has share"),
     ],
 )  # fmt: skip
 def test_what_a_method_lacks_is_said_before_a_model_is_loaded(
@@ -213,8 +217,11 @@ def test_a_methods_own_defaults_are_accepted(name: str) -> None:
 )
 def test_options_out_of_range_are_refused(method: str, options: dict[str, Any], said: str) -> None:
     sets = planted_residuals(seed=0, prompts=5)[:2]
+    settings = DirectionSettings(method=method, options=options)
     with pytest.raises(ValueError, match=said):
-        compute(*sets, DirectionSettings(method=method, options=options))
+        compute(*sets, settings)
+    with pytest.raises(RecipeError, match=f"direction.options: {method}: {said}"):
+        refuse_unknown(settings)
 
 
 @pytest.mark.parametrize(
