@@ -10,6 +10,7 @@ from ray_abliterate.directions.finding import (
     from_sums,
     need_of,
     refuse_unknown,
+    rows_per_layer,
 )
 from ray_abliterate.directions.separation import best_layer, best_position, separation
 from ray_abliterate.directions.value import Blend, Directions, NoDirection
@@ -27,6 +28,7 @@ __all__ = [
     "from_sums",
     "need_of",
     "refuse_unknown",
+    "rows_per_layer",
     "separation",
     "stability",
 ]

@@ -53,8 +53,13 @@ def named(method: str) -> Callable[..., Any]:
 
     Raises:
         ScoreError: there is no such module, or nothing of that name in it.
+        RecipeError: it is no function.
     """
-    return METHODS[method] if method in METHODS else resolve(method)
+    found: Any = METHODS[method] if method in METHODS else resolve(method)
+    if not callable(found):
+        raise RecipeError(f"direction.method: {method} is no function, but {found!r}")
+    function: Callable[..., Any] = found
+    return function
 
 
 def need_of(settings: DirectionSettings) -> Need:
@@ -63,6 +68,19 @@ def need_of(settings: DirectionSettings) -> Need:
     if settings.project_out_components:
         needs.append(demand_of(neutral_components).need)
     return max(needs, key=NEEDS.index)
+
+
+def rows_per_layer(settings: DirectionSettings) -> int:
+    """Vectors that every writer is multiplied with, for each layer: directions, and what is spared.
+
+    A method of several directions is taken to say how many by an option or default called `rank`.
+    """
+    rank = 1
+    if settings.method != "ensemble":
+        ((_, _, function, options),) = members_of(settings)
+        known = inspect.signature(function).parameters
+        rank = int(options.get("rank", known["rank"].default)) if "rank" in known else 1
+    return rank + settings.biproject
 
 
 def refuse_unknown(settings: DirectionSettings) -> None:
@@ -75,7 +93,7 @@ def refuse_unknown(settings: DirectionSettings) -> None:
         RecipeError: a method has no option of that name, or can't do with its value.
     """
     for name, _, function, options in members_of(settings):
-        own = _options_of(name, function)
+        own = _options_of(function)
         for option, value in options.items():
             if own is not None and option not in own:
                 has = f"it has {', '.join(own)}" if own else "it has none"
@@ -85,10 +103,8 @@ def refuse_unknown(settings: DirectionSettings) -> None:
             _try(name, function, options)
 
 
-def _options_of(name: str, function: Any) -> dict[str, Any] | None:
+def _options_of(function: Callable[..., Any]) -> dict[str, Any] | None:
     """Types of a method's options by name; None if it takes any."""
-    if not callable(function):
-        raise RecipeError(f"direction.method: {name} is no function, but {function!r}")
     after = list(inspect.signature(function).parameters.values())[2:]
     if any(one.kind is one.VAR_KEYWORD for one in after):
         return None
