@@ -16,7 +16,8 @@ depends on W and v alone is computed once (`project`); a trial then builds an ed
 Tensors may have a leading expert dimension: `"expert hidden fan_in"`. Knows nothing about models.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -116,6 +117,19 @@ def project(weight: Matrix, rows: Float[Tensor, "row hidden"], norm: Norm) -> Pr
         torch.stack(outer, dim=1) if outer else None,
         torch.stack(norms) if norms else None,
         rows @ rows.T,
+    )
+
+
+def joined(parts: Sequence[Projections]) -> Projections:
+    """The products of a stack of experts, from those of each of them: the same bits."""
+    first = parts[0]
+    outer = [part.outer for part in parts if part.outer is not None]
+    norms = [part.norms for part in parts if part.norms is not None]
+    return replace(
+        first,
+        inner=torch.cat([part.inner for part in parts], dim=1),
+        outer=torch.cat(outer, dim=1) if outer else None,
+        norms=torch.cat(norms) if norms else None,
     )
 
 

@@ -54,32 +54,50 @@ class Verification:
         ]
 
 
-def verify_export(
-    directory: RunDirectory,
-    trial: Trial,
-    prompts: dict[str, PromptSet],
-    source: Path,
-    folder: Path,
-    dtype: torch.dtype,
-    watch: Watch,
-) -> Verification:
-    """Score the written files against the base model, as the search did, and compare."""
-    recipe = directory.recipe
-    scorers = build(recipe.scorers, prompts, recipe.run.record_responses)
-    with watch.stage("base model"):
-        model = _language_model(directory, source)
-        for scorer in scorers:
-            scorer.prepare(model)
-    reasons = tuple(_why_inexact(directory, dtype, model.device))
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    with watch.stage("verification"):
-        model = _language_model(directory, folder)
-        scores = [scorer.score(model) for scorer in scorers]
-    assert trial.scorecard is not None
-    pairs = zip(trial.scorecard.scores, scores, strict=True)
-    return Verification(reasons, tuple(compare(old, new, not reasons) for old, new in pairs))
+@dataclass(frozen=True)
+class Verifier:
+    """Scores written files against the base model, as the search did, and compares.
+
+    Attributes:
+        directory: The run.
+        trial: The trial that was written.
+        prompts: What its scorers score.
+        source: Folder of the base model.
+        dtype: The type that the writers are stored in.
+        watch: Is told what takes a while.
+    """
+
+    directory: RunDirectory
+    trial: Trial
+    prompts: dict[str, PromptSet]
+    source: Path
+    dtype: torch.dtype
+    watch: Watch
+
+    def verify(self, folder: Path) -> Verification:
+        """Reload `folder`, a whole model or an adapter for the base model, and score it.
+
+        Raises:
+            ModelError: it cannot be loaded.
+            ScoreError: it cannot be scored.
+        """
+        recipe = self.directory.recipe
+        scorers = build(recipe.scorers, self.prompts, recipe.run.record_responses)
+        with self.watch.stage("base model"):
+            model = _language_model(self.directory, self.source)
+            for scorer in scorers:
+                scorer.prepare(model)
+        reasons = list(_why_inexact(self.directory, self.dtype, model.device))
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        with self.watch.stage("verification"):
+            model = _language_model(self.directory, folder)
+            scores = [scorer.score(model) for scorer in scorers]
+        assert self.trial.scorecard is not None
+        pairs = zip(self.trial.scorecard.scores, scores, strict=True)
+        compared = tuple(compare(old, new, not reasons) for old, new in pairs)
+        return Verification(tuple(reasons), compared)
 
 
 def compare(trial: Score, reloaded: Score, exact: bool) -> Comparison:

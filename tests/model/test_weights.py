@@ -133,7 +133,7 @@ def test_writers_beyond_the_projection_budget_get_the_same_edit(
     plan, directions = a_plan(writers, "row"), unit_directions(4)
     with WeightCache(model, writers).edited(plan, directions):
         kept = bits(model)
-    monkeypatch.setattr("ray_abliterate.weights.PROJECTION_BUDGET_BYTES", 0)
+    monkeypatch.setattr("ray_abliterate.edits.PROJECTION_BUDGET_BYTES", 0)
     with WeightCache(model, writers).edited(plan, directions):
         anew = bits(model)
     for name, old in kept.items():

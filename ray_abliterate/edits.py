@@ -1,0 +1,134 @@
+"""What plans do to the writers of a model: products with directions, computed once, and edits.
+
+Knows nothing about where weights are: in a model's memory (`weights`), or in files (`exporting`).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ray_abliterate import ablation
+from ray_abliterate.architecture import Writer
+from ray_abliterate.directions import Directions
+from ray_abliterate.errors import ModelError
+from ray_abliterate.plan import Plan
+from ray_abliterate.recipe import Norm
+
+Blend = tuple[tuple[int, float], ...]
+"""Rows of directions, and the weights they are summed with."""
+PROJECTION_BUDGET_BYTES = 2 * 2**30
+"""Products kept per model; writers beyond it (many experts) are multiplied anew in each trial."""
+PROJECTION_BUDGET_BYTES = 2 * 2**30
+"""Products kept per model; writers beyond it (many experts) are multiplied anew in each trial."""
+
+
+class Target(Protocol):
+    """One writer, wherever its weights are."""
+
+    @property
+    def writer(self) -> Writer:
+        """Its place in the model."""
+
+    @property
+    def gain(self) -> Tensor | None:
+        """Effective weight of the norms after it, `"hidden"`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Experts, hidden, fan-in."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its products are computed."""
+
+    def project(self, rows: Tensor, norm: Norm) -> ablation.Projections:
+        """Products of its pristine weights with vectors, as `ablation.project` gives them."""
+
+
+T = TypeVar("T", bound=Target)
+
+
+class Edits(Generic[T]):
+    """What plans do to the writers of one model. Products with directions are computed once."""
+
+    def __init__(self, targets: Sequence[T], remember: bool = True) -> None:
+        """See the class.
+
+        Args:
+            targets: The writers, in the model's order.
+            remember: Keep the products for the next plan, as far as they fit. What an edit comes
+                out as, to the bit, does not depend on it.
+        """
+        self._targets = targets
+        self._remember = remember
+        self._projections: dict[tuple[Norm, str], ablation.Projections] = {}
+        self._kept: set[str] = set()
+        self._directions: Directions | None = None
+
+    def of(self, plan: Plan, directions: Directions) -> Iterator[tuple[T, ablation.Edit]]:
+        """What a plan does to each writer that it does not leave alone."""
+        for target, blend, strength in self.planned(plan, directions):
+            yield target, self.edit(target, plan.norm, blend, strength)
+
+    def planned(self, plan: Plan, directions: Directions) -> Iterator[tuple[T, Blend, float]]:
+        """The writers that a plan edits, with their direction and strength. Reads no weights."""
+        layers = directions.layers
+        self._use(directions)
+        shared = directions.blend(min(plan.direction_layer, layers - 1.0))
+        strengths = {component: plan.strengths(component, layers) for component, _ in plan.profiles}
+        for target in self._targets:
+            writer = target.writer
+            strength = strengths.get(writer.component, (0.0,) * layers)[writer.layer]
+            blend = shared if plan.scope == "global" else ((writer.layer, 1.0),)
+            if strength != 0 and all(directions.usable[row] for row, _ in blend):
+                yield target, blend, strength
+
+    def _use(self, directions: Directions) -> None:
+        """Forget the products of other directions."""
+        if self._directions is not None and torch.equal(
+            self._directions.vectors, directions.vectors
+        ):
+            return
+        for target in self._targets:
+            if target.writer.layer >= directions.layers:
+                raise ModelError(
+                    f"the directions are of a model with {directions.layers} layers, "
+                    f"this one has a writer in layer {target.writer.layer}"
+                )
+        self._directions = directions
+        self._projections.clear()
+        self._kept.clear()
+        spent = 0
+        for target in self._targets:  # in order, so that no trial depends on earlier ones
+            spent += self._estimate(target)
+            if spent <= PROJECTION_BUDGET_BYTES:
+                self._kept.add(target.writer.parameter)
+
+    def edit(self, target: T, norm: Norm, blend: Blend, strength: float) -> ablation.Edit:
+        """The edit of one writer, as `planned` describes it."""
+        key = (norm, target.writer.parameter)
+        if target.writer.parameter not in self._kept:
+            rows = [row for row, _ in blend]
+            some = target.project(self._rows_of(target)[rows], norm)
+            moved = tuple((i, weight) for i, (_, weight) in enumerate(blend))
+            return ablation.edit(some, moved, strength)
+        found = self._projections.get(key)
+        if found is None:
+            found = target.project(self._rows_of(target), norm)
+        if self._remember:
+            self._projections[key] = found
+        return ablation.edit(found, blend, strength)
+
+    def _rows_of(self, target: T) -> Tensor:
+        """All directions as this writer sees them: pulled back through the norm after it."""
+        assert self._directions is not None
+        vectors = self._directions.vectors.to(target.device)
+        return vectors if target.gain is None else vectors * target.gain.to(vectors.device)
+
+    def _estimate(self, target: T) -> int:
+        """Bytes of a writer's products, in the largest mode."""
+        assert self._directions is not None
+        experts, hidden, fan_in = target.shape
+        return 4 * self._directions.layers * experts * (fan_in + hidden)
