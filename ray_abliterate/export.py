@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ray_abliterate.architecture import WriterRow, hidden_size
 from ray_abliterate.checkpoint import DTYPES, WEIGHT_SUFFIXES, Checkpoint, weight_file_names
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError, ScoreError
+from ray_abliterate.exporting.adapter import AdapterEdit, Base, write_adapter
 from ray_abliterate.exporting.layout import FileLayout, headers_fingerprint, layout_of
 from ray_abliterate.exporting.merged import EditedTensors, write_merged
 from ray_abliterate.exporting.scratch import finished_bytes, give_name, scratch, scratch_name
@@ -28,7 +30,7 @@ from ray_abliterate.exporting.skeleton import build_skeleton
 from ray_abliterate.exporting.writers import StoredWriter, stored_writers
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.loading import device_for
-from ray_abliterate.model_card import hub_name, model_card
+from ray_abliterate.model_card import base_name, hub_name, model_card
 from ray_abliterate.progress import Watch
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import Recipe
@@ -90,10 +92,13 @@ def export_trial(
         base = directory.base
         scored = load_prompts(recipe, directory, base, watch).scored
     with _told(to, watch), scratch(to, identity) as work, _threads(directory):
-        targets = find_targets(recipe, source, directions, watch)
+        module, targets = find_targets(recipe, source, directions, watch)
         if form.kind == "merged":
             edited = EditedTensors(targets, trial.plan, directions)
             write_merged(source, layout, edited, work, watch)
+        else:
+            edit = AdapterEdit(module, targets, trial.plan, directions)
+            write_adapter(edit, _base(directory), form.adapter_error, work.folder, watch)
         _write_text(work.folder / "README.md", model_card(directory, trial))
         if verify:
             check = Verifier(directory, trial, scored, source.folder, _dtype(targets), watch)
@@ -108,8 +113,8 @@ def export_trial(
 
 def find_targets(
     recipe: Recipe, source: Checkpoint, directions: Directions, watch: Watch
-) -> list[StoredWriter]:
-    """The writers in the checkpoint's files; no weights are loaded.
+) -> tuple[nn.Module, list[StoredWriter]]:
+    """The model without its weights, and the writers in the checkpoint's files.
 
     Raises:
         ExportError: the checkpoint does not hold the writers as the model has them, or the model
@@ -126,13 +131,18 @@ def find_targets(
             f"{source.folder} has {shape[0]} layers of width {shape[1]}, the run's directions are "
             f"for {directions.layers} of width {directions.vectors.shape[1]}: another model"
         )
-    return targets
+    return module, targets
 
 
 def _dtype(targets: list[StoredWriter]) -> torch.dtype:
     """The type that the writers are stored in, in which the edit is rounded."""
     target = targets[0]
     return DTYPES[target.source.tensors[target.forms[0].tensors[0]].dtype]
+
+
+def _base(directory: RunDirectory) -> Base:
+    """What an adapter is for: never a path of this machine."""
+    return Base(base_name(directory), directory.environment["model"].get("revision"))
 
 
 def _identity(

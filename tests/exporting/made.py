@@ -11,6 +11,7 @@ from torch import nn
 from ray_abliterate.architecture import find_writers, text_config
 from ray_abliterate.checkpoint import Checkpoint
 from ray_abliterate.directions import Directions
+from ray_abliterate.exporting.adapter import AdapterEdit, Base, write_adapter
 from ray_abliterate.exporting.layout import layout_of
 from ray_abliterate.exporting.merged import EditedTensors, write_merged
 from ray_abliterate.exporting.scratch import Scratch
@@ -23,6 +24,7 @@ from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.testing.tiny import tiny_model
 
 CPU = torch.device("cpu")
+WATCH = Unwatched()
 
 
 def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32, **how: Any) -> Path:
@@ -78,3 +80,15 @@ def tensors_of(folder: Path) -> dict[str, str]:
             file.seek(stored.start)
             found[name] = hashlib.sha256(file.read(stored.stop - stored.start)).hexdigest()
     return found
+
+
+def adapt(
+    source: Path, plan: Plan, directions: Directions, to: Path, limit: float = 1.0, **base: Any
+) -> Path:
+    """The adapter of a plan."""
+    to.mkdir()
+    module = build_skeleton(source, ModelSettings(name=str(source)))
+    targets = stored_writers(module, Checkpoint.open(source), (), CPU)
+    edit = AdapterEdit(module, targets, plan, directions)
+    write_adapter(edit, Base(**{"name": "some/model", "revision": "abc", **base}), limit, to, WATCH)
+    return to
