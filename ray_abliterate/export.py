@@ -155,7 +155,7 @@ def _identity(
     """What tells an interrupted export from another one."""
     return {
         "plan": trial.plan.to_json(),
-        "directions": hashlib.sha256(directions.to_bytes()).hexdigest(),
+        "directions": hashlib.sha256(directions.vectors.numpy().tobytes()).hexdigest(),
         "source": str(source.folder),
         "files": headers_fingerprint(source),
         "form": asdict(form),
@@ -294,6 +294,11 @@ def _told(to: Path, watch: Watch) -> Iterator[None]:
     """Say where the files are that an interrupted export finished."""
     try:
         yield
+    except OSError as error:
+        raise ExportError(
+            f"the export to {to} stopped: {error.strerror or error}.\n"
+            "  If the disk is full, free some space. The same command goes on from there."
+        ) from error
     except BaseException:
         if scratch_name(to).exists():
             watch.note(

@@ -294,16 +294,6 @@ def test_a_model_folder_that_is_gone_is_explained(copied_run, tmp_path, unloaded
         export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", Unwatched())
 
 
-def test_an_interrupted_export_leaves_nothing(planted_run, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export, "model_card", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        export.export_trial(planted_run.directory, planted_run.trial, tmp_path / "o", Unwatched())
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_quantized_checkpoint_is_refused(planted_run, tmp_path):
     source = Checkpoint.open(planted_run.model)
     name = "model.layers.0.mlp.down_proj.weight"
