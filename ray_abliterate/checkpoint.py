@@ -51,8 +51,8 @@ class Checkpoint:
         for file in weight_file_names(folder):
             if not (folder / file).is_file():
                 raise ExportError(
-                    f"{folder} holds no {file}, and other forms of weights are not read.\n"
-                    "  Convert the model to safetensors first, with save_pretrained."
+                    f"{folder} holds no {file}{_instead(folder)}, and other forms of weights are "
+                    "not read.\n  Convert the model to safetensors first, with save_pretrained."
                 )
             tensors |= _header(folder, file)
         return cls(folder, tensors)
@@ -115,6 +115,12 @@ def read_into(file: Any, view: memoryview) -> None:
         if not got:
             raise ExportError(f"{file.name} is damaged: it ends before its tensors do")
         done += got
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors has: `, but model.gguf`."""
+    found = [p.name for p in sorted(folder.glob("*")) if p.suffix in WEIGHT_SUFFIXES]
+    return f", but {found[0]}" if found else ""
 
 
 def weight_file_names(folder: Path) -> tuple[str, ...]:

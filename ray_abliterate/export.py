@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from ray_abliterate.checkpoint import DTYPES, WEIGHT_SUFFIXES, Checkpoint, weigh
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError, ScoreError
 from ray_abliterate.exporting.adapter import AdapterEdit, Base, write_adapter
-from ray_abliterate.exporting.layout import FileLayout, headers_fingerprint, layout_of
+from ray_abliterate.exporting.layout import FileLayout, headers_fingerprint, layout_of, parse_size
 from ray_abliterate.exporting.merged import EditedTensors, write_merged
 from ray_abliterate.exporting.scratch import finished_bytes, give_name, scratch, scratch_name
 from ray_abliterate.exporting.skeleton import build_skeleton
@@ -38,6 +38,7 @@ from ray_abliterate.run import load_prompts, model_source
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.verification import Verification, Verifier
 
+Kind = Literal["merged", "adapter"]
 SPARE = 1.1
 """Free disk space wanted, as a multiple of what is written."""
 
@@ -52,9 +53,25 @@ class ExportForm:
         adapter_error: What an adapter may lack of an edit, relative to the edit, by writer.
     """
 
-    kind: Literal["merged", "adapter"] = "merged"
+    kind: Kind = "merged"
     shard_bytes: int | None = None
     adapter_error: float = 0.01
+
+    @classmethod
+    def of(cls, kind: str, shard_size: str | None, adapter_error: float) -> "ExportForm":
+        """The form that the command line asks for.
+
+        Raises:
+            ExportError: a value is none of those that are taken.
+        """
+        if kind not in get_args(Kind):
+            raise ExportError(f"--as {kind!r}: expected one of {', '.join(get_args(Kind))}")
+        if kind == "adapter" and shard_size is not None:
+            raise ExportError("--shard-size is for whole models; an adapter is one small file")
+        if not 0 <= adapter_error < 1:
+            raise ExportError(f"--adapter-error {adapter_error} is not a share between 0 and 1")
+        shard_bytes = None if shard_size is None else parse_size(shard_size)
+        return cls(cast(Kind, kind), shard_bytes, adapter_error)
 
 
 MERGED = ExportForm()
@@ -96,6 +113,10 @@ def export_trial(
         if form.kind == "merged":
             edited = EditedTensors(targets, trial.plan, directions)
             write_merged(source, layout, edited, work, watch)
+            count, stored = len(layout.files), str(_dtype(targets)).removeprefix("torch.")
+            watch.note(
+                f"weights: {layout.bytes / 1e9:.2f} GB in {count} files, writers in {stored}"
+            )
         else:
             edit = AdapterEdit(module, targets, trial.plan, directions)
             write_adapter(edit, _base(directory), form.adapter_error, work.folder, watch)

@@ -8,7 +8,7 @@ import torch
 from ray_abliterate import edits
 from ray_abliterate.architecture import find_writers
 from ray_abliterate.checkpoint import INDEX, Checkpoint
-from ray_abliterate.errors import ExportError
+from ray_abliterate.errors import ExportError, ModelError
 from ray_abliterate.exporting.layout import parse_size
 from ray_abliterate.weights import WeightCache
 
@@ -157,3 +157,18 @@ def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
         file.write(b"more")
     with pytest.raises(ExportError, match="is damaged: its tensors end at byte"):
         write(source, plan, directions, tmp_path / "out")
+
+
+def test_a_folder_of_gguf_files_is_refused(tmp_path):
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ExportError, match=r"no model\.safetensors, but model-Q4_K_M\.gguf.*other"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_quantized_model_is_refused_before_its_weights_are_looked_at(tmp_path):
+    source = saved("llama", tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="is quantized, and only full-precision weights"):
+        targets_of(source)
