@@ -130,7 +130,8 @@ def _language_model(
     directory: RunDirectory, folder: Path, adapter: Path | None = None
 ) -> LanguageModel:
     recipe = directory.recipe
-    settings = recipe.model.model_copy(update={"revision": None})
+    # In the type that is exported: what the files are loaded in.
+    settings = recipe.model.model_copy(update={"revision": None, "dtype": "auto"})
     module, tokenizer = load(str(folder), settings)
     if adapter is not None:
         from peft import PeftModel

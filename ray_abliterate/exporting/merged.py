@@ -64,9 +64,6 @@ class EditedTensors:
         elif form is None:
             self._made |= dict(task.target.edited_biases(edit))
             yield self._made.pop(name)
-        elif form.kind == "converted":
-            self._made |= task.target.edited_whole(form, edit)
-            yield self._made.pop(name)
         elif form.kind == "experts":
             yield task.target.edited(form, form.tensors.index(name), edit)
         else:

@@ -5,8 +5,7 @@ stored tensor; no weight is read to find out.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from ray_abliterate.checkpoint import Checkpoint
 from ray_abliterate.errors import ExportError
 
-Kind = Literal["whole", "experts", "transposed", "converted"]
+Kind = Literal["whole", "experts", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Form:
         parameter: The name that transformers loads it under; a shared parameter has several.
         kind: `whole`: one tensor is the parameter. `experts`: each tensor is one slice of it along
             the first axis. `transposed`: one tensor is a stack of experts, each turned round.
-            `converted`: transformers computes it from the tensors, all at once.
         tensors: Their names in the checkpoint, experts in order.
     """
 
@@ -54,8 +52,6 @@ class StoredForms:
             loaded, pattern = self._loaded_as(name, rules)
             self._sources[loaded].append((name, pattern))
         self._patterns = {name: p for group in self._sources.values() for name, p in group}
-        # What transformers keeps after loading, to undo it: the rules that matched.
-        module._weight_conversions = [rule for rule in rules if rule.was_used()]
 
     def _loaded_as(self, name: str, rules: list[Any]) -> tuple[str, str | None]:
         """The parameter that a stored tensor is loaded into, as transformers' loader decides."""
@@ -96,12 +92,15 @@ class StoredForms:
     def _form(self, parameter: str, tensor: Tensor) -> Form | None:
         group = self._sources.get(parameter)
         if group is None:
-            group = self._converted_into(parameter)
-            return Form(parameter, "converted", tuple(name for name, _ in group)) if group else None
+            return None
         names = tuple(name for name, _ in group)
         kind = self._kind({pattern for _, pattern in group}, tensor)
-        if kind == "converted":
-            return Form(parameter, kind, names)
+        if kind is None:
+            raise ExportError(
+                f"{parameter} is computed from {names[0]} in a way that is not undone tensor by "
+                "tensor, so its edit cannot be put back.\n  Save the model anew with "
+                "save_original_format=False, and run the recipe on that folder."
+            )
         shape, held = tuple(tensor.shape), self._source.tensors[names[-1]].shape
         if kind == "experts":
             fits = all((len(names), *self._source.tensors[n].shape) == shape for n in names)
@@ -117,88 +116,38 @@ class StoredForms:
             )
         return Form(parameter, kind, names if kind == "experts" else names[-1:])
 
-    def _kind(self, patterns: set[str | None], tensor: Tensor) -> Kind:
-        """What the rules that match a parameter's tensors do."""
+    def _kind(self, patterns: set[str | None], tensor: Tensor) -> Kind | None:
+        """What the rules that match a parameter's tensors do; None if it is something else."""
         from transformers.core_model_loading import MergeModulelist, Transpose
 
         if patterns == {None}:
             return "whole"
         rule = self._converters[next(iter(patterns)) or ""] if len(patterns) == 1 else None
         if rule is None or len(rule.operations) != 1 or len(rule.target_patterns) != 1:
-            return "converted"
+            return None
         operation = rule.operations[0]
         if type(operation) is MergeModulelist and operation.dim == 0:
             return "experts"
         axes = {operation.dim0, operation.dim1} if type(operation) is Transpose else set()
-        return "transposed" if axes == {1, 2} and tensor.ndim == 3 else "converted"
+        return "transposed" if axes == {1, 2} and tensor.ndim == 3 else None
 
     def _always_turns(self, name: str) -> bool:
         """Whether the rule for a tensor transposes it also if it has the right shape."""
         rule = self._converters[self._patterns[name] or ""]
         return not rule.operations[0].check_dims
 
-    def _converted_into(self, parameter: str) -> list[tuple[str, str | None]]:
-        """The tensors of a rule with several results, of which this is not the first."""
-        for first, group in self._sources.items():
-            pattern = group[0][1]
-            if pattern is not None:
-                targets = self._converters[pattern].target_patterns
-                if parameter in {first.replace(targets[0], target) for target in targets[1:]}:
-                    return group
-        return []
-
     # Values
 
     def load(self, form: Form) -> Tensor:
         """The parameter, all of it, in the stored dtype."""
-        if form.kind == "whole":
-            return self._source.read(form.tensors[0])
         if form.kind == "experts":
             return torch.stack([self._source.read(name) for name in form.tensors])
-        if form.kind == "transposed":
-            return self._source.read(form.tensors[0]).transpose(1, 2)
-        return self._convert(form)[form.parameter]
+        whole = self._source.read(form.tensors[0])
+        return whole.transpose(1, 2) if form.kind == "transposed" else whole
 
     def cut(self, form: Form, value: Tensor) -> Mapping[str, Tensor]:
-        """New values of a parameter, as the checkpoint names and cuts them.
-
-        Raises:
-            ExportError: the conversion cannot be undone.
-        """
-        if form.kind == "whole":
-            return {form.tensors[0]: value}
+        """New values of a parameter, as the checkpoint names and cuts them."""
         if form.kind == "experts":
             return dict(zip(form.tensors, value, strict=True))
-        if form.kind == "transposed":
-            return {form.tensors[0]: value.transpose(1, 2).contiguous()}
-        pristine = self._convert(form)
-        before = dict(self._undone(pristine))
-        for name in form.tensors:
-            if name not in before or not torch.equal(before[name], self._source.read(name)):
-                raise ExportError(
-                    f"{name} in {self._source.folder} cannot be told from {form.parameter}, which "
-                    "is computed from it, so its edit cannot be put back.\n  Save the model anew "
-                    "with save_pretrained, and run the recipe on that folder."
-                )
-        return dict(self._undone({**pristine, form.parameter: value}))
-
-    def _convert(self, form: Form) -> dict[str, Tensor]:
-        """What transformers makes of the tensors of a form: this parameter, and maybe others."""
-        first = next(k for k, part in self._sources.items() if part[0][0] == form.tensors[0])
-        rule = deepcopy(self._converters[self._patterns[form.tensors[0]] or ""])
-        for name in form.tensors:
-            rule.add_tensor(first, name, self._patterns[name], self._source.read(name))
-        made = rule.convert(first, model=self._module, config=self._module.config)
-        return {
-            name: value[0] if isinstance(value, list) else value for name, value in made.items()
-        }
-
-    def _undone(self, values: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        prefix = f"{self._module.base_model_prefix}."
-        for name, value in revert_weight_conversion(self._module, values).items():
-            forms = (name, prefix + name, name.removeprefix(prefix))
-            held = next((form for form in forms if form in self._source.tensors), None)
-            if held is not None:
-                yield held, value
+        turned = form.kind == "transposed"
+        return {form.tensors[0]: value.transpose(1, 2).contiguous() if turned else value}

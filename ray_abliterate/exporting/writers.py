@@ -53,9 +53,6 @@ class StoredWriter:
 
     def project(self, rows: Tensor, norm: Norm) -> ablation.Projections:
         """Products of the stored weights with vectors; in memory is one float32 matrix, or two."""
-        if self.forms[0].kind == "converted":
-            whole = oriented(self.stored.load(self.forms[0]), self.writer)
-            return ablation.project(whole.to(self.device), rows, norm)
         experts = range(self.shape[0])
         parts = [ablation.project(self.matrix(expert), rows, norm) for expert in experts]
         return ablation.joined(parts)
@@ -93,16 +90,6 @@ class StoredWriter:
         of_expert(edit, expert).apply_(there, there)
         view.copy_(there)
         return raw
-
-    @torch.no_grad()
-    def edited_whole(self, form: Form, edit: Edit) -> dict[str, Tensor]:
-        """A copy that transformers converts, after the edit, as it is stored."""
-        value = self.stored.load(form).contiguous()
-        there = oriented(value.to(self.device), self.writer)
-        edit.apply_(there, there)
-        new = there.cpu() if self.device.type != "cpu" else there
-        oriented(value, self.writer).copy_(new)
-        return dict(self.stored.cut(form, value))
 
     @torch.no_grad()
     def edited_biases(self, edit: Edit) -> Iterator[tuple[str, Tensor]]:

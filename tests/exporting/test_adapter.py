@@ -178,3 +178,12 @@ def test_the_factors_of_an_unedited_column_lack_nothing():
         torch.zeros(1, 4), torch.zeros(1, 5), None, torch.ones(1, 5), torch.ones(4) / 2, 1.0
     )
     assert factors(edit, 0, matrix, "column").error == 0.0
+
+
+@pytest.mark.parametrize(("family", "input_first"), [("llama", False), ("gpt2", True)])
+def test_layers_that_are_stored_input_first_are_declared(family, input_first, made):
+    """PEFT would find out by itself, and warn."""
+    _, _, adapter = made(family, "none")
+    assert (
+        json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"] == input_first
+    )

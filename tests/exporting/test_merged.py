@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ray_abliterate import edits
 from ray_abliterate.architecture import find_writers
@@ -31,6 +32,25 @@ def test_products_beyond_the_budget_give_the_searchs_bits_too(tmp_path, monkeypa
         assert 0 < len(kept) < len(cache.writers)
         for name, parameter in module.named_parameters():
             assert same_bits(parameter, out.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("norm", ["none", "row", "column"])
+def test_stacks_that_are_stored_turned_round_are_edited_so(norm, tmp_path):
+    """As the first checkpoints of Qwen3-VL-MoE hold them: (expert, in, out)."""
+    source = saved("qwen3_vl_moe", tmp_path / "model", torch.bfloat16)
+    path = source / "model.safetensors"
+    stacks = {n: t for n, t in load_file(path).items() if "experts." in n}
+    turned = {name: tensor.transpose(1, 2).contiguous() for name, tensor in stacks.items()}
+    assert len(turned) == 8
+    save_file(load_file(path) | turned, path, metadata={"format": "pt"})
+    module = loaded(source)
+    plan, directions = plan_for(module, norm)
+    out = write(source, plan, directions, tmp_path / "out")
+    assert {f.kind for t in targets_of(source) for f in t.forms} == {"whole", "transposed"}
+    exported = loaded(out)
+    with WeightCache(module, find_writers(module)).edited(plan, directions):
+        for name, parameter in module.named_parameters():
+            assert same_bits(parameter, exported.get_parameter(name)), name
 
 
 def test_a_float32_checkpoint_is_edited_in_float32_whatever_the_model_runs_in(tmp_path):
