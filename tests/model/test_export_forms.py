@@ -301,3 +301,11 @@ def test_a_base_revision_that_is_gone_is_named(planted_run, tmp_path, monkeypatc
     with pytest.raises(ExportError, match=r"owner/tiny at revision abc123 cannot be read"):
         export_trial(copy, planted_run.trial, tmp_path / "out", Unwatched())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_stacked_experts_is_verified(mixtral_none_run, tmp_path):
+    run = mixtral_none_run
+    to = export_trial(run.directory, run.trial, tmp_path / "a", Unwatched(), form=ADAPTER)
+    config = json.loads((to / "adapter_config.json").read_text())
+    assert len(config["target_parameters"]) == len(config["target_modules"]) == 2
+    assert all(s["within"] for s in json.loads((to / "verification.json").read_text())["scores"])
