@@ -27,6 +27,7 @@ WEIGHTS = "adapter_model.safetensors"
 ERRORS = "adapter_errors.json"
 PREFIX = "base_model.model."
 RANK = 1
+ALWAYS = {"peft_type", "r", "lora_alpha", "lora_dropout", "bias", "use_dora", "fan_in_fan_out"}
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,10 @@ def _config(whole: AdapterEdit, base: Base) -> dict[str, Any]:
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    found = config.to_dict()
-    return {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(found.items())}
+    # What is not as by default, so that other versions of PEFT, and other programs, can read it.
+    found, usual = config.to_dict(), LoraConfig().to_dict()
+    said = {key: v for key, v in sorted(found.items()) if key in ALWAYS or v != usual[key]}
+    return {key: sorted(v) if isinstance(v, set) else v for key, v in said.items()}
 
 
 def _exactly(module: nn.Module, names: list[str]) -> list[str] | str:

@@ -14,9 +14,11 @@ import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from ray_abliterate import export
 from ray_abliterate.checkpoint import INDEX
+from ray_abliterate.cli import app
 from ray_abliterate.errors import ExportError
 from ray_abliterate.export import ExportForm, export_trial
 from ray_abliterate.exporting import merged
@@ -309,3 +311,16 @@ def test_an_adapter_of_stacked_experts_is_verified(mixtral_none_run, tmp_path):
     config = json.loads((to / "adapter_config.json").read_text())
     assert len(config["target_parameters"]) == len(config["target_modules"]) == 2
     assert all(s["within"] for s in json.loads((to / "verification.json").read_text())["scores"])
+
+
+def test_the_command_line_writes_what_it_is_asked_for(planted_run, tmp_path):
+    command = ["export", str(planted_run.directory.path), "--trial", "0", "--no-verify"]
+    for options, file in (
+        (["--as", "adapter"], "adapter_model.safetensors"),
+        (["--shard-size", "40KB"], "model-00004-of-00004.safetensors"),
+        ([], "model.safetensors"),
+    ):
+        to = tmp_path / file
+        done = CliRunner().invoke(app, [*command, "--to", str(to), *options])
+        assert done.exit_code == 0, done.output
+        assert (to / file).is_file(), sorted(path.name for path in to.iterdir())
