@@ -7,7 +7,6 @@ was written is reloaded and scored again before it gets its name.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from ray_abliterate.exporting.layout import FileLayout, headers_fingerprint, lay
 from ray_abliterate.exporting.merged import EditedTensors, write_merged
 from ray_abliterate.exporting.scratch import finished_bytes, give_name, scratch, scratch_name
 from ray_abliterate.exporting.skeleton import build_skeleton
+from ray_abliterate.exporting.target import check_target, unverified_name
 from ray_abliterate.exporting.writers import StoredWriter, stored_writers
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.loading import device_for
@@ -39,8 +39,6 @@ from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.verification import Verification, Verifier
 
 Kind = Literal["merged", "adapter"]
-SPARE = 1.1
-"""Free disk space wanted, as a multiple of what is written."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def export_trial(
     source = Checkpoint.open(source_folder(directory, watch))
     layout = layout_of(source, form.shard_bytes)
     identity = _identity(directory, trial, directions, source, form)
-    check_target(to, source, _wanted(source, layout, form) - finished_bytes(to, identity))
+    left = _wanted(source, layout, form) - finished_bytes(to, identity)
+    check_target(to, source.folder, left)
     scored: dict[str, PromptSet] = {}
     if verify:
         base = directory.base
@@ -237,36 +236,9 @@ def source_folder(directory: RunDirectory, watch: Watch) -> Path:
     return folder
 
 
-def check_target(to: Path, source: Checkpoint, wanted: float) -> None:
-    """Refuse a folder that cannot take `wanted` bytes.
-
-    Raises:
-        ExportError: it is occupied, inside the base model's folder, or the disk is too full.
-    """
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise ExportError(f"{to} exists and is not an empty folder; choose another one with --to.")
-    if unverified_name(to).exists():
-        raise ExportError(f"{unverified_name(to)} is left of an earlier export; remove it first.")
-    if to.is_relative_to(source.folder):
-        raise ExportError(f"{to} lies inside the base model's folder; choose another one.")
-    standing = next(place for place in to.parents if place.exists())
-    free = shutil.disk_usage(standing).free
-    if free < SPARE * wanted:
-        raise ExportError(
-            f"the export needs {SPARE * wanted / 1e9:.2f} GB, but {standing} has "
-            f"{free / 1e9:.2f} GB free.\n"
-            "  Free some space, or choose a folder on another disk with --to."
-        )
-
-
 def _wanted(source: Checkpoint, layout: FileLayout, form: ExportForm) -> int:
     """Bytes that are written."""
     return source.companion_bytes + layout.bytes if form.kind == "merged" else 0
-
-
-def unverified_name(to: Path) -> Path:
-    """Where an export goes that did not score as the trial did."""
-    return to.with_name(f"{to.name}.unverified")
 
 
 # When it is not the trial
