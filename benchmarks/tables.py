@@ -287,6 +287,30 @@ def node_memory_table(figures: dict[str, Any]) -> list[str]:
     return table(head, rows)
 
 
+def export_table(figures: dict[str, Any]) -> list[str]:
+    """Memory and time of a merged export."""
+    rows = [
+        (
+            f"`{row['norm']}`",
+            f"{row['bytes'] / GB:.2f}",
+            f"{row['largest_writer_float32_bytes'] / GB:.3f}",
+            f"{row['added_bytes'] / GB:.3f}",
+            row["added_in_float32_writers"],
+            f"{row['seconds']:.0f}",
+        )
+        for row in figures["rows"]
+    ]
+    head = (
+        "norm",
+        "written, GB",
+        "largest writer in float32, GB",
+        "added memory, GB",
+        "in such writers",
+        "seconds",
+    )
+    return table(head, rows)
+
+
 def overhead_table(figures: dict[str, Any]) -> list[str]:
     """Ray, Tune and the sampler."""
     bare = sorted(figures["bare_ask_tell_ms"])[len(figures["bare_ask_tell_ms"]) // 2]
@@ -563,6 +587,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "study": ("trial-study", study_table),
     "weight-cache": ("weight_cache", weights_table),
     "node-memory": ("node_memory", node_memory_table),
+    "export": ("export", export_table),
     "overhead": ("overhead", overhead_table),
     "throughput": ("scaling", throughput_table),
     "limits": ("scaling", limits_table),

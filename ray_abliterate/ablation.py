@@ -19,7 +19,7 @@ Tensors may have a leading expert dimension: `"expert hidden fan_in"`. Knows not
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -129,6 +129,19 @@ def project(weight: Matrix, rows: Float[Tensor, "row hidden"], norm: Norm) -> Pr
         torch.stack(outer, dim=1) if outer else None,
         torch.stack(norms) if norms else None,
         rows @ rows.T,
+    )
+
+
+def joined(parts: Sequence[Projections]) -> Projections:
+    """The products of a stack of experts, from those of each of them: the same bits."""
+    first = parts[0]
+    outer = [part.outer for part in parts if part.outer is not None]
+    norms = [part.norms for part in parts if part.norms is not None]
+    return replace(
+        first,
+        inner=torch.cat([part.inner for part in parts], dim=1),
+        outer=torch.cat(outer, dim=1) if outer else None,
+        norms=torch.cat(norms) if norms else None,
     )
 
 

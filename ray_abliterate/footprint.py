@@ -13,10 +13,10 @@ from torch import nn
 
 from ray_abliterate.architecture import Writer, hidden_size, text_config
 from ray_abliterate.directions import rows_per_layer
+from ray_abliterate.edits import PROJECTION_BUDGET_BYTES
 from ray_abliterate.loading import auto_class as auto_class
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import KeywordRate, KlDivergence, Recipe
-from ray_abliterate.weights import PROJECTION_BUDGET_BYTES
 
 CHARACTERS_PER_TOKEN = 3
 TEMPLATE_TOKENS = 64

@@ -33,7 +33,7 @@ model.
 
 ## How
 
-* Direction: `{method}`, {scope}.
+* Direction: `{method}`{rank}, {scope}.
 * Norm mode `{norm}`: {norm_text}.
 * Edited components: {components}.
 * Chosen: trial {number} of a search.
@@ -75,6 +75,8 @@ def model_card(directory: RunDirectory, trial: Trial) -> str:
     plan = trial.plan
     revision = environment["model"].get("revision")
     at_layer = f"one for all layers, taken at layer {plan.direction_layer:.2f}"
+    offset = plan.source_offset
+    elsewhere = f", taken {offset:+.2f} layers from it" if offset is not None else ""
     versions = environment.get("versions", {})
     libraries = ("ray-abliterate", "transformers", "torch")
     named = [
@@ -85,7 +87,8 @@ def model_card(directory: RunDirectory, trial: Trial) -> str:
         base=base_name(directory),
         revision=f" (revision `{revision}`)" if revision else "",
         method=directions.method if directions else "unknown",
-        scope=at_layer if plan.scope == "global" else "each layer's own",
+        rank=f", up to {directions.rank} a layer" if directions and directions.rank > 1 else "",
+        scope=at_layer if plan.scope == "global" else f"each layer's own{elsewhere}",
         norm=plan.norm,
         norm_text=NORMS[plan.norm],
         components=", ".join(name for name, part in plan.profiles if part.peak > 0) or "none",

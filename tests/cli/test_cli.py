@@ -208,3 +208,15 @@ def test_report_is_one_file(recipe: Recipe, tmp_path: Path) -> None:
     done = command("report", "run", folder=tmp_path)
     assert done.stdout.strip().endswith("report.html")
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
+
+
+def test_a_form_of_export_that_is_none_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    a_run(tmp_path / "run", recipe)
+    for options, words in (
+        (["--as", "gguf"], "--as 'gguf': expected one of merged, adapter"),
+        (["--shard-size", "5"], "--shard-size '5' is not a size; write 5GB"),
+        (["--as", "adapter", "--shard-size", "5GB"], "--shard-size is for whole models"),
+        (["--adapter-error", "2"], "--adapter-error 2.0 is not a share"),
+    ):
+        assert words in refused("export", "run", "--to", "out", *options, folder=tmp_path)
+    assert not (tmp_path / "out").exists()

@@ -193,3 +193,8 @@ def mixtral_run(tmp_path_factory, mixtral_folder) -> Finished:
 @pytest.fixture(scope="session")
 def mixtral_float32_run(tmp_path_factory, mixtral_folder) -> Finished:
     return finish(tmp_path_factory.mktemp("mixtral-float32"), mixtral_folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def mixtral_none_run(tmp_path_factory, mixtral_folder) -> Finished:
+    return finish(tmp_path_factory.mktemp("mixtral-none"), mixtral_folder, norm="none")

@@ -1,6 +1,8 @@
-"""Several directions a layer: in place, virtually, behind a norm, sparing, taken elsewhere."""
+"""Several directions a layer: in place, virtually, behind a norm, sparing, elsewhere, exported."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +10,20 @@ import torch
 
 from ray_abliterate.architecture import find_writers, oriented
 from ray_abliterate.directions import Directions
+from ray_abliterate.export import ExportForm, export_trial
 from ray_abliterate.plan import ModelShape, Plan, Profile
+from ray_abliterate.progress import Unwatched
 from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.testing.tiny import tiny_model
 from ray_abliterate.weights import WeightCache
+from tests.model.conftest import FLAGGED, THINGS, Finished, finish
 
+SUBSPACE = """
+[direction]
+method = "svd-subspace"
+options = { rank = 2 }
+biproject = true
+"""
 FAMILIES = ("llama", "gpt2", "qwen3_moe", "gpt_oss", "mamba2", "gemma2")
 
 
@@ -48,7 +59,7 @@ def test_nothing_is_left_along_any_direction_and_every_bit_is_back_after(
     family: str, norm: str, budget: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if budget is not None:
-        monkeypatch.setattr("ray_abliterate.weights.PROJECTION_BUDGET_BYTES", budget)
+        monkeypatch.setattr("ray_abliterate.edits.PROJECTION_BUDGET_BYTES", budget)
     model = tiny_model(family)
     writers = find_writers(model)
     layers = max(writer.layer for writer in writers) + 1
@@ -78,7 +89,6 @@ def test_virtual_edits_of_subspaces_give_the_scores_of_edited_weights(
     norm: str, planted_run: Any
 ) -> None:
     from ray_abliterate.prompts import PromptSet
-    from tests.model.conftest import FLAGGED, THINGS
 
     sets = {
         "keyword-rate": PromptSet.of("k", *(f"tell me about the old {w}" for w in FLAGGED)),
@@ -159,3 +169,24 @@ def test_a_direction_used_elsewhere_spares_the_neutral_mean_there() -> None:
             rest = found.basis[2] - (found.basis[2] @ mean)[:, None] * mean
             assert (rest @ new).abs().max() < 1e-4
             assert (found.basis[2] @ old).abs().max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def subspace_run(tmp_path_factory: pytest.TempPathFactory, planted_folder: Path) -> Finished:
+    return finish(tmp_path_factory.mktemp("subspace-run"), planted_folder, more=SUBSPACE)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_an_export_of_two_directions_that_spare_the_neutral_mean_is_verified(
+    kind: str, subspace_run: Finished, tmp_path: Path
+) -> None:
+    directory, form = subspace_run.directory, ExportForm.of(kind, None, 1e-6)
+    directions = directory.directions()
+    assert directions is not None and directions.rank == 2 and directions.spared is not None
+    to = export_trial(directory, subspace_run.trial, tmp_path / "out", Unwatched(), form=form)
+    scores = json.loads((to / "verification.json").read_text())["scores"]
+    assert scores and all(score["within"] for score in scores)
+    assert "svd-subspace`, up to 2 a layer" in (to / "README.md").read_text()
+    if kind == "adapter":
+        config = json.loads((to / "adapter_config.json").read_text())
+        assert (config["r"], config["use_dora"]) == (2, True)
