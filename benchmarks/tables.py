@@ -14,7 +14,9 @@ from statistics import median
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "reliability.md", DOCS / "evaluation.md")
+PAGES = tuple(
+    DOCS / f"{name}.md" for name in ("performance", "reliability", "evaluation", "directions")
+)
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ABSENT = ["Not measured yet."]
@@ -285,6 +287,30 @@ def node_memory_table(figures: dict[str, Any]) -> list[str]:
     return table(head, rows)
 
 
+def export_table(figures: dict[str, Any]) -> list[str]:
+    """Memory and time of a merged export."""
+    rows = [
+        (
+            f"`{row['norm']}`",
+            f"{row['bytes'] / GB:.2f}",
+            f"{row['largest_writer_float32_bytes'] / GB:.3f}",
+            f"{row['added_bytes'] / GB:.3f}",
+            row["added_in_float32_writers"],
+            f"{row['seconds']:.0f}",
+        )
+        for row in figures["rows"]
+    ]
+    head = (
+        "norm",
+        "written, GB",
+        "largest writer in float32, GB",
+        "added memory, GB",
+        "in such writers",
+        "seconds",
+    )
+    return table(head, rows)
+
+
 def overhead_table(figures: dict[str, Any]) -> list[str]:
     """Ray, Tune and the sampler."""
     bare = sorted(figures["bare_ask_tell_ms"])[len(figures["bare_ask_tell_ms"]) // 2]
@@ -547,6 +573,45 @@ def states_table(figures: dict[str, Any]) -> list[str]:
     return table(head, rows)
 
 
+def statistics_table(figures: dict[str, Any]) -> list[str]:
+    """Peak memory and time of each statistic, by the number of prompts."""
+    found = {(row["statistic"], row["prompts"]): row for row in figures["measured"]}
+    sizes = sorted({prompts for _, prompts in found})
+    names = {
+        "sums": "count and mean, all layers",
+        "variances": "and variances, all layers",
+        "quantiles": "quantiles of magnitudes, all layers",
+        "covariance": "covariance, one layer",
+        "residuals": "residuals themselves, one layer",
+    }
+
+    def cell(row: dict[str, float]) -> str:
+        return f"{row['added_bytes'] / 1e6:,.0f} MB, {row['seconds']:.2f} s"
+
+    rows = [
+        (name, *(cell(found[kind, size]) if (kind, size) in found else "–" for size in sizes))
+        for kind, name in names.items()
+    ]
+    return table(("statistic", *(f"{size:,} prompts" for size in sizes)), rows)
+
+
+def methods_table(figures: dict[str, Any]) -> list[str]:
+    """Seconds of each method by size, and what it finds at the last size."""
+    found = {(row["method"], row["prompts"], row["hidden"]): row for row in figures["measured"]}
+    sizes = list(dict.fromkeys((prompts, hidden) for _, prompts, hidden in found))
+    rows = [
+        (
+            f"`{name}`",
+            *(f"{found[name, *size]['seconds']:.2f}" for size in sizes),
+            f"{found[name, *sizes[-1]]['cosine']:.2f}",
+            f"{found[name, *sizes[-1]]['cosine_outliers']:.2f}",
+        )
+        for name in dict.fromkeys(name for name, _, _ in found)
+    ]
+    seconds = (f"s a layer, 2 × {prompts:,} prompts × {hidden:,}" for prompts, hidden in sizes)
+    return table(("method", *seconds, "cosine", "with outliers"), rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -557,6 +622,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "study": ("trial-study", study_table),
     "weight-cache": ("weight_cache", weights_table),
     "node-memory": ("node_memory", node_memory_table),
+    "export": ("export", export_table),
     "overhead": ("overhead", overhead_table),
     "throughput": ("scaling", throughput_table),
     "limits": ("scaling", limits_table),
@@ -568,6 +634,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "logits": ("streaming", logits_table),
     "states": ("streaming", states_table),
     "efficiency": ("scaling-efficiency", efficiency_table),
+    "statistics": ("statistics", statistics_table),
+    "methods": ("methods", methods_table),
 }
 
 

@@ -1,7 +1,7 @@
 """The mathematics of an edit: what a plan does to one weight matrix, in closed form.
 
 W is a writer in (hidden, fan_in) orientation, v a unit direction, λ the strength. Every norm mode
-is one *scaled rank-1 edit*
+is one *scaled low-rank edit*
 
     W' = diag(s) (W + a bᵀ) diag(c)
 
@@ -11,12 +11,15 @@ is one *scaled rank-1 edit*
 | `row`    | −λ (n ⊙ v) | Ŵᵀv, Ŵ = W/n | 1/√(1 − 2λ v g + λ² v² ‖b‖²), g = Ŵ b | 1            |
 | `column` | −λ v       | Wᵀv          | 1                                     | ‖W_j‖/‖W'_j‖ |
 
-with n the row norms. Directional ablation is Arditi et al. 2024 (arXiv 2406.11717), eq. 4. What
-depends on W and v alone is computed once (`project`); a trial then builds an edit from vectors.
+with n the row norms. Of several directions V (orthonormal) each has an a and a b of its
+own; under the root of s are then sums, 1 − 2λ Σ V_r g_r + λ² Σ V_r V_s (b_rᵀb_s), and W'_j lacks
+them all. Directional ablation is Arditi et al. 2024 (arXiv 2406.11717), eq. 4. What depends on W
+and v alone is computed once (`project`); a trial then builds an edit from vectors.
 Tensors may have a leading expert dimension: `"expert hidden fan_in"`. Knows nothing about models.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -25,7 +28,11 @@ from torch import Tensor
 from ray_abliterate.recipe import Norm
 
 Matrix = Float[Tensor, "expert hidden fan_in"]
+Blend = tuple[tuple[int, float], ...]
+"""Rows and weights whose sum points along a direction."""
 TINY = 1e-12
+DEPENDENT = 1e-3
+"""A direction that lies within this of others (float32 products can't tell) adds nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,16 @@ class Projections:
 
 @dataclass(frozen=True)
 class Edit:
-    """W' = diag(s) (W + a bᵀ) diag(c), per expert; `None` stands for ones."""
+    """W' = diag(s) (W + Σ a_r b_rᵀ) diag(c), per expert; `None` stands for ones.
 
-    a: Float[Tensor, "expert hidden"]
-    b: Float[Tensor, "expert fan_in"]
+    `basis` are the orthonormal directions that are taken out, one for each r.
+    """
+
+    a: Float[Tensor, "expert rank hidden"]
+    b: Float[Tensor, "expert rank fan_in"]
     s: Float[Tensor, "expert hidden"] | None
     c: Float[Tensor, "expert fan_in"] | None
-    direction: Float[Tensor, " hidden"]
+    basis: Float[Tensor, "rank hidden"]
     strength: float
 
     def apply_(self, target: Matrix, pristine: Matrix) -> None:
@@ -73,7 +83,8 @@ class Edit:
         """
         for expert in range(pristine.shape[0]):
             weight = pristine[expert].to(target.device, torch.float32, copy=True)
-            weight.addr_(self.a[expert], self.b[expert])
+            for a, b in zip(self.a[expert], self.b[expert], strict=True):
+                weight.addr_(a, b)
             if self.s is not None:
                 weight.mul_(self.s[expert][:, None])
             if self.c is not None:
@@ -81,10 +92,12 @@ class Edit:
             target[expert].copy_(weight)
 
     def apply_to_bias_(self, target: Tensor, pristine: Tensor) -> None:
-        """b' = b − λ v (vᵀb), `"hidden"` or `"expert hidden"`, in place."""
+        """b' = b − λ Σ v_r (v_rᵀb), `"hidden"` or `"expert hidden"`, in place."""
         bias = pristine.to(target.device, torch.float32)
-        along = (bias @ self.direction)[..., None]
-        target.copy_(bias - self.strength * along * self.direction)
+        left = bias
+        for direction in self.basis:
+            left = left - self.strength * (bias @ direction)[..., None] * direction
+        target.copy_(left)
 
 
 def project(weight: Matrix, rows: Float[Tensor, "row hidden"], norm: Norm) -> Projections:
@@ -119,43 +132,104 @@ def project(weight: Matrix, rows: Float[Tensor, "row hidden"], norm: Norm) -> Pr
     )
 
 
-def edit(projections: Projections, blend: tuple[tuple[int, float], ...], strength: float) -> Edit:
+def joined(parts: Sequence[Projections]) -> Projections:
+    """The products of a stack of experts, from those of each of them: the same bits."""
+    first = parts[0]
+    outer = [part.outer for part in parts if part.outer is not None]
+    norms = [part.norms for part in parts if part.norms is not None]
+    return replace(
+        first,
+        inner=torch.cat([part.inner for part in parts], dim=1),
+        outer=torch.cat(outer, dim=1) if outer else None,
+        norms=torch.cat(norms) if norms else None,
+    )
+
+
+def edit(
+    projections: Projections, blend: Blend, strength: float, further: Sequence[Blend] = ()
+) -> Edit:
     """The edit that takes `strength` times a direction out: O(hidden + fan_in), no matrix read.
 
     Args:
         projections: Of the writer.
         blend: Rows and weights whose sum points along the direction; need not be of unit length.
         strength: λ: 0 changes nothing, 1 removes the direction, above 1 reverses it.
+        further: Blends of more directions; what is taken out is the subspace of all. One that lies
+            in the subspace of those before it is left out.
 
     Raises:
         ValueError: the blend sums to nothing.
     """
-    rows = [row for row, _ in blend]
-    weights = torch.tensor([w for _, w in blend], device=projections.rows.device)
-    squared = weights @ projections.gram[rows][:, rows] @ weights
-    if not squared > 0:
-        raise ValueError(f"rows {rows} blend to no direction")
-    weights = weights / squared.sqrt()
-    v = weights @ projections.rows[rows]
-    b = torch.einsum("r,ref->ef", weights, projections.inner[rows])
-    a = (-strength * v).expand(b.shape[0], -1)
+    rows = list(dict.fromkeys(row for each in (blend, *further) for row, _ in each))
+    orthonormal = _orthonormal(projections, rows, (blend, *further))
+    basis = torch.stack([weights @ projections.rows[rows] for weights in orthonormal])
+    b = torch.stack(
+        [torch.einsum("r,ref->ef", weights, projections.inner[rows]) for weights in orthonormal],
+        dim=1,
+    )
+    a = (-strength * basis).expand(b.shape[0], -1, -1)
     s = c = None
     if projections.norm == "row":
-        assert projections.outer is not None and projections.norms is not None
-        g = torch.einsum("r,reh->eh", weights, projections.outer[rows])
-        wide = _widest(b)
-        reach = b.to(wide).square().sum(dim=1, keepdim=True)
-        kept = 1 - 2 * strength * v * g.to(wide) + strength**2 * v.to(wide) ** 2 * reach
-        s = kept.clamp_min(TINY).rsqrt().float()
-        a = a * projections.norms
+        assert projections.norms is not None
+        s = _row_scales(projections, rows, orthonormal, basis, b, strength)
+        a = a * projections.norms[:, None]
     elif projections.norm == "column":
         assert projections.norms is not None
         wide = _widest(b)
         squares = projections.norms.to(wide).square()
-        kept = squares - (2 * strength - strength**2) * b.to(wide) ** 2
+        kept = squares
+        for own in b.unbind(dim=1):
+            kept = kept - (2 * strength - strength**2) * own.to(wide) ** 2
         floor = (TINY * squares).clamp_min(1e-30)
         c = torch.where(squares > 0, (squares / kept.clamp_min(floor)).sqrt(), 1.0).float()
-    return Edit(a.contiguous(), b, s, c, v, strength)
+    return Edit(a.contiguous(), b, s, c, basis, strength)
+
+
+def _row_scales(
+    projections: Projections,
+    rows: list[int],
+    orthonormal: list[Tensor],
+    basis: Float[Tensor, "rank hidden"],
+    b: Float[Tensor, "expert rank fan_in"],
+    strength: float,
+) -> Float[Tensor, "expert hidden"]:
+    """What gives each row its norm back."""
+    assert projections.outer is not None
+    wide, kept = _widest(b), torch.ones((), device=b.device)
+    for number, (weights, v) in enumerate(zip(orthonormal, basis, strict=True)):
+        g = torch.einsum("r,reh->eh", weights, projections.outer[rows])
+        kept = kept - 2 * strength * v * g.to(wide)
+        reach = b[:, number].to(wide).square().sum(dim=1, keepdim=True)
+        kept = kept + strength**2 * v.to(wide) ** 2 * reach
+        for other in range(number):
+            shared = (b[:, number].to(wide) * b[:, other].to(wide)).sum(dim=1, keepdim=True)
+            kept = kept + 2 * strength**2 * v.to(wide) * basis[other].to(wide) * shared
+    return kept.clamp_min(TINY).rsqrt().float()
+
+
+def _orthonormal(
+    projections: Projections, rows: list[int], blends: Sequence[Blend]
+) -> list[Float[Tensor, " row"]]:
+    """Weights of rows that sum to orthonormal vectors, by their products alone (Gram–Schmidt)."""
+    device = projections.rows.device
+    gram = projections.gram[rows][:, rows]
+    found: list[Tensor] = []
+    for blend in blends:
+        given = dict.fromkeys(rows, 0.0)
+        for row, weight in blend:
+            given[row] += weight
+        weights = torch.tensor(list(given.values()), device=device)
+        before = weights @ gram @ weights
+        for _ in range(2 if found else 0):  # twice: rounding
+            for other in found:
+                weights = weights - (weights @ gram @ other) * other
+        squared = weights @ gram @ weights
+        if found and not squared > DEPENDENT**2 * before:
+            continue
+        if not squared > 0:
+            raise ValueError(f"rows {rows} blend to no direction")
+        found.append(weights / squared.sqrt())
+    return found
 
 
 def _widest(tensor: Tensor) -> torch.dtype:

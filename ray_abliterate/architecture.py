@@ -108,15 +108,18 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return next(iter(found.items()))
 
 
-def find_writers(model: nn.Module, rows: Sequence[WriterRow] = ()) -> tuple[Writer, ...]:
+def find_writers(
+    model: nn.Module, rows: Sequence[WriterRow] = (), in_memory: bool = True
+) -> tuple[Writer, ...]:
     """Return the writers of `model`, in order of layer, then component, then name.
 
     A parameter that several layers share appears once, in the first of them.
 
     Args:
-        model: A transformers model with its weights in memory.
+        model: A transformers model.
         rows: Rows from the recipe, beside those of the model's family. They also stand in for
             a family that has none.
+        in_memory: Insist that the weights are there, not on the meta device.
 
     Raises:
         UnknownArchitecture: the model's type has no rows, or a layer has no writer.
@@ -141,7 +144,10 @@ def find_writers(model: nn.Module, rows: Sequence[WriterRow] = ()) -> tuple[Writ
             if id(parameters[name]) in seen:
                 continue
             seen.add(id(parameters[name]))
-            _check_parameter(f"{prefix}.{layer}.{name}", parameters[name], row, hidden_size(model))
+            full_name = f"{prefix}.{layer}.{name}"
+            if in_memory:
+                refuse_meta(full_name, parameters[name])
+            _check_parameter(full_name, parameters[name], row, hidden_size(model))
             writers.append(_writer(f"{prefix}.{layer}", layer, block, name, row))
     for row in rows:
         if row not in used:
@@ -150,37 +156,37 @@ def find_writers(model: nn.Module, rows: Sequence[WriterRow] = ()) -> tuple[Writ
                 "  A pattern is a regex for the whole name relative to a block, such as "
                 r"'mlp\.down_proj\.weight'."
             )
-    return tuple(
-        sorted(writers, key=lambda w: (w.layer, COMPONENTS.index(w.component), w.parameter))
-    )
+    writers.sort(key=lambda w: (w.layer, COMPONENTS.index(w.component), w.parameter))
+    return tuple(writers)
 
 
 def oriented(parameter: Tensor, writer: Writer) -> Float[Tensor, "expert hidden fan_in"]:
-    """Return a view of the writer's parameter with the residual stream at axis 1. Copies nothing.
-
-    A dense matrix is one expert.
-    """
+    """Return a view of the parameter, the residual stream at axis 1. A matrix is one expert."""
     refuse_meta(writer.parameter, parameter)
     stacked = parameter.unsqueeze(0) if parameter.ndim == 2 else parameter
     axis = writer.hidden_axis + (parameter.ndim == 2)
     return stacked if axis == 1 else stacked.transpose(1, 2)
 
 
-def post_norm_gain(model: nn.Module, writer: Writer) -> Float[Tensor, "hidden"] | None:
+def post_norm_gain(
+    model: nn.Module, writer: Writer, device: torch.device | None = None
+) -> Float[Tensor, "hidden"] | None:
     """Return the effective weight g of the norms between `writer` and the stream, in float32.
 
-    The norm itself is asked: a root-mean-square norm turns a vector of ones into its effective
-    weight, which is `1 + w` in some families, `w` in others. g is exact up to a common factor near
-    1 (the norm's epsilon), which does not matter to a direction pulled back through it.
+    The norms are on `device`, by default the writer's. They are asked: a root-mean-square norm
+    turns a vector of ones into its effective weight, which is `1 + w` in some families, `w` in
+    others. g is exact up to a common factor near 1 (the norm's epsilon), which does not matter.
 
     Raises:
         ModelError: the norm is not a scaling of each feature (a LayerNorm subtracts the mean).
     """
     if writer.post_norm is None:
         return None
-    parameter = model.get_parameter(writer.parameter)
-    refuse_meta(writer.parameter, parameter)
-    gain = torch.ones(hidden_size(model), device=parameter.device)
+    if device is None:
+        parameter = model.get_parameter(writer.parameter)
+        refuse_meta(writer.parameter, parameter)
+        device = parameter.device
+    gain = torch.ones(hidden_size(model), device=device)
     for name in filter(None, (writer.post_norm, writer.outer_norm)):
         gain = gain * _gain(name, model.get_submodule(name), gain.numel(), gain.device)
     return gain
@@ -244,7 +250,6 @@ def _claim(name: str, rows: Sequence[WriterRow]) -> WriterRow | None:
 
 
 def _check_parameter(name: str, parameter: Tensor, row: WriterRow, hidden: int) -> None:
-    refuse_meta(name, parameter)
     shape = tuple(parameter.shape)
     allowed = (0, 1) if parameter.ndim == 2 else (1, 2) if parameter.ndim == 3 else ()
     if row.hidden_axis not in allowed or shape[row.hidden_axis] != hidden:

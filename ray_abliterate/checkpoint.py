@@ -1,14 +1,10 @@
-"""A checkpoint folder: where the bytes of each tensor lie, and copies with some tensors replaced.
-
-Whatever is not replaced is copied byte for byte, so names, dtypes, shards and tensors that no model
-class loads (draft heads) survive. Knows nothing about models.
-"""
+"""A checkpoint folder: where the bytes of each tensor lie. Knows nothing about models."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +13,7 @@ from ray_abliterate.errors import ExportError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-WRITTEN_ANEW = frozenset({"README.md", "verification.json"})
+WRITTEN_ANEW = frozenset({"README.md", "verification.json", "reproduced.json", "reproduce"})
 WEIGHT_SUFFIXES = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .ggml .onnx .onnx_data .h5 .msgpack .ot .npz .tflite "
     ".mlmodel .nemo .index.json".split()
@@ -55,8 +51,8 @@ class Checkpoint:
         for file in weight_file_names(folder):
             if not (folder / file).is_file():
                 raise ExportError(
-                    f"{folder} holds no {file}, and other forms of weights are not read.\n"
-                    "  Convert the model to safetensors first, with save_pretrained."
+                    f"{folder} holds no {file}{_instead(folder)}, and other forms of weights are "
+                    "not read.\n  Convert the model to safetensors first, with save_pretrained."
                 )
             tensors |= _header(folder, file)
         return cls(folder, tensors)
@@ -68,16 +64,15 @@ class Checkpoint:
         return files if files == (SINGLE,) else (*files, INDEX)
 
     @property
-    def bytes(self) -> int:
-        """Size of all files that a copy holds."""
-        files = [*self.weight_files, *companions(self.folder)]
-        return sum((self.folder / file).stat().st_size for file in files)
+    def companion_bytes(self) -> int:
+        """Size of everything else that a copy holds."""
+        return sum((self.folder / file).stat().st_size for file in companions(self.folder))
 
-    def read(self, name: str) -> Tensor:
-        """One tensor.
+    def refuse_unreadable(self, name: str) -> None:
+        """Make sure that a tensor's dtype is one that weights are edited in.
 
         Raises:
-            ExportError: its dtype is not one that weights are edited in.
+            ExportError: it is not.
         """
         stored = self.tensors[name]
         if stored.dtype not in DTYPES:
@@ -86,26 +81,44 @@ class Checkpoint:
                 "weight cannot be put back into it.\n"
                 "  Search and export an unquantized copy of the model (bfloat16 safetensors)."
             )
-        with (self.folder / stored.file).open("rb") as file:
-            file.seek(stored.start)
-            data = bytearray(file.read(stored.stop - stored.start))
-        return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
 
-    def copy_to(self, folder: Path) -> "Checkpoint":
-        """Copy weights and companion files, byte for byte, into an empty folder."""
-        for file in (*self.weight_files, *companions(self.folder)):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.folder / file, folder / file)
-        return type(self)(folder, self.tensors)
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """One tensor, or one slice of it along the first axis. Nothing else is in memory.
 
-    def replace(self, name: str, value: Tensor) -> None:
-        """Write a tensor over the stored one, in the stored dtype; the rest of the file stays."""
+        Raises:
+            ExportError: its dtype is not one that weights are edited in, or the file is cut off.
+        """
+        self.refuse_unreadable(name)
         stored = self.tensors[name]
-        assert tuple(value.shape) == stored.shape
-        new = value.detach().to("cpu", DTYPES[stored.dtype]).contiguous()
-        with (self.folder / stored.file).open("r+b") as file:
-            file.seek(stored.start)
-            file.write(new.reshape(-1).view(torch.uint8).numpy().tobytes())
+        size, shape, start = stored.stop - stored.start, stored.shape, stored.start
+        if index is not None:
+            size, shape = size // shape[0], shape[1:]
+            start += index * size
+        data = torch.empty(size, dtype=torch.uint8)  # aligned, as products are fast and equal
+        with (self.folder / stored.file).open("rb", buffering=0) as file:
+            file.seek(start)
+            read_into(file, data.numpy().data)
+        return data.view(DTYPES[stored.dtype]).reshape(shape)
+
+
+def read_into(file: Any, view: memoryview) -> None:
+    """Fill `view` from a file without a buffer.
+
+    Raises:
+        ExportError: the file ends before.
+    """
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])
+        if not got:
+            raise ExportError(f"{file.name} is damaged: it ends before its tensors do")
+        done += got
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors has: `, but model.gguf`."""
+    found = [p.name for p in sorted(folder.glob("*")) if p.suffix in WEIGHT_SUFFIXES]
+    return f", but {found[0]}" if found else ""
 
 
 def weight_file_names(folder: Path) -> tuple[str, ...]:
@@ -134,7 +147,7 @@ def _companion_paths(folder: Path) -> Iterator[Path]:
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
         weights = any(path.name.endswith(suffix) for suffix in WEIGHT_SUFFIXES)
-        anew = len(parts) == 1 and path.name in WRITTEN_ANEW
+        anew = parts[0] in WRITTEN_ANEW
         if path.is_file() and not (hidden or weights or anew):
             yield path
 

@@ -244,15 +244,28 @@ def export(
     run: RunFolder,
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
     trial: TrialNumber = None,
+    kind: Annotated[
+        str, typer.Option("--as", help="merged: the whole model. adapter: a PEFT adapter.")
+    ] = "merged",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the weight files, as 5GB.", show_default="the original's own files"
+        ),
+    ] = None,
+    adapter_error: Annotated[
+        float, typer.Option(help="What an adapter may lack of an edit, relative to the edit.")
+    ] = 0.01,
     verify: Annotated[bool, typer.Option(help="Reload, and score it again.")] = True,
 ) -> None:
-    """Write the edited model as a folder of safetensors, and verify it."""
-    from ray_abliterate.export import export_trial
+    """Write the edited model, or an adapter for the original, and verify what was written."""
+    from ray_abliterate.export import ExportForm, export_trial
     from ray_abliterate.live import LineWatch, console
     from ray_abliterate.rundir import RunDirectory
 
+    form = ExportForm.of(kind, shard_size, adapter_error)
     directory = RunDirectory.open(run)
-    export_trial(directory, _chosen(directory, trial), to, LineWatch(console()), verify)
+    export_trial(directory, _chosen(directory, trial), to, LineWatch(console()), verify, form)
 
 
 @app.command()

@@ -1,46 +1,92 @@
 """Writes the model that a trial's plan makes as a folder, and verifies what was written.
 
-The folder is a copy of the checkpoint in which the writers' bytes are replaced; everything else is
-the original's, byte for byte. It is reloaded and scored again before it gets its name.
+Either the whole model, a copy of the checkpoint with the writers edited, or an adapter for it. What
+was written is reloaded and scored again before it gets its name.
 """
 
+import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ray_abliterate.architecture import Writer, WriterRow, find_writers, hidden_size
+from ray_abliterate.architecture import WriterRow, hidden_size
 from ray_abliterate.bundle import write_bundle
-from ray_abliterate.checkpoint import WEIGHT_SUFFIXES, Checkpoint, weight_file_names
+from ray_abliterate.checkpoint import DTYPES, WEIGHT_SUFFIXES, Checkpoint, weight_file_names
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError, ScoreError
+from ray_abliterate.exporting.adapter import AdapterEdit, Base, write_adapter
+from ray_abliterate.exporting.layout import FileLayout, headers_fingerprint, layout_of, parse_size
+from ray_abliterate.exporting.merged import EditedTensors, write_merged
+from ray_abliterate.exporting.scratch import finished_bytes, give_name, scratch, scratch_name
+from ray_abliterate.exporting.skeleton import build_skeleton
+from ray_abliterate.exporting.target import check_target, unverified_name
+from ray_abliterate.exporting.writers import StoredWriter, stored_writers
 from ray_abliterate.frontier import Frontier, Trial
-from ray_abliterate.loading import load
-from ray_abliterate.model_card import hub_name, model_card
+from ray_abliterate.loading import device_for
+from ray_abliterate.model_card import base_name, hub_name, model_card
 from ray_abliterate.progress import Watch
 from ray_abliterate.prompts import PromptSet
-from ray_abliterate.recipe import ModelSettings, Recipe
+from ray_abliterate.recipe import Recipe
 from ray_abliterate.run import load_prompts, model_source
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.verification import Verification, verify_export
-from ray_abliterate.weights import WeightCache
+from ray_abliterate.verification import Verification, Verifier
 
-SPARE = 1.1
-"""Free disk space wanted, as a multiple of what is written."""
+Kind = Literal["merged", "adapter"]
+
+
+@dataclass(frozen=True)
+class ExportForm:
+    """What is written.
+
+    Attributes:
+        kind: The whole model, or a PEFT adapter for the base model.
+        shard_bytes: Size of the weight files; the original's own files if None.
+        adapter_error: What an adapter may lack of an edit, relative to the edit, by writer.
+    """
+
+    kind: Kind = "merged"
+    shard_bytes: int | None = None
+    adapter_error: float = 0.01
+
+    @classmethod
+    def of(cls, kind: str, shard_size: str | None, adapter_error: float) -> "ExportForm":
+        """The form that the command line asks for.
+
+        Raises:
+            ExportError: a value is none of those that are taken.
+        """
+        if kind not in get_args(Kind):
+            raise ExportError(f"--as {kind!r}: expected one of {', '.join(get_args(Kind))}")
+        if kind == "adapter" and shard_size is not None:
+            raise ExportError("--shard-size is for whole models; an adapter is one small file")
+        if not 0 <= adapter_error < 1:
+            raise ExportError(f"--adapter-error {adapter_error} is not a share between 0 and 1")
+        shard_bytes = None if shard_size is None else parse_size(shard_size)
+        return cls(cast(Kind, kind), shard_bytes, adapter_error)
+
+
+MERGED = ExportForm()
 
 
 def export_trial(
-    directory: RunDirectory, trial: Trial, to: Path, watch: Watch, verify: bool = True
+    directory: RunDirectory,
+    trial: Trial,
+    to: Path,
+    watch: Watch,
+    verify: bool = True,
+    form: ExportForm = MERGED,
 ) -> Path:
     """Write the edited model into the folder `to`, which appears when it is complete and verified.
+
+    An export that was interrupted is taken up again by the next call that asks for the same.
 
     Raises:
         ExportError: it cannot be written, or the written files don't score as the trial did; these
@@ -54,30 +100,92 @@ def export_trial(
     if directions is None:
         raise ExportError(f"{directory.path} has no directions; start a new run of the recipe")
     source = Checkpoint.open(source_folder(directory, watch))
-    check_target(to, source)
+    layout = layout_of(source, form.shard_bytes)
+    identity = _identity(directory, trial, directions, source, form)
+    left = _wanted(source, layout, form) - finished_bytes(to, identity)
+    check_target(to, source.folder, left)
     scored: dict[str, PromptSet] = {}
     if verify:
         base = directory.base
         scored = load_prompts(recipe, directory, base, watch).scored
-    with _scratch(to) as work, _threads(directory):
-        dtype = write_weights(recipe, source, trial, directions, work, watch)
-        _write_text(work / "README.md", model_card(directory, trial, source.folder))
-        write_bundle(directory, trial, source.folder, work)
+    with _told(to, watch), scratch(to, identity) as work, _threads(directory):
+        module, targets = find_targets(recipe, source, directions, watch)
+        if form.kind == "merged":
+            edited = EditedTensors(targets, trial.plan, directions)
+            write_merged(source, layout, edited, work, watch)
+            count, stored = len(layout.files), str(_dtype(targets)).removeprefix("torch.")
+            watch.note(
+                f"weights: {layout.bytes / 1e9:.2f} GB in {count} files, writers in {stored}"
+            )
+        else:
+            edit = AdapterEdit(module, targets, trial.plan, directions)
+            write_adapter(edit, _base(directory), form.adapter_error, work.folder, watch)
+        card = model_card(directory, trial, source.folder, form.kind)
+        _write_text(work.folder / "README.md", card)
+        write_bundle(directory, trial, source.folder, work.folder, form.kind)
         if verify:
-            try:
-                found = verify_export(directory, trial, scored, source.folder, work, dtype, watch)
-            except (ModelError, ScoreError) as error:
-                raise _unverified(work, to, [f"  {error}"]) from error
-            text = json.dumps(asdict(found), indent=2)
-            _write_text(work / "verification.json", text + "\n")
-            if found.failures:
-                raise _unverified(work, to, found.failures)
+            check = Verifier(directory, trial, scored, source.folder, _dtype(targets), watch)
+            found = _verified(check, work.folder, to)
             _tell(found, watch)
         if to.exists():
             to.rmdir()
-        work.rename(to)
+        give_name(work.folder, to)
     watch.note(f"trial {trial.number} written to {to}")
     return to
+
+
+def find_targets(
+    recipe: Recipe, source: Checkpoint, directions: Directions, watch: Watch
+) -> tuple[nn.Module, list[StoredWriter]]:
+    """The model without its weights, and the writers in the checkpoint's files.
+
+    Raises:
+        ExportError: the checkpoint does not hold the writers as the model has them, or the model
+            is not the one of the run.
+    """
+    with watch.stage("model"):
+        module = build_skeleton(source.folder, recipe.model)
+        rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
+        device = torch.device(device_for(recipe.model).replace("auto", "cuda"))
+        targets = stored_writers(module, source, rows, device)
+    shape = (1 + max(target.writer.layer for target in targets), hidden_size(module))
+    if shape[1] != directions.vectors.shape[1] or shape[0] > directions.layers:
+        raise ExportError(
+            f"{source.folder} has {shape[0]} layers of width {shape[1]}, the run's directions are "
+            f"for {directions.layers} of width {directions.vectors.shape[1]}: another model"
+        )
+    return module, targets
+
+
+def _dtype(targets: list[StoredWriter]) -> torch.dtype:
+    """The type that the writers are stored in, in which the edit is rounded."""
+    target = targets[0]
+    return DTYPES[target.source.tensors[target.forms[0].tensors[0]].dtype]
+
+
+def _base(directory: RunDirectory) -> Base:
+    """What an adapter is for: never a path of this machine."""
+    return Base(base_name(directory), directory.environment["model"].get("revision"))
+
+
+def _identity(
+    directory: RunDirectory,
+    trial: Trial,
+    directions: Directions,
+    source: Checkpoint,
+    form: ExportForm,
+) -> dict[str, Any]:
+    """What tells an interrupted export from another one."""
+    return {
+        "plan": trial.plan.to_json(),
+        "directions": hashlib.sha256(directions.rows.numpy().tobytes()).hexdigest(),
+        "rank": directions.rank,
+        "source": str(source.folder),
+        "files": headers_fingerprint(source),
+        "form": asdict(form),
+        "device": directory.environment["model"]["device"],
+        "torch": version("torch"),
+    }
 
 
 # Before anything is loaded
@@ -132,142 +240,33 @@ def source_folder(directory: RunDirectory, watch: Watch) -> Path:
     return folder
 
 
-def check_target(to: Path, source: Checkpoint) -> None:
-    """Refuse a folder that cannot take the model.
-
-    Raises:
-        ExportError: it is occupied, inside the base model's folder, or the disk is too full.
-    """
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise ExportError(f"{to} exists and is not an empty folder; choose another one with --to.")
-    if unverified_name(to).exists():
-        raise ExportError(f"{unverified_name(to)} is left of an earlier export; remove it first.")
-    if to.is_relative_to(source.folder):
-        raise ExportError(f"{to} lies inside the base model's folder; choose another one.")
-    standing = next(place for place in to.parents if place.exists())
-    free, wanted = shutil.disk_usage(standing).free, SPARE * source.bytes
-    if free < wanted:
-        raise ExportError(
-            f"the export needs {wanted / 1e9:.2f} GB, but {standing} has {free / 1e9:.2f} GB "
-            "free.\n  Free some space, or choose a folder on another disk with --to."
-        )
-
-
-def unverified_name(to: Path) -> Path:
-    """Where an export goes that did not score as the trial did."""
-    return to.with_name(f"{to.name}.unverified")
-
-
-# Writing
-
-
-def write_weights(
-    recipe: Recipe,
-    source: Checkpoint,
-    trial: Trial,
-    directions: Directions,
-    folder: Path,
-    watch: Watch,
-) -> torch.dtype:
-    """Copy the checkpoint, and put the edited writers into the copy.
-
-    Returns:
-        The checkpoint's dtype, in which the edit was made.
-
-    Raises:
-        ExportError: the checkpoint does not hold the writers as the model has them, or the model
-            is not the one of the run.
-    """
-    with watch.stage("model"):
-        module, _ = load(str(source.folder), settings_as_stored(recipe.model))
-        rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
-        writers = find_writers(module, rows)
-    shape = (1 + max(writer.layer for writer in writers), hidden_size(module))
-    if shape[1] != directions.vectors.shape[1] or shape[0] > directions.layers:
-        raise ExportError(
-            f"{source.folder} has {shape[0]} layers of width {shape[1]}, the run's directions are "
-            f"for {directions.layers} of width {directions.vectors.shape[1]}: another model"
-        )
-    refuse_unlike(source, module, writers)
-    location: Literal["cpu", "device"] = "cpu" if recipe.model.weight_cache == "cpu" else "device"
-    cache = WeightCache(module, writers, location)
-    with watch.stage("copy"):
-        copy = source.copy_to(folder)
-    with watch.stage("weights"), cache.edited(trial.plan, directions):
-        for number, writer in enumerate(writers, start=1):
-            for name, value in stored_form(module, writer, source):
-                if not torch.equal(copy.read(name).to(value.dtype), value.cpu()):
-                    copy.replace(name, value)
-            watch.step(number, len(writers))
-    dtype: torch.dtype = module.dtype  # type: ignore[assignment]
-    return dtype
-
-
-def settings_as_stored(settings: ModelSettings) -> ModelSettings:
-    """The settings, for a local folder whose model keeps its own dtype."""
-    return settings.model_copy(update={"dtype": "auto", "revision": None})
-
-
-def refuse_unlike(source: Checkpoint, module: nn.Module, writers: tuple[Writer, ...]) -> None:
-    """Make sure that each writer's stored form is what the untouched checkpoint holds.
-
-    Raises:
-        ExportError: it is not, so an edit could not be put back.
-    """
-    for writer in writers:
-        for name, value in stored_form(module, writer, source):
-            stored = source.read(name)
-            same = stored.shape == value.shape
-            if not same or not torch.equal(stored.to(value.dtype), value.cpu()):
-                raise ExportError(
-                    f"{name} in {source.folder} is not what {writer.parameter} was loaded from, so "
-                    "its edit cannot be put back.\n  Save the model anew with save_pretrained, and "
-                    "run the recipe on that folder."
-                )
-
-
-def stored_form(module: Any, writer: Writer, source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The writer's weight and bias as the checkpoint names and cuts them.
-
-    transformers may rename tensors or stack experts as it loads; that is undone. A parameter that
-    layers share has several names, of which the checkpoint need not hold all.
-
-    Raises:
-        ExportError: the checkpoint lacks a tensor.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    for parameter in filter(None, (writer.parameter, writer.bias)):
-        tensor = module.get_parameter(parameter)
-        state = module.state_dict(keep_vars=True)
-        names = {name: value.data for name, value in state.items() if value is tensor}
-        parts = revert_weight_conversion(module, names)
-        held = {
-            held: value for name, value in parts.items() if (held := _held(name, module, source))
-        }
-        if not held or (len(held) < len(parts) and len(names) == 1):
-            missing = next(name for name in parts if not _held(name, module, source))
-            raise ExportError(
-                f"{source.folder} holds no tensor {missing}, so the edit of {parameter} cannot be "
-                "put back.\n  If the checkpoint is quantized, search and export an unquantized "
-                "copy of the model."
-            )
-        yield from held.items()
-
-
-def _held(name: str, module: Any, source: Checkpoint) -> str | None:
-    """The checkpoint's name for a tensor: loading drops or adds the prefix of the model's body."""
-    prefix = f"{module.base_model_prefix}."
-    forms = (name, prefix + name, name.removeprefix(prefix))
-    return next((form for form in forms if form in source.tensors), None)
+def _wanted(source: Checkpoint, layout: FileLayout, form: ExportForm) -> int:
+    """Bytes that are written."""
+    return source.companion_bytes + layout.bytes if form.kind == "merged" else 0
 
 
 # When it is not the trial
 
 
-def _unverified(work: Path, to: Path, lines: list[str]) -> ExportError:
+def _verified(check: Verifier, folder: Path, to: Path) -> Verification:
+    """Score what was written, and note the scores beside it.
+
+    Raises:
+        ExportError: they are not the trial's; the folder has another name then.
+    """
+    try:
+        found = check.verify(folder)
+    except (ModelError, ScoreError) as error:
+        raise _unverified(folder, to, [f"  {error}"]) from error
+    _write_text(folder / "verification.json", json.dumps(asdict(found), indent=2) + "\n")
+    if found.failures:
+        raise _unverified(folder, to, found.failures)
+    return found
+
+
+def _unverified(folder: Path, to: Path, lines: list[str]) -> ExportError:
     """Keep the folder under another name, and say why."""
-    work.rename(unverified_name(to))
+    give_name(folder, unverified_name(to))
     return ExportError(
         "the written files do not score as the trial did:\n"
         + "\n".join(lines)
@@ -288,20 +287,22 @@ def _tell(found: Verification, watch: Watch) -> None:
 
 
 @contextmanager
-def _scratch(to: Path) -> Iterator[Path]:
-    """A folder beside `to`, gone after the block unless it was renamed."""
+def _told(to: Path, watch: Watch) -> Iterator[None]:
+    """Say where the files are that an interrupted export finished."""
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+        yield
     except OSError as error:
         raise ExportError(
-            f"{to.parent} cannot be written ({error.strerror}); choose another folder with --to."
-        ) from None
-    try:
-        work.chmod(0o755)
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            f"the export to {to} stopped: {error.strerror or error}.\n"
+            "  If the disk is full, free some space. The same command goes on from there."
+        ) from error
+    except BaseException:
+        if scratch_name(to).exists():
+            watch.note(
+                f"what is finished is kept in {scratch_name(to)}: the same command goes on from "
+                "there; remove it if you don't want that"
+            )
+        raise
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(source, **common)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
-        _refuse_quantized(source, config)
+        refuse_quantized(source, config)
         model, report = auto_class(config).from_pretrained(
             source,
             config=config,
@@ -83,7 +83,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _refuse_quantized(source: str, config: Any) -> None:
+def refuse_quantized(source: str, config: Any) -> None:
     """An edit would change quantized numbers without their scales."""
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(

@@ -176,10 +176,13 @@ def _base(directory: RunDirectory) -> dict[str, Any]:
 def _direction(directory: RunDirectory, plan: Plan) -> dict[str, Any]:
     found, settings = directory.directions(), directory.recipe.direction
     at_layer = f"one for all layers, taken at layer {plan.direction_layer:.2f}"
+    offset = plan.source_offset
+    own = "each layer's own" + ("" if offset is None else f", taken {offset:+.2f} layers from it")
+    many = f", up to {found.rank} a layer" if found and found.rank > 1 else ""
     known = directory.environment.get("prompts", {})
     return {
         "method": found.method if found else settings.method,
-        "scope": at_layer if plan.scope == "global" else "each layer's own",
+        "scope": (at_layer if plan.scope == "global" else own) + many,
         "projected": settings.project_out_neutral,
         "quantile": settings.winsorize_quantile,
         "sets": [

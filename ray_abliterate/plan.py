@@ -65,12 +65,16 @@ class Plan:
         direction_layer: A block index, may lie between two (then directions are interpolated).
         norm: What every edited matrix keeps; see `ablation.py`.
         profiles: Component and profile, in order of component.
+        source_offset: With `per-layer`, how many layers above its own (below, if negative) a
+            layer's direction is taken from; its own if None. Ends of the model stand in for what
+            lies beyond.
     """
 
     scope: Scope
     direction_layer: float
     norm: Norm
     profiles: tuple[tuple[str, Profile], ...]
+    source_offset: float | None = None
 
     @classmethod
     def nothing(cls) -> "Plan":
@@ -96,7 +100,14 @@ class Plan:
                 (c, Profile(**{f: float(params[f"{c}.{f}"]) for f in PROFILE_FIELDS}))
                 for c in components
             )
-            return cls(params["direction_scope"], float(params["direction_layer"]), norm, profiles)
+            offset = params.get("source_offset")
+            return cls(
+                params["direction_scope"],
+                float(params["direction_layer"]),
+                norm,
+                profiles,
+                None if offset is None else float(offset),
+            )
         except KeyError as error:
             raise ValueError(f"parameter {error} is missing; got {sorted(params)}") from None
 
@@ -106,6 +117,8 @@ class Plan:
             "direction_scope": self.scope,
             "direction_layer": self.direction_layer,
         }
+        if self.source_offset is not None:
+            flat["source_offset"] = self.source_offset
         for component, profile in self.profiles:
             flat |= {f"{component}.{field}": getattr(profile, field) for field in PROFILE_FIELDS}
         return flat
@@ -175,6 +188,8 @@ class Space:
             ("direction_scope", Choice(settings.scope)),
             ("direction_layer", _scaled(settings.direction_layer, last)),
         ]
+        if settings.source_offset is not None:
+            parameters.append(("source_offset", _scaled(settings.source_offset, last)))
         for component in sorted(shape.components):
             own = settings.components.get(component, ComponentSpace())
             ranges = {f: getattr(own, f) or getattr(settings, f) for f in INTERVALS[1:]}
@@ -196,6 +211,7 @@ class Space:
         Both are clamped to the space; the first is as near to uniform strength 1 as it allows.
         """
         wishes = {"peak": 1.0, "floor": 1.0, "reach": float(self.shape.layers)}
+        wishes["source_offset"] = 0.0
         uniform: dict[str, Value] = {}
         middle: dict[str, Value] = {}
         for name, domain in self.parameters:

@@ -18,6 +18,7 @@ from ray_abliterate.recipe import (
     ComponentSpace,
     DirectionSettings,
     EditSettings,
+    EnsembleMember,
     EvaluationSettings,
     Interval,
     KeywordRate,
@@ -95,6 +96,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`[prompts]`", PromptSettings),
     ("A prompt set", PromptSource),
     ("`[direction]`", DirectionSettings),
+    ("`[[direction.ensemble]]`", EnsembleMember),
     ("`[edit]`", EditSettings),
     ("`[search]`", SearchSettings),
     ("`[search.space]`", SpaceSettings),
@@ -137,6 +139,7 @@ WORDS: Mapping[Any, str] = {
     SpaceSettings: "section",
     ComponentSpace: "section",
     WriterRow: "section",
+    EnsembleMember: "section",
 }
 
 BOUNDS = (("ge", "from {}"), ("gt", "above {}"), ("le", "up to {}"), ("lt", "below {}"))

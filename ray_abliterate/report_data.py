@@ -138,6 +138,8 @@ def hover_text(
     lines += [html.escape(text) for text in more]
     if plan is not None:
         where = f" {number_text(plan.direction_layer)}" if plan.scope == "global" else ""
+        if plan.scope == "per-layer" and plan.source_offset is not None:
+            where = f" {plan.source_offset:+.2f} layers off"
         lines.append(f"direction {plan.scope}{where}, norm {plan.norm}")
         for name, p in plan.profiles:
             tent = f"peak {number_text(p.peak)} at layer {number_text(p.peak_layer)}"

@@ -7,7 +7,6 @@ compared, within what rounding explains.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,9 +24,18 @@ from ray_abliterate.bundle import (
     read_bundle,
 )
 from ray_abliterate.checkpoint import DTYPES, WEIGHT_SUFFIXES, Checkpoint, weight_file_names
-from ray_abliterate.edited_tensors import TensorRecord, base_sha256, edited_tensors
+from ray_abliterate.edited_tensors import (
+    TensorRecord,
+    base_sha256,
+    edited_tensors,
+    file_sha256,
+)
 from ray_abliterate.errors import ReproductionError
-from ray_abliterate.export import check_target, unverified_name, write_weights
+from ray_abliterate.export import find_targets
+from ray_abliterate.exporting.layout import headers_fingerprint, layout_of
+from ray_abliterate.exporting.merged import EditedTensors, write_merged
+from ray_abliterate.exporting.scratch import give_name, scratch
+from ray_abliterate.exporting.target import check_target, unverified_name
 from ray_abliterate.frontier import Trial
 from ray_abliterate.model_card import EMBEDDED
 from ray_abliterate.plan import Plan
@@ -87,22 +95,22 @@ def reproduce(
     for reason in reasons:
         watch.note(f"bits may differ: {reason}")
     source = Checkpoint.open(base_folder(bundle, base, watch))
-    check_target(to, source)
+    layout = layout_of(source, None)
+    check_target(to, source.folder, layout.bytes)
     with watch.stage("base model"):
         refuse_other_base(bundle, source)
     trial = Trial(bundle.trial, _plan(bundle), Scorecard.from_list(list(bundle.scores)), 0.0)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as top:
-        work = Path(top) / "model"
-        work.mkdir()
-        with _threads(bundle.written.threads):
-            write_weights(recipe, source, trial, directions, work, watch)
+    identity = {"bundle": file_sha256(file), "files": headers_fingerprint(source)}
+    with scratch(to, identity) as work, _threads(bundle.written.threads):
+        _, targets = find_targets(recipe, source, directions, watch)
+        edited = EditedTensors(targets, trial.plan, directions)
+        write_merged(source, layout, edited, work, watch)
         with watch.stage("hashes"):
-            found = edited_tensors(source, Checkpoint.open(work))
+            found = edited_tensors(source, Checkpoint.open(work.folder))
         result, failures = compare(bundle, found, reasons)
-        _complete(work, file.parent, result)
+        _complete(work.folder, file.parent, result)
         if failures:
-            work.rename(unverified_name(to))
+            give_name(work.folder, unverified_name(to))
             raise ReproductionError(
                 "what was written is not what the bundle describes:\n"
                 + "\n".join(f"  {line}" for line in failures[:5])
@@ -110,7 +118,7 @@ def reproduce(
             )
         if to.exists():
             to.rmdir()
-        work.rename(to)
+        give_name(work.folder, to)
     return result
 
 

@@ -118,6 +118,7 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
     for scorer in recipe.scorers:
         if isinstance(scorer, PluginScorer):
             resolve(scorer.kind)
+    direction_methods.refuse_unknown(recipe.direction)
     with watch.stage("prompts"):
         sets = PromptSets(
             load_prompt_set("behaviour", recipe.prompts.behaviour, base),
@@ -215,6 +216,10 @@ def find_directions(
     directory.note(residuals=shards.facts())
     with watch.stage("directions"):
         found = shards.directions(recipe.direction)
+    if how := found.origin.get("statistics"):
+        watch.note(f"directions: {recipe.direction.method}, {how}")
+    if position := found.origin.get("position"):
+        watch.note(f"directions: token {position} of the prompts tells the sets apart best")
     directory.save_directions(found)
     return Setup(found, prefix, tuning), shards
 

@@ -65,6 +65,7 @@ def _bounds(space: Space) -> list[_Bound]:
     last = float(max(space.shape.layers - 1, 0))
     limits = {
         "direction_layer": (0.0, last),
+        "source_offset": (-last, last),
         "peak": (0.0, float("inf")),
         "peak_layer": (0.0, last),
         "floor": (0.0, 1.0),
@@ -85,7 +86,7 @@ def _bounds(space: Space) -> list[_Bound]:
 def _matters(bound: _Bound, plan: Plan) -> bool:
     """The plan would be another one if this parameter were."""
     if not bound.component:
-        return plan.scope == "global"
+        return plan.scope == ("per-layer" if bound.parameter == "source_offset" else "global")
     profile = dict(plan.profiles).get(bound.component)
     return profile is not None and profile.peak > 0
 
@@ -94,7 +95,8 @@ def _sentence(bound: _Bound, there: Sequence[Trial], used: int, space: Space) ->
     last = max(space.shape.layers - 1, 1)
     value = f"{bound.value:.3g}"
     if bound.field != "peak" and bound.field != "floor":
-        value = f"layer {value}" if bound.field != "reach" else f"{value} layers"
+        count = bound.field in ("reach", "source_offset")
+        value = f"{value} layers" if count else f"layer {value}"
         value += f" ({bound.value / last:.3g} in the recipe)"
     numbers = ", ".join(str(trial.number) for trial in there[:6])
     more = ", …" if len(there) > 6 else ""

@@ -15,6 +15,8 @@ def print_trial(directory: RunDirectory, trial: Trial, output: Console) -> None:
     plan = trial.plan
     scope = "one direction for all layers" if plan.scope == "global" else "each layer's direction"
     where = f", taken at layer {plan.direction_layer:.2f}" if plan.scope == "global" else ""
+    if plan.scope == "per-layer" and plan.source_offset is not None:
+        where = f", taken {plan.source_offset:+.2f} layers from its own"
     output.print(f"Trial {trial.number}: {scope}{where}; norm mode {plan.norm!r}")
     if trial.bounded:
         _print_why_bounded(directory, trial, output)

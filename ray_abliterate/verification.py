@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ray_abliterate.frontier import Trial
+from ray_abliterate.loading import load
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.progress import Watch
 from ray_abliterate.prompts import PromptSet
@@ -54,32 +55,63 @@ class Verification:
         ]
 
 
-def verify_export(
-    directory: RunDirectory,
-    trial: Trial,
-    prompts: dict[str, PromptSet],
-    source: Path,
-    folder: Path,
-    dtype: torch.dtype,
-    watch: Watch,
-) -> Verification:
-    """Score the written files against the base model, as the search did, and compare."""
-    recipe = directory.recipe
-    scorers = build(recipe.scorers, prompts, recipe.run.record_responses)
-    with watch.stage("base model"):
-        model = _language_model(directory, source)
-        for scorer in scorers:
-            scorer.prepare(model)
-    reasons = tuple(_why_inexact(directory, dtype, model.device))
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    with watch.stage("verification"):
-        model = _language_model(directory, folder)
-        scores = [scorer.score(model) for scorer in scorers]
-    assert trial.scorecard is not None
-    pairs = zip(trial.scorecard.scores, scores, strict=True)
-    return Verification(reasons, tuple(compare(old, new, not reasons) for old, new in pairs))
+@dataclass(frozen=True)
+class Verifier:
+    """Scores written files against the base model, as the search did, and compares.
+
+    Attributes:
+        directory: The run.
+        trial: The trial that was written.
+        prompts: What its scorers score.
+        source: Folder of the base model.
+        dtype: The type that the writers are stored in.
+        watch: Is told what takes a while.
+    """
+
+    directory: RunDirectory
+    trial: Trial
+    prompts: dict[str, PromptSet]
+    source: Path
+    dtype: torch.dtype
+    watch: Watch
+
+    def verify(self, folder: Path) -> Verification:
+        """Reload `folder`, a whole model or an adapter for the base model, and score it.
+
+        Raises:
+            ModelError: it cannot be loaded.
+            ScoreError: it cannot be scored.
+        """
+        recipe = self.directory.recipe
+        scorers = build(recipe.scorers, self.prompts, recipe.run.record_responses)
+        with self.watch.stage("base model"):
+            model = _language_model(self.directory, self.source)
+            for scorer in scorers:
+                scorer.prepare(model)
+        reasons = list(_why_inexact(self.directory, self.dtype, model.device))
+        if _is_adapter(folder):
+            reasons.append("an adapter is added to the layers' outputs, not to the weights")
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        with self.watch.stage("verification"):
+            model = self._reloaded(folder)
+            scores = [scorer.score(model) for scorer in scorers]
+        assert self.trial.scorecard is not None
+        pairs = zip(self.trial.scorecard.scores, scores, strict=True)
+        compared = tuple(compare(old, new, not reasons) for old, new in pairs)
+        return Verification(tuple(reasons), compared)
+
+    def _reloaded(self, folder: Path) -> LanguageModel:
+        return _language_model(
+            self.directory,
+            self.source if _is_adapter(folder) else folder,
+            folder if _is_adapter(folder) else None,
+        )
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
 
 
 def compare(trial: Score, reloaded: Score, exact: bool) -> Comparison:
@@ -94,10 +126,19 @@ def compare(trial: Score, reloaded: Score, exact: bool) -> Comparison:
     return Comparison(trial.name, trial.value, reloaded.value, allowed, within)
 
 
-def _language_model(directory: RunDirectory, folder: Path) -> LanguageModel:
+def _language_model(
+    directory: RunDirectory, folder: Path, adapter: Path | None = None
+) -> LanguageModel:
     recipe = directory.recipe
-    settings = recipe.model.model_copy(update={"revision": None})
-    model = LanguageModel.load(str(folder), settings, recipe.run.batch_size)
+    # In the type that is exported: what the files are loaded in.
+    settings = recipe.model.model_copy(update={"revision": None, "dtype": "auto"})
+    module, tokenizer = load(str(folder), settings)
+    if adapter is not None:
+        from peft import PeftModel
+
+        # The layers of `module` are wrapped in place.
+        PeftModel.from_pretrained(module, str(adapter)).eval().requires_grad_(False)
+    model = LanguageModel(module, tokenizer, settings, recipe.run.batch_size)
     model.response_prefix = tuple(directory.environment["response_prefix"])
     tuning = directory.tuning()
     if tuning is not None:

@@ -1,8 +1,8 @@
 """Virtual edits: several plans at once, computed beside the weights instead of written into them.
 
-A writer's output under the edit W' = diag(s) (W + a bᵀ) diag(c) is
+A writer's output under the edit W' = diag(s) (W + Σ a_r b_rᵀ) diag(c) is
 
-    y = s ⊙ (W (c ⊙ x) + a bᵀ(c ⊙ x))
+    y = s ⊙ (W (c ⊙ x) + Σ a_r b_rᵀ(c ⊙ x))
 
 so that each token of a pass may have its own edit. Hooks are installed once and do nothing while
 no edits are open. In float32 this gives what edited weights give; in half precision the output is
@@ -27,8 +27,12 @@ from ray_abliterate.weights import WeightCache
 
 @dataclass(frozen=True)
 class _Stacked:
-    """The edits of one writer, one row each; rows of plans that leave it alone change nothing."""
+    """The edits of one writer, `rank` rows each of a and b, one of the rest.
 
+    Rows of plans that leave it alone change nothing.
+    """
+
+    rank: int
     a: Tensor
     b: Tensor
     s: Tensor | None
@@ -49,7 +53,7 @@ class VirtualEdits:
         self._cache = cache
         self._stacked: dict[str, _Stacked] = {}
         self._edit_of: Tensor | None = None
-        self._one_hot: dict[torch.dtype, Tensor] = {}
+        self._one_hot: dict[tuple[torch.dtype, int], Tensor] = {}
         self._count = 0
         self._modules = {w.parameter: _linear(module, w) for w in cache.writers}
         for parameter, linear in self._modules.items():
@@ -103,7 +107,7 @@ class VirtualEdits:
             x, y = args[0].flatten(0, -2), output.flatten(0, -2)
             if stacked.bias is not None:
                 y = y - module.bias
-            own = (x @ stacked.b.T) * self._chosen(x.dtype)
+            own = (x @ stacked.b.T) * self._chosen(x.dtype, stacked.rank)
             y = torch.addmm(y, own, stacked.a)
             if stacked.s is not None:
                 y = y * stacked.s[self._edit_of]
@@ -113,13 +117,13 @@ class VirtualEdits:
 
         return hook
 
-    def _chosen(self, dtype: torch.dtype) -> Tensor:
-        """1 where a token has an edit, `"token edit"`."""
-        if dtype not in self._one_hot:
+    def _chosen(self, dtype: torch.dtype, rank: int) -> Tensor:
+        """1 where a token has an edit, for each of its directions, `"token edit_rank"`."""
+        if (dtype, rank) not in self._one_hot:
             assert self._edit_of is not None
             one_hot = nn.functional.one_hot(self._edit_of, self._count)
-            self._one_hot[dtype] = one_hot.to(dtype)
-        return self._one_hot[dtype]
+            self._one_hot[dtype, rank] = one_hot.to(dtype).repeat_interleave(rank, dim=1)
+        return self._one_hot[dtype, rank]
 
 
 def _linear(module: nn.Module, writer: Writer) -> nn.Module:
@@ -135,6 +139,14 @@ def _stack(linear: Any, edits: dict[int, Any], count: int) -> _Stacked:
     """Edits by number as rows of tensors in the weight's dtype."""
     weight, bias = linear.weight, getattr(linear, "bias", None)
     some = next(iter(edits.values()))
+    rank = max(edit.a.shape[1] for edit in edits.values())
+
+    def low_rank(name: str, width: int) -> Tensor:
+        stacked = torch.zeros(count, rank, width, dtype=torch.float32, device=weight.device)
+        for number, edit in edits.items():
+            value = getattr(edit, name)[0]
+            stacked[number, : len(value)] = value
+        return stacked.flatten(0, 1).to(weight.dtype)
 
     def rows(name: str, width: int, fill: float) -> Tensor:
         stacked = torch.full((count, width), fill, dtype=torch.float32, device=weight.device)
@@ -154,8 +166,9 @@ def _stack(linear: Any, edits: dict[int, Any], count: int) -> _Stacked:
             edit.apply_to_bias_(new_bias[number], bias)
     hidden, fan_in = some.a.shape[-1], some.b.shape[-1]
     return _Stacked(
-        rows("a", hidden, 0.0),
-        rows("b", fan_in, 0.0),
+        rank,
+        low_rank("a", hidden),
+        low_rank("b", fan_in),
         rows("s", hidden, 1.0) if "s" in scaled else None,
         rows("c", fan_in, 1.0) if "c" in scaled else None,
         new_bias,

@@ -23,14 +23,12 @@ from torch.profiler import record_function
 from ray_abliterate import ablation
 from ray_abliterate.architecture import Writer, oriented, post_norm_gain
 from ray_abliterate.directions import Directions
+from ray_abliterate.edits import Edits
 from ray_abliterate.errors import ModelError
 from ray_abliterate.plan import Plan
 from ray_abliterate.recipe import Norm
 
 log = logging.getLogger(__name__)
-
-PROJECTION_BUDGET_BYTES = 2 * 2**30
-"""Products kept per model; writers beyond it (many experts) are multiplied anew in each trial."""
 
 
 @runtime_checkable
@@ -51,6 +49,19 @@ class _Target:
     bias: Tensor | None
     pristine_bias: Tensor | None
     gain: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, hidden, fan_in = oriented(self.pristine, self.writer).shape
+        return experts, hidden, fan_in
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def project(self, rows: Tensor, norm: Norm) -> ablation.Projections:
+        pristine = oriented(self.pristine, self.writer).to(self.device)
+        return ablation.project(pristine, rows, norm)
 
 
 class WeightCache:
@@ -77,9 +88,7 @@ class WeightCache:
         """
         shared = _shared(model, writers, store) if location == "node" and store else {}
         self._targets = [_target(model, writer, location, shared) for writer in writers]
-        self._projections: dict[tuple[Norm, str], ablation.Projections] = {}
-        self._kept: set[str] = set()
-        self._directions: Directions | None = None
+        self._edits = Edits(self._targets)
         self._dirty: set[int] = set()
         self._open: tuple[Plan, Directions] | None = None
         self.on_write: Callable[[str], None] | None = None
@@ -168,12 +177,12 @@ class WeightCache:
 
     def edits(self, plan: Plan, directions: Directions) -> Iterator[tuple[Writer, ablation.Edit]]:
         """What a plan does to each writer that it does not leave alone."""
-        for target, edit in self._edits(plan, directions):
+        for target, edit in self._edits.of(plan, directions):
             yield target.writer, edit
 
     @torch.no_grad()
     def _apply(self, plan: Plan, directions: Directions) -> None:
-        for target, edit in self._edits(plan, directions):
+        for target, edit in self._edits.of(plan, directions):
             writer = target.writer
             self._dirty.add(writer.layer)
             edit.apply_(oriented(target.weight, writer), oriented(target.pristine, writer))
@@ -184,69 +193,6 @@ class WeightCache:
     def _written(self, target: _Target) -> None:
         if self.on_write is not None:
             self.on_write(target.writer.parameter)
-
-    def _edits(self, plan: Plan, directions: Directions) -> Iterator[tuple[_Target, ablation.Edit]]:
-        layers = directions.layers
-        self._use(directions)
-        shared = directions.blend(min(plan.direction_layer, layers - 1.0))
-        strengths = {component: plan.strengths(component, layers) for component, _ in plan.profiles}
-        for target in self._targets:
-            writer = target.writer
-            strength = strengths.get(writer.component, (0.0,) * layers)[writer.layer]
-            blend = shared if plan.scope == "global" else ((writer.layer, 1.0),)
-            if strength != 0 and all(directions.usable[row] for row, _ in blend):
-                yield target, self._edit(target, plan.norm, blend, strength)
-
-    def _use(self, directions: Directions) -> None:
-        """Forget the products of other directions."""
-        if self._directions is not None and torch.equal(
-            self._directions.vectors, directions.vectors
-        ):
-            return
-        for target in self._targets:
-            if target.writer.layer >= directions.layers:
-                raise ModelError(
-                    f"the directions are of a model with {directions.layers} layers, "
-                    f"this one has a writer in layer {target.writer.layer}"
-                )
-        self._directions = directions
-        self._projections.clear()
-        self._kept.clear()
-        spent = 0
-        for target in self._targets:  # in order, so that no trial depends on earlier ones
-            spent += self._estimate(target)
-            if spent <= PROJECTION_BUDGET_BYTES:
-                self._kept.add(target.writer.parameter)
-
-    def _edit(
-        self, target: _Target, norm: Norm, blend: tuple[tuple[int, float], ...], strength: float
-    ) -> ablation.Edit:
-        key = (norm, target.writer.parameter)
-        if target.writer.parameter not in self._kept:
-            rows = [row for row, _ in blend]
-            some = ablation.project(self._pristine(target), self._rows_of(target)[rows], norm)
-            moved = tuple((i, weight) for i, (_, weight) in enumerate(blend))
-            return ablation.edit(some, moved, strength)
-        if key not in self._projections:
-            full = ablation.project(self._pristine(target), self._rows_of(target), norm)
-            self._projections[key] = full
-        return ablation.edit(self._projections[key], blend, strength)
-
-    def _rows_of(self, target: _Target) -> Tensor:
-        """All directions as this writer sees them: pulled back through the norm after it."""
-        assert self._directions is not None
-        vectors = self._directions.vectors.to(target.weight.device)
-        return vectors if target.gain is None else vectors * target.gain.to(vectors.device)
-
-    @staticmethod
-    def _pristine(target: _Target) -> Tensor:
-        return oriented(target.pristine, target.writer).to(target.weight.device)
-
-    def _estimate(self, target: _Target) -> int:
-        """Bytes of a writer's products, in the largest mode."""
-        assert self._directions is not None
-        experts, hidden, fan_in = oriented(target.pristine, target.writer).shape
-        return 4 * self._directions.layers * experts * (fan_in + hidden)
 
 
 def _target(

@@ -1,15 +1,16 @@
 """Residuals in the object store: made batch by batch by the replicas, reduced where they lie.
 
-The driver holds references. It fetches a shard only to write it to a file, one at a time, or for a
-direction method of the user's own, which wants whole sets.
+The driver holds references. It fetches a shard only to write it to a file, one at a time. For a
+direction method that wants more than means and variances it fetches residuals, one layer at a time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from importlib.metadata import version
 from operator import add
 from typing import Any
+
+import torch
 
 from ray_abliterate import __version__
 from ray_abliterate import directions as direction_methods
@@ -17,6 +18,7 @@ from ray_abliterate.directions import Directions
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import ModelFacts
 from ray_abliterate.grid import Tuning
+from ray_abliterate.methods import Layer, Sample, Summary
 from ray_abliterate.progress import Watch
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import DirectionSettings, Recipe
@@ -30,6 +32,8 @@ from ray_abliterate.shards import (
     projected,
     sums_of,
 )
+from ray_abliterate.statistics.moments import Moments, Pairs, moments_of, rows_of
+from ray_abliterate.statistics.space import space_of
 
 ATTEMPTS = 3
 """Times that lost shards are made again in one reduction."""
@@ -46,6 +50,7 @@ class Extraction:
     response_prefix: tuple[int, ...]
     dtype: str
     tuning: Tuning
+    positions: int = 1
 
     @classmethod
     def of(cls, recipe: Recipe, prefix: tuple[int, ...], tuning: Tuning) -> "Extraction":
@@ -57,7 +62,8 @@ class Extraction:
         rows = tuning.read_rows
         if recipe.run.batch_size is None:
             rows = 1 << (rows.bit_length() - 1)
-        return cls(rows, prefix, recipe.direction.residual_dtype, tuning)
+        settings = recipe.direction
+        return cls(rows, prefix, settings.residual_dtype, tuning, settings.positions)
 
     def key(self, facts: ModelFacts, prompts: PromptSet) -> str:
         """Content key of one set's shards."""
@@ -73,6 +79,7 @@ class Extraction:
             rows=self.rows,
             dtype=self.dtype,
             versions=[__version__, version("torch"), version("transformers")],
+            **({"positions": self.positions} if self.positions > 1 else {}),
         )
 
 
@@ -99,6 +106,7 @@ class Shards:
         self._pool = pool
         self._files = files
         self._sets = behaviour, neutral
+        self._positions = extraction.positions
         self._keys = {s.name: extraction.key(pool.facts, s) for s in self._sets}
         rows, prefix, tuning = extraction.rows, extraction.response_prefix, extraction.tuning
         self._calls: dict[Place, tuple[Any, ...]] = {
@@ -131,24 +139,75 @@ class Shards:
         }
 
     def directions(self, settings: DirectionSettings) -> Directions:
-        """The directions: from the means where the method needs no more, else from whole sets."""
+        """The directions; of several token positions those that tell the sets apart best."""
+        found = self._directions(settings)
+        if self._positions == 1:
+            return found
+        layers = self._pool.facts.shape.layers
+        place = direction_methods.best_position(self.separation(found), layers)
+        return found.part(place * layers, layers, position=str(-1 - place))
+
+    def _directions(self, settings: DirectionSettings) -> Directions:
+        """The directions, from as much of the residuals as the method needs.
+
+        Means and variances are reduced where the residuals are. Of anything else, one layer at a
+        time is here: as covariances that grow with no prompt, or as the layer's residuals.
+        """
         behaviour, neutral = self._sets
-        if settings.method not in direction_methods.METHODS:
-            return direction_methods.compute(
-                self.gathered(behaviour), self.gathered(neutral), settings
-            )
+        origin = {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint}
         quantile = settings.winsorize_quantile
-        return direction_methods.from_sums(
-            self.sums(behaviour.name, quantile),
-            self.sums(neutral.name, quantile),
-            settings,
-            {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint},
-        )
+        need = direction_methods.need_of(settings)
+        if need == "means":
+            return direction_methods.from_sums(
+                self.sums(behaviour.name, quantile),
+                self.sums(neutral.name, quantile),
+                settings,
+                origin,
+            )
+        if need == "variances":
+            found: list[Moments] = [self._reduced(s.name, moments_of, quantile) for s in self._sets]
+            layers = (
+                Layer(*(Summary(moments.layer(index)) for moments in found))
+                for index in range(len(found[0].mean))
+            )
+            return direction_methods.from_layers(layers, settings, origin)
+        space = space_of(len(behaviour) + len(neutral), self._pool.facts.shape.hidden)
+        summed = need == "covariances" and space.kind == "covariance"
+        how = space.reason if need == "covariances" else "layer by layer from all residuals"
+        fetched = self._layers(quantile, summed)
+        return direction_methods.from_layers(fetched, settings, {**origin, "statistics": how})
+
+    def layers(self, quantile: float = 1.0) -> Iterator[Layer]:
+        """All residuals of both sets, one layer at a time, winsorised."""
+        return self._layers(quantile, summed=False)
+
+    def _layers(self, quantile: float, summed: bool) -> Iterator[Layer]:
+        """Both sets layer by layer, as covariances or as residuals."""
+        shape = self._pool.facts.shape
+        for layer in range(shape.layers * self._positions):
+            if summed:
+                start = Pairs(Moments.nothing(shape.hidden))
+                yield Layer(
+                    *(
+                        Summary(
+                            self._reduced(s.name, rows_of, layer, quantile, start=start).moments
+                        )
+                        for s in self._sets
+                    )
+                )
+            else:
+                rows = [self._reduced(s.name, rows_of, layer, quantile) for s in self._sets]
+                values = (torch.from_numpy(part.values) for part in rows)
+                yield Layer(*(Sample(value, shape.hidden) for value in values))
 
     def separation(self, directions: Directions) -> list[Any]:
         """How well each layer's direction tells the two sets apart."""
         vectors = directions.vectors.numpy()
-        sides: list[Projected] = [self._reduced(s.name, projected, vectors) for s in self._sets]
+        back = -1 - int(directions.origin.get("position", -1))
+        first = back * directions.layers
+        sides: list[Projected] = [
+            self._reduced(s.name, projected, vectors, first) for s in self._sets
+        ]
         return direction_methods.separation(*sides)
 
     def sums(self, name: str, quantile: float = 1.0) -> Sums:
@@ -170,17 +229,26 @@ class Shards:
                 raise _lost([place])
         return join(shards, prompts.fingerprint)
 
-    def _reduced(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """`function` of every shard where it lies, added up in the order of the shards."""
-        places, found = self._places(name), dict[Place, Any]()
+    def _reduced(
+        self, name: str, function: Callable[..., Any], *args: Any, start: Any = None
+    ) -> Any:
+        """`function` of every shard where it lies, added up in the order of the shards.
+
+        What comes is added as soon as all before it has come, and kept no longer; to `start`, if
+        there is one.
+        """
+        left, early, total = self._places(name), dict[Place, Any](), start
         for _ in range(ATTEMPTS):
-            left = {place: self._references[place] for place in places if place not in found}
-            for place, part in self._pool.store.each(function, left, *args):
+            missing = {place: self._references[place] for place in left if place not in early}
+            for place, part in self._pool.store.each(function, missing, *args):
                 if part is not None:
-                    found[place] = part
-            lost = [place for place in places if place not in found]
-            if not lost:
-                return reduce(add, (found[place] for place in places))
+                    early[place] = part
+                while left and left[0] in early:
+                    part = early.pop(left.pop(0))
+                    total = part if total is None else add(total, part)
+            if not left:
+                return total
+            lost = [place for place in left if place not in early]
             self._make(lost)
         raise _lost(lost)
 

@@ -2,16 +2,25 @@
 
 class TestMine(DirectionMethodContract):
     method = "my_package.methods:mine"
+
+Where a method cannot do something by what it is, the subclass says so (`bears_outliers = False`),
+and the contract then tests no more of it than that.
 """
 
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
-from ray_abliterate.directions import Directions, compute
+from ray_abliterate.directions import Directions, compute, from_layers, need_of
+from ray_abliterate.methods import Layer, Sample, Summary
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import Residuals
+from ray_abliterate.shards import ResidualShard
+from ray_abliterate.statistics.moments import Moments, Pairs, moments_of, rows_of
 
 
 def planted_residuals(
@@ -29,33 +38,64 @@ def planted_residuals(
     return Residuals(behaviour + strength * planted), Residuals(neutral), planted
 
 
+def with_outliers(residuals: Residuals, share: float = 0.02, size: float = 300.0) -> Residuals:
+    """The same with some prompts far out, all the same way."""
+    values = residuals.values.clone()
+    away = torch.randn(values.shape[2], generator=torch.Generator().manual_seed(99))
+    values[: max(1, int(share * len(values)))] += size * away / away.norm()
+    return Residuals(values)
+
+
 class DirectionMethodContract:
-    """Held by every method in `directions.METHODS`, and by yours."""
+    """Held by every method of this package, and by yours.
+
+    Attributes:
+        method: As the recipe names it.
+        options: Its keyword arguments.
+        cosine: How near the planted direction it comes at six standard deviations, 200 prompts and
+            32 units. What weighs units by how they vary pays with some of it.
+        bears_outliers: It finds the direction though 2 % of the prompts are far out.
+        pairs_prompts: Prompt i of one set belongs to prompt i of the other, so sets are of equal
+            size, and are put in another order together.
+    """
 
     method: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
+    cosine: ClassVar[float] = 0.99
+    bears_outliers: ClassVar[bool] = True
+    pairs_prompts: ClassVar[bool] = False
+
+    def settings(self, project: bool = True, **more: Any) -> DirectionSettings:
+        """The recipe's section."""
+        return DirectionSettings(
+            method=self.method, options=self.options, project_out_neutral=project, **more
+        )
 
     def directions(
-        self, behaviour: Residuals, neutral: Residuals, project: bool = True
+        self, behaviour: Residuals, neutral: Residuals, project: bool = True, **more: Any
     ) -> Directions:
         """What the method finds."""
-        settings = DirectionSettings(
-            method=self.method, options=self.options, project_out_neutral=project
-        )
-        return compute(behaviour, neutral, settings)
+        if self.pairs_prompts:
+            count = min(len(behaviour.values), len(neutral.values))
+            behaviour = Residuals(behaviour.values[:count])
+            neutral = Residuals(neutral.values[:count])
+        return compute(behaviour, neutral, self.settings(project, **more))
 
     def test_rows_are_unit_and_finite(self) -> None:
-        """One unit vector per layer."""
+        """One unit vector per layer; more of them are orthonormal."""
         behaviour, neutral, _ = planted_residuals(seed=0)
         found = self.directions(behaviour, neutral)
         assert found.vectors.shape == behaviour.values.shape[1:]
         torch.testing.assert_close(found.vectors.norm(dim=-1), torch.ones(found.layers))
+        products = found.basis @ found.basis.mT
+        expected = torch.eye(found.rank).expand(found.layers, -1, -1)
+        torch.testing.assert_close(products, expected, rtol=0, atol=1e-5)
 
     def test_a_planted_direction_is_found(self) -> None:
-        """Cosine above 0.99 at six standard deviations and 200 prompts."""
+        """Among noise, at six standard deviations and 200 prompts."""
         behaviour, neutral, planted = planted_residuals(seed=0)
         cosines = self.directions(behaviour, neutral).vectors @ planted
-        assert cosines.min() > 0.99
+        assert cosines.min() > self.cosine
 
     def test_it_points_from_neutral_to_behaviour(self) -> None:
         """Swapping the sets flips the sign."""
@@ -67,12 +107,108 @@ class DirectionMethodContract:
     def test_the_order_of_prompts_does_not_matter(self) -> None:
         """Up to rounding: float64 sums, one rounding to float32."""
         behaviour, neutral, _ = planted_residuals(seed=0)
-        shuffled = Residuals(behaviour.values.flip(0))
-        one, other = self.directions(behaviour, neutral), self.directions(shuffled, neutral)
-        torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=1e-6)
+        one = self.directions(behaviour, neutral)
+        order = torch.randperm(len(behaviour.values), generator=torch.Generator().manual_seed(1))
+        shuffled, same = Residuals(behaviour.values[order]), neutral
+        if self.pairs_prompts:
+            same = Residuals(neutral.values[: len(order)][order])
+        other = self.directions(shuffled, same)
+        assert_same(one, other, 1e-6)
 
     def test_sets_of_unequal_size_are_fine(self) -> None:
-        """No pairing of prompts is assumed."""
+        """Or refused in words, by what pairs prompts."""
         behaviour, neutral, planted = planted_residuals(seed=0)
         fewer = Residuals(behaviour.values[:150])
-        assert (self.directions(fewer, neutral).vectors @ planted).min() > 0.98
+        if self.pairs_prompts:
+            with pytest.raises(ValueError, match="equal size"):
+                compute(fewer, neutral, self.settings())
+            return
+        assert (self.directions(fewer, neutral).vectors @ planted).min() > self.cosine - 0.01
+
+    @pytest.mark.parametrize("rows", [3, 64])
+    def test_shards_give_what_whole_sets_give(self, rows: int) -> None:
+        """In any split, and reduced to what the method says it needs: to 1e-6."""
+        sets = planted_residuals(seed=3, prompts=40)[:2]
+        if self.pairs_prompts:
+            sets = sets[0], Residuals(sets[1].values[:40])
+        whole = compute(*sets, self.settings())
+        shards = [
+            [
+                ResidualShard.of("s", i, s.values[i : i + rows].numpy()).batch
+                for i in range(0, len(s.values), rows)
+            ]
+            for s in sets
+        ]
+        need = need_of(self.settings())
+        layers = [
+            Layer(*(_reduced(need, batches, layer) for batches in shards))
+            for layer in range(sets[0].layers)
+        ]
+        assert_same(from_layers(layers, self.settings(), {}), whole, 1e-6)
+
+    def test_outliers_do_not_turn_it(self) -> None:
+        """Or are caught by winsorising, which every method may be used with."""
+        behaviour, neutral, planted = planted_residuals(seed=4, hidden=64)
+        wild = with_outliers(behaviour)
+        if self.bears_outliers:
+            assert (self.directions(wild, neutral).vectors @ planted).min() > self.cosine - 0.02
+            return
+        spiky = behaviour.values.clone()
+        spiky[0, :, 7] = 1e4  # a massive activation: one unit of one prompt
+        found = self.directions(Residuals(spiky), neutral, winsorize_quantile=0.95)
+        assert (found.vectors @ planted).min() > 0.85
+
+    def test_fewer_prompts_than_units_are_fine(self) -> None:
+        """Ten prompts in 300 dimensions; whatever the method can say, it says in unit rows."""
+        behaviour, neutral, planted = planted_residuals(
+            seed=5, prompts=10, layers=2, hidden=300, strength=30.0
+        )
+        found = self.directions(behaviour, neutral)
+        torch.testing.assert_close(found.vectors.norm(dim=-1), torch.ones(2))
+        assert (found.vectors @ planted).min() > 0.85
+
+    def test_one_prompt_a_set_is_fine(self) -> None:
+        """Their difference, up to what the mean takes out."""
+        behaviour, neutral, planted = planted_residuals(seed=6, prompts=1, strength=30.0)
+        one = Residuals(behaviour.values[:1]), Residuals(neutral.values[:1])
+        assert (self.directions(*one).vectors @ planted).min() > 0.9
+
+    def test_prompts_that_come_twice_change_little(self) -> None:
+        """Both sets doubled, prompt by prompt."""
+        behaviour, neutral, planted = planted_residuals(seed=7)
+        one, other = (Residuals(s.values.repeat_interleave(2, dim=0)) for s in (behaviour, neutral))
+        found = self.directions(one, other).vectors
+        assert (found @ planted).min() > self.cosine - 0.01
+
+    def test_identical_sets_are_refused(self) -> None:
+        """With what to look at."""
+        residuals = planted_residuals(seed=8)[0]
+        with pytest.raises(ValueError, match="no layer has a direction"):
+            self.directions(residuals, residuals)
+
+    def test_a_layer_where_all_residuals_are_one_has_no_direction(self) -> None:
+        """As after the embedding of a last token that all prompts share."""
+        behaviour, neutral, planted = planted_residuals(seed=9)
+        one, other = behaviour.values.clone(), neutral.values.clone()
+        one[:, 0], other[:, 0] = 1.0, 1.0
+        found = self.directions(Residuals(one), Residuals(other))
+        assert found.usable == (False, True, True, True)
+        assert (found.vectors[1:] @ planted).min() > self.cosine - 0.01
+
+
+def assert_same(one: Directions, other: Directions, tolerance: float) -> None:
+    """The first directions, and the subspaces of all."""
+    torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=tolerance)
+    projectors = [found.basis.mT @ found.basis for found in (one, other)]
+    torch.testing.assert_close(*projectors, rtol=0, atol=2 * tolerance)
+
+
+def _reduced(need: str, batches: list[Any], layer: int) -> Any:
+    """One layer of some shards, as much of it as a method needs."""
+    if need in ("means", "variances"):
+        return Summary(reduce(add, map(moments_of, batches)).layer(layer))
+    rows = [rows_of(batch, layer) for batch in batches]
+    hidden = rows[0].values.shape[1]
+    if need == "covariances":
+        return Summary(reduce(add, rows, Pairs(Moments.nothing(hidden))).moments)
+    return Sample(torch.from_numpy(reduce(add, rows).values), hidden)

@@ -243,3 +243,15 @@ def test_a_study_of_heretics_becomes_a_run_that_shows_its_scores_as_its_own(
     assert "5 plans wait in run" in done.stdout and "ray-abliterate resume run" in done.stdout
     shown = command("show", "run", folder=tmp_path).stdout
     assert "0 of 5 trials" in shown and "As scored by Heretic 1.4, not by this run" in shown
+
+
+def test_a_form_of_export_that_is_none_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    a_run(tmp_path / "run", recipe)
+    for options, words in (
+        (["--as", "gguf"], "--as 'gguf': expected one of merged, adapter"),
+        (["--shard-size", "5"], "--shard-size '5' is not a size; write 5GB"),
+        (["--as", "adapter", "--shard-size", "5GB"], "--shard-size is for whole models"),
+        (["--adapter-error", "2"], "--adapter-error 2.0 is not a share"),
+    ):
+        assert words in refused("export", "run", "--to", "out", *options, folder=tmp_path)
+    assert not (tmp_path / "out").exists()

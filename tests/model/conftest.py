@@ -120,15 +120,25 @@ class InProcess:
         return self.replica.evaluate(plan, setup)
 
 
-def finish(folder: Path, model: Path, dtype: str = "auto", norm: str = "row") -> Finished:
-    """A run in `folder` with trial 0: one direction, taken out everywhere."""
+def finish(
+    folder: Path, model: Path, dtype: str = "auto", norm: str = "row", more: str = ""
+) -> Finished:
+    """A run in `folder` with trial 0: one direction, taken out everywhere.
+
+    Args:
+        folder: Where recipe and run go.
+        model: The model's folder.
+        dtype: As in the recipe.
+        norm: As in the recipe.
+        more: Further sections of the recipe.
+    """
     base = folder / "recipe"
     base.mkdir(parents=True)
     prompts = {"behaviour": FLAGGED, "neutral": THINGS, "compared": THINGS[4:] + FLAGGED[-1:]}
     for name, words in prompts.items():
         lines = "".join(f"tell me about the old {word}\n" for word in words)
         (base / f"{name}.txt").write_text(lines)
-    text = RECIPE.format(model=model, dtype=dtype, norm=norm)
+    text = RECIPE.format(model=model, dtype=dtype, norm=norm) + more
     recipe = Recipe.parse(text, "recipe.toml")
     directory, watch = RunDirectory.create(folder / "run", recipe, text), Unwatched()
     sets = run.load_prompts(recipe, directory, base, watch)
@@ -197,3 +207,8 @@ def mixtral_run(tmp_path_factory, mixtral_folder) -> Finished:
 @pytest.fixture(scope="session")
 def mixtral_float32_run(tmp_path_factory, mixtral_folder) -> Finished:
     return finish(tmp_path_factory.mktemp("mixtral-float32"), mixtral_folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def mixtral_none_run(tmp_path_factory, mixtral_folder) -> Finished:
+    return finish(tmp_path_factory.mktemp("mixtral-none"), mixtral_folder, norm="none")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ray_abliterate import export
 from ray_abliterate import reproduce as reproduction
@@ -48,6 +49,13 @@ def exports(tmp_path_factory, request):
         return run, made[name]
 
     return of
+
+
+def moved(folder: Path, name: str) -> None:
+    """Change one tensor of a model."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name] + 0.5}, file, metadata={"format": "pt"})
 
 
 @pytest.fixture
@@ -190,12 +198,11 @@ def test_a_file_that_is_damaged_or_missing_is_named(copied, tmp_path):
 
 
 def test_another_base_model_is_refused_before_anything_is_written(copied, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduction, "write_weights", None)
+    monkeypatch.setattr(reproduction, "write_merged", None)
     folder, base = copied
     shutil.copytree(base, tmp_path / "other")
-    other = Checkpoint.open(tmp_path / "other")
     name = "model.layers.1.mlp.down_proj.weight"
-    other.replace(name, other.read(name) + 0.5)
+    moved(tmp_path / "other", name)
     with pytest.raises(ReproductionError, match=rf"not the base model.*\s.*1 of .*{name}"):
         reproduce(folder, tmp_path / "o", Unwatched(), str(tmp_path / "other"))
     with pytest.raises(ReproductionError, match="Say where it is with --base"):
@@ -233,13 +240,13 @@ def test_a_bundle_cannot_ask_for_code_to_be_run(copied, tmp_path, monkeypatch):
     recipe["model"]["trust_remote_code"] = True
     changed(folder, recipe=recipe)
     asked = []
-    write = reproduction.write_weights
+    find = reproduction.find_targets
 
     def noted(recipe, *rest):
         asked.append(recipe.model.trust_remote_code)
-        return write(recipe, *rest)
+        return find(recipe, *rest)
 
-    monkeypatch.setattr(reproduction, "write_weights", noted)
+    monkeypatch.setattr(reproduction, "find_targets", noted)
     reproduce(folder, tmp_path / "o", Unwatched(), base)
     reproduce(folder, tmp_path / "p", Unwatched(), base, trust_remote_code=True)
     assert asked == [False, True]

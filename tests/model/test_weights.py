@@ -9,6 +9,7 @@ from torch import nn
 
 from ray_abliterate.architecture import find_writers, oriented
 from ray_abliterate.directions import Directions
+from ray_abliterate.edits import Edits
 from ray_abliterate.errors import ModelError
 from ray_abliterate.plan import ModelShape, Plan, Profile
 from ray_abliterate.testing.tiny import tiny_model
@@ -73,15 +74,15 @@ def test_an_edit_that_fails_half_way_leaves_no_layer_edited(
     model = tiny_model("llama")
     writers = find_writers(model)
     cache, before = WeightCache(model, writers), bits(model)
-    real, calls = WeightCache._edit, []
+    real, calls = Edits.edit, []
 
-    def failing(self: WeightCache, *args: object) -> object:
+    def failing(self: Edits, *args: object) -> object:
         calls.append(args)
         if len(calls) == 4:
             raise MemoryError("no memory in the middle")
         return real(self, *args)
 
-    monkeypatch.setattr(WeightCache, "_edit", failing)
+    monkeypatch.setattr(Edits, "edit", failing)
     with pytest.raises(MemoryError), cache.edited(a_plan(writers), unit_directions(4)):
         pytest.fail("the body must not run")
     assert all(torch.equal(model.get_parameter(n), old) for n, old in before.items())
@@ -133,7 +134,7 @@ def test_writers_beyond_the_projection_budget_get_the_same_edit(
     plan, directions = a_plan(writers, "row"), unit_directions(4)
     with WeightCache(model, writers).edited(plan, directions):
         kept = bits(model)
-    monkeypatch.setattr("ray_abliterate.weights.PROJECTION_BUDGET_BYTES", 0)
+    monkeypatch.setattr("ray_abliterate.edits.PROJECTION_BUDGET_BYTES", 0)
     with WeightCache(model, writers).edited(plan, directions):
         anew = bits(model)
     for name, old in kept.items():

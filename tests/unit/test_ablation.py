@@ -160,3 +160,91 @@ def test_rows_that_cancel_are_refused() -> None:
     weight, rows = random_case(1, 8, 12, seed=10)
     with pytest.raises(ValueError, match="blend to no direction"):
         edit(project(weight, rows, "none"), ((0, 1.0), (0, -1.0)), 1.0)
+
+
+# Several directions
+
+
+def naive_subspace(
+    weight: torch.Tensor, basis: torch.Tensor, strength: float, norm: Norm
+) -> torch.Tensor:
+    """`naive` with an orthonormal basis, `"rank hidden"`, in place of one direction."""
+    w, v = weight.double(), basis.double()
+    n = w.norm(dim=-1, keepdim=True) if norm == "row" else torch.ones(())
+    cut = w / n - strength * v.T @ (v @ (w / n))
+    if norm == "row":
+        return n * cut / cut.norm(dim=-1, keepdim=True)
+    if norm == "column":
+        return cut * w.norm(dim=-2, keepdim=True) / cut.norm(dim=-2, keepdim=True)
+    return cut
+
+
+def unit(*rows: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    return tuple(((row, 1.0),) for row in rows)
+
+
+@given(
+    st.integers(1, 3), st.integers(8, 24), st.integers(8, 24), st.integers(0, 2**16),
+    st.floats(-0.5, 1.7), st.sampled_from(NORMS), st.integers(2, 3), st.booleans(),
+)  # fmt: skip
+def test_several_directions_are_taken_out_as_the_subspace_they_span(
+    experts: int, hidden: int, fan_in: int, seed: int, strength: float, norm: Norm, rank: int,
+    oblique: bool,
+) -> None:  # fmt: skip
+    weight, rows = random_case(experts, hidden, fan_in, seed)
+    if not oblique:
+        rows = torch.linalg.qr(rows.T).Q.T.contiguous()
+    blends = unit(*range(rank))
+    basis = torch.linalg.qr(rows[:rank].double().T).Q.T
+    if (rows[:rank].double() @ rows[:rank].double().T - torch.eye(rank)).abs().max() > 0.9:
+        return
+    result = torch.empty_like(weight)
+    found = edit(project(weight, rows, norm), blends[0], strength, blends[1:])
+    found.apply_(result, weight)
+    torch.testing.assert_close(found.basis @ found.basis.T, torch.eye(rank), rtol=0, atol=2e-5)
+    expected = naive_subspace(weight, basis, strength, norm)
+    cut = naive_subspace(weight, basis, strength, "none")
+    axis = -1 if norm == "row" else -2
+    worst = (weight.norm(dim=axis) / cut.norm(dim=axis).clamp_min(1e-9)).max().clamp_min(1)
+    tolerance = 1e-5 * float(worst) ** (1 if norm == "none" else 3) * float(weight.abs().max())
+    assert (result.double() - expected).abs().max() <= max(tolerance, 5e-5)
+
+
+@pytest.mark.parametrize("norm", ["none", "column"])
+def test_nothing_is_left_along_any_of_several_directions(norm: Norm) -> None:
+    weight, rows = random_case(2, 32, 48, seed=11)
+    result = torch.empty_like(weight)
+    found = edit(project(weight, rows, norm), unit(0)[0], 1.0, unit(1, 2))
+    found.apply_(result, weight)
+    assert (rows @ result).abs().max() < 2e-5
+    if norm == "column":
+        torch.testing.assert_close(result.norm(dim=1), weight.norm(dim=1), rtol=1e-5, atol=0)
+
+
+def test_row_mode_keeps_row_norms_with_several_directions() -> None:
+    weight, rows = random_case(2, 32, 48, seed=12)
+    result = torch.empty_like(weight)
+    edit(project(weight, rows, "row"), unit(0)[0], 1.3, unit(1, 2)).apply_(result, weight)
+    torch.testing.assert_close(result.norm(dim=2), weight.norm(dim=2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_direction_that_others_span_already_is_not_taken_out_twice(norm: Norm) -> None:
+    weight, rows = random_case(1, 16, 24, seed=13)
+    results = []
+    for further in (unit(1), (*unit(1), ((0, 0.3), (1, -0.7)), ((1, 2.0),))):
+        result = torch.empty_like(weight)
+        found = edit(project(weight, rows, norm), unit(0)[0], 1.0, further)
+        found.apply_(result, weight)
+        assert found.a.shape[1] == 2
+        results.append(result)
+    assert torch.equal(*results)
+
+
+def test_a_bias_loses_its_part_along_every_direction() -> None:
+    weight, rows = random_case(1, 32, 48, seed=14)
+    bias = torch.randn(32)
+    result = bias.clone()
+    found = edit(project(weight, rows, "none"), unit(0)[0], 1.0, unit(1, 2))
+    found.apply_to_bias_(result, bias)
+    assert (rows @ result).abs().max() < 1e-5

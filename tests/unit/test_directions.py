@@ -3,21 +3,28 @@
 import logging
 from functools import reduce
 from operator import add
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_abliterate.directions import Directions, best_layer, compute, from_sums, separation
+from ray_abliterate.directions import (
+    Directions,
+    best_layer,
+    between_layers,
+    between_methods,
+    compute,
+    from_sums,
+    separation,
+    stability,
+)
+from ray_abliterate.methods import Layer, Sample
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import Residuals
 from ray_abliterate.shards import Projected, ResidualShard, projected, sums_of
-from ray_abliterate.testing.directions import DirectionMethodContract, planted_residuals
-
-
-class TestMeanDifference(DirectionMethodContract):
-    method = "mean-difference"
+from ray_abliterate.testing.directions import planted_residuals
 
 
 def test_the_neutral_mean_is_projected_out() -> None:
@@ -166,3 +173,159 @@ def test_separation_is_what_its_definitions_say() -> None:
         assert row["behaviour_norm"] == pytest.approx(float(means[0].norm()))
         assert row["neutral_norm"] == pytest.approx(float(means[1].norm()))
         assert row["direction_norm"] == pytest.approx(float((means[0] - means[1]).norm()))
+
+
+# Several directions a layer
+
+
+def subspaces(layers: int, rank: int, seed: int = 0, hidden: int = 16, **more: Any) -> Directions:
+    random = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(layers, hidden, rank, generator=random)).Q.mT
+    return Directions(basis[:, 0].contiguous(), "m", {}, basis[:, 1:].contiguous(), **more)
+
+
+def projector(vectors: torch.Tensor) -> torch.Tensor:
+    q = torch.linalg.qr(vectors.double().T).Q
+    return q @ q.T
+
+
+def blended(found: Directions, layer: float, target: int | None = None) -> torch.Tensor:
+    return torch.stack(
+        [
+            torch.stack([weight * found.rows[row].double() for row, weight in blend]).sum(0)
+            for blend in found.blends(layer, target)
+        ]
+    )
+
+
+def test_bytes_give_back_all_directions_and_a_file_of_one_has_no_more_than_before() -> None:
+    spared = subspaces(3, 1, seed=7).vectors
+    for found in (subspaces(3, 3), subspaces(3, 2, spared=spared)):
+        again = Directions.from_bytes(found.to_bytes())
+        assert torch.equal(again.rows, found.rows)
+        assert again.rank == found.rank
+        assert (again.spared is None) == (found.spared is None)
+    alone = Directions(spared, "m", {})
+    assert Directions.from_bytes(alone.to_bytes()).further is None
+    assert b"further" not in alone.to_bytes()
+
+
+def test_directions_that_are_not_orthonormal_are_refused() -> None:
+    found = subspaces(3, 2)
+    assert found.further is not None
+    oblique = found.further.clone()
+    oblique[1, 0] = torch.nn.functional.normalize(found.vectors[1] + oblique[1, 0], dim=0)
+    for wrong in (oblique, 2 * found.further):
+        with pytest.raises(ValueError, match=r"layer [01] are not orthonormal"):
+            Directions(found.vectors, "m", {}, wrong)
+
+
+def test_at_a_layer_its_own_subspace_is_used() -> None:
+    found = subspaces(4, 3)
+    for layer in range(4):
+        torch.testing.assert_close(blended(found, float(layer)).float(), found.basis[layer])
+
+
+def test_between_layers_a_subspace_depends_on_no_choice_of_basis() -> None:
+    """Turning the vectors of one layer among themselves changes nothing."""
+    found = subspaces(2, 3, seed=3)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))).Q
+    turned = turn @ found.basis[1]
+    other = Directions(
+        torch.stack([found.vectors[0], turned[0]]), "m", {},
+        torch.stack([found.basis[0, 1:], turned[1:]]),
+    )  # fmt: skip
+    for layer in (0.25, 0.5, 0.9):
+        one = projector(blended(found, layer))
+        torch.testing.assert_close(projector(blended(other, layer)), one, rtol=0, atol=1e-5)
+
+
+def test_between_layers_that_agree_the_subspace_is_theirs() -> None:
+    found = subspaces(1, 2)
+    turned = torch.stack([found.basis[0, 1], -found.basis[0, 0]])
+    both = Directions(
+        torch.stack([found.vectors[0], turned[0]]), "m", {},
+        torch.stack([found.basis[0, 1:], turned[1:]]),
+    )  # fmt: skip
+    expected = projector(found.basis[0])
+    torch.testing.assert_close(projector(blended(both, 0.5)), expected, rtol=0, atol=1e-6)
+
+
+def test_a_layer_with_fewer_directions_than_others_lends_none_that_it_lacks() -> None:
+    found = subspaces(2, 3)
+    assert found.further is not None
+    further = found.further.clone()
+    further[1, 1] = 0
+    fewer = Directions(found.vectors, "m", {}, further)
+    assert len(fewer.blends(1.0)) == 2
+    assert len(fewer.blends(0.0)) == 3
+    assert torch.linalg.matrix_rank(blended(fewer, 0.5)) == 3
+
+
+def test_what_is_spared_at_the_target_is_taken_out_of_every_direction() -> None:
+    spared = subspaces(4, 1, seed=8).vectors
+    found = subspaces(4, 2, spared=spared)
+    for layer in (0.0, 1.4):
+        vectors = blended(found, layer, target=3)
+        assert (vectors @ spared[3].double()).abs().max() < 1e-7
+        plain = blended(found, layer)
+        rest = plain - (plain @ spared[3].double())[:, None] * spared[3].double()
+        torch.testing.assert_close(vectors, rest, rtol=0, atol=1e-7)
+    alone = Directions(spared, "m", {}, spared=spared)
+    assert alone.blends(2.0, target=2) == (((2, 1.0),),), "nothing else would be left"
+
+
+def test_biprojecting_keeps_the_neutral_means_and_leaves_own_layers_as_they_were() -> None:
+    behaviour, neutral, _ = planted_residuals(seed=1)
+    found = compute(behaviour, neutral, DirectionSettings(biproject=True))
+    plain = compute(behaviour, neutral, DirectionSettings())
+    assert torch.equal(found.vectors, plain.vectors)
+    assert plain.spared is None and found.spared is not None
+    mean = torch.nn.functional.normalize(neutral.mean(), dim=-1)
+    torch.testing.assert_close(found.spared, mean.float(), rtol=0, atol=1e-6)
+    assert (blended(found, 1.0, target=3) @ mean[3]).abs().max() < 1e-6
+    torch.testing.assert_close(
+        blended(found, 1.0, target=1).float()[0], found.vectors[1], rtol=0, atol=1e-6
+    )
+
+
+# Comparing
+
+
+def test_methods_are_compared_layer_by_layer() -> None:
+    one, other = subspaces(3, 1, seed=1).vectors, subspaces(3, 1, seed=2).vectors.clone()
+    other[1] = 0
+    rows = between_methods({"a": Directions(one, "a", {}), "b": Directions(other, "b", {})})
+    assert [(row["layer"], row["methods"]) for row in rows] == [(i, ("a", "b")) for i in range(3)]
+    assert rows[0]["cosine"] == pytest.approx(float(one[0] @ other[0]), abs=1e-6)
+    assert rows[1]["cosine"] is None
+    with pytest.raises(ValueError, match="different models"):
+        between_methods({"a": Directions(one, "a", {}), "b": Directions(other[:2], "b", {})})
+
+
+def test_layers_are_compared_with_each_other() -> None:
+    found = subspaces(3, 1)
+    cosines = torch.tensor(between_layers(found))
+    torch.testing.assert_close(cosines, found.vectors @ found.vectors.T)
+
+
+def stable(prompts: int, **settings: Any) -> dict[str, float] | None:
+    behaviour, neutral, _ = planted_residuals(seed=3, prompts=prompts, layers=1)
+    layer = Layer(*(Sample(s.values[:, 0], 32) for s in (behaviour, neutral)))
+    return stability(layer, DirectionSettings(**settings))
+
+
+def test_a_bootstrap_says_whether_prompts_are_enough() -> None:
+    few, many = stable(12), stable(400)
+    assert few is not None and many is not None
+    assert few["low"] <= few["cosine"] <= few["high"] <= 1 + 1e-9
+    assert few["cosine"] < 0.97 < many["cosine"]
+    assert stable(12) == few
+    unstable, plain = stable(50, method="leace"), stable(50)
+    assert unstable is not None and plain is not None
+    assert unstable["cosine"] < plain["cosine"]
+
+
+def test_a_layer_without_a_direction_has_no_stability() -> None:
+    same = Sample(torch.ones(5, 8), 8)
+    assert stability(Layer(same, same), DirectionSettings()) is None

@@ -92,20 +92,22 @@ def test_a_profile_that_is_no_tent_is_refused(field):
 # Plans
 
 
-@given(SHAPES, NORMS, st.data())
-def test_a_plan_gives_back_the_parameters_it_was_made_of(shape, norm, data):
-    space = Space.of(shape, SpaceSettings(), norm)
+SPACES = st.sampled_from([SpaceSettings(), SpaceSettings(source_offset=(-0.1, 0.2))])
+
+
+@given(SHAPES, NORMS, SPACES, st.data())
+def test_a_plan_gives_back_the_parameters_it_was_made_of(shape, norm, settings, data):
+    space = Space.of(shape, settings, norm)
     params = data.draw(points(space))
     plan = space.plan(params)
     assert plan.to_params() == params
     assert plan.norm == norm
 
 
-@given(SHAPES, NORMS, st.data())
-def test_a_plan_survives_json_and_is_a_small_hashable_value(shape, norm, data):
-    plan = Space.of(shape, SpaceSettings(), norm).plan(
-        data.draw(points(Space.of(shape, SpaceSettings(), norm)))
-    )
+@given(SHAPES, NORMS, SPACES, st.data())
+def test_a_plan_survives_json_and_is_a_small_hashable_value(shape, norm, settings, data):
+    space = Space.of(shape, settings, norm)
+    plan = space.plan(data.draw(points(space)))
     again = Plan.from_json(plan.to_json())
     assert again == plan
     assert hash(again) == hash(plan)
@@ -116,9 +118,28 @@ def test_a_plan_survives_json_and_is_a_small_hashable_value(shape, norm, data):
 def test_a_plan_of_all_six_components_with_long_numbers_stays_below_a_kilobyte():
     profile = Profile(-1.2345678901234567e-5, 12.345678901234567, 1 / 3, 12.345678901234567)
     profiles = tuple((component, profile) for component in sorted(COMPONENT_NAMES))
-    plan = Plan("per-layer", 12.345678901234567, "column", profiles)
+    plan = Plan("per-layer", 12.345678901234567, "column", profiles, -12.345678901234567)
     assert len(profiles) == 6
     assert len(plan.to_json().encode()) < 1024
+
+
+def test_a_plan_written_before_there_were_offsets_is_read_as_it_was_meant():
+    text = (
+        '{"norm":"row","direction_scope":"per-layer","direction_layer":2.5,'
+        '"mlp.peak":1.0,"mlp.peak_layer":2.0,"mlp.floor":0.5,"mlp.reach":1.0}'
+    )
+    plan = Plan.from_json(text)
+    assert plan.source_offset is None
+    assert plan.to_json() == text
+
+
+def test_an_offset_is_searched_only_where_the_recipe_says_so_and_starts_at_none():
+    shape = ModelShape(11, 32, ("mlp",))
+    assert "source_offset" not in dict(Space.of(shape, SpaceSettings(), "row").parameters)
+    space = Space.of(shape, SpaceSettings(source_offset=(-0.2, 0.4)), "row")
+    assert dict(space.parameters)["source_offset"] == Range(-2.0, 4.0)
+    uniform, middle = space.seeds(best_layer=3.0)
+    assert (uniform["source_offset"], middle["source_offset"]) == (0.0, pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("missing", ["direction_scope", "direction_layer", "mlp.floor"])

@@ -230,6 +230,16 @@ def test_a_range_runs_from_low_to_high(bounds):
     assert "must run from low to high" in message(f"search.space.{bounds}")
 
 
+@pytest.mark.parametrize("bounds", ["[0.2, 0.1]", "[-1.5, 0.0]", "[0.0, 2.0]"])
+def test_an_offset_runs_upwards_inside_the_model(bounds):
+    assert "source_offset = [" in message(f"search.space.source_offset={bounds}")
+
+
+def test_an_offset_without_the_scope_that_uses_it_is_refused():
+    with pytest.raises(ValidationError, match="source_offset is for `per-layer`"):
+        SpaceSettings(scope=("global",), source_offset=(-0.1, 0.1))
+
+
 @pytest.mark.parametrize("bounds", ["peak_layer=[0,1.5]", "direction_layer=[0,2]", "floor=[0,1.1]"])
 def test_a_fraction_ends_at_one(bounds):
     assert "ends at 1" in message(f"search.space.{bounds}")

@@ -100,6 +100,17 @@ def test_the_direction_layer_counts_only_where_it_is_used() -> None:
     assert bound_warnings(frontier(unused), SPACE) == []
 
 
+def test_an_offset_counts_only_where_it_is_used() -> None:
+    space = Space.of(SHAPE, SpaceSettings(source_offset=(-0.2, 0.2)), "row")
+    high = dict(space.parameters)["source_offset"].high
+    unused = {"direction_scope": "global", "source_offset": high}
+    assert bound_warnings(frontier(unused, space=space), space) == []
+    used = {"direction_scope": "per-layer", "source_offset": high}
+    (warning,) = bound_warnings(frontier(used, space=space), space)
+    assert "source_offset is at its upper bound" in warning
+    assert "layers (0.2 in the recipe)" in warning and "search.space.source_offset" in warning
+
+
 def test_a_lower_bound_of_the_peak_above_zero_is_worth_widening() -> None:
     (warning,) = bound_warnings(frontier({"attn.peak": 0.8}), SPACE)
     assert "attn.peak is at its lower bound 0.8" in warning

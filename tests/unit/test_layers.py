@@ -1,0 +1,236 @@
+"""Shards of a run, reduced to what a method needs, one layer at a time; without Ray.
+
+The pool here is this process: it hands out real shards, and its store works on them directly.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from ray_abliterate import __version__
+from ray_abliterate.cluster.shards import Extraction, Shards
+from ray_abliterate.directions import Directions, compute
+from ray_abliterate.errors import SearchError
+from ray_abliterate.evaluation import ModelFacts
+from ray_abliterate.grid import Tuning
+from ray_abliterate.plan import ModelShape
+from ray_abliterate.progress import Unwatched
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import DirectionSettings
+from ray_abliterate.residuals import Residuals
+from ray_abliterate.shard_files import ShardFiles
+from ray_abliterate.shards import ResidualShard, content_key
+from ray_abliterate.statistics.moments import rows_of
+from ray_abliterate.testing.directions import assert_same, planted_residuals
+
+ROWS = 4
+LAYERS = 3
+
+
+@dataclass
+class Store:
+    """References are the values; parts come back in the other order, and some are lost at first."""
+
+    lose: int = 0
+    backwards: bool = True
+    parts: list[Any] = field(default_factory=list)
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def fetch(self, reference: Any) -> Any:
+        return reference
+
+    def each(self, function: Any, references: Any, *args: Any) -> Iterator[tuple[Any, Any]]:
+        items = list(references.items())
+        for key, value in reversed(items) if self.backwards else items:
+            if self.lose > 0:
+                self.lose -= 1
+                yield key, None
+                continue
+            part = function(value, *args)
+            self.parts.append((function.__name__, *args[:1]))
+            yield key, part
+
+
+class Pool:
+    """Makes the shards of two sets of residuals."""
+
+    def __init__(self, sets: dict[str, Residuals], store: Store) -> None:
+        self.sets, self.store, self.calls = sets, store, 0
+        hidden = sets["behaviour"].values.shape[2]
+        self.facts = ModelFacts(
+            ModelShape(LAYERS, hidden, ("mlp",)), 2, 10, 40, 10, "float32", "cpu", "llama", "r1"
+        )
+
+    def map_by_reference(self, method: str, calls: Any) -> Iterator[tuple[int, Any]]:
+        for index, (name, first, prompts, *_) in enumerate(calls):
+            assert method == "residuals"
+            self.calls += 1
+            values = self.sets[name].values[first : first + len(prompts)].numpy()
+            yield index, ResidualShard.of(name, first, values).batch
+
+
+def opened(
+    prompts: int, hidden: int, lose: int = 0, positions: int = 1
+) -> tuple[Shards, Pool, list[Residuals]]:
+    """Of several positions, the sets differ most at the one before the last."""
+    layers = LAYERS * positions
+    *sets, planted = planted_residuals(seed=2, prompts=prompts, layers=layers, hidden=hidden)
+    if positions > 1:
+        weaker = sets[0].values.clone()
+        weaker[:, :LAYERS] -= 4 * planted
+        weaker[:, 2 * LAYERS :] -= 5 * planted
+        sets[0] = Residuals(weaker)
+    both = [Residuals(s.values[:prompts], name) for s, name in zip(sets, "bn", strict=True)]
+    pool = Pool({"behaviour": both[0], "neutral": both[1]}, Store())
+    names = [
+        PromptSet.of(name, *(f"{name} {i}" for i in range(prompts)))
+        for name in ("behaviour", "neutral")
+    ]
+    tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
+    files = ShardFiles(None, None, pytest.fail)
+    shards = Shards(pool, files, Extraction(ROWS, (), "float32", tuning, positions), *names)
+    shards.extract(Unwatched())
+    pool.store.lose = lose
+    return shards, pool, both
+
+
+READS = {
+    "mean-difference": "sums_of",
+    "variance-scaled": "moments_of",
+    "whitened": "rows_of",
+    "svd-subspace": "rows_of",
+    "median-difference": "rows_of",
+    "logistic-probe": "rows_of",
+    "tests.unit.own_methods:trimmed_difference": "rows_of",
+}
+
+
+@pytest.mark.parametrize("method", sorted(READS))
+@pytest.mark.parametrize(("prompts", "hidden"), [(18, 8), (10, 40)])
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+def test_directions_are_those_of_whole_sets_and_no_more_is_read_at_a_time(
+    method: str, prompts: int, hidden: int, quantile: float
+) -> None:
+    shards, pool, both = opened(prompts, hidden)
+    settings = DirectionSettings(method=method, winsorize_quantile=quantile)
+    assert_same(shards.directions(settings), compute(*both, settings), 1e-6)
+    name = READS[method]
+    assert {part[0] for part in pool.store.parts} == {name}
+    if name == "rows_of":  # a layer of both sets after the other
+        of_layers = [part[1] for part in pool.store.parts]
+        assert of_layers == sorted(of_layers)
+        assert set(of_layers) == set(range(LAYERS))
+
+
+def test_how_second_moments_are_kept_is_said() -> None:
+    whitened = DirectionSettings(method="whitened")
+    many = opened(18, 8)[0].directions(whitened).origin["statistics"]
+    few = opened(10, 40)[0].directions(whitened).origin["statistics"]
+    assert "as covariances of 8 units (36 prompts are no fewer)" in many
+    assert "in the span of the residuals (20 prompts are fewer than 40 units)" in few
+    probe = opened(10, 8)[0].directions(DirectionSettings(method="inlp"))
+    assert probe.origin["statistics"] == "layer by layer from all residuals"
+    assert "statistics" not in opened(10, 8)[0].directions(DirectionSettings()).origin
+
+
+@pytest.mark.parametrize("method", ["mean-difference", "whitened", "median-difference"])
+def test_parts_that_are_lost_are_made_again_and_change_no_bit(method: str) -> None:
+    settings = DirectionSettings(method=method)
+    expected = opened(18, 8)[0].directions(settings).vectors
+    shards, pool, _ = opened(18, 8, lose=3)
+    before = pool.calls
+    assert torch.equal(shards.directions(settings).vectors, expected)
+    assert pool.calls == before + 3
+    with pytest.raises(SearchError, match=r"lost 3 times.*behaviour"):
+        opened(18, 8, lose=100)[0].directions(settings)
+
+
+def test_parts_are_added_in_the_order_of_the_shards_in_whatever_order_they_come() -> None:
+    totals, rows = [], []
+    for backwards in (True, False):
+        shards, pool, both = opened(50, 8)
+        pool.store.backwards = backwards
+        totals.append(shards.sums("behaviour", 0.9).totals.tobytes())
+        rows.append(shards._reduced("neutral", rows_of, 1).values)
+    assert totals[0] == totals[1]
+    for found in rows:
+        assert numpy.array_equal(found, both[1].values[:, 1].numpy())
+
+
+@pytest.mark.parametrize("method", ["mean-difference", "variance-scaled", "whitened", "inlp"])
+def test_of_several_token_positions_the_one_that_separates_best_is_taken(method: str) -> None:
+    shards, _, both = opened(30, 8, positions=3)
+    settings = DirectionSettings(method=method, positions=3, biproject=True)
+    found = shards.directions(settings)
+    assert found.layers == LAYERS
+    assert found.origin["position"] == "-2"
+    own = [Residuals(s.values[:, LAYERS : 2 * LAYERS].contiguous()) for s in both]
+    expected = compute(*own, settings)
+    assert_same(found, expected, 1e-6)
+    assert found.spared is not None and expected.spared is not None
+    torch.testing.assert_close(found.spared, expected.spared)
+    rows = shards.separation(found)
+    assert [row["layer"] for row in rows] == list(range(LAYERS))
+    for layer, row in enumerate(rows):
+        a, b = (s.values[:, layer].double() @ found.vectors[layer].double() for s in own)
+        spread = a.var(unbiased=False) + b.var(unbiased=False)
+        assert row["fisher"] == pytest.approx(float((a.mean() - b.mean()) ** 2 / spread))
+        assert row["behaviour_norm"] == pytest.approx(float(own[0].mean()[layer].norm()))
+
+
+def test_directions_survive_the_choice_of_a_position() -> None:
+    found = opened(30, 8, positions=3)[0].directions(DirectionSettings(positions=3))
+    again = Directions.from_bytes(found.to_bytes())
+    assert torch.equal(again.vectors, found.vectors) and again.origin == found.origin
+
+
+def test_residuals_at_one_position_keep_the_key_that_they_had() -> None:
+    facts = opened(10, 8)[1].facts
+    tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
+    prompts = PromptSet.of("behaviour", "a", "b")
+    keys = [Extraction(ROWS, (), "float32", tuning, k).key(facts, prompts) for k in (1, 2, 3)]
+    assert len(set(keys)) == 3
+    assert keys[0] == Extraction(ROWS, (), "float32", tuning).key(facts, prompts)
+    versions = [__version__, version("torch"), version("transformers")]
+    assert keys[0] == content_key(
+        weights=facts.fingerprint, revision="r1", model_dtype="float32", computes=facts.computes,
+        template=facts.template, set="behaviour", prompts=prompts.fingerprint,
+        response_prefix=(), rows=ROWS, dtype="float32", versions=versions,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+def test_layers_are_handed_out_one_at_a_time(quantile: float) -> None:
+    shards, pool, both = opened(10, 8)
+    whole = [s.winsorized(quantile).values for s in both]
+    for index, layer in enumerate(shards.layers(quantile)):
+        assert torch.equal(layer.behaviour.values, whole[0][:, index])
+        assert torch.equal(layer.neutral.values, whole[1][:, index])
+        assert {part[1] for part in pool.store.parts} == set(range(index + 1))
+
+
+def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of them are there at once: it is what makes memory independent of prompts."""
+    from ray_abliterate.statistics import moments
+
+    waiting = []
+    plain = moments.Pairs.__add__
+
+    def watched(self: Any, part: Any) -> Any:
+        total = plain(self, part)
+        waiting.append(sum(map(len, total.waiting.parts)))
+        return total
+
+    monkeypatch.setattr(moments, "TAKEN_AT_ONCE", 8)
+    monkeypatch.setattr(moments.Pairs, "__add__", watched)
+    shards, _, both = opened(50, 8)
+    settings = DirectionSettings(method="whitened")
+    assert_same(shards.directions(settings), compute(*both, settings), 1e-6)
+    assert max(waiting) < 8
