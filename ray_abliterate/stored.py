@@ -1,0 +1,101 @@
+"""Residuals that a run has kept, read from its files one layer at a time.
+
+Files are memory-mapped: what a layer needs is read, and nothing is held but that layer.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy
+import pyarrow
+
+from ray_abliterate.errors import RunDirectoryError
+from ray_abliterate.files import cache_root
+from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.shard_files import ShardFolder
+from ray_abliterate.shards import DamagedShard, LayerValues, ResidualShard
+
+SETS = ("behaviour", "neutral")
+
+
+class StoredSet:
+    """One prompt set's residuals in files."""
+
+    def __init__(self, shards: Sequence[ResidualShard]) -> None:
+        """Take shards in the order of their prompts.
+
+        Raises:
+            ValueError: they don't hold each prompt once.
+        """
+        ends = [0, *accumulate(shard.prompts for shard in shards)]
+        if not shards or [shard.first for shard in shards] != ends[:-1]:
+            spans = ", ".join(f"{shard.first} + {shard.prompts}" for shard in shards)
+            raise ValueError(f"residual shards ({spans}) don't hold each prompt once")
+        self._shards = tuple(shards)
+        self.prompts = ends[-1]
+        self.layers = shards[0].layers
+
+    def layer(self, index: int) -> LayerValues:
+        """Residuals after one block, float32, prompts in the order of their set."""
+        parts = [shard.layer(index) for shard in self._shards]
+        found: LayerValues = numpy.concatenate(parts).astype(numpy.float32, copy=False)
+        return found
+
+
+def stored_sets(directory: RunDirectory) -> tuple[StoredSet, StoredSet]:
+    """Both sets of a run, from its own folder or from the cache that runs share.
+
+    Every file's checksum is compared first, which reads all of them once.
+
+    Raises:
+        RunDirectoryError: residuals were not extracted, not kept, or are damaged; says what to do.
+    """
+    facts = directory.environment.get("residuals")
+    if not facts:
+        raise RunDirectoryError(
+            f"{directory.path} has no residuals yet.\n"
+            f"  Extract them with:  ray-abliterate resume {directory.path}"
+        )
+    try:
+        behaviour, neutral = (_stored(directory, name, facts[name]) for name in SETS)
+    except (DamagedShard, OSError, ValueError) as error:
+        raise RunDirectoryError(
+            f"the residuals of {directory.path} can't be read: {error}\n  {_again(directory)}"
+        ) from None
+    return behaviour, neutral
+
+
+def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> StoredSet:
+    key, count = str(facts["key"]), int(facts["shards"])
+    for folder in (directory.shards, ShardFolder(cache_root() / "residuals" / key)):
+        shards = list(_mapped(folder, name, key, count))
+        if len(shards) == count:
+            return StoredSet(shards)
+    why = "" if directory.recipe.run.save_residuals else " (run.save_residuals = false)"
+    raise RunDirectoryError(
+        f"{directory.path} has not kept the residuals of {name!r}{why}, and the cache does not "
+        f"have them either.\n  {_again(directory)}"
+    )
+
+
+def _mapped(folder: ShardFolder, name: str, key: str, count: int) -> Iterator[ResidualShard]:
+    """The shards that are there for this key, in order."""
+    for number in range(count):
+        file = folder.file(name, number)
+        if not file.exists():
+            return
+        try:
+            shard = ResidualShard.from_file(pyarrow.memory_map(str(file)).read_buffer(), key)
+        except DamagedShard as damage:
+            raise DamagedShard(f"{file} is damaged: {damage}") from None
+        if shard is None:
+            return
+        yield shard
+
+
+def _again(directory: RunDirectory) -> str:
+    return (
+        "Extract them again, into another folder:  "
+        f"ray-abliterate directions RECIPE --to {directory.path}-directions"
+    )
