@@ -168,7 +168,7 @@ def write_look(found: Look, page: Page, folder: Path) -> Path:
                 "layer": v.layer,
                 **asdict(v.geometry),
                 **(v.measures if v.held_out else dict.fromkeys(v.measures)),
-                "component_shares": v.component_shares,
+                "components_shares": v.components_shares,
                 "gap_shares": v.gap_shares,
             }
             for v in found.views

@@ -3,12 +3,11 @@
 Files are memory-mapped: what a layer needs is read, and nothing is held but that layer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import numpy
-import pyarrow
 
 from ray_abliterate.errors import RunDirectoryError
 from ray_abliterate.files import cache_root
@@ -69,7 +68,7 @@ def stored_sets(directory: RunDirectory) -> tuple[StoredSet, StoredSet]:
 def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> StoredSet:
     key, count = str(facts["key"]), int(facts["shards"])
     for folder in (directory.shards, ShardFolder(cache_root() / "residuals" / key)):
-        shards = list(_mapped(folder, name, key, count))
+        shards = list(folder.mapped(name, key, count))
         if len(shards) == count:
             return StoredSet(shards)
     why = "" if directory.recipe.run.save_residuals else " (run.save_residuals = false)"
@@ -77,21 +76,6 @@ def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> Sto
         f"{directory.path} has not kept the residuals of {name!r}{why}, and the cache does not "
         f"have them either.\n  {_again(directory)}"
     )
-
-
-def _mapped(folder: ShardFolder, name: str, key: str, count: int) -> Iterator[ResidualShard]:
-    """The shards that are there for this key, in order."""
-    for number in range(count):
-        file = folder.file(name, number)
-        if not file.exists():
-            return
-        try:
-            shard = ResidualShard.from_file(pyarrow.memory_map(str(file)).read_buffer(), key)
-        except DamagedShard as damage:
-            raise DamagedShard(f"{file} is damaged: {damage}") from None
-        if shard is None:
-            return
-        yield shard
 
 
 def _again(directory: RunDirectory) -> str:

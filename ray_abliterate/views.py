@@ -28,7 +28,7 @@ class View:
         layer: The block.
         first: How many prompts are the behaviour's; they come first.
         components: Along the two leading principal components.
-        component_shares: How much of the variance these are.
+        components_shares: How much of the variance these are.
         gap: Along the difference of means, and the leading component of what that leaves.
         gap_shares: How much of the variance these are.
         geometry: Lengths, angles and distances.
@@ -39,7 +39,7 @@ class View:
     layer: int
     first: int
     components: Plane
-    component_shares: tuple[float, float]
+    components_shares: tuple[float, float]
     gap: Plane
     gap_shares: tuple[float, float]
     geometry: Geometry
@@ -68,7 +68,7 @@ def views(
         yield before
 
 
-def picked(values: LayerValues, most: int = MOST) -> LayerValues:
+def picked(values: LayerValues, most: int = MOST) -> Float[numpy.ndarray, "picked hidden"]:
     """At most so many prompts, at even distances, the first and the last among them."""
     if len(values) <= most:
         return values
@@ -88,13 +88,13 @@ def _view(
     sets = Sets(*(torch.from_numpy(numpy.array(values)) for values in (behaviour, neutral)))
     found = held_out(sets, settings, seed) if sets.differ else None
     known = found if isinstance(found, HeldOut) else None
-    components, component_shares = scene.principal()
+    components, components_shares = scene.principal()
     gap, gap_shares = scene.along_the_gap()
     return View(
         layer=index,
         first=len(behaviour),
         components=facing(components, before.components if before else None),
-        component_shares=component_shares,
+        components_shares=components_shares,
         gap=facing(gap, before.gap if before else None),
         gap_shares=gap_shares,
         geometry=scene.geometry(),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy
 import torch
@@ -16,10 +16,11 @@ from ray_abliterate.directions import best_layer
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.shards import LayerValues, winsorized
 
-Row = Mapping[str, float]
+Row = Mapping[str, float | int]
 Step = Callable[[int, int], None]
 
 
+@runtime_checkable
 class Layered(Protocol):
     """One prompt set's residuals, of which a layer can be had."""
 
