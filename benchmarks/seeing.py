@@ -6,15 +6,20 @@ Synthetic residuals of two sets in shard files, as a run keeps them; noise about
 that grows over the layers. `residuals` is everything that `ray-abliterate residuals` does but the
 page itself: checksums, then layer by layer planes, geometry and held-out coordinates; the page is
 timed apart. `directions` compares methods over some of the layers (`--compared`), since each layer
-costs the same; its time is given a layer. Memory is the process's peak (resident set), less what it
-held before the first layer; mapped pages of the files count as long as the system lets them stay,
-so it is beside the files' size that it says something.
+costs the same; its time is given a layer. Memory is the most that the process held of its own (not
+of the mapped files, whose pages the system takes back when it likes), sampled 50 times a second,
+less what it held before.
 """
 
 import argparse
-import resource
+import json
+import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +38,17 @@ def main() -> None:
     parser.add_argument(
         "--compared", type=int, default=1, help="layers that methods are compared at"
     )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one:
+        measured = measure(Path(options.one), options.layers, options.prompts, options.compared)
+        print(json.dumps(measured))
+        return
     with tempfile.TemporaryDirectory() as folder:
         size = write(Path(folder), options.layers, options.hidden, options.prompts)
-        figures = measure(Path(folder), options.layers, options.prompts, options.compared)
+        command = [sys.executable, "-m", "benchmarks.seeing", *sys.argv[1:], "--one", folder]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        figures = json.loads(done.stdout)
     shape = {key: getattr(options, key) for key in ("layers", "hidden", "prompts", "compared")}
     print(save("seeing", {**shape, "file_bytes": size, **figures}))
 
@@ -49,21 +61,20 @@ def measure(folder: Path, layers: int, prompts: int, compared: int) -> dict[str,
     from ray_abliterate.views import views
 
     views_of = DirectionSettings()
-    list(views(*(Few(found, 1) for found in opened(folder, prompts)), views_of))  # libraries
-    before, seconds = peak(), {}
-    started = time.perf_counter()
-    sets = opened(folder, prompts)
-    seconds["checksums"] = time.perf_counter() - started
-    found = []
-    for view in views(*sets, views_of):
-        found.append(view)
-        print(f"\rlayer {len(found)} of {layers}", end="", flush=True)
-    seconds["residuals"] = time.perf_counter() - started
-    added = peak() - before
+    list(views(*small(), views_of))  # libraries
+    seconds, found = {}, []
+    with most_held() as held:
+        started = time.perf_counter()
+        sets = opened(folder, prompts)
+        seconds["checksums"] = time.perf_counter() - started
+        for view in views(*sets, views_of):
+            found.append(view)
+            print(f"\rlayer {len(found)} of {layers}", end="", flush=True, file=sys.stderr)
+        seconds["residuals"] = time.perf_counter() - started
     started = time.perf_counter()
     page = residuals_page(found, "synthetic", "mean-difference", 0, {}, None).html()
     seconds["page"] = time.perf_counter() - started
-    print()
+    print(file=sys.stderr)
     methods = {name: DirectionSettings(method=name) for name in COMPARED}
     times: list[float] = []
     started = time.perf_counter()
@@ -74,9 +85,8 @@ def measure(folder: Path, layers: int, prompts: int, compared: int) -> dict[str,
     seconds["directions_a_layer"] = times[compared - 1] / compared
     seconds["stability"] = times[-1] - times[compared - 1]
     figures = {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
-    found = {**figures, "added_bytes": added, "page_bytes": len(page), "methods": list(COMPARED)}
-    print(found)
-    return found
+    added = max(held) - held[0]
+    return {**figures, "added_bytes": added, "page_bytes": len(page), "methods": list(COMPARED)}
 
 
 class Few:
@@ -125,9 +135,40 @@ def write(folder: Path, layers: int, hidden: int, prompts: int) -> int:
     return total
 
 
-def peak() -> int:
-    """Most bytes that this process ever held."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def small() -> tuple[Any, Any]:
+    """Two sets of hardly anything."""
+    import numpy
+
+    from ray_abliterate.shards import ResidualShard
+    from ray_abliterate.stored import StoredSet
+
+    values = numpy.random.default_rng(0).standard_normal((8, 1, 16)).astype(numpy.float32)
+    found = [StoredSet([ResidualShard.of("small", 0, values + shift)]) for shift in (0, 1)]
+    return found[0], found[1]
+
+
+@contextmanager
+def most_held() -> Iterator[list[int]]:
+    """Bytes that the process holds of its own, at the start and 50 times a second."""
+    held, over = [own_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            held.append(own_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield held
+    finally:
+        over.set()
+        thread.join()
+
+
+def own_bytes() -> int:
+    """Resident memory that maps no file (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 if __name__ == "__main__":

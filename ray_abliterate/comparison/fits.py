@@ -99,8 +99,7 @@ class Sets:
 
     def axes(self, settings: DirectionSettings) -> tuple[Axes, Any]:
         """What the recipe's methods fit, and the basis of it (None: the units themselves)."""
-        demands = [demand_of(function) for _, _, function, _ in members_of(settings)]
-        turns = all(demand.turns or demand.need == "means" for demand in demands)
+        turns = all(demand_of(function).turns for _, _, function, _ in members_of(settings))
         if turns and sum(self.counts) < self.behaviour.shape[1]:
             return self._spanned
         return self.whole, None

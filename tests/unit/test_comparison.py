@@ -53,7 +53,7 @@ def named(*methods: str) -> dict[str, DirectionSettings]:
 # Fits
 
 
-@pytest.mark.parametrize("method", ["mean-difference", "whitened", "logistic-probe", "pca-centred"])
+@pytest.mark.parametrize("method", ["whitened", "logistic-probe", "pca-centred"])
 def test_a_fit_in_the_span_is_the_fit_in_all_units(method):
     behaviour, neutral, _ = planted_residuals(3, prompts=20, layers=1, hidden=300)
     settings = DirectionSettings(method=method)
@@ -77,8 +77,7 @@ def test_a_fit_of_some_prompts_sees_no_others():
     wild = Sets(sets.behaviour.clone(), sets.neutral.clone())
     wild.behaviour[6:], wild.neutral[:3], wild.neutral[9:] = 1e3, -1e3, 77.0
     found, same = (s.fit(MEAN, choice).vector for s in (sets, wild))
-    bases = [s.axes(MEAN)[1] for s in (sets, wild)]
-    assert torch.allclose(bases[0] @ found, bases[1] @ same, atol=1e-5)
+    assert torch.equal(found, same)
 
 
 def test_a_method_that_cannot_says_why():
@@ -130,10 +129,7 @@ def test_sets_that_do_not_differ_are_not_told_apart_however_many_units_there_are
         sets = noise(40, 2000, seed)
         found = held_out(sets, MEAN)
         areas.append(found.measures()["auroc"])
-        along = [
-            s.double() @ (sets.axes(MEAN)[1] @ sets.fit(MEAN).vector)
-            for s in (sets.behaviour, sets.neutral)
-        ]
+        along = [s.double() @ (sets.fit(MEAN).vector) for s in (sets.behaviour, sets.neutral)]
         assert (
             along[0][:, None] > along[1]
         ).double().mean() > 0.999  # along their own direction they are
