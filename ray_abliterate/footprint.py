@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ray_abliterate.architecture import Writer, hidden_size, text_config
+from ray_abliterate.directions import rows_per_layer
 from ray_abliterate.loading import auto_class as auto_class
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import KeywordRate, KlDivergence, Recipe
@@ -88,7 +89,8 @@ def footprint(
     written = [module.get_parameter(writer.parameter) for writer in writers]
     parameters = sum(p.numel() for p in module.parameters())
     layers, hidden = int(config.num_hidden_layers), hidden_size(module)
-    products = 4 * layers * sum(p.numel() // hidden + hidden for p in written)
+    rows_each = rows_per_layer(recipe.direction)
+    products = 4 * layers * rows_each * sum(p.numel() // hidden + hidden for p in written)
     copies = dtype.itemsize * sum(p.numel() for p in written)
     rows, width = _largest_batch(recipe, list(prompts))
     logit_tokens = max((s.tokens for s in recipe.scorers if isinstance(s, KlDivergence)), default=1)

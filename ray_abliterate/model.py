@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -231,9 +232,31 @@ class LanguageModel:
         return self.chat.opening(text)
 
     @torch.inference_mode()
-    def residuals(self, prompts: Sequence[Prompt]) -> ResidualValues:
-        """Every block's output at the last token, float32 on the CPU, `"prompt layer hidden"`."""
+    def residuals(self, prompts: Sequence[Prompt], positions: int = 1) -> ResidualValues:
+        """Every block's output at the last token, float32 on the CPU, `"prompt layer hidden"`.
+
+        Args:
+            prompts: The prompts.
+            positions: How many tokens, counted from the end; all blocks at the last token come
+                first, then all at the one before it, and so on. Each is read at the end of a
+                prompt that is cut there, which a causal model can't tell from the whole one.
+
+        Raises:
+            ModelError: the prompts don't end with so many tokens in common.
+        """
         rows = self.encode(prompts)
+        backwards = zip(*map(reversed, rows), strict=False)
+        ends = takewhile(lambda tokens: len(set(tokens)) == 1, backwards)
+        if positions > 1 and (shared := len(list(ends))) < positions:
+            raise ModelError(
+                f"direction.positions = {positions}, but prompts end with {shared} tokens that "
+                "they have in common;\n  before those stand their own words, which tell the sets "
+                f"apart by themselves. Set it to {max(shared, 1)} or less."
+            )
+        cut = ([row[: len(row) - back] for row in rows] for back in range(positions))
+        return torch.cat([self._last_residuals(rows) for rows in cut], dim=1)
+
+    def _last_residuals(self, rows: list[Row]) -> ResidualValues:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         prefix = cache(partial(self.padded.shared, rows))
 

@@ -175,6 +175,10 @@ class DirectionSettings(Section):
     prompts at that layer out of it, too."""
     winsorize_quantile: float = Field(1.0, gt=0.5, le=1.0)
     """Clamp each residual at this quantile of its magnitudes, layer by layer; 1 is off."""
+    positions: int = Field(1, ge=1, le=64)
+    """Tokens, counted from the end, that residuals are read at, all of them of the chat template or
+    the response prefix; of these the one whose directions tell the sets apart best is taken. Each
+    costs another pass over the prompts."""
     residual_dtype: Literal["float32", "float16"] = "float32"
     """How residuals are kept; `float16` takes half the space. Sums are float64 either way."""
     skip_common_prefix: bool = True

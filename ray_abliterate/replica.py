@@ -210,8 +210,9 @@ class Replica:
         self.model.response_prefix = response_prefix
         if tuning is not None:
             self.model.use(tuning)
-        values = self.model.residuals(prompts).numpy()
-        return ResidualShard.of(name, first, values, self._recipe.direction.residual_dtype).batch
+        settings = self._recipe.direction
+        values = self.model.residuals(prompts, settings.positions).numpy()
+        return ResidualShard.of(name, first, values, settings.residual_dtype).batch
 
     def evaluate(self, plan: Plan, setup: Setup, bar: Bar | None = None) -> Evaluation:
         """Score the model that a plan makes; the model is the base model again afterwards.

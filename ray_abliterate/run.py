@@ -214,6 +214,8 @@ def find_directions(
         found = shards.directions(recipe.direction)
     if how := found.origin.get("statistics"):
         watch.note(f"directions: {recipe.direction.method}, {how}")
+    if position := found.origin.get("position"):
+        watch.note(f"directions: token {position} of the prompts tells the sets apart best")
     directory.save_directions(found)
     return Setup(found, prefix, tuning), shards
 

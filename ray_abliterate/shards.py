@@ -29,7 +29,8 @@ class ResidualShard:
     """Residuals of consecutive prompts of one set: a view of a record batch, one row a prompt.
 
     Columns: `prompt` (the prompt's place in its set), `set`, and `layer-0`, `layer-1`, …, each of
-    fixed-size lists in float32 or float16, so that a layer is read alone, and without a copy.
+    fixed-size lists in float32 or float16, so that a layer is read alone, and without a copy. Of
+    several token positions, all layers of the last one come first, then those of the one before.
     """
 
     batch: Any
@@ -190,15 +191,19 @@ def sums_of(batch: Any, quantile: float = 1.0) -> Sums:
     return Sums(shard.prompts, numpy.stack(totals))
 
 
-def projected(batch: Any, vectors: Float[numpy.ndarray, "layer hidden"]) -> Projected:
-    """One shard along unit vectors, one per layer."""
+def projected(
+    batch: Any, vectors: Float[numpy.ndarray, "layer hidden"], first: int = 0
+) -> Projected:
+    """One shard along unit vectors, one for each column of layers from the first one on."""
     shard = ResidualShard(batch)
     # a sum of products, not a matrix product, whose bits would depend on the number of threads
     along = [
-        (shard.layer(index) * vectors[index].astype(numpy.float64)).sum(axis=-1)
-        for index in range(shard.layers)
+        (shard.layer(first + index) * vector.astype(numpy.float64)).sum(axis=-1)
+        for index, vector in enumerate(vectors)
     ]
-    return Projected(sums_of(batch), numpy.stack(along, axis=-1))
+    sums = sums_of(batch)
+    own = Sums(sums.prompts, sums.totals[first : first + len(vectors)])
+    return Projected(own, numpy.stack(along, axis=-1))
 
 
 def _refuse_infinite(values: Values, first: int, what: str) -> None:

@@ -50,6 +50,7 @@ class Extraction:
     response_prefix: tuple[int, ...]
     dtype: str
     tuning: Tuning
+    positions: int = 1
 
     @classmethod
     def of(cls, recipe: Recipe, prefix: tuple[int, ...], tuning: Tuning) -> "Extraction":
@@ -61,7 +62,8 @@ class Extraction:
         rows = tuning.read_rows
         if recipe.run.batch_size is None:
             rows = 1 << (rows.bit_length() - 1)
-        return cls(rows, prefix, recipe.direction.residual_dtype, tuning)
+        settings = recipe.direction
+        return cls(rows, prefix, settings.residual_dtype, tuning, settings.positions)
 
     def key(self, facts: ModelFacts, prompts: PromptSet) -> str:
         """Content key of one set's shards."""
@@ -77,6 +79,7 @@ class Extraction:
             rows=self.rows,
             dtype=self.dtype,
             versions=[__version__, version("torch"), version("transformers")],
+            **({"positions": self.positions} if self.positions > 1 else {}),
         )
 
 
@@ -103,6 +106,7 @@ class Shards:
         self._pool = pool
         self._files = files
         self._sets = behaviour, neutral
+        self._positions = extraction.positions
         self._keys = {s.name: extraction.key(pool.facts, s) for s in self._sets}
         rows, prefix, tuning = extraction.rows, extraction.response_prefix, extraction.tuning
         self._calls: dict[Place, tuple[Any, ...]] = {
@@ -135,6 +139,15 @@ class Shards:
         }
 
     def directions(self, settings: DirectionSettings) -> Directions:
+        """The directions; of several token positions those that tell the sets apart best."""
+        found = self._directions(settings)
+        if self._positions == 1:
+            return found
+        layers = self._pool.facts.shape.layers
+        place = direction_methods.best_position(self.separation(found), layers)
+        return found.part(place * layers, layers, position=str(-1 - place))
+
+    def _directions(self, settings: DirectionSettings) -> Directions:
         """The directions, from as much of the residuals as the method needs.
 
         Means and variances are reduced where the residuals are. Of anything else, one layer at a
@@ -164,10 +177,14 @@ class Shards:
         fetched = self._layers(quantile, summed)
         return direction_methods.from_layers(fetched, settings, {**origin, "statistics": how})
 
+    def layers(self, quantile: float = 1.0) -> Iterator[Layer]:
+        """All residuals of both sets, one layer at a time, winsorised."""
+        return self._layers(quantile, summed=False)
+
     def _layers(self, quantile: float, summed: bool) -> Iterator[Layer]:
         """Both sets layer by layer, as covariances or as residuals."""
         shape = self._pool.facts.shape
-        for layer in range(shape.layers):
+        for layer in range(shape.layers * self._positions):
             if summed:
                 start = Pairs(Moments.nothing(shape.hidden))
                 yield Layer(
@@ -186,7 +203,11 @@ class Shards:
     def separation(self, directions: Directions) -> list[Any]:
         """How well each layer's direction tells the two sets apart."""
         vectors = directions.vectors.numpy()
-        sides: list[Projected] = [self._reduced(s.name, projected, vectors) for s in self._sets]
+        back = -1 - int(directions.origin.get("position", -1))
+        first = back * directions.layers
+        sides: list[Projected] = [
+            self._reduced(s.name, projected, vectors, first) for s in self._sets
+        ]
         return direction_methods.separation(*sides)
 
     def sums(self, name: str, quantile: float = 1.0) -> Sums:

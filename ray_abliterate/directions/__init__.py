@@ -3,24 +3,32 @@
 Pure mathematics on residuals; knows nothing about models. The methods are in `methods`.
 """
 
+from ray_abliterate.directions.comparing import between_layers, between_methods, stability
 from ray_abliterate.directions.finding import (
     compute,
     from_layers,
     from_sums,
     need_of,
     refuse_unknown,
+    rows_per_layer,
 )
-from ray_abliterate.directions.separation import best_layer, separation
-from ray_abliterate.directions.value import Blend, Directions
+from ray_abliterate.directions.separation import best_layer, best_position, separation
+from ray_abliterate.directions.value import Blend, Directions, NoDirection
 
 __all__ = [
     "Blend",
     "Directions",
+    "NoDirection",
     "best_layer",
+    "best_position",
+    "between_layers",
+    "between_methods",
     "compute",
     "from_layers",
     "from_sums",
     "need_of",
     "refuse_unknown",
+    "rows_per_layer",
     "separation",
+    "stability",
 ]

@@ -53,8 +53,13 @@ def named(method: str) -> Callable[..., Any]:
 
     Raises:
         ScoreError: there is no such module, or nothing of that name in it.
+        RecipeError: it is no function.
     """
-    return METHODS[method] if method in METHODS else resolve(method)
+    found: Any = METHODS[method] if method in METHODS else resolve(method)
+    if not callable(found):
+        raise RecipeError(f"direction.method: {method} is no function, but {found!r}")
+    function: Callable[..., Any] = found
+    return function
 
 
 def need_of(settings: DirectionSettings) -> Need:
@@ -65,39 +70,67 @@ def need_of(settings: DirectionSettings) -> Need:
     return max(needs, key=NEEDS.index)
 
 
+def rows_per_layer(settings: DirectionSettings) -> int:
+    """Vectors that every writer is multiplied with, for each layer: directions, and what is spared.
+
+    A method of several directions is taken to say how many by an option or default called `rank`.
+    """
+    rank = 1
+    if settings.method != "ensemble":
+        ((_, _, function, options),) = members_of(settings)
+        known = inspect.signature(function).parameters
+        rank = int(options.get("rank", known["rank"].default)) if "rank" in known else 1
+    return rank + settings.biproject
+
+
 def refuse_unknown(settings: DirectionSettings) -> None:
-    """Make sure, before a model is loaded, that methods exist and have the options they are given.
+    """Make sure, before a model is loaded, that methods exist and take the options they are given.
+
+    Methods of this package are also tried, on a handful of numbers.
 
     Raises:
         ScoreError: a module or function is not there.
-        RecipeError: a method has no option of that name, or another type of value for it.
+        RecipeError: a method has no option of that name, or can't do with its value.
     """
+    for name, _, function, options in members_of(settings):
+        own = _options_of(function)
+        for option, value in options.items():
+            if own is not None and option not in own:
+                has = f"it has {', '.join(own)}" if own else "it has none"
+                raise RecipeError(f"direction.options: {name} has no option {option!r}; {has}")
+            _refuse_other_type(f"{name}.{option}", value, (own or {}).get(option, Any))
+        if name in METHODS:
+            _try(name, function, options)
+
+
+def _options_of(function: Callable[..., Any]) -> dict[str, Any] | None:
+    """Types of a method's options by name; None if it takes any."""
+    after = list(inspect.signature(function).parameters.values())[2:]
+    if any(one.kind is one.VAR_KEYWORD for one in after):
+        return None
+    unknown = [one.annotation is one.empty or isinstance(one.annotation, str) for one in after]
+    return {
+        one.name: Any if blank else one.annotation
+        for one, blank in zip(after, unknown, strict=True)
+    }
+
+
+def _refuse_other_type(option: str, value: Any, wanted: Any) -> None:
     from pydantic import TypeAdapter, ValidationError
 
-    for name, _, function, options in members_of(settings):
-        known = inspect.signature(function).parameters
-        own = [
-            option
-            for option in list(known)[2:]
-            if known[option].kind is not known[option].VAR_KEYWORD
-        ]
-        loose = len(own) < len(known) - 2
-        for option, value in options.items():
-            if option not in own and not loose:
-                raise RecipeError(
-                    f"direction.options: {name} has no option {option!r}; "
-                    f"{'it has ' + ', '.join(own) if own else 'it has none'}"
-                )
-            wanted = known[option].annotation if option in own else Any
-            try:
-                TypeAdapter(
-                    wanted if wanted is not inspect.Parameter.empty else Any
-                ).validate_python(value)
-            except ValidationError as error:
-                problem = error.errors()[0]["msg"]
-                raise RecipeError(
-                    f"direction.options: {name}.{option} = {value!r}: {problem}"
-                ) from None
+    try:
+        TypeAdapter(wanted).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise RecipeError(f"direction.options: {option} = {value!r}: {problem}") from None
+
+
+def _try(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    numbers = torch.arange(24.0).reshape(2, 4, 3).sin()
+    try:
+        Layer(Sample(numbers[0], 3), Sample(numbers[1], 3)).find(function, **options)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"direction.options: {name}: {error}") from None
 
 
 def compute(behaviour: Residuals, neutral: Residuals, settings: DirectionSettings) -> Directions:

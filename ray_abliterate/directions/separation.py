@@ -51,6 +51,20 @@ def best_layer(rows: list[Any]) -> int:
     return int(max(candidates, key=lambda row: row["fisher"])["layer"])
 
 
+def best_position(rows: list[Any], layers: int) -> int:
+    """Which of several token positions has the layer that separates best, counted from the end.
+
+    Of equals the last token.
+
+    Args:
+        rows: `separation` of all layers at the last token, then at the one before it, and so on.
+        layers: How many belong to a position.
+    """
+    positions = [rows[first : first + layers] for first in range(0, len(rows), layers)]
+    best = [own[best_layer([{**r, "layer": i} for i, r in enumerate(own)])] for own in positions]
+    return max(range(len(best)), key=lambda place: (best[place]["fisher"], -place))
+
+
 def _auroc(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
     wins = (a[:, None] > b[None]).double().mean() + 0.5 * (a[:, None] == b[None]).double().mean()
     return float(wins)

@@ -22,6 +22,10 @@ VANISHING = 1e-6
 """What is left of a vector below this share of its length is rounding."""
 
 
+class NoDirection(ValueError):
+    """The sets leave the same residuals."""
+
+
 @dataclass(frozen=True)
 class Directions:
     """A unit vector per layer, float32 `"layer hidden"`; zeros where a layer has none.
@@ -49,7 +53,7 @@ class Directions:
             layer = int(wrong.nonzero()[0])
             raise ValueError(f"the direction of layer {layer} has length {norms[layer]:.6f}, not 1")
         if not (norms > 0).any():
-            raise ValueError(
+            raise NoDirection(
                 "no layer has a direction: the two prompt sets leave the same residuals.\n"
                 "  Check that prompts.behaviour and prompts.neutral are different prompts."
             )
@@ -186,6 +190,21 @@ class Directions:
         parts = [weight * self.vectors[row].double() for row, weight in self.blend(layer)]
         total = torch.stack(parts).sum(dim=0)
         return torch.nn.functional.normalize(total, dim=0).float()
+
+    def part(self, first: int, layers: int, **origin: str) -> "Directions":
+        """Some layers in a row as directions of their own, with more to say of their origin.
+
+        Raises:
+            ValueError: none of them has a direction.
+        """
+        own = slice(first, first + layers)
+        return Directions(
+            self.vectors[own].clone(),
+            self.method,
+            {**self.origin, **origin},
+            None if self.further is None else self.further[own].clone(),
+            None if self.spared is None else self.spared[own].clone(),
+        )
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""

@@ -125,7 +125,7 @@ class DirectionMethodContract:
             return
         assert (self.directions(fewer, neutral).vectors @ planted).min() > self.cosine - 0.01
 
-    @pytest.mark.parametrize("rows", [1, 7, 64])
+    @pytest.mark.parametrize("rows", [3, 64])
     def test_shards_give_what_whole_sets_give(self, rows: int) -> None:
         """In any split, and reduced to what the method says it needs: to 1e-6."""
         sets = planted_residuals(seed=3, prompts=40)[:2]

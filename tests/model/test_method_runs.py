@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
+from ray_abliterate.errors import ModelError
 from ray_abliterate.recipe import METHOD_NAMES
 from tests.model.conftest import finish
 
@@ -41,6 +42,13 @@ SECTIONS = {
         if name not in ("mean-difference", "svd-subspace", *DISCRIMINANTS)
     },
 }
+
+
+def test_positions_inside_the_prompts_end_the_run_with_how_many_there_are(
+    planted_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"(?s)direction.positions = 3.*Set it to 1 or less"):
+        finish(tmp_path, planted_folder, more="[direction]\npositions = 3\n")
 
 
 @pytest.mark.parametrize("name", SECTIONS)

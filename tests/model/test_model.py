@@ -58,6 +58,41 @@ def test_residuals_are_block_outputs_before_the_final_norm(
     assert not torch.allclose(found[-1], states[-1][0, -1])
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_residuals_at_several_tokens_are_those_of_one_pass_counted_from_the_end(
+    packed: bool, model: LanguageModel, behaviour: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packed:
+        monkeypatch.setattr(model, "_engine", None)
+    layers = len(model.blocks)
+    monkeypatch.setattr(model, "response_prefix", tuple(model.tokens("the soup")))
+    found = model.residuals(behaviour.prompts, 3)
+    assert found.shape[1] == 3 * layers
+    assert torch.equal(found[:, :layers], model.residuals(behaviour.prompts))
+    for index, row in enumerate(model.encode(behaviour.prompts)):
+        states = model.module(torch.tensor([row]), output_hidden_states=True).hidden_states
+        for back in range(3):
+            for layer in range(layers - 1):
+                own, direct = found[index, back * layers + layer], states[layer + 1][0, -1 - back]
+                torch.testing.assert_close(own, direct, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_where_prompts_have_words_of_their_own_are_refused(
+    model: LanguageModel, behaviour: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ModelError, match=r"(?s)positions = 2, but.*end with 1 tokens.*to 1 or less"
+    ):
+        model.residuals(behaviour.prompts, 2)
+    monkeypatch.setattr(model, "response_prefix", tuple(model.tokens("the soup")))
+    with pytest.raises(ModelError, match=r"positions = 4, but.*end with 3 tokens"):
+        model.residuals(behaviour.prompts, 4)
+    alone = PromptSet.of("short", "why").prompts
+    tokens = len(model.encode(alone)[0])
+    with pytest.raises(ModelError, match=rf"end with {tokens} tokens"):
+        model.residuals(alone, tokens + 1)
+
+
 def test_a_padded_batch_equals_each_prompt_alone(
     model: LanguageModel, behaviour: PromptSet, neutral: PromptSet
 ) -> None:

@@ -5,14 +5,16 @@ The pool here is this process: it hands out real shards, and its store works on 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy
 import pytest
 import torch
 
+from ray_abliterate import __version__
 from ray_abliterate.cluster.shards import Extraction, Shards
-from ray_abliterate.directions import compute
+from ray_abliterate.directions import Directions, compute
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import ModelFacts
 from ray_abliterate.grid import Tuning
@@ -22,7 +24,7 @@ from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import Residuals
 from ray_abliterate.shard_files import ShardFiles
-from ray_abliterate.shards import ResidualShard
+from ray_abliterate.shards import ResidualShard, content_key
 from ray_abliterate.statistics.moments import rows_of
 from ray_abliterate.testing.directions import assert_same, planted_residuals
 
@@ -74,8 +76,17 @@ class Pool:
             yield index, ResidualShard.of(name, first, values).batch
 
 
-def opened(prompts: int, hidden: int, lose: int = 0) -> tuple[Shards, Pool, list[Residuals]]:
-    sets = planted_residuals(seed=2, prompts=prompts, layers=LAYERS, hidden=hidden)[:2]
+def opened(
+    prompts: int, hidden: int, lose: int = 0, positions: int = 1
+) -> tuple[Shards, Pool, list[Residuals]]:
+    """Of several positions, the sets differ most at the one before the last."""
+    layers = LAYERS * positions
+    *sets, planted = planted_residuals(seed=2, prompts=prompts, layers=layers, hidden=hidden)
+    if positions > 1:
+        weaker = sets[0].values.clone()
+        weaker[:, :LAYERS] -= 4 * planted
+        weaker[:, 2 * LAYERS :] -= 5 * planted
+        sets[0] = Residuals(weaker)
     both = [Residuals(s.values[:prompts], name) for s, name in zip(sets, "bn", strict=True)]
     pool = Pool({"behaviour": both[0], "neutral": both[1]}, Store())
     names = [
@@ -84,7 +95,7 @@ def opened(prompts: int, hidden: int, lose: int = 0) -> tuple[Shards, Pool, list
     ]
     tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
     files = ShardFiles(None, None, pytest.fail)
-    shards = Shards(pool, files, Extraction(ROWS, (), "float32", tuning), *names)
+    shards = Shards(pool, files, Extraction(ROWS, (), "float32", tuning, positions), *names)
     shards.extract(Unwatched())
     pool.store.lose = lose
     return shards, pool, both
@@ -151,6 +162,58 @@ def test_parts_are_added_in_the_order_of_the_shards_in_whatever_order_they_come(
     assert totals[0] == totals[1]
     for found in rows:
         assert numpy.array_equal(found, both[1].values[:, 1].numpy())
+
+
+@pytest.mark.parametrize("method", ["mean-difference", "variance-scaled", "whitened", "inlp"])
+def test_of_several_token_positions_the_one_that_separates_best_is_taken(method: str) -> None:
+    shards, _, both = opened(30, 8, positions=3)
+    settings = DirectionSettings(method=method, positions=3, biproject=True)
+    found = shards.directions(settings)
+    assert found.layers == LAYERS
+    assert found.origin["position"] == "-2"
+    own = [Residuals(s.values[:, LAYERS : 2 * LAYERS].contiguous()) for s in both]
+    expected = compute(*own, settings)
+    assert_same(found, expected, 1e-6)
+    assert found.spared is not None and expected.spared is not None
+    torch.testing.assert_close(found.spared, expected.spared)
+    rows = shards.separation(found)
+    assert [row["layer"] for row in rows] == list(range(LAYERS))
+    for layer, row in enumerate(rows):
+        a, b = (s.values[:, layer].double() @ found.vectors[layer].double() for s in own)
+        spread = a.var(unbiased=False) + b.var(unbiased=False)
+        assert row["fisher"] == pytest.approx(float((a.mean() - b.mean()) ** 2 / spread))
+        assert row["behaviour_norm"] == pytest.approx(float(own[0].mean()[layer].norm()))
+
+
+def test_directions_survive_the_choice_of_a_position() -> None:
+    found = opened(30, 8, positions=3)[0].directions(DirectionSettings(positions=3))
+    again = Directions.from_bytes(found.to_bytes())
+    assert torch.equal(again.vectors, found.vectors) and again.origin == found.origin
+
+
+def test_residuals_at_one_position_keep_the_key_that_they_had() -> None:
+    facts = opened(10, 8)[1].facts
+    tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
+    prompts = PromptSet.of("behaviour", "a", "b")
+    keys = [Extraction(ROWS, (), "float32", tuning, k).key(facts, prompts) for k in (1, 2, 3)]
+    assert len(set(keys)) == 3
+    assert keys[0] == Extraction(ROWS, (), "float32", tuning).key(facts, prompts)
+    versions = [__version__, version("torch"), version("transformers")]
+    assert keys[0] == content_key(
+        weights=facts.fingerprint, revision="r1", model_dtype="float32", computes=facts.computes,
+        template=facts.template, set="behaviour", prompts=prompts.fingerprint,
+        response_prefix=(), rows=ROWS, dtype="float32", versions=versions,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+def test_layers_are_handed_out_one_at_a_time(quantile: float) -> None:
+    shards, pool, both = opened(10, 8)
+    whole = [s.winsorized(quantile).values for s in both]
+    for index, layer in enumerate(shards.layers(quantile)):
+        assert torch.equal(layer.behaviour.values, whole[0][:, index])
+        assert torch.equal(layer.neutral.values, whole[1][:, index])
+        assert {part[1] for part in pool.store.parts} == set(range(index + 1))
 
 
 def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_abliterate import methods
-from ray_abliterate.directions import compute, need_of, refuse_unknown
+from ray_abliterate.directions import compute, need_of, refuse_unknown, rows_per_layer
 from ray_abliterate.errors import RecipeError, ScoreError
 from ray_abliterate.methods import METHODS, Layer, Sample, demand_of, leace_eraser, needs
 from ray_abliterate.methods.centres import _nearest
@@ -186,6 +186,10 @@ def test_a_section_that_cannot_be_meant_is_refused(settings: dict[str, Any], sai
          "inlp has no option 'k'"),
         ({"method": "no_such_module:f"}, ScoreError, "cannot be imported"),
         ({"method": f"{OWN}:nothing"}, ScoreError, "has no 'nothing'"),
+        ({"method": f"{__name__}:OWN"}, RecipeError, "is no function"),
+        ({"method": "inlp", "options": {"rank": 2.0}}, RecipeError, r"(?s)inlp: .*float"),
+        ({"method": f"{OWN}:trimmed_difference", "options": {"part": 0.2}}, RecipeError,
+         "has no option 'part'; it has share"),
     ],
 )  # fmt: skip
 def test_what_a_method_lacks_is_said_before_a_model_is_loaded(
@@ -193,6 +197,27 @@ def test_what_a_method_lacks_is_said_before_a_model_is_loaded(
 ) -> None:
     with pytest.raises(error, match=said):
         refuse_unknown(DirectionSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({}, 1),
+        ({"biproject": True}, 2),
+        ({"method": "svd-subspace"}, 2),
+        ({"method": "inlp", "options": {"rank": 5}, "biproject": True}, 6),
+        ({"method": "ensemble", "ensemble": [{"method": "inlp"}]}, 1),
+        ({"method": f"{OWN}:trimmed_difference"}, 1),
+    ],
+)
+def test_the_products_of_writers_grow_with_directions_and_what_is_spared(
+    settings: dict[str, Any], rows: int
+) -> None:
+    wanted = DirectionSettings(**settings)
+    assert rows_per_layer(wanted) == rows
+    behaviour, neutral, _ = planted_residuals(seed=0, prompts=20)
+    found = compute(behaviour, neutral, wanted)
+    assert len(found.rows) == rows * found.layers
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -213,8 +238,11 @@ def test_a_methods_own_defaults_are_accepted(name: str) -> None:
 )
 def test_options_out_of_range_are_refused(method: str, options: dict[str, Any], said: str) -> None:
     sets = planted_residuals(seed=0, prompts=5)[:2]
+    settings = DirectionSettings(method=method, options=options)
     with pytest.raises(ValueError, match=said):
-        compute(*sets, DirectionSettings(method=method, options=options))
+        compute(*sets, settings)
+    with pytest.raises(RecipeError, match=f"direction.options: {method}: {said}"):
+        refuse_unknown(settings)
 
 
 @pytest.mark.parametrize(
