@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table as TerminalTable
 
 from ray_abliterate.comparison import Comparison
-from ray_abliterate.page import Page, Plot, Section, Table, line, short, upright, view
+from ray_abliterate.page import Figure, Page, Plot, Section, Table, line, short, upright, view
 from ray_abliterate.separation import auroc_error
 
 COLUMNS = (
@@ -93,7 +94,7 @@ def comparison_page(found: Comparison, model: str) -> Page:
         "How alike their directions are",
         ("Methods with cosines near 1 find the same; a search with either ends alike.",),
         (Table(("method", *found.methods), cosine_rows(found), f"Cosines at layer {found.layer}"),),
-        (_heat(found),),
+        (_heat(found), _layers(found)),
     )
     enough = Section(
         "Whether there are enough prompts",
@@ -125,18 +126,26 @@ def _separation(found: Comparison) -> Plot:
 def _heat(found: Comparison) -> Plot:
     matrices = [("mean over layers", found.mean_cosines)]
     matrices += [(f"layer {index}", matrix) for index, matrix in enumerate(found.cosines)]
-    names = list(found.methods)
-    scale = [[0, "var(--warm)"], [0.5, "var(--paper)"], [1, "var(--cold)"]]
-    views = []
-    for label, matrix in matrices:
-        heat = {
-            "type": "heatmap", "x": names, "y": names, "z": [short(row) for row in matrix],
-            "zmin": -1, "zmax": 1, "colorscale": scale, "hoverongaps": False,
-            "colorbar": {"thickness": 8, "outlinewidth": 0, "len": 0.6},
-        }  # fmt: skip
-        y = {"title": {"text": ""}, "autorange": "reversed"}
-        views.append(view(label, [heat], "", y, height=480))
+    views = [_cosines(label, list(found.methods), matrix, "") for label, matrix in matrices]
     return Plot("Cosines of methods", "", views, 1 + found.layer)
+
+
+def _layers(found: Comparison) -> Plot:
+    names = list(range(found.layers))
+    one = _cosines("layers", names, found.layer_cosines, "layer")
+    note = f"Of {found.advice.method}: one direction for all layers serves where these are near 1."
+    return Plot("Cosines of layers", note, [one])
+
+
+def _cosines(label: str, names: Sequence[Any], matrix: Any, axis: str) -> Figure:
+    heat = {
+        "type": "heatmap", "x": names, "y": names, "z": [short(row) for row in matrix],
+        "zmin": -1, "zmax": 1, "hoverongaps": False,
+        "colorscale": [[0, "var(--warm)"], [0.5, "var(--paper)"], [1, "var(--cold)"]],
+        "colorbar": {"thickness": 8, "outlinewidth": 0, "len": 0.6},
+    }  # fmt: skip
+    y = {"title": {"text": axis}, "autorange": "reversed"}
+    return view(label, [heat], axis, y, height=480)
 
 
 def _steadiness(found: Comparison) -> Plot:

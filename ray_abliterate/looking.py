@@ -65,7 +65,7 @@ def extract(
     if RunDirectory.is_one(folder):
         directory = RunDirectory.open(folder)
         own = directory.recipe
-        read = ("residual_dtype", "skip_common_prefix")
+        read = ("residual_dtype", "skip_common_prefix", "positions")
         direction = own.direction.model_copy(update={k: getattr(recipe.direction, k) for k in read})
         same = {"model": recipe.model, "prompts": recipe.prompts, "direction": direction}
         directory.refuse_changed(own.model_copy(update=same))

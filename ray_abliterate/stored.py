@@ -21,8 +21,15 @@ SETS = ("behaviour", "neutral")
 class StoredSet:
     """One prompt set's residuals in files."""
 
-    def __init__(self, shards: Sequence[ResidualShard]) -> None:
+    def __init__(
+        self, shards: Sequence[ResidualShard], first: int = 0, layers: int | None = None
+    ) -> None:
         """Take shards in the order of their prompts.
+
+        Args:
+            shards: All of the set's.
+            first: The column of layers to begin with: shards may hold several token positions.
+            layers: How many blocks the model has; all columns if not given.
 
         Raises:
             ValueError: they don't hold each prompt once.
@@ -33,17 +40,20 @@ class StoredSet:
             raise ValueError(f"residual shards ({spans}) don't hold each prompt once")
         self._shards = tuple(shards)
         self.prompts = ends[-1]
-        self.layers = shards[0].layers
+        self._first = first
+        self.layers = shards[0].layers if layers is None else layers
 
     def layer(self, index: int) -> LayerValues:
         """Residuals after one block, float32, prompts in the order of their set."""
-        parts = [shard.layer(index) for shard in self._shards]
+        parts = [shard.layer(self._first + index) for shard in self._shards]
         found: LayerValues = numpy.concatenate(parts).astype(numpy.float32, copy=False)
         return found
 
 
 def stored_sets(directory: RunDirectory) -> tuple[StoredSet, StoredSet]:
     """Both sets of a run, from its own folder or from the cache that runs share.
+
+    Where residuals were read at several tokens, those at the token of the run's directions.
 
     Every file's checksum is compared first, which reads all of them once.
 
@@ -70,7 +80,10 @@ def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> Sto
     for folder in (directory.shards, ShardFolder(cache_root() / "residuals" / key)):
         shards = list(folder.mapped(name, key, count))
         if len(shards) == count:
-            return StoredSet(shards)
+            layers = directory.environment["model"]["layers"]
+            directions = directory.directions()
+            back = -1 - int(directions.origin.get("position", -1)) if directions else 0
+            return StoredSet(shards, back * layers, layers)
     why = "" if directory.recipe.run.save_residuals else " (run.save_residuals = false)"
     raise RunDirectoryError(
         f"{directory.path} has not kept the residuals of {name!r}{why}, and the cache does not "

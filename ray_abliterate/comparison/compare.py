@@ -44,6 +44,7 @@ class Comparison:
             halves' directions, and `layer`; None where the method has no direction.
         cosines: Per layer, of all methods with each other, as absolute values are not; not a number
             where one has no direction.
+        layer_cosines: Of the recommended method's directions at all layers with each other.
         layer: Where samples were drawn, and whose cosines are shown first: the best one of the
             method that was asked for first.
         stability: By method, at that layer.
@@ -56,6 +57,7 @@ class Comparison:
     hidden: int
     separation: Mapping[str, Sequence[Row | None]]
     cosines: Sequence[Float[numpy.ndarray, "method method"]]
+    layer_cosines: Float[numpy.ndarray, "layer layer"]
     layer: int
     stability: Mapping[str, tuple[Stability, ...]]
     failed: Mapping[str, str]
@@ -96,6 +98,7 @@ class Comparison:
             "layer": self.layer,
             "separation": {name: list(rows) for name, rows in self.separation.items()},
             "cosines": [_plain(matrix) for matrix in self.cosines],
+            "layer_cosines": _plain(self.layer_cosines),
             "mean_cosines": _plain(self.mean_cosines),
             "stability": {
                 name: [
@@ -157,16 +160,19 @@ def compare(
         name: Standing(int(best["layer"]), best["auroc"], steady[name])
         for name, best in ((name, best_row(found)) for name, found in kept.items())
     }
+    advice = advise(standings, sets.counts)
+    chosen = list(methods).index(advice.method)
     return Comparison(
         counts=sets.counts,
         layers=layers,
         hidden=sets.behaviour.shape[1],
         separation=kept,
         cosines=[_cosines([found[place] for place in where]) for found in vectors],
+        layer_cosines=_cosines([found[chosen] for found in vectors]),
         layer=layer,
         stability=steady,
         failed={name: problems.get(name, "") for name in methods if name not in kept},
-        advice=advise(standings, sets.counts),
+        advice=advice,
     )
 
 
@@ -215,7 +221,7 @@ def _one(
     return None
 
 
-def _cosines(vectors: Sequence[Any]) -> Float[numpy.ndarray, "method method"]:
+def _cosines(vectors: Sequence[Any]) -> Float[numpy.ndarray, "row row"]:
     found = numpy.full((len(vectors), len(vectors)), numpy.nan)
     for i, one in enumerate(vectors):
         for j, other in enumerate(vectors):
@@ -228,5 +234,5 @@ def _number(value: float) -> float | None:
     return None if numpy.isnan(value) else float(value)
 
 
-def _plain(matrix: Float[numpy.ndarray, "method method"]) -> list[list[float | None]]:
+def _plain(matrix: Float[numpy.ndarray, "row row"]) -> list[list[float | None]]:
     return [[_number(value) for value in row] for row in matrix]

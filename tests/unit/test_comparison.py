@@ -225,6 +225,8 @@ def test_methods_are_compared_layer_by_layer_and_the_planted_layer_is_found():
         numpy.mean([matrix[0, 1] for matrix in found.cosines])
     )
     assert found.advice.method == "mean-difference"
+    own = compute(Residuals(quiet), neutral, DirectionSettings()).vectors.numpy()
+    assert numpy.allclose(found.layer_cosines, own @ own.T, atol=1e-5)
 
 
 def test_a_layer_without_a_difference_has_no_row_and_no_cosine():

@@ -11,6 +11,7 @@ import torch
 
 from ray_abliterate.comparison import compare
 from ray_abliterate.comparison_page import comparison_page, terminal_tables
+from ray_abliterate.directions import Directions
 from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
 from ray_abliterate.files import cache_root
 from ray_abliterate.frontier import Trial
@@ -56,7 +57,8 @@ def a_run(path: Path, recipe: Recipe, folder: ShardFolder | None = None, **plant
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(shard.to_file(f"key of {name}"))
         facts[name] = {"key": f"key of {name}", "shards": len(starts)}
-    directory.note(residuals=facts)
+    layers = residuals.layers
+    directory.note(residuals=facts, model={"layers": layers})
     return directory
 
 
@@ -128,6 +130,24 @@ def test_damaged_missing_and_foreign_files_are_refused(recipe: Recipe, tmp_path:
         stored_sets(directory)
     with pytest.raises(ValueError, match="each prompt once"):
         StoredSet([ResidualShard.of("s", 4, numpy.ones((2, 1, 3), numpy.float32))])
+
+
+def test_of_several_token_positions_the_one_that_the_directions_are_from_is_read(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    directory = a_run(tmp_path / "run", recipe, prompts=20, layers=6)
+    directory.note(model={"layers": 2})  # three positions of two layers each
+    assert numpy.array_equal(stored_sets(directory)[0].layer(1), values(20, 6)[:, 1])
+    vectors = torch.nn.functional.normalize(torch.ones(2, 32), dim=1)
+    directory.save_directions(Directions(vectors, "m", {"position": "-2"}))
+    found = stored_sets(directory)[0]
+    assert found.layers == 2
+    assert numpy.array_equal(found.layer(1), values(20, 6)[:, 3])
+
+
+def values(prompts: int, layers: int) -> numpy.ndarray:
+    found: numpy.ndarray = planted_residuals(0, prompts=prompts, layers=layers)[0].values.numpy()
+    return found
 
 
 # Views
@@ -209,7 +229,8 @@ def test_a_comparison_is_written_as_numbers_and_as_a_page(recipe: Recipe, tmp_pa
     html = write_comparison(found, page, directory.path).read_text("utf-8")
     assert f"Take {found.advice.method}" in html
     assert "pca-paired has no direction here: pca-paired needs sets of equal size" in html
-    separation, heat, steady = figures(html)
+    separation, heat, layers, steady = figures(html)
+    assert len(layers["views"][0]["data"][0]["z"]) == 4
     assert [trace["name"] for trace in separation["views"][0]["data"]] == list(found.methods)
     assert heat["views"][1 + found.layer]["data"][0]["z"][0][0] == 1
     assert steady["views"][0]["data"][0]["x"] == [8, 16, 20]
