@@ -317,7 +317,7 @@ def directions(
     """Compare direction methods without a search: a table, and directions.html."""
     from ray_abliterate.comparison_page import comparison_page, terminal_tables
     from ray_abliterate.live import LineWatch, LiveWatch, console
-    from ray_abliterate.looking import compare_run, extract, methods_of, write_comparison
+    from ray_abliterate.looking import compare_run, methods_of, write_comparison
     from ray_abliterate.rundir import RunDirectory
 
     output = console()
@@ -330,6 +330,8 @@ def directions(
         else:
             settings = Recipe.load(source, tuple(overrides or ()))
             methods = methods_of(settings.direction, method or ())
+            from ray_abliterate.extracting import extract
+
             to = to or Path("runs") / f"{source.stem}-directions"
             text = source.read_text(encoding="utf-8")
             directory = extract(settings, text, source.parent, to, watch)

@@ -16,11 +16,11 @@ COLUMNS = (
 )  # fmt: skip
 HEAD = ("method", "layer", "AUROC", *(title for _, title in COLUMNS), "to the truth")
 MEASURES = (
-    ("auroc", "AUROC", "0.5: by chance"),
-    ("fisher", "Fisher ratio", "squared distance over variances"),
-    ("silhouette", "silhouette", "-1 to 1"),
-    ("mutual_information", "mutual information", "bits, of 1"),
-    ("agreement", "cosine of the two halves' directions", "1: the halves agree"),
+    ("auroc", "AUROC", "0.5: by chance", {"range": [0.38, 1.02]}),
+    ("fisher", "Fisher ratio", "squared distance over variances", {"rangemode": "tozero"}),
+    ("silhouette", "silhouette", "-1 to 1", {}),
+    ("mutual_information", "mutual information", "bits, of 1", {"range": [-0.02, 1.02]}),
+    ("agreement", "cosine of the two halves' directions", "1: the halves agree", {}),
 )
 ABOUT_METHODS = (
     "Each method at its own best layer (by the Fisher ratio, the last fifth left aside), on "
@@ -112,13 +112,14 @@ def comparison_page(found: Comparison, model: str) -> Page:
 
 def _separation(found: Comparison) -> Plot:
     views = []
-    for key, title, unit in MEASURES:
+    for key, title, unit, axis in MEASURES:
         data = []
         for number, (name, rows) in enumerate(found.separation.items()):
             values = [None if row is None else row[key] for row in rows]
             data.append(line(name, list(range(found.layers)), short(values), number))
         mark = upright(found.layer, f"layer {found.layer}")
-        views.append(view(title, data, "layer", f"{title} ({unit})", **mark))
+        y = {"title": {"text": f"{title} ({unit})"}, **axis}
+        views.append(view(title, data, "layer", y, **mark))
     note = "On held-out prompts, layer by layer. Tap a name to hide its line."
     return Plot("Telling the sets apart", note, views)
 

@@ -1,16 +1,12 @@
-"""What `directions` and `residuals` do: from a recipe or a run to tables, JSON and a page."""
+"""What `directions` and `residuals` make of a run's residuals, without Ray and without a model."""
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from ray_abliterate.cluster.connection import connect
-from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.comparison import Comparison, best_row, compare
 from ray_abliterate.directions import refuse_unknown
 from ray_abliterate.errors import RecipeError, RunDirectoryError, SearchError
@@ -19,10 +15,8 @@ from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.methods import METHODS
 from ray_abliterate.page import Page
 from ray_abliterate.progress import Watch
-from ray_abliterate.recipe import DirectionSettings, Recipe
-from ray_abliterate.run import describe, find_directions, load_prompts, model_source, warn
+from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.searching import Record
 from ray_abliterate.stored import stored_sets
 from ray_abliterate.views import View, views
 
@@ -50,45 +44,6 @@ def methods_of(
             raise RecipeError(f"--method {name}: {reason}") from None
         refuse_unknown(found[name])
     return found
-
-
-def extract(
-    recipe: Recipe, recipe_text: str, base: Path, folder: Path, watch: Watch
-) -> RunDirectory:
-    """A run directory that holds the residuals of a recipe's prompts; a search can go on from it.
-
-    Residuals that are there already, of the same model and prompts, are taken as they are.
-
-    Raises:
-        RunDirectoryError: the folder holds a run of another model or other prompts.
-    """
-    if RunDirectory.is_one(folder):
-        directory = RunDirectory.open(folder)
-        own = directory.recipe
-        read = ("residual_dtype", "skip_common_prefix", "positions")
-        direction = own.direction.model_copy(update={k: getattr(recipe.direction, k) for k in read})
-        same = {"model": recipe.model, "prompts": recipe.prompts, "direction": direction}
-        directory.refuse_changed(own.model_copy(update=same))
-        if directory.environment.get("residuals"):
-            return directory
-    else:
-        directory = RunDirectory.create(folder, recipe, recipe_text)
-    kept = recipe.run.model_copy(update={"save_residuals": True})
-    recipe = recipe.model_copy(update={"run": kept})
-    with ExitStack() as open_until_the_end:
-        open_until_the_end.enter_context(directory.locked())
-        record = Record(directory, watch)
-        open_until_the_end.enter_context(record.writer)
-        sets = load_prompts(recipe, directory, base, watch)
-        with watch.stage("model"):
-            source = model_source(recipe.model.name, partial(warn, directory, watch))
-        with watch.stage("replicas"):
-            dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
-            starting = ReplicaPool.start(recipe, source, {}, record.event)
-            pool = open_until_the_end.enter_context(starting)
-        describe(recipe, directory, pool, dashboard, watch)
-        find_directions(recipe, directory, pool, sets, watch)
-    return directory
 
 
 def compare_run(

@@ -160,9 +160,10 @@ def _separation(
             mark = {"color": f"var(--c{number % 6})", "opacity": 0.35}
             data.append(bars | {"marker": mark, "yaxis": "y2"})
         title = {"text": f"strength of trial {trial}"}
+        top = max(1.0, *(max(values) for values in strengths.values()))
         more["yaxis2"] = {
-            "title": title, "overlaying": "y", "side": "right", "rangemode": "tozero",
-            "showgrid": False,
+            "title": title, "overlaying": "y", "side": "right", "showgrid": False,
+            "tickmode": "auto", "range": [-0.05 * top, 1.05 * top],
         }  # fmt: skip
     y = {"title": {"text": "separation"}, "range": [-0.05, 1.05]}
     note = "AUROC, overlap and bits of held-out prompts along the direction"
@@ -172,10 +173,12 @@ def _separation(
 
 def _norms(found: Sequence[View]) -> Plot:
     layers = [one.layer for one in found]
-    data = [
-        line(title, layers, short(getattr(one.geometry, key) for one in found), number)
-        for number, (key, title) in enumerate(GEOMETRY[:4])
-    ]
+    data = []
+    for number, (key, title) in enumerate(GEOMETRY[:4]):
+        values = [getattr(one.geometry, key) for one in found]
+        least = 1e-6 * max(values)  # rounding of nothing, which a log scale would dwell on
+        known = short(value if value > least else None for value in values)
+        data.append(line(title, layers, known, number))
     y = {"title": {"text": "length (log scale)"}, "type": "log"}
     return Plot("Lengths", "", [view("lengths", data, "layer", y)])
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ray_abliterate.directions import finding, from_layers
+from ray_abliterate.directions import from_layers
 from ray_abliterate.directions.finding import members_of
 from ray_abliterate.methods import Layer, Sample, demand_of
 from ray_abliterate.recipe import DirectionSettings
@@ -117,14 +117,10 @@ class Sets:
 
 @contextmanager
 def _unsaid() -> Iterator[None]:
-    """Warnings about single layers kept back: each would speak of layer 0."""
-    log = logging.getLogger(finding.__name__)
-    log.addFilter(_nothing)
+    """Warnings kept back: each would speak of layer 0, or of one of a thousand fits."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        log.removeFilter(_nothing)
-
-
-def _nothing(_record: logging.LogRecord) -> bool:
-    return False
+        logging.disable(before)

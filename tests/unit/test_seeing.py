@@ -13,11 +13,11 @@ from ray_abliterate.comparison import compare
 from ray_abliterate.comparison_page import comparison_page, terminal_tables
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
+from ray_abliterate.extracting import extract
 from ray_abliterate.files import cache_root
 from ray_abliterate.frontier import Trial
 from ray_abliterate.looking import (
     compare_run,
-    extract,
     look,
     methods_of,
     write_comparison,
