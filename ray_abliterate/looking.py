@@ -18,7 +18,7 @@ from ray_abliterate.progress import Watch
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.stored import stored_sets
-from ray_abliterate.views import View, views
+from ray_abliterate.views import View, astray, views
 
 
 def methods_of(
@@ -118,6 +118,7 @@ def write_look(found: Look, page: Page, folder: Path) -> Path:
         "best_layer": found.best,
         "trial": found.trial,
         "strengths": found.strengths,
+        "astray": astray(found.views[found.best]),
         "layers": [
             {
                 "layer": v.layer,

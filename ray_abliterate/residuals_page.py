@@ -8,7 +8,7 @@ import numpy
 
 from ray_abliterate.page import Figure, Page, Plot, Section, Table, line, short, upright, view
 from ray_abliterate.projections import Plane
-from ray_abliterate.views import View
+from ray_abliterate.views import View, astray
 
 BARS = 40
 NAMES = ("behaviour", "neutral")
@@ -26,6 +26,14 @@ ABOUT_TABLE = (
     "(1) than to the other (-1). Dimensions: along how many directions residuals vary, about. "
     "AUROC, overlap and bits are of held-out prompts along the direction."
 )
+ABOUT_ASTRAY = (
+    "Prompts that lie on the other set's side of the middle, along a direction found without them, "
+    "at the best layer. Read them: a prompt that shows the behaviour in its words only, or one of "
+    "the other set that shows it, blurs the direction. Beyond 1, a prompt lies farther over than "
+    "the other set's mean."
+)
+LISTED = 20
+"""Prompts that are listed at most."""
 ABOUT_PLANES = (
     "Left, the two leading principal components of both sets together; right, the difference of "
     "means, and the leading component of what that leaves. A difference of means separates, in the "
@@ -78,7 +86,7 @@ def residuals_page(
         f"Residuals of {first.first} prompts that show the behaviour and "
         f"{len(first.components) - first.first} that don't, at the last token, after every block."
     )
-    return Page(f"{model}: residuals", lead, (where, planes, table))
+    return Page(f"{model}: residuals", lead, (where, planes, _astray(found[best]), table))
 
 
 def geometry_table(found: Sequence[View]) -> Table:
@@ -92,6 +100,14 @@ def geometry_table(found: Sequence[View]) -> Table:
             + [f"{one.measures[key]:.3f}" for key, _ in MEASURES]
         )
     return Table(head, rows)
+
+
+def _astray(one: View) -> Section:
+    found = astray(one)
+    title = f"Prompts that lie with the other set: {len(found)} of {len(one.components)}"
+    rows = [(name, str(number), f"{beyond:.2f}") for name, number, beyond in found[:LISTED]]
+    tables = (Table(("set", "prompt", "beyond the middle"), rows),) if rows else ()
+    return Section(title, (ABOUT_ASTRAY,), tables)
 
 
 def _planes(title: str, found: Sequence[View], kind: str) -> Plot:

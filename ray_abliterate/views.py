@@ -68,6 +68,26 @@ def views(
         yield before
 
 
+def astray(view: View) -> tuple[tuple[str, int, float], ...]:
+    """Prompts that lie nearer to the other set's mean than to their own, the farthest first.
+
+    Set, number of the prompt among those that are looked at, and how far beyond the middle of the
+    two means it lies along the held-out direction, in units of half their distance: beyond 1 it is
+    farther over than the other set's mean. Such a prompt may be in the wrong set.
+    """
+    if view.held_out is None:
+        return ()
+    sides = {"behaviour": view.held_out.behaviour, "neutral": view.held_out.neutral}
+    means = {name: float(side.mean()) for name, side in sides.items()}
+    middle = 0.5 * sum(means.values())
+    found = []
+    for name, side in sides.items():
+        half = means[name] - middle
+        beyond = (middle - side) / half if half else 0 * side
+        found += [(name, int(i), float(beyond[i])) for i in (beyond > 0).nonzero()[0]]
+    return tuple(sorted(found, key=lambda one: -one[2]))
+
+
 def picked(values: LayerValues, most: int = MOST) -> Float[numpy.ndarray, "picked hidden"]:
     """At most so many prompts, at even distances, the first and the last among them."""
     if len(values) <= most:

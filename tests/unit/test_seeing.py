@@ -33,7 +33,7 @@ from ray_abliterate.shard_files import ShardFolder
 from ray_abliterate.shards import ResidualShard
 from ray_abliterate.stored import StoredSet, stored_sets
 from ray_abliterate.testing.directions import planted_residuals
-from ray_abliterate.views import MOST, picked, views
+from ray_abliterate.views import MOST, astray, picked, views
 
 ROWS = 16
 
@@ -164,6 +164,30 @@ def test_views_hold_a_plane_and_numbers_for_every_layer(recipe: Recipe, tmp_path
         assert view.geometry.gap == pytest.approx(6, abs=1.5)
     for before, after in pairwise(found):
         assert before.components[:, 1] @ after.components[:, 1] >= 0
+
+
+def test_a_prompt_in_the_wrong_set_is_listed(recipe: Recipe, tmp_path: Path) -> None:
+    behaviour, neutral, _ = planted_residuals(0, prompts=40, layers=1)
+    one, other = behaviour.values.clone(), neutral.values.clone()
+    one[7], other[11] = neutral.values[11], behaviour.values[7]
+
+    class Whole:
+        layers = 1
+
+        def __init__(self, values: torch.Tensor) -> None:
+            self.values = values
+
+        def layer(self, index: int) -> numpy.ndarray:
+            return self.values[:, index].numpy()
+
+    (found,) = views(Whole(one), Whole(other), DirectionSettings())
+    assert {(name, number) for name, number, _ in astray(found)} == {
+        ("behaviour", 7),
+        ("neutral", 11),
+    }
+    assert all(0.5 < beyond < 2 for _, _, beyond in astray(found))
+    html = residuals_page([found], "m", "mean-difference", 0, {}, None).html()
+    assert "Prompts that lie with the other set: 2 of 83" in html
 
 
 def test_of_many_prompts_some_are_picked_at_even_distances() -> None:
