@@ -78,8 +78,8 @@ def test_mutual_information_is_that_of_the_densities(gap):
 
 
 def test_where_nothing_differs_the_bias_of_counting_is_taken_out():
-    found = [mutual_information(*gaussians(0.0, 60, seed)) for seed in range(40)]
-    assert numpy.mean(found) < 0.03
+    found = [mutual_information(*gaussians(0.0, 60, seed)) for seed in range(100)]
+    assert numpy.mean(found) < 0.011  # 0.018 as counted
 
 
 def test_sets_that_do_not_touch_have_all_of_everything():
