@@ -229,6 +229,16 @@ def test_methods_are_compared_layer_by_layer_and_the_planted_layer_is_found():
     assert numpy.allclose(found.layer_cosines, own @ own.T, atol=1e-5)
 
 
+def test_cosines_of_what_was_fit_in_the_span_are_those_in_the_stream():
+    sets = planted_residuals(5, prompts=12, layers=1, hidden=100)[:2]
+    found = compare(*map(Whole, sets), named("mean-difference", "whitened", "pca-centred"), pairs=2)
+    vectors = [
+        compute(*sets, DirectionSettings(method=name)).vectors[0].double() for name in found.methods
+    ]
+    direct = [[float(one @ other) for other in vectors] for one in vectors]
+    assert numpy.allclose(found.cosines[0], direct, atol=1e-5)
+
+
 def test_a_layer_without_a_difference_has_no_row_and_no_cosine():
     behaviour, neutral, _ = planted_residuals(1, prompts=20, layers=2)
     one, other = behaviour.values.clone(), neutral.values.clone()
