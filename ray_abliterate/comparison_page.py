@@ -15,7 +15,7 @@ COLUMNS = (
     ("agreement", "halves' cosine"),
 )  # fmt: skip
 HEAD = ("method", "layer", "AUROC", *(title for _, title in COLUMNS), "to the truth")
-MEASURES = (
+MEASURES: tuple[tuple[str, str, str, Figure], ...] = (
     ("auroc", "AUROC", "0.5: by chance", {"range": [0.38, 1.02]}),
     ("fisher", "Fisher ratio", "squared distance over variances", {"rangemode": "tozero"}),
     ("silhouette", "silhouette", "-1 to 1", {}),
