@@ -125,6 +125,12 @@ def test_damaged_missing_and_foreign_files_are_refused(recipe: Recipe, tmp_path:
     with pytest.raises(RunDirectoryError, match=r"behaviour-00001.arrow is damaged[\s\S]*--to"):
         stored_sets(directory)
     file.write_bytes(whole)
+    foreign = ResidualShard.of("neutral", 16, values(40, 4)[:16]).to_file("another key")
+    kept = directory.shards.file("neutral", 1).read_bytes()
+    directory.shards.file("neutral", 1).write_bytes(foreign)
+    with pytest.raises(RunDirectoryError, match="has not kept the residuals of 'neutral'"):
+        stored_sets(directory)
+    directory.shards.file("neutral", 1).write_bytes(kept)
     for number in (2, 0):  # also the last one alone, without which all before it fit together
         directory.shards.file("neutral", number).unlink()
         with pytest.raises(RunDirectoryError, match="has not kept the residuals of 'neutral'"):
