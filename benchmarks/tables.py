@@ -612,6 +612,25 @@ def methods_table(figures: dict[str, Any]) -> list[str]:
     return table(("method", *seconds, "cosine", "with outliers"), rows)
 
 
+def seeing_table(figures: dict[str, Any]) -> list[str]:
+    """Seconds and memory of looking at residuals and of comparing methods."""
+    seconds = figures["seconds"]
+    shape = (
+        f"{2 * figures['prompts']:,} prompts × {figures['layers']} layers × "
+        f"{figures['hidden']:,} units, {figures['file_bytes'] / GB:.1f} GB of files"
+    )
+    names = ", ".join(f"`{name}`" for name in figures["methods"])
+    rows = [
+        ("`residuals`: checksums, and all layers", f"{seconds['residuals']:.0f} s"),
+        ("of these the checksums", f"{seconds['checksums']:.0f} s"),
+        ("the page", f"{seconds['page']:.1f} s, {figures['page_bytes'] / 1e6:.1f} MB"),
+        ("memory added by all layers", f"{figures['added_bytes'] / 1e6:,.0f} MB"),
+        (f"`directions`, a layer: {names}", f"{seconds['directions_a_layer']:.1f} s"),
+        ("their stability, at one layer, 2 pairs a size", f"{seconds['stability']:.1f} s"),
+    ]
+    return table((shape, ""), rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -636,6 +655,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "efficiency": ("scaling-efficiency", efficiency_table),
     "statistics": ("statistics", statistics_table),
     "methods": ("methods", methods_table),
+    "seeing": ("seeing", seeing_table),
 }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
+
 from ray_abliterate.files import cache_root, link_whole, write_whole
 from ray_abliterate.recipe import RunSettings
 from ray_abliterate.shards import DamagedShard, ResidualShard
@@ -40,6 +42,30 @@ class ShardFolder:
         for file in sorted(self.path.glob(f"{name}-*.arrow")):
             shard = ResidualShard.from_file(file.read_bytes())
             assert shard is not None
+            yield shard
+
+    def mapped(self, name: str, key: str, count: int) -> Iterator[ResidualShard]:
+        """The first shards of a set that are there for a key, memory-mapped: values are not held.
+
+        Args:
+            name: The set.
+            key: Its content key.
+            count: How many shards there should be.
+
+        Raises:
+            DamagedShard: a file is not what was written; names it.
+        """
+        for number in range(count):
+            file = self.file(name, number)
+            if not file.exists():
+                return
+            try:
+                data = pyarrow.memory_map(str(file)).read_buffer()
+                shard = ResidualShard.from_file(data, key)
+            except (DamagedShard, pyarrow.ArrowException) as damage:
+                raise DamagedShard(f"{file} is damaged: {damage}") from None
+            if shard is None:
+                return
             yield shard
 
 

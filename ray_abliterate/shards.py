@@ -100,8 +100,12 @@ class ResidualShard:
         return bytes(sink.getvalue())
 
     @classmethod
-    def from_file(cls, data: bytes, key: str | None = None) -> "ResidualShard | None":
+    def from_file(cls, data: Any, key: str | None = None) -> "ResidualShard | None":
         """The inverse of `to_file`, bit for bit; None if the file was written for another key.
+
+        Args:
+            data: The file's bytes, or an Arrow buffer that maps them; values are views of it.
+            key: The content key that is wanted; any, if there is none.
 
         Raises:
             DamagedShard: it was not written so.

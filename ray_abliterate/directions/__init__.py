@@ -3,7 +3,6 @@
 Pure mathematics on residuals; knows nothing about models. The methods are in `methods`.
 """
 
-from ray_abliterate.directions.comparing import between_layers, between_methods, stability
 from ray_abliterate.directions.finding import (
     compute,
     from_layers,
@@ -21,8 +20,6 @@ __all__ = [
     "NoDirection",
     "best_layer",
     "best_position",
-    "between_layers",
-    "between_methods",
     "compute",
     "from_layers",
     "from_sums",
@@ -30,5 +27,4 @@ __all__ = [
     "refuse_unknown",
     "rows_per_layer",
     "separation",
-    "stability",
 ]

@@ -4,9 +4,8 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from ray_abliterate.separation import auroc, fisher
 from ray_abliterate.shards import Projected
 
 
@@ -19,19 +18,16 @@ def separation(behaviour: Projected, neutral: Projected) -> list[Any]:
     their difference, in units of the residual stream.
     """
     a_mean, b_mean = torch.from_numpy(behaviour.sums.mean), torch.from_numpy(neutral.sums.mean)
-    a_along, b_along = torch.from_numpy(behaviour.along), torch.from_numpy(neutral.along)
     rows = []
     for layer in range(a_mean.shape[0]):
-        a, b = a_along[:, layer], b_along[:, layer]
-        spread = float(a.var(unbiased=False) + b.var(unbiased=False))
-        gap = float(a.mean() - b.mean())
+        a, b = behaviour.along[:, layer], neutral.along[:, layer]
         norms = float(a_mean[layer].norm()), float(b_mean[layer].norm())
         cosine = float(a_mean[layer] @ b_mean[layer]) / max(norms[0] * norms[1], 1e-300)
         rows.append(
             {
                 "layer": layer,
-                "auroc": _auroc(a, b),
-                "fisher": gap * gap / spread if spread > 0 else 0.0,
+                "auroc": auroc(a, b),
+                "fisher": fisher(a, b),
                 "cosine": cosine,
                 "behaviour_norm": norms[0],
                 "neutral_norm": norms[1],
@@ -63,8 +59,3 @@ def best_position(rows: list[Any], layers: int) -> int:
     positions = [rows[first : first + layers] for first in range(0, len(rows), layers)]
     best = [own[best_layer([{**r, "layer": i} for i, r in enumerate(own)])] for own in positions]
     return max(range(len(best)), key=lambda place: (best[place]["fisher"], -place))
-
-
-def _auroc(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
-    wins = (a[:, None] > b[None]).double().mean() + 0.5 * (a[:, None] == b[None]).double().mean()
-    return float(wins)

@@ -7,13 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
+from typer.testing import CliRunner
 
+from ray_abliterate.cli import app
+from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Plan
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.rundir import Baseline, RunDirectory
 from ray_abliterate.scoring import Score, Scorecard
+from ray_abliterate.shards import ResidualShard
 from tests.conftest import RECIPE
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +73,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    verbs = "init doctor run resume show report export push reproduce import-heretic chat"
-    for verb in verbs.split():
+    verbs = "init doctor run resume show directions residuals evaluate report export push reproduce"
+    for verb in [*verbs.split(), "import-heretic", "chat"]:
         assert verb in done.stdout
     times = []
     for _ in range(3):
@@ -142,7 +147,7 @@ def test_a_folder_that_cannot_be_written_is_named(recipe_file: Path, tmp_path: P
     assert "cannot be written" in error and "--to" in error
 
 
-@pytest.mark.parametrize("verb", ["resume", "show", "report"])
+@pytest.mark.parametrize("verb", ["resume", "show", "report", "residuals"])
 def test_a_run_that_is_not_there_is_named(verb: str, tmp_path: Path) -> None:
     assert "holds no run" in refused(verb, "nowhere", folder=tmp_path)
 
@@ -255,3 +260,50 @@ def test_a_form_of_export_that_is_none_is_refused(recipe: Recipe, tmp_path: Path
     ):
         assert words in refused("export", "run", "--to", "out", *options, folder=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_directions_and_residuals_say_what_is_missing_before_a_model_is_loaded(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    a_run(Path("run"), recipe)
+    for arguments, said in (
+        (["directions", "run"], "ray-abliterate resume run"),
+        (["residuals", "run"], "ray-abliterate resume run"),
+        (["residuals", "run", "--trial", "99"], "has no trial 99"),
+        (["directions", "."], "holds no run"),
+        (["directions", "run", "search.trials=3"], "search.trials=3 changes a recipe"),
+        (["directions", "recipe.toml", "--method", "whitend"], "--method whitend: 'whitend' is"),
+        (["directions", "nothing.toml"], "ray-abliterate init nothing.toml"),
+        (["directions", "recipe.toml", "--to", "recipe.toml/x"], "cannot be written"),
+    ):
+        done = CliRunner().invoke(app, arguments)
+        assert isinstance(done.exception, RayAbliterateError), (arguments, done.exception)
+        assert said in str(done.exception)
+    assert not Path("runs").exists()
+
+
+def test_directions_and_residuals_of_a_run_leave_a_page_each(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    directory = a_run(tmp_path / "run", recipe)
+    facts = {}
+    for name, shift in (("behaviour", 1.0), ("neutral", 0.0)):
+        values = numpy.random.default_rng(0).standard_normal((16, 4, 32)).astype(numpy.float32)
+        values[:, 2:, 5] += 8 * shift
+        directory.shards.path.mkdir(exist_ok=True)
+        shard = ResidualShard.of(name, 0, values).to_file(name)
+        directory.shards.file(name, 0).write_bytes(shard)
+        facts[name] = {"key": name, "shards": 1}
+    directory.note(residuals=facts)
+    done = command(
+        "directions", "run", "--method", "mean-difference", "--method", "inlp", "--pairs", "2",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Take mean-difference" in done.stdout and "inlp" in done.stdout
+    assert (tmp_path / "run" / "directions.html").stat().st_size > 100_000
+    done = command("residuals", "run", "--to", "pictures", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tells the sets apart best" in done.stdout
+    assert (tmp_path / "pictures" / "residuals.html").stat().st_size > 100_000

@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 from ray_abliterate.directions import (
     Directions,
     best_layer,
-    between_layers,
-    between_methods,
     compute,
     from_sums,
     separation,
-    stability,
 )
-from ray_abliterate.methods import Layer, Sample
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import Residuals
 from ray_abliterate.shards import Projected, ResidualShard, projected, sums_of
@@ -287,45 +283,3 @@ def test_biprojecting_keeps_the_neutral_means_and_leaves_own_layers_as_they_were
     torch.testing.assert_close(
         blended(found, 1.0, target=1).float()[0], found.vectors[1], rtol=0, atol=1e-6
     )
-
-
-# Comparing
-
-
-def test_methods_are_compared_layer_by_layer() -> None:
-    one, other = subspaces(3, 1, seed=1).vectors, subspaces(3, 1, seed=2).vectors.clone()
-    other[1] = 0
-    rows = between_methods({"a": Directions(one, "a", {}), "b": Directions(other, "b", {})})
-    assert [(row["layer"], row["methods"]) for row in rows] == [(i, ("a", "b")) for i in range(3)]
-    assert rows[0]["cosine"] == pytest.approx(float(one[0] @ other[0]), abs=1e-6)
-    assert rows[1]["cosine"] is None
-    with pytest.raises(ValueError, match="different models"):
-        between_methods({"a": Directions(one, "a", {}), "b": Directions(other[:2], "b", {})})
-
-
-def test_layers_are_compared_with_each_other() -> None:
-    found = subspaces(3, 1)
-    cosines = torch.tensor(between_layers(found))
-    torch.testing.assert_close(cosines, found.vectors @ found.vectors.T)
-
-
-def stable(prompts: int, **settings: Any) -> dict[str, float] | None:
-    behaviour, neutral, _ = planted_residuals(seed=3, prompts=prompts, layers=1)
-    layer = Layer(*(Sample(s.values[:, 0], 32) for s in (behaviour, neutral)))
-    return stability(layer, DirectionSettings(**settings))
-
-
-def test_a_bootstrap_says_whether_prompts_are_enough() -> None:
-    few, many = stable(12), stable(400)
-    assert few is not None and many is not None
-    assert few["low"] <= few["cosine"] <= few["high"] <= 1 + 1e-9
-    assert few["cosine"] < 0.97 < many["cosine"]
-    assert stable(12) == few
-    unstable, plain = stable(50, method="leace"), stable(50)
-    assert unstable is not None and plain is not None
-    assert unstable["cosine"] < plain["cosine"]
-
-
-def test_a_layer_without_a_direction_has_no_stability() -> None:
-    same = Sample(torch.ones(5, 8), 8)
-    assert stability(Layer(same, same), DirectionSettings()) is None

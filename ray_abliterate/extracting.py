@@ -1,0 +1,52 @@
+"""Residuals of a recipe's prompts without a search: what `directions RECIPE` needs Ray for."""
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from ray_abliterate.cluster.connection import connect
+from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.progress import Watch
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.run import describe, find_directions, load_prompts, model_source, warn
+from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.searching import Record
+
+
+def extract(
+    recipe: Recipe, recipe_text: str, base: Path, folder: Path, watch: Watch
+) -> RunDirectory:
+    """A run directory that holds the residuals of a recipe's prompts; a search can go on from it.
+
+    Residuals that are there already, of the same model and prompts, are taken as they are.
+
+    Raises:
+        RunDirectoryError: the folder holds a run of another model or other prompts.
+    """
+    if RunDirectory.is_one(folder):
+        directory = RunDirectory.open(folder)
+        own = directory.recipe
+        read = ("residual_dtype", "skip_common_prefix", "positions")
+        direction = own.direction.model_copy(update={k: getattr(recipe.direction, k) for k in read})
+        same = {"model": recipe.model, "prompts": recipe.prompts, "direction": direction}
+        directory.refuse_changed(own.model_copy(update=same))
+        if directory.environment.get("residuals"):
+            return directory
+    else:
+        directory = RunDirectory.create(folder, recipe, recipe_text)
+    kept = recipe.run.model_copy(update={"save_residuals": True})
+    recipe = recipe.model_copy(update={"run": kept})
+    with ExitStack() as open_until_the_end:
+        open_until_the_end.enter_context(directory.locked())
+        record = Record(directory, watch)
+        open_until_the_end.enter_context(record.writer)
+        sets = load_prompts(recipe, directory, base, watch)
+        with watch.stage("model"):
+            source = model_source(recipe.model.name, partial(warn, directory, watch))
+        with watch.stage("replicas"):
+            dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
+            starting = ReplicaPool.start(recipe, source, {}, record.event)
+            pool = open_until_the_end.enter_context(starting)
+        describe(recipe, directory, pool, dashboard, watch)
+        find_directions(recipe, directory, pool, sets, watch)
+    return directory
