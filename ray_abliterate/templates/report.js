@@ -139,6 +139,7 @@ function strip(cells) {
   const low = least > 0 && least < high / 2 ? 0 : least;
   const at = value => `${100 * (value - low) / (high - low || 1)}%`;
   line.append(element("i", undefined, {class: "track"}));
+  const dots = [];
   cells.forEach((cell, place) => {
     if (!cell || cell.length < 4) return;
     const side = place ? " second" : "";
@@ -146,8 +147,10 @@ function strip(cells) {
     range.style.left = at(cell[2]);
     range.style.width = `${100 * (cell[3] - cell[2]) / (high - low || 1)}%`;
     dot.style.left = at(cell[1]);
-    line.append(range, dot);
+    line.append(range);
+    dots.push(dot);
   });
+  line.append(...dots);
   return line;
 }
 
