@@ -7,7 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_abliterate.cli_directions import directions, residuals
 from ray_abliterate.cli_evaluate import evaluate
+from ray_abliterate.cli_exports import export, import_heretic, push, reproduce
+from ray_abliterate.cli_shared import Overrides, RunFolder, TrialNumber, chosen_trial
 from ray_abliterate.errors import RayAbliterateError, RecipeError
 from ray_abliterate.recipe import Recipe
 
@@ -20,15 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-TrialNumber = Annotated[
-    int | None, typer.Option("--trial", help="Number of the trial; the frontier's knee if unset.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE...", help="Settings to change, as search.trials=50."),
-]
 
 
 def configs() -> Path:
@@ -227,6 +221,8 @@ def show(
         print_trial(directory, directory.trial(trial), output)
 
 
+app.command()(directions)
+app.command()(residuals)
 app.command()(evaluate)
 
 
@@ -239,188 +235,10 @@ def report(run: RunFolder) -> None:
     typer.echo(write_report(RunDirectory.open(run)))
 
 
-@app.command()
-def directions(
-    source: Annotated[
-        Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe, or a run directory.")
-    ],
-    overrides: Overrides = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Method to compare; all if unset. May come often.")
-    ] = None,
-    pairs: Annotated[
-        int, typer.Option(min=2, help="Pairs of samples of the prompts, for stability.")
-    ] = 8,
-    to: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write.", show_default="the run, or runs/RECIPE-directions"),
-    ] = None,
-) -> None:
-    """Compare direction methods without a search: a table, and directions.html."""
-    from ray_abliterate.comparison_page import comparison_page, terminal_tables
-    from ray_abliterate.live import LineWatch, LiveWatch, console
-    from ray_abliterate.looking import compare_run, methods_of, write_comparison
-    from ray_abliterate.rundir import RunDirectory
-
-    output = console()
-    with (LiveWatch if output.is_terminal else LineWatch)(output) as watch:
-        if source.is_dir():
-            if overrides:
-                raise RecipeError(f"{overrides[0]} changes a recipe, and {source} is a folder")
-            directory = RunDirectory.open(source)
-            methods = methods_of(directory.recipe.direction, method or ())
-        else:
-            settings = Recipe.load(source, tuple(overrides or ()))
-            methods = methods_of(settings.direction, method or ())
-            from ray_abliterate.extracting import extract
-
-            to = to or Path("runs") / f"{source.stem}-directions"
-            text = source.read_text(encoding="utf-8")
-            directory = extract(settings, text, source.parent, to, watch)
-        found = compare_run(directory, methods, pairs, watch)
-    page = comparison_page(found, directory.recipe.model.name)
-    written = write_comparison(found, page, to or directory.path)
-    for table in terminal_tables(found):
-        output.print(table, "")
-    for name, why in found.failed.items():
-        output.print(f"{name} has no direction here: {why}", markup=False)
-    output.print(f"Take {found.advice.method}.", *found.advice.reasons, markup=False)
-    output.print(f"All of it: {written}", markup=False)
-    if not directory.trials():
-        output.print(f"See the residuals:  ray-abliterate residuals {directory.path}", markup=False)
-
-
-@app.command()
-def residuals(
-    run: RunFolder,
-    trial: TrialNumber = None,
-    to: Annotated[Path | None, typer.Option(help="Folder to write; the run's if unset.")] = None,
-) -> None:
-    """Show both prompt sets layer by layer: projections, histograms, geometry, as one page."""
-    from ray_abliterate.live import LineWatch, LiveWatch, console
-    from ray_abliterate.looking import look, write_look
-    from ray_abliterate.residuals_page import residuals_page
-    from ray_abliterate.rundir import RunDirectory
-
-    directory, output = RunDirectory.open(run), console()
-    chosen = directory.trial(trial) if trial is not None else None
-    with (LiveWatch if output.is_terminal else LineWatch)(output) as watch:
-        found = look(directory, chosen, watch)
-    recipe = directory.recipe
-    page = residuals_page(
-        found.views, recipe.model.name, recipe.direction.method, found.best, found.strengths,
-        found.trial,
-    )  # fmt: skip
-    measured = found.views[found.best].measures
-    output.print(
-        f"Layer {found.best} tells the sets apart best: AUROC {measured['auroc']:.3f}, overlap "
-        f"{measured['overlap']:.0%} on held-out prompts.",
-        markup=False,
-    )
-    output.print(f"All layers: {write_look(found, page, to or directory.path)}", markup=False)
-
-
-@app.command()
-def export(
-    run: RunFolder,
-    to: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
-    trial: TrialNumber = None,
-    kind: Annotated[
-        str, typer.Option("--as", help="merged: the whole model. adapter: a PEFT adapter.")
-    ] = "merged",
-    shard_size: Annotated[
-        str | None,
-        typer.Option(
-            help="Size of the weight files, as 5GB.", show_default="the original's own files"
-        ),
-    ] = None,
-    adapter_error: Annotated[
-        float, typer.Option(help="What an adapter may lack of an edit, relative to the edit.")
-    ] = 0.01,
-    verify: Annotated[bool, typer.Option(help="Reload, and score it again.")] = True,
-) -> None:
-    """Write the edited model, or an adapter for the original, and verify what was written."""
-    from ray_abliterate.export import ExportForm, export_trial
-    from ray_abliterate.live import LineWatch, console
-    from ray_abliterate.rundir import RunDirectory
-
-    form = ExportForm.of(kind, shard_size, adapter_error)
-    directory = RunDirectory.open(run)
-    export_trial(directory, _chosen(directory, trial), to, LineWatch(console()), verify, form)
-
-
-@app.command()
-def reproduce(
-    file: Annotated[Path, typer.Argument(help="reproduce.json, or an export that has it.")],
-    to: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
-    base: Annotated[
-        str | None, typer.Option(help="Folder or Hub name of the base model; the file's if unset.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model.")
-    ] = False,
-) -> None:
-    """Rebuild an export from its base model, without a search, and check every tensor."""
-    from ray_abliterate.live import LineWatch, console
-    from ray_abliterate.reproduce import reproduce as rebuild
-
-    found = rebuild(file, to, LineWatch(console()), base, trust_remote_code)
-    equal = f"{found.bit_equal} of {found.tensors} edited tensors are equal bit for bit"
-    rest = "" if found.bit_equal == found.tensors else "; the others, within rounding"
-    typer.echo(f"{equal}{rest}. Written to {to}")
-
-
-@app.command()
-def push(
-    place: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported folder.")],
-    to: Annotated[str, typer.Option(help="USER/NAME of the model on the Hugging Face Hub.")],
-    trial: TrialNumber = None,
-    public: Annotated[bool, typer.Option("--public", help="Everybody may read it.")] = False,
-    unverified: Annotated[
-        bool, typer.Option("--unverified", help="Also if it was not scored again.")
-    ] = False,
-    with_responses: Annotated[
-        bool, typer.Option("--with-responses", help="Also files with prompts or answers.")
-    ] = False,
-) -> None:
-    """Upload an export to the Hugging Face Hub, private unless told."""
-    from ray_abliterate.live import LineWatch, console
-    from ray_abliterate.push import exported
-    from ray_abliterate.push import push as upload
-
-    watch = LineWatch(console())
-    folder = exported(place, trial, watch, unverified)
-    revision = upload(folder, to, watch, public, unverified, with_responses)
-    typer.echo(f"{to} is there, revision {revision}")
-
-
-@app.command()
-def import_heretic(
-    checkpoint: Annotated[Path, typer.Argument(help="Heretic's checkpoints/MODEL.jsonl.")],
-    to: Annotated[
-        Path | None, typer.Option(help="Run directory.", show_default="runs/CHECKPOINT")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the model is, if not where the checkpoint says.")
-    ] = None,
-    front: Annotated[
-        bool, typer.Option("--front", help="Take over its Pareto front only.")
-    ] = False,
-) -> None:
-    """Make a run of a Heretic study: its trials are plans that are evaluated first."""
-    from ray_abliterate.import_heretic import import_heretic as take_over
-    from ray_abliterate.live import LineWatch, console, foreign_table
-
-    output = console()
-    folder = to or Path("runs") / checkpoint.stem
-    made = take_over(checkpoint, folder, LineWatch(output), model, front)
-    output.print(foreign_table(made.directory.foreign() or {}, rows=20))
-    for note in made.notes:
-        output.print(f"note: {note}", markup=False)
-    if made.study.unfinished:
-        output.print(f"{made.study.unfinished} trials of the study did not finish; left out")
-    output.print(f"{len(made.trials)} plans wait in {folder}. Score them here, in parallel, with:")
-    output.print(f"  ray-abliterate resume {folder}", markup=False)
+app.command()(export)
+app.command()(reproduce)
+app.command()(push)
+app.command()(import_heretic)
 
 
 @app.command()
@@ -435,7 +253,7 @@ def chat(
     from ray_abliterate.rundir import RunDirectory
 
     directory = RunDirectory.open(run)
-    converse(directory, _chosen(directory, trial), console(), sys.stdin, tokens)
+    converse(directory, chosen_trial(directory, trial), console(), sys.stdin, tokens)
 
 
 @app.command()
@@ -463,19 +281,6 @@ def calibrate(
     texts = list(calibration.labelled(labelled, with_prompts))
     for line in calibration.calibrate(build(chosen[0]), texts, dict(MARKERS)).lines():
         typer.echo(line)
-
-
-def _chosen(directory: Any, number: int | None) -> Any:
-    """The trial asked for, or the knee, which is said."""
-    from ray_abliterate.errors import TrialNotFound
-
-    if number is not None:
-        return directory.trial(number)
-    frontier = _frontier(directory.trials())
-    if not frontier:
-        raise TrialNotFound(f"{directory.path} has no finished trial to choose from")
-    typer.echo(f"no --trial given: taking trial {frontier.knee.number}, the frontier's knee")
-    return frontier.knee
 
 
 def main() -> None:

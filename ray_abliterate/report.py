@@ -87,7 +87,7 @@ def build_report(directory: RunDirectory) -> str:
         choices=choices(run),
         sheets=sheets(run),
         exports=exports(directory),
-        warnings=[*_bounds(run), *run.environment.get("warnings", []), *_problem(run)],
+        warnings=[*_bounds(run), *run.environment.get("warnings", []), *run.suites.problems],
         environment=list(_flat({k: v for k, v in run.environment.items() if k not in HIDDEN})),
         plotly=Markup(get_plotlyjs()),
     )
@@ -105,10 +105,6 @@ def _suites(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
         for model in dict.fromkeys([*order, *run.suites.findings])
         for found in [run.suites.findings[model]]
     ]
-
-
-def _problem(run: RunData) -> list[str]:
-    return [run.suites.problem] if run.suites.problem else []
 
 
 def _bounds(run: RunData) -> list[str]:

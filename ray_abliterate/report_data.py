@@ -93,6 +93,11 @@ class RunData:
         return lines
 
 
+def escaped(text: str) -> str:
+    """A text as plotly shows it, whatever is in it; it knows `&lt;`, but not `&quot;`."""
+    return html.escape(text, quote=False)
+
+
 def number_text(value: float) -> str:
     """A number in few digits."""
     return f"{value:.3g}"
@@ -113,7 +118,7 @@ def counts_text(score: Score) -> str:
 
 def title_text(score: Score) -> str:
     """Name and unit, escaped."""
-    return html.escape(f"{score.name} ({score.unit})" if score.unit else score.name)
+    return escaped(f"{score.name} ({score.unit})" if score.unit else score.name)
 
 
 def model_text(label: str) -> str:
@@ -133,9 +138,9 @@ def hover_text(
     label: str, scorecard: Scorecard, plan: Plan | None = None, more: Sequence[str] = ()
 ) -> str:
     """What a point says when pointed at, escaped: scores, `more`, the plan."""
-    lines = [f"<b>{html.escape(label)}</b>"]
-    lines += [html.escape(f"{s.name} {value_text(s)} {counts_text(s)}") for s in scorecard.scores]
-    lines += [html.escape(text) for text in more]
+    lines = [f"<b>{escaped(label)}</b>"]
+    lines += [escaped(f"{s.name} {value_text(s)} {counts_text(s)}") for s in scorecard.scores]
+    lines += [escaped(text) for text in more]
     if plan is not None:
         where = f" {number_text(plan.direction_layer)}" if plan.scope == "global" else ""
         if plan.scope == "per-layer" and plan.source_offset is not None:
@@ -144,5 +149,5 @@ def hover_text(
         for name, p in plan.profiles:
             tent = f"peak {number_text(p.peak)} at layer {number_text(p.peak_layer)}"
             sides = f"floor {number_text(p.floor)}, reach {number_text(p.reach)}"
-            lines.append(f"{html.escape(name)}: {tent}, {sides}" if p.peak > 0 else f"{name}: off")
+            lines.append(f"{escaped(name)}: {tent}, {sides}" if p.peak > 0 else f"{name}: off")
     return "<br>".join(lines)

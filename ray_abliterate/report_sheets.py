@@ -148,7 +148,7 @@ def _sheet(
     direction = plan.direction_layer if plan and plan.scope == "global" else None
     if direction is None:
         values.pop("direction_layer", None)  # a search draws one all the same
-    cells: dict[str, dict[str, Any]] = {
+    cells: dict[str, dict[str, list[Any] | None]] = {
         "Scores": {name: _score_cell(score) for name, score in scores.items()},
         "Suites": {name: _suite_cell(finding) for name, finding in found.items()},
         "Plan": {name: _plan_cell(value) for name, value in values.items()},

@@ -24,35 +24,46 @@ class SuiteResults:
         names: Of the suites, in order.
         findings: By model (`base`, `trial-17`), then suite; only what is measured.
         curves: By suite, then model; of suites that score something.
-        problem: Why there is nothing, if something was there that can't be read.
+        problems: Why something is left out that is there.
     """
 
     names: tuple[str, ...] = ()
     findings: Mapping[str, Mapping[str, Finding]] = field(default_factory=dict)
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
-    problem: str = ""
+    problems: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "SuiteResults":
-        """What the run directory holds; the report is made without it if it can't be read."""
+        """What the run directory holds; the report is made without what can't be read."""
         try:
             settings = SuiteFile.of(directory.environment.get("suites", ()))
             suites, kept = build(settings, directory.base), directory.measurements(settings)
-            findings = {model: _findings(kept, model, suites) for model in kept.labels}
-            curves = {suite.name: _curves(kept, suite) for suite in suites}
         except (RayAbliterateError, ValueError) as error:
-            return cls(problem=f"What suites found can't be read, and is left out: {error}")
-        scored = {name: found for name, found in curves.items() if found}
-        return cls(tuple(suite.name for suite in suites), findings, scored)
+            return cls(problems=(f"What suites found is left out: {error}",))
+        names, problems = [], []
+        findings: dict[str, dict[str, Finding]] = {model: {} for model in kept.labels}
+        curves: dict[str, Mapping[str, Curve]] = {}
+        for suite in suites:
+            try:
+                found, drawn = _findings(kept, suite), _curves(kept, suite)
+            except RayAbliterateError as error:
+                problems.append(f"What the suite {suite.name} found is left out: {error}")
+                continue
+            names.append(suite.name)
+            curves |= {suite.name: drawn} if drawn else {}
+            for model, finding in found.items():
+                findings[model][suite.name] = finding
+        known = {model: found for model, found in findings.items() if found}
+        return cls(tuple(names), known, curves, tuple(problems))
 
     def of(self, trial: Trial | None) -> Mapping[str, Finding]:
         """What was found of a trial, or of the base model; by suite."""
         return self.findings.get(label(trial.number if trial else None), {})
 
 
-def _findings(kept: Measurements, model: str, suites: Sequence[Suite]) -> dict[str, Finding]:
-    found = {suite.name: kept.finding(model, suite) for suite in suites}
-    return {name: finding for name, finding in found.items() if finding is not None}
+def _findings(kept: Measurements, suite: Suite) -> dict[str, Finding]:
+    found = {model: kept.finding(model, suite) for model in kept.labels}
+    return {model: finding for model, finding in found.items() if finding is not None}
 
 
 def _curves(kept: Measurements, suite: Suite) -> dict[str, Curve]:

@@ -1,12 +1,11 @@
 """Which parameters of a plan decide how good it is."""
 
-import html
 import warnings
 from typing import Any
 
 from ray_abliterate.figures.parts import figure, view
 from ray_abliterate.plan import Choice, Range, Value
-from ray_abliterate.report_data import Figure, RunData, number_text
+from ray_abliterate.report_data import Figure, RunData, escaped, number_text
 
 ENOUGH_TRIALS = 8
 """Finished trials below which parameter importances would be noise."""
@@ -32,7 +31,7 @@ def importance_figure(run: RunData) -> tuple[Figure, str]:
     totals = {p: sum(share[p] for share in known.values()) for p in next(iter(known.values()))}
     order = sorted(totals, key=lambda parameter: -totals[parameter])
     data = [
-        {"type": "bar", "orientation": "h", "name": html.escape(name), "y": order}
+        {"type": "bar", "orientation": "h", "name": escaped(name), "y": order}
         | {"x": [share[p] for p in order], "marker": {"color": f"var(--c{index % 6})"}}
         for index, (name, share) in enumerate(known.items())
     ]

@@ -1,12 +1,11 @@
 """Figures over the layers: where plans edit, and where the behaviour shows."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 
 from ray_abliterate.figures.parts import figure, line, log_ticks, vertical, view
 from ray_abliterate.plan import Plan
-from ray_abliterate.report_data import Figure, RunData, number_text
+from ray_abliterate.report_data import Figure, RunData, escaped, number_text
 from ray_abliterate.rundir import Baseline
 
 
@@ -54,7 +53,7 @@ def _heat(name: str, rows: list[str], table: Sequence[Sequence[float]], top: flo
     bar = {"title": {"text": "strength", "font": {"size": 13}}, "thickness": 8, "outlinewidth": 0}
     data = {
         "type": "heatmap",
-        "name": html.escape(name),
+        "name": escaped(name),
         "x": list(range(len(table[0]))),
         "y": rows,
         "z": [[float(f"{value:.4g}") for value in row] for row in table],

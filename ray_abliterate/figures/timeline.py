@@ -1,12 +1,11 @@
 """A search over time: plans that were out, and what happened to replicas, nodes and files."""
 
-import html
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from ray_abliterate.figures.parts import figure, marks, view
-from ray_abliterate.report_data import Figure
+from ray_abliterate.report_data import Figure, escaped
 from ray_abliterate.timeline import Happening, Span, Timeline
 
 COLORS = {"finished": "c0", "stopped early": "muted", "failed": "c1", "interrupted": "c4"}
@@ -43,7 +42,7 @@ def timeline_figure(timeline: Timeline) -> Figure:
     y = {
         "title": {"text": ""},
         "tickvals": [middle, *rows.values()],
-        "ticktext": ["plans out", *(html.escape(_short(name)) for name in rows)],
+        "ticktext": ["plans out", *(escaped(_short(name)) for name in rows)],
         "range": [timeline.lanes + len(rows) - 0.4, -0.6],
         "showgrid": False,
     }
@@ -101,8 +100,8 @@ def _happened(happenings: Sequence[Happening], rows: dict[str, int]) -> list[Fig
 
 def _happening(one: Happening) -> str:
     until = f" to {one.end:%H:%M:%S}" if one.end else ""
-    return f"<b>{html.escape(one.who)}</b>, {one.time:%H:%M:%S}{until}<br>" + "<br>".join(
-        html.escape(part) for part in one.text.split("; ")
+    return f"<b>{escaped(one.who)}</b>, {one.time:%H:%M:%S}{until}<br>" + "<br>".join(
+        escaped(part) for part in one.text.split("; ")
     )
 
 

@@ -1,6 +1,5 @@
 """What suites found: along the frontier, and while they were measured."""
 
-import html
 from collections.abc import Mapping, Sequence
 
 from ray_abliterate.figures.parts import Axis, figure, line, marks, view
@@ -9,6 +8,7 @@ from ray_abliterate.measurements import BASE, label
 from ray_abliterate.report_data import (
     Figure,
     RunData,
+    escaped,
     finding_texts,
     model_text,
     number_text,
@@ -41,7 +41,7 @@ def validation_figures(run: RunData) -> dict[str, Figure]:
     )
     return {
         "validation": figure("Along the frontier", note, along, _told(run)),
-        "curves": figure("As it was measured", going, curves),
+        "curves": figure("As it was measured", going, curves, _curves_told(run)),
     }
 
 
@@ -68,8 +68,8 @@ def _along(run: RunData, name: str) -> list[Figure]:
     hover = []
     for trial, _ in trials:
         text, compared = finding_texts(run.suites.of(trial)[name])
-        more = f"<br>{html.escape(compared)} from the base model" if compared else ""
-        hover.append(f"<b>trial {trial.number}</b><br>{html.escape(f'{name} {text}')}{more}")
+        more = f"<br>{escaped(compared)} from the base model" if compared else ""
+        hover.append(f"<b>trial {trial.number}</b><br>{escaped(f'{name} {text}')}{more}")
     x = [axis.place(score.value) for score in places]
     mark = {"size": 10, "color": "var(--c0)"}
     points = marks("trials", x, [score.value for score in scores], hover, mark)
@@ -110,7 +110,7 @@ def _curve(model: str, curve: Curve, color: str) -> Figure:
     items, scores = [count for count, _ in curve], [score for _, score in curve]
     drawn = line(model, items, [score.value for score in scores], color)
     texts: Sequence[str] = [
-        f"<b>{html.escape(model)}</b>, {count} items<br>{number_text(score.value)} "
+        f"<b>{escaped(model)}</b>, {count} items<br>{number_text(score.value)} "
         f"[{number_text(score.low)}, {number_text(score.high)}]"
         for count, score in curve
     ]
@@ -118,11 +118,21 @@ def _curve(model: str, curve: Curve, color: str) -> Figure:
 
 
 def _told(run: RunData) -> str:
-    """The knee beside the base model."""
-    if not run.frontier:
-        return ""
-    base, knee = run.suites.of(None), run.suites.of(run.frontier.knee)
-    return " ".join(
-        f"{name}: {finding_texts(found)[0]} at the knee, {finding_texts(base.get(name))[0]} before."
-        for name, found in knee.items()
-    )
+    """Every measured score in words."""
+    texts = []
+    for name in run.suites.names:
+        known = {
+            model: found[name] for model, found in run.suites.findings.items() if name in found
+        }
+        scores = [f"{model_text(m)} {finding_texts(found)[0]}" for m, found in known.items()]
+        texts.append(f"{name}: {'; '.join(scores)}.")
+    return " ".join(texts)
+
+
+def _curves_told(run: RunData) -> str:
+    """How many items each suite was measured on, at most."""
+    most = {
+        name: max(curve[-1][0] for curve in models.values())
+        for name, models in run.suites.curves.items()
+    }
+    return ", ".join(f"{name} on up to {items} items" for name, items in most.items()) + "."

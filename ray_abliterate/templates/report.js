@@ -22,10 +22,12 @@ function painted(value) {
 
 // What a small screen has no room for.
 function slimmed(view) {
+  for (const axis of [view.layout.xaxis, view.layout.yaxis]) axis.title.text = wrapped(axis.title.text);
   for (const trace of view.data) {
+    if (trace.name) trace.name = wrapped(trace.name, 24);
     // Scores only: the plan is in the comparison.
     if (Array.isArray(trace.text)) trace.text = trace.text.map(text =>
-      text && text.split("<br>").filter(line => !/: peak |: off$|^direction /.test(line)).map(wrapped).join("<br>"));
+      text && text.split("<br>").filter(line => !/: peak |: off$|^direction /.test(line)).map(line => broken(line, 32)).join("<br>"));
     if (trace.marker?.showscale) trace.marker.showscale = false;
     if (trace.type === "heatmap") trace.showscale = false;
   }
@@ -35,12 +37,23 @@ function slimmed(view) {
   return view;
 }
 
-function wrapped(line) {
-  const found = [""];
-  for (const word of line.split(" "))
-    if ((found.at(-1) + word).replace(/<[^>]*>/g, "").length > 34) found.push(word + " ");
-    else found[found.length - 1] += word + " ";
-  return found.map(part => part.trimEnd()).join("<br>");
+function wrapped(text, most = 32) {
+  return text.split("<br>").map(line => broken(line, most)).join("<br>");
+}
+
+// A line in parts of so many characters at most; a tag counts for nothing, an entity for one.
+function broken(line, most) {
+  let found = "", count = 0;
+  for (const word of line.split(/(?<= )/)) {
+    const atoms = word.match(/&[a-z#0-9]+;|<[^>]*>|./g) || [];
+    const room = most - atoms.filter(atom => !atom.startsWith("<")).length;
+    if (count > Math.max(room, 0)) [found, count] = [`${found}<br>`, 0];
+    for (const atom of atoms) {
+      if (!atom.startsWith("<") && count++ === most) [found, count] = [`${found}<br>`, 1];
+      found += atom;
+    }
+  }
+  return found;
 }
 
 function draw(name) {
@@ -54,15 +67,15 @@ function draw(name) {
   const layout = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: {l: 56, r: narrow.matches ? 4 : 12, t: 32, b: 48},
-    font: {color: css("--ink"), size: 13, family: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"},
-    hoverlabel: {align: "left", bgcolor: css("--panel"), bordercolor: css("--line"), namelength: -1, font: {color: css("--ink"), size: narrow.matches ? 12 : 13}},
+    font: {color: css("--ink"), size: narrow.matches ? 12 : 13, family: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"},
+    hoverlabel: {align: "left", bgcolor: css("--panel"), bordercolor: css("--line"), namelength: -1, font: {color: css("--ink")}},
     modebar: {bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--accent")},
     dragmode: touch ? false : "zoom",  // a finger that drags scrolls the page
     showlegend: named, legend: {orientation: "h", x: 0, y: 1.06, yanchor: "bottom"}, hovermode: "closest",
     ...view.layout,
   };
   for (const axis of ["xaxis", "yaxis"]) {
-    const title = {...view.layout[axis].title, standoff: 10, font: {size: 13}};
+    const title = {...view.layout[axis].title, standoff: 10, font: {size: narrow.matches ? 12 : 13}};
     layout[axis] = {...lines, ...view.layout[axis], title};
   }
   if (layout.height) place.style.minHeight = `${layout.height}px`;
@@ -72,6 +85,12 @@ function draw(name) {
     const key = event.points.map(point => point.customdata).find(Boolean);
     if (key && sheets) take(key);
   });
+}
+
+// One that can't be drawn, for want of room, leaves the others alone.
+function drawAll() {
+  for (const name of Object.keys(figures))
+    try { draw(name); } catch (error) { console.error(name, error); }
 }
 
 // Two models side by side.
@@ -120,6 +139,7 @@ function strip(cells) {
   const low = least > 0 && least < high / 2 ? 0 : least;
   const at = value => `${100 * (value - low) / (high - low || 1)}%`;
   line.append(element("i", undefined, {class: "track"}));
+  const dots = [];
   cells.forEach((cell, place) => {
     if (!cell || cell.length < 4) return;
     const side = place ? " second" : "";
@@ -127,8 +147,10 @@ function strip(cells) {
     range.style.left = at(cell[2]);
     range.style.width = `${100 * (cell[3] - cell[2]) / (high - low || 1)}%`;
     dot.style.left = at(cell[1]);
-    line.append(range, dot);
+    line.append(range);
+    dots.push(dot);
   });
+  line.append(...dots);
   return line;
 }
 
@@ -183,12 +205,13 @@ function strengthen(models) {
   const said = models.map(model => !edited.includes(model) ? `${model.name} is not edited`
     : model.direction === null ? `${model.name} takes each layer's own direction`
     : `${model.name} takes the direction of layer ${model.direction.toFixed(1)} (vertical line)`);
+  document.getElementById("plot-strengths").setAttribute("aria-describedby", "directions");
   document.getElementById("directions").textContent = said.join("; ") + ".";
   draw("strengths");
 }
 
 if (sheets) document.getElementById("compare").hidden = false;
-for (const name of Object.keys(figures)) if (name !== "strengths") draw(name);
+drawAll();
 if (sheets) {
   picks.forEach(pick => pick.addEventListener("change", compare));
   document.getElementById("swap").addEventListener("click", () => {
@@ -208,4 +231,4 @@ if (sheets) {
 for (const chooser of document.querySelectorAll("select[data-figure]"))
   chooser.addEventListener("change", () => draw(chooser.dataset.figure));
 for (const change of [dark, narrow])
-  change.addEventListener("change", () => Object.keys(figures).forEach(draw));
+  change.addEventListener("change", drawAll);
