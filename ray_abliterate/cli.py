@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ray_abliterate.cli_evaluate import evaluate
-from ray_abliterate.errors import RayAbliterateError, RecipeError
+from ray_abliterate.errors import ChatError, RayAbliterateError, RecipeError, ServeError
 from ray_abliterate.recipe import Recipe
 
 app = typer.Typer(
@@ -334,14 +334,56 @@ def chat(
     run: RunFolder,
     trial: TrialNumber = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Original and edited model, side by side.")
+    ] = False,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Both, as A and B in an order drawn at random.")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Write what was said, as JSON Lines.", show_default=False)
+    ] = None,
 ) -> None:
-    """Talk to the original and the edited model, side by side."""
-    from ray_abliterate.chat import converse
+    """Talk to the edited model: alone, beside the original, or blind. Lines may come by pipe."""
+    if compare and blind:
+        raise ChatError("--compare names the models, --blind hides them: choose one of the two")
+    from ray_abliterate.chat import Options, converse
     from ray_abliterate.live import console
     from ray_abliterate.rundir import RunDirectory
 
     directory = RunDirectory.open(run)
-    converse(directory, _chosen(directory, trial), console(), sys.stdin, tokens)
+    options = Options("blind" if blind else "compare" if compare else "one", tokens, save)
+    converse(directory, _chosen(directory, trial), options, console(), sys.stdin)
+
+
+@app.command()
+def serve(
+    place: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported folder.")],
+    trial: TrialNumber = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address it listens at; any but a loopback one opens it to others.")
+    ] = "127.0.0.1",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Answer OpenAI-compatible requests with an edited model, by transformers' own server."""
+    from ray_abliterate.live import LineWatch, console
+    from ray_abliterate.serve import exported, is_export, of_trial, refuse_early, start
+
+    if is_export(place) and trial is not None:
+        raise ServeError(f"--trial {trial}: {place} is an export, not a run; leave it out")
+    watch = LineWatch(console())
+    refuse_early(host, port, watch)
+    if is_export(place):
+        served = exported(place, trust_remote_code)
+    else:
+        from ray_abliterate.rundir import RunDirectory
+
+        directory = RunDirectory.open(place)
+        served = of_trial(directory, _chosen(directory, trial), watch, trust_remote_code)
+    start(served, host, port, watch)
 
 
 @app.command()
@@ -380,7 +422,8 @@ def _chosen(directory: Any, number: int | None) -> Any:
     frontier = _frontier(directory.trials())
     if not frontier:
         raise TrialNotFound(f"{directory.path} has no finished trial to choose from")
-    typer.echo(f"no --trial given: taking trial {frontier.knee.number}, the frontier's knee")
+    number = frontier.knee.number
+    typer.echo(f"no --trial given: taking trial {number}, the frontier's knee", err=True)
     return frontier.knee
 
 
