@@ -26,13 +26,17 @@ from ray_abliterate.run import model_source
 from ray_abliterate.rundir import RunDirectory
 
 HELP = """\
-/trial N   talk to trial N          /base      talk to the original
-/trials    list the frontier        /compare   both answer, side by side
-/blind     both answer, as A and B, in an order drawn at random
-/a /b /same   which of the last two answers is better (blind)
-/reveal    say who was A, count the votes, and draw anew
-/reset     forget all conversations /save FILE write what was said, as JSON Lines
-/quit      leave, as Ctrl-D does; Ctrl-C ends an answer"""
+/trial N     talk to trial N
+/base        talk to the original
+/trials      list the frontier
+/compare     both answer, side by side
+/blind       both answer, as A and B, in an order drawn at random
+/a /b /same  which of the last two blind answers is better
+/reveal      who was A, and the votes; both begin anew
+/reset       forget all conversations
+/save FILE   write what was said, as JSON Lines
+/help        this list
+/quit        leave, as Ctrl-D does; Ctrl-C ends an answer"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def next_line(output: Console, source: TextIO) -> str | None:
         line = source.readline()
     except KeyboardInterrupt:
         return None
+    if not line and source.isatty():
+        output.print()
     return line.strip() if line else None
 
 
