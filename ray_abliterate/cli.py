@@ -10,7 +10,8 @@ import typer
 from ray_abliterate.cli_directions import directions, residuals
 from ray_abliterate.cli_evaluate import evaluate
 from ray_abliterate.cli_exports import export, import_heretic, push, reproduce
-from ray_abliterate.cli_shared import Overrides, RunFolder, TrialNumber, chosen_trial
+from ray_abliterate.cli_shared import Overrides, RunFolder
+from ray_abliterate.cli_using import chat, serve
 from ray_abliterate.errors import RayAbliterateError, RecipeError
 from ray_abliterate.recipe import Recipe
 
@@ -241,19 +242,8 @@ app.command()(push)
 app.command()(import_heretic)
 
 
-@app.command()
-def chat(
-    run: RunFolder,
-    trial: TrialNumber = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
-) -> None:
-    """Talk to the original and the edited model, side by side."""
-    from ray_abliterate.chat import converse
-    from ray_abliterate.live import console
-    from ray_abliterate.rundir import RunDirectory
-
-    directory = RunDirectory.open(run)
-    converse(directory, chosen_trial(directory, trial), console(), sys.stdin, tokens)
+app.command()(chat)
+app.command()(serve)
 
 
 @app.command()

@@ -25,5 +25,6 @@ def chosen_trial(directory: Any, number: int | None) -> Any:
     frontier = Frontier.of(directory.trials())
     if not frontier:
         raise TrialNotFound(f"{directory.path} has no finished trial to choose from")
-    typer.echo(f"no --trial given: taking trial {frontier.knee.number}, the frontier's knee")
+    number = frontier.knee.number
+    typer.echo(f"no --trial given: taking trial {number}, the frontier's knee", err=True)
     return frontier.knee

@@ -19,6 +19,8 @@
     ├── ExportError             an export cannot be written, or is not the trial
     ├── ReproductionError       an export cannot be rebuilt from its bundle
     ├── PushError               a folder cannot be uploaded
+    ├── ChatError               a chat cannot do what a line asks for
+    ├── ServeError              a model cannot be served
     └── ForeignStudyError       another tool's study cannot be taken over
 
 Every message says what was found, what was expected, and the next step.
@@ -99,6 +101,14 @@ class ReproductionError(RayAbliterateError):
 
 class PushError(RayAbliterateError):
     """A folder cannot be uploaded, or should not be."""
+
+
+class ChatError(RayAbliterateError):
+    """A chat's command is none, or cannot be carried out."""
+
+
+class ServeError(RayAbliterateError):
+    """A model cannot be served as asked."""
 
 
 class ForeignStudyError(RayAbliterateError):

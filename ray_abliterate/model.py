@@ -37,6 +37,7 @@ from ray_abliterate.loading import load
 from ray_abliterate.packed import NotPackable, PackedModel
 from ray_abliterate.padded import (
     Decisions,
+    Followed,
     PaddedModel,
     Sampling,
     probe_rows,
@@ -313,10 +314,26 @@ class LanguageModel:
             self.tokens_written += len(tokens)
         return found
 
-    def reply(self, turns: Sequence[dict[str, str]], max_new_tokens: int) -> str:
-        """The greedy next turn of a conversation."""
+    def reply(
+        self,
+        turns: Sequence[dict[str, str]],
+        max_new_tokens: int,
+        piece: Callable[[str], bool] | None = None,
+    ) -> str:
+        """The greedy next turn of a conversation.
+
+        Args:
+            turns: The conversation until now.
+            max_new_tokens: Where the turn is cut.
+            piece: Is given the text of each token as it comes, all of them together the turn
+                (but for what ends in the middle of a character); true ends the turn.
+        """
         ids = [*self.chat.ids(self.chat.conversation(turns)), *self.response_prefix]
-        return self.chat.decode(self.padded.generate([ids], max_new_tokens, Prefix())[0])
+        stream = self.chat.stream()
+        follow = None
+        if piece is not None:
+            follow = Followed(lambda token: piece(stream.push(token)))
+        return self.chat.decode(self.padded.generate([ids], max_new_tokens, Prefix(), follow)[0])
 
     def find_response_prefix(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
         """What all answers begin with (a closed thinking block, say), in tokens.

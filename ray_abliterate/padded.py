@@ -108,7 +108,7 @@ class PaddedModel:
         rows: Sequence[Row],
         limit: int,
         prefix: Prefix,
-        stop: "Decisions | None" = None,
+        stop: "Decisions | Followed | None" = None,
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
         """New tokens of each row, up to and with the end token."""
@@ -205,6 +205,18 @@ class Decisions:
                 self.decided_after[row] = self._read
         done = [row in self.decided_after for row in range(len(new))]
         return torch.tensor(done, device=input_ids.device)
+
+
+class Followed:
+    """A stopping criterion for one row: passes each new token on, and ends when told so."""
+
+    def __init__(self, token: Callable[[int], bool]) -> None:
+        self._token = token
+
+    def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        """Whether the row is done."""
+        done = self._token(int(input_ids[0, -1]))
+        return torch.tensor([done], device=input_ids.device)
 
 
 def until_end(ids: Sequence[int], end_tokens: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,12 +318,17 @@ class Replica:
         return min((writer.layer for writer, _ in edits), default=0)
 
     def respond(
-        self, turns: Sequence[dict[str, str]], plan: Plan, setup: Setup, max_new_tokens: int = 256
+        self,
+        turns: Sequence[dict[str, str]],
+        plan: Plan,
+        setup: Setup,
+        max_new_tokens: int = 256,
+        piece: Callable[[str], bool] | None = None,
     ) -> str:
-        """The edited model's next turn of a conversation."""
+        """The edited model's next turn of a conversation, see `LanguageModel.reply`."""
         self.model.response_prefix = setup.response_prefix
         with self.cache.edited(plan, setup.directions):
-            return self.model.reply(turns, max_new_tokens)
+            return self.model.reply(turns, max_new_tokens, piece)
 
     def _prepare(self, setup: Setup) -> None:
         """Scorers that know the base model, for this response prefix."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -74,7 +75,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     )
     assert done.returncode == 0, done.stderr
     verbs = "init doctor run resume show directions residuals evaluate report export push reproduce"
-    for verb in [*verbs.split(), "import-heretic", "chat"]:
+    for verb in [*verbs.split(), "import-heretic", "chat", "serve"]:
         assert verb in done.stdout
     times = []
     for _ in range(3):
@@ -188,6 +189,28 @@ def test_show_lists_the_frontier_beside_the_base_model_and_one_trial_with_its_pl
     assert "taken at layer 2.00" in one and "attn" in one and "base model" in one
     missing = refused("show", "run", "--trial", "1", "--responses", folder=tmp_path)
     assert "record_responses" in missing
+
+
+def test_a_chat_that_cannot_be_had_is_refused_before_a_model_is_loaded(tmp_path, recipe) -> None:
+    a_run(tmp_path / "run", recipe)
+    both = refused("chat", "run", "--compare", "--blind", folder=tmp_path)
+    assert "choose one of the two" in both
+    (tmp_path / "said.jsonl").write_text("mine")
+    taken = refused("chat", "run", "--trial", "0", "--save", "said.jsonl", folder=tmp_path)
+    assert "said.jsonl is there already" in taken
+
+
+def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path, recipe) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        error = refused("serve", "run", "--port", port, folder=tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    trial = refused("serve", "mine", "--trial", "1", folder=tmp_path)
+    assert "is an export, not a run" in trial
+    assert f"port {port}" in error or "pip install 'ray-abliterate[serve]'" in error
 
 
 def test_a_bounded_trial_is_told_apart_and_its_export_names_the_better_one(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,14 @@ def add_draft_head(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def planted_run(tmp_path_factory, planted_folder) -> Finished:
     return finish(tmp_path_factory.mktemp("planted-run"), planted_folder)
+
+
+@pytest.fixture(scope="module")
+def planted_copy(tmp_path_factory, planted_run) -> Finished:
+    """The planted run in a folder of the test file's own, to add to."""
+    folder = tmp_path_factory.mktemp("planted-copy") / "run"
+    shutil.copytree(planted_run.directory.path, folder)
+    return replace(planted_run, directory=RunDirectory.open(folder))
 
 
 @pytest.fixture(scope="session")
