@@ -59,6 +59,7 @@ def test_an_adapter_of_the_trial_is_verified_and_answers_as_the_merged_model(pla
         "adapter_config.json",
         "adapter_errors.json",
         "adapter_model.safetensors",
+        "reproduce",
         "verification.json",
     }
     found = json.loads((to / "verification.json").read_text())
@@ -82,7 +83,7 @@ def test_the_base_of_an_adapter_is_never_a_path(planted_run, tmp_path):
     )
     config = json.loads((to / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == planted_run.model.name
-    for file in to.iterdir():
+    for file in filter(Path.is_file, to.rglob("*")):
         assert str(planted_run.model.parent).encode() not in file.read_bytes(), file.name
 
 

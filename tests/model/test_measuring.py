@@ -191,7 +191,7 @@ def test_suites_of_a_run_are_in_its_directory(
     monkeypatch.setattr(type(directory), "base", folder)
     page = build_report(directory)
     table = page[page.index('id="suites"') : page.index('id="separation"')]
-    assert "trial-0" in table and "<th>asked</th><th>kl</th>" in table
+    assert '<th scope="col">asked</th><th scope="col">kl</th>' in table
     assert "0.5 [0.215, 0.785]" in table and "-0.5 [" in table
 
 

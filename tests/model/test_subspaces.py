@@ -186,7 +186,7 @@ def test_an_export_of_two_directions_that_spare_the_neutral_mean_is_verified(
     to = export_trial(directory, subspace_run.trial, tmp_path / "out", Unwatched(), form=form)
     scores = json.loads((to / "verification.json").read_text())["scores"]
     assert scores and all(score["within"] for score in scores)
-    assert "svd-subspace`, up to 2 a layer" in (to / "README.md").read_text()
+    assert ", up to 2 a layer" in (to / "README.md").read_text()
     if kind == "adapter":
         config = json.loads((to / "adapter_config.json").read_text())
         assert (config["r"], config["use_dora"]) == (2, True)
