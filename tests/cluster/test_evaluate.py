@@ -20,7 +20,7 @@ from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.directions import Directions
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.long_text import read_text
-from ray_abliterate.measurements import BASE, Finding, Measurements
+from ray_abliterate.measurements import BASE, Finding, Measurements, Progress
 from ray_abliterate.measuring import AHEAD, BASE_MODEL, Measurer, Subject
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.reading import Reading
@@ -98,6 +98,21 @@ def asked(tmp_path: Path, count: int) -> str:
     return SUITES.replace("chunk = 2", "chunk = 1")
 
 
+def measured_alone(
+    recipe: Recipe, directory: RunDirectory, subject: Subject, settings: Any, tmp_path: Path
+) -> Progress:
+    """The only suite on one model of a run, by replicas that nothing disturbs."""
+    directions = directory.directions()
+    assert directions is not None
+    prefix = tuple(directory.environment["response_prefix"])
+    with ReplicaPool.start(recipe, recipe.model.name, {}) as pool:
+        shared = pool.put(Setup(directions, prefix, directory.tuning()))
+        kept = Measurements(tmp_path / "alone", settings)
+        measurer = Measurer(pool, shared, kept, Unwatched())
+        (found,) = measurer.model(subject, build(settings, tmp_path), settings).values()
+    return found
+
+
 def test_the_frontier_is_measured_while_the_search_goes_on(
     recipe_file: Path, tmp_path: Path, cluster: Any
 ) -> None:
@@ -115,16 +130,7 @@ def test_the_frontier_is_measured_while_the_search_goes_on(
     assert "validation-" not in told.replace("validation-cancelled", "")
     best = kept.of(f"trial-{frontier.knee.number}", "asked")
     alone = Recipe.parse(text.replace(own, ""), "recipe.toml")
-    with ReplicaPool.start(alone, recipe.model.name, {}) as pool:
-        again = Measurements(tmp_path / "again", recipe.suites)
-        directions = directory.directions()
-        assert directions is not None
-        prefix = tuple(directory.environment["response_prefix"])
-        shared = pool.put(Setup(directions, prefix, directory.tuning()))
-        measurer = Measurer(pool, shared, again, Unwatched())
-        (found,) = measurer.model(
-            Subject.of(frontier.knee), build(recipe.suites, tmp_path), recipe.suites
-        ).values()
+    found = measured_alone(alone, directory, Subject.of(frontier.knee), recipe.suites, tmp_path)
     assert {c.chunk: c.values for c in found.chunks} == {c.chunk: c.values for c in best.chunks}
 
 
@@ -175,7 +181,7 @@ class Killing(Unwatched):
 def test_a_killed_evaluate_goes_on_to_the_same_totals(
     recipe_file: Path, tmp_path: Path, cluster: Any
 ) -> None:
-    (tmp_path / "more.toml").write_text(asked(tmp_path, 400))
+    (tmp_path / "more.toml").write_text(asked(tmp_path, 150))
     recipe = Recipe.load(recipe_file, ("search.trials=1",))
     directory = RunDirectory.create(tmp_path / "run", recipe, recipe_file.read_text())
     run(recipe, directory, tmp_path)
@@ -192,13 +198,10 @@ def test_a_killed_evaluate_goes_on_to_the_same_totals(
     first.kill()
     first.wait()
     done = len(kept.of(BASE, "asked").chunks)
-    assert 0 < done < 400, "it was to be killed in the middle"
+    assert 0 < done < 150, "it was to be killed in the middle"
     subprocess.run(command, check=True, timeout=250, **quietly)
     resumed = kept.of(BASE, "asked")
-    other = directory.path / "evaluations"
-    other.rename(tmp_path / "resumed")
-    subprocess.run(command, check=True, timeout=250, **quietly)
-    undisturbed = kept.of(BASE, "asked")
+    undisturbed = measured_alone(recipe, directory, BASE_MODEL, settings, tmp_path)
     assert resumed.whole and undisturbed.whole
     assert suite.summary(resumed.chunks) == suite.summary(undisturbed.chunks)
 
