@@ -5,12 +5,13 @@ from io import StringIO
 import pytest
 import torch
 
-from ray_abliterate import chat, evaluating, long_text, run
+from ray_abliterate import chat, evaluating, run
 from ray_abliterate.directions import Directions
 from ray_abliterate.frontier import Trial
 from ray_abliterate.live import console
 from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Unwatched
+from ray_abliterate.reading import Reading
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score, Scorecard
@@ -50,15 +51,14 @@ def test_a_model_of_the_hub_is_loaded_at_the_commit_that_the_run_began_with(tmp_
         monkeypatch.setattr(module, "model_source", lambda *_: "")
         monkeypatch.setattr(module, "connect", lambda *_: "")
         monkeypatch.setattr(module.ReplicaPool, "start", refuse)
-    for module in (chat, long_text):
-        monkeypatch.setattr(module, "model_source", lambda *_: "")
-        monkeypatch.setattr(module, "Replica", refuse)
-    reading = long_text.Reading("hub:owner/text")
+    monkeypatch.setattr(chat, "model_source", lambda *_: "")
+    monkeypatch.setattr(chat, "Replica", refuse)
+    reading, options = Reading("hub:owner/text"), chat.Options("one", 1, None)
     for load in (
         lambda: run.run(recipe, directory, tmp_path, Unwatched()),
         lambda: evaluating.evaluate_run(directory, (), (), tmp_path, Unwatched()),
-        lambda: chat.converse(directory, directory.trial(0), console(), StringIO(), 1),
-        lambda: long_text.read_with_run(directory, 0, reading, tmp_path, console()),
+        lambda: chat.converse(directory, directory.trial(0), options, console(), StringIO()),
+        lambda: evaluating.read_with_run(directory, (), reading, tmp_path, Unwatched()),
     ):
         with pytest.raises(Asked, match="0123abc"):
             load()
