@@ -30,7 +30,7 @@ from benchmarks import save
 from ray_abliterate.cluster.host import Callee
 
 GOALS = [("rate", "minimize"), ("kl", "minimize")]
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 400.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from benchmarks import faults
 
 Scenario = Callable[[Path, Any], faults.Outcome]
 
+pytestmark = pytest.mark.timeout(900)  # beside the other tests, two starts of a run take minutes
+
 
 @pytest.mark.parametrize(
     ("scenario", "again", "failed", "said"),
