@@ -137,6 +137,23 @@ def weight_file_names(folder: Path) -> tuple[str, ...]:
     return files
 
 
+def fetched(name: str, revision: str | None) -> Path:
+    """The folder of a model of the Hub at a revision, with its safetensors files and no other form
+    of its weights.
+
+    Raises:
+        OSError: it can't be read from the Hub or its cache.
+        ValueError: its name can't be.
+    """
+    from huggingface_hub import snapshot_download
+
+    weights = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".index.json"]
+    folder = Path(snapshot_download(name, revision=revision, ignore_patterns=weights))
+    names = list(weight_file_names(folder))
+    snapshot_download(name, revision=revision, allow_patterns=names)
+    return folder
+
+
 def companions(folder: Path) -> list[str]:
     """Everything else that belongs to the model: configs, tokenizer, templates, code, licences."""
     return sorted(path.relative_to(folder).as_posix() for path in _companion_paths(folder))

@@ -19,7 +19,7 @@ from torch import nn
 
 from ray_abliterate.architecture import WriterRow, hidden_size
 from ray_abliterate.bundle import write_bundle
-from ray_abliterate.checkpoint import DTYPES, WEIGHT_SUFFIXES, Checkpoint, weight_file_names
+from ray_abliterate.checkpoint import DTYPES, Checkpoint, fetched
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError, ScoreError
 from ray_abliterate.exporting.adapter import AdapterEdit, Base, write_adapter
@@ -226,18 +226,12 @@ def source_folder(directory: RunDirectory, watch: Watch) -> Path:
             f"{name} is not there, and the run's model did not come from the Hub.\n"
             "  A relative folder counts from where the run was started: export from there."
         )
-    from huggingface_hub import snapshot_download
-
-    weights = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".index.json"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, ignore_patterns=weights))
-        names = weight_file_names(folder)
-        snapshot_download(name, revision=revision, allow_patterns=list(names))
+        return fetched(name, revision)
     except (OSError, ValueError) as error:
         raise ExportError(
             f"{name} at revision {revision} cannot be read from the Hub or its cache.\n  {error}"
         ) from error
-    return folder
 
 
 def _wanted(source: Checkpoint, layout: FileLayout, form: ExportForm) -> int:

@@ -23,7 +23,7 @@ from ray_abliterate.bundle import (
     computed,
     read_bundle,
 )
-from ray_abliterate.checkpoint import DTYPES, WEIGHT_SUFFIXES, Checkpoint, weight_file_names
+from ray_abliterate.checkpoint import DTYPES, Checkpoint, fetched
 from ray_abliterate.edited_tensors import (
     TensorRecord,
     base_sha256,
@@ -140,20 +140,14 @@ def base_folder(bundle: Bundle, given: str | None, watch: Watch) -> Path:
         return Path(model_source(name, watch.note)).resolve()
     if Path(name).is_dir():
         return Path(name).resolve()
-    from huggingface_hub import snapshot_download
-
     revision = bundle.base.revision
-    weights = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".index.json"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, ignore_patterns=weights))
-        names = list(weight_file_names(folder))
-        snapshot_download(name, revision=revision, allow_patterns=names)
+        return fetched(name, revision)
     except (OSError, ValueError) as error:
         raise ReproductionError(
             f"{name} at revision {revision} cannot be read from the Hub or its cache.\n  {error}\n"
             "  If you have a copy, name its folder with --base."
         ) from error
-    return folder
 
 
 def refuse_other_base(bundle: Bundle, source: Checkpoint) -> None:

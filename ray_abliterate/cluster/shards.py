@@ -177,10 +177,6 @@ class Shards:
         fetched = self._layers(quantile, summed)
         return direction_methods.from_layers(fetched, settings, {**origin, "statistics": how})
 
-    def layers(self, quantile: float = 1.0) -> Iterator[Layer]:
-        """All residuals of both sets, one layer at a time, winsorised."""
-        return self._layers(quantile, summed=False)
-
     def _layers(self, quantile: float, summed: bool) -> Iterator[Layer]:
         """Both sets layer by layer, as covariances or as residuals."""
         shape = self._pool.facts.shape
