@@ -45,10 +45,9 @@ def test_a_fault_in_the_cluster_loses_no_finished_trial(
 
 @pytest.mark.parametrize(
     "scenario",
-    [  # killed and terminated drivers are in test_run.py, torn journals in test_search.py, and the
-        # lock that keeps a second driver out in test_rundir.py
+    [  # killed and terminated drivers are in test_run.py, torn journals in test_search.py, damaged
+        # shards in test_shards.py, and the lock that keeps a second driver out in test_rundir.py
         faults.disk_full,
-        faults.damaged_shard,
         faults.clock_jumps,
     ],
     ids=lambda s: s.__name__,
