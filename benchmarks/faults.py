@@ -31,6 +31,8 @@ from ray_abliterate.cluster.host import Callee
 
 GOALS = [("rate", "minimize"), ("kl", "minimize")]
 PATIENCE_SECONDS = 400.0
+HOG_BYTES = 4_000_000_000
+"""What a replica takes that is to be killed for it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class FaultyHost(Callee):
         time.sleep(3600 if self._once("hang") else self._seconds)
         if self._once("no-memory"):
             raise MemoryError("32 GB are not to be had (as told to)")
+        if self._once("hog"):
+            import numpy
+
+            held = numpy.ones(HOG_BYTES, numpy.int8)
+            time.sleep(60)
+            del held
         x = plan.profiles[0][1].peak / 2
         scores = (Score("rate", x, x, x), Score("kl", 1 - x, 1 - x, 1 - x))
         return Evaluation(Scorecard(scores), self._seconds)
@@ -238,6 +246,21 @@ def replica_hangs(folder: Path, cluster: Any) -> Outcome:
 def no_memory_in_a_replica(folder: Path, cluster: Any) -> Outcome:
     """An evaluation gets no memory, though batches were halved."""
     return Study(folder).run(lambda study: (folder / "no-memory").touch())
+
+
+def node_out_of_memory(folder: Path, cluster: Any) -> Outcome:
+    """A replica takes more memory than its node has to give, and is killed for it by Ray."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    most = (memory.total - memory.available + 0.6 * HOG_BYTES) / memory.total
+    low = {"RAY_memory_usage_threshold": f"{most:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    node = cluster.add_node(num_cpus=1, num_gpus=1, env_vars=low)
+    try:
+        study = Study(folder, replicas=1, gpus_per_replica=1)
+        return study.run(lambda study: (folder / "hog").touch(), together=1)
+    finally:
+        cluster.remove_node(node)
 
 
 def node_removed(folder: Path, cluster: Any) -> Outcome:
@@ -600,6 +623,7 @@ ON_CLUSTER = (
     pool_killed,
     replica_hangs,
     no_memory_in_a_replica,
+    node_out_of_memory,
     node_removed,
     node_joined,
     broken_node,

@@ -8,9 +8,10 @@ on who computes them; a batch that does not fit after all is halved and computed
 
 import gc
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MOST_ROWS = {"cpu": 128, "mps": 256}
 """More rows save little: on two cores 64 rows reach 55 to 70 % of the rate of 2,048, and tensors
@@ -73,8 +74,10 @@ class Cost:
         return int(free // (copies * (tokens + self.logits)))
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: "torch.device") -> int:
     """Memory that batches may take on a device."""
+    import torch
+
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -93,13 +96,15 @@ def even(count: int, most: int) -> int:
     return -(-count // max(batches, 1))
 
 
-def most_rows(device: torch.device) -> int:
+def most_rows(device: "torch.device") -> int:
     """Rows beyond which nothing is saved."""
     return MOST_ROWS.get(device.type, MOST_ROWS_CUDA)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on any device."""
+    import torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
@@ -108,6 +113,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def forget_garbage() -> None:
     """Give memory back; only after it ran out, because it takes long."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

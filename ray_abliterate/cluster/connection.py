@@ -29,18 +29,16 @@ def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         paths = [*python_path, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
-        options: dict[str, Any] = (
-            {"address": "local", "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-            if ours()
-            else {}
-        )
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": environment} if environment else None,
-            **options,
-        )
+        options: dict[str, Any] = {}
+        if ours():
+            options = {"address": "local", "include_dashboard": dashboard}
+            options |= {"dashboard_host": "127.0.0.1"}
+            # Workers inherit it. With an environment of the job's own they would all be started
+            # anew, beside the idle ones that Ray starts at once.
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        elif paths:
+            options = {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}}
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     return str(getattr(ray._private.worker._global_node, "webui_url", "") or "")
 
 

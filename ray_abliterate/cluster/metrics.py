@@ -21,8 +21,8 @@ class PoolMetrics:
             ("role",),
         )
         self._tokens = Counter("abliterate_tokens", "Tokens of answers written in trials.")
-        self._per_hour = Gauge("abliterate_trials_per_hour", "Over the last minute or so.")
-        self._per_second = Gauge("abliterate_tokens_per_second", "Over the last minute or so.")
+        self._per_hour = Gauge("abliterate_trials_per_hour", "Over the last ten seconds or so.")
+        self._per_second = Gauge("abliterate_tokens_per_second", "Over the last ten seconds or so.")
         self._ready = Gauge("abliterate_replicas_ready", "Those that can be used now.", ("role",))
         self._busy = Gauge(
             "abliterate_replica_busy_fraction",
@@ -74,7 +74,7 @@ class PoolMetrics:
         self._busy.set(min(1.0, full.busy_seconds / (full.seconds * max(ready, 1))))
 
 
-WINDOW_SECONDS = 30.0
+WINDOW_SECONDS = 10.0
 
 
 class _Window:

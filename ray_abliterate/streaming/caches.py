@@ -9,15 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-)
-
-GROWING = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-"""Layers that keep every key and value, by their exact type."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +30,8 @@ class Memory:
     @classmethod
     def of(cls, cache: Any) -> "Memory":
         """Of a cache that has been used."""
+        from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
         if not isinstance(cache, Cache):
             return cls(opaque=True)
         layers = cache.layers
@@ -48,8 +41,17 @@ class Memory:
         return cls(full, bounded, recurrent)
 
 
+def keeps_all(layer: Any) -> bool:
+    """Whether a layer is one of those that keep every key and value, by its exact type."""
+    from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+    return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+
+
 def layer_grows(layer: Any) -> bool:
     """Whether a layer's memory grows with the text."""
+    from transformers.cache_utils import DynamicLayer
+
     return isinstance(layer, DynamicLayer) and not getattr(layer, "sliding_window", None)
 
 
@@ -92,6 +94,8 @@ def snapshot(cache: Any) -> Any:
     """What `restored` needs to bring a cache back to how it is now; cheap for growing layers."""
     if cache is None:
         return None
+    from transformers.cache_utils import Cache
+
     if not isinstance(cache, Cache):
         return copy.deepcopy(cache)
     return [_layer_snapshot(layer) for layer in cache.layers]
@@ -118,7 +122,7 @@ def restored(cache: Any, kept: Any) -> Any:
 
 def _layer_snapshot(layer: Any) -> tuple[int | None, dict[str, Any]]:
     """Length of a layer that only grows, and copies of all else."""
-    if type(layer) not in GROWING:
+    if not keeps_all(layer):
         return None, copy.deepcopy(vars(layer))
     others = {k: v for k, v in vars(layer).items() if k not in ("keys", "values")}
     known = isinstance(layer.keys, Tensor) and layer.keys.numel() > 0

@@ -19,7 +19,6 @@ from ray_abliterate.errors import EvaluationError, UnknownArchitecture
 from ray_abliterate.skipping import begun_at, recorded
 from ray_abliterate.streaming import caches
 from ray_abliterate.streaming.memory import slice_rows
-from ray_abliterate.streaming.windows import bounded_cache, reaching
 
 
 @runtime_checkable
@@ -116,6 +115,8 @@ class ModuleRunner:
         """Forget the text; the next token is number `position`."""
         self._offset, self._fed, self.cache = position, 0, None
         if self.window is not None:
+            from ray_abliterate.streaming.windows import bounded_cache
+
             self.cache = bounded_cache(self.module.config, self.window)
         if self.start and self.cache_name and self.splits:
             self.cache = caches.standing_in(self._new_cache(), self.start)
@@ -163,6 +164,8 @@ class ModuleRunner:
         return logits
 
     def _pass(self, part: Any, ids: Tensor) -> Any:
+        from ray_abliterate.streaming.windows import reaching
+
         options: dict[str, Any] = {"use_cache": bool(self.cache_name) and self.splits}
         if options["use_cache"]:
             options[self.cache_name] = self.cache

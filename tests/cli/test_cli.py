@@ -6,13 +6,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy
 import pytest
 from typer.testing import CliRunner
 
-from ray_abliterate.cli import app
+from ray_abliterate.cli import app, main
 from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Plan
@@ -23,9 +27,11 @@ from ray_abliterate.shards import ResidualShard
 from tests.conftest import RECIPE
 
 ROOT = Path(__file__).parents[2]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "ray_abliterate", *arguments], cwd=folder, text=True,
         capture_output=True, timeout=120, stdin=subprocess.DEVNULL,
@@ -33,9 +39,24 @@ def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def refused(*arguments: str, folder: Path) -> str:
+def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported all there is; an exception is one here too."""
+    out, err, code = StringIO(), StringIO(), 0
+    with (
+        chdir(folder), redirect_stdout(out), redirect_stderr(err), open(os.devnull) as nothing,
+        patch.object(sys, "argv", ["ray-abliterate", *arguments]),
+        patch.object(sys, "stdin", nothing), patch.dict(os.environ, COLUMNS="120"),
+    ):  # fmt: skip
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def refused(*arguments: str, folder: Path, by: Command = command) -> str:
     """The one clear error of a command that can't be carried out: exit code 2, no traceback."""
-    done = command(*arguments, folder=folder)
+    done = by(*arguments, folder=folder)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -102,7 +123,8 @@ def test_init_writes_a_recipe_that_loads_and_overwrites_nothing(tmp_path: Path) 
 
 
 def test_a_recipe_that_is_missing_or_wrong_is_one_clear_error(tmp_path: Path) -> None:
-    assert "ray-abliterate init missing.toml" in refused("run", "missing.toml", folder=tmp_path)
+    missing = refused("run", "missing.toml", folder=tmp_path, by=process)
+    assert "ray-abliterate init missing.toml" in missing
     (tmp_path / "broken.toml").write_text("[model\n")
     assert "broken.toml is not TOML" in refused("run", "broken.toml", folder=tmp_path)
     text = RECIPE.format(model="planted", replicas=1, trials=3)

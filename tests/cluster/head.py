@@ -37,6 +37,8 @@ class Head:
     """URL of dashboard and job server."""
     agent: str
     """URL of the node's agent, which takes jobs too."""
+    metrics: str
+    """URL of what Prometheus reads."""
     environment: Mapping[str, str]
     """Of the node's processes."""
 
@@ -47,6 +49,12 @@ class Head:
     def job(self, name: str) -> dict[str, Any]:
         """What the job server knows about a job."""
         return dict(json.loads(self.get(f"/api/jobs/{name}")))
+
+    def gauges(self) -> dict[str, float]:
+        """Our metrics, by name without tags, as Prometheus would read them now."""
+        lines = fetch(self.metrics).splitlines()
+        samples = [line.rsplit(" ", 1) for line in lines if line.startswith("ray_abliterate_")]
+        return {name.partition("{")[0]: float(value) for name, value in samples}
 
     def client(self, **more: str) -> dict[str, str]:
         """Environment of somebody who uses the cluster from elsewhere."""
@@ -110,6 +118,7 @@ def ray_head(home: Path, secrets: Mapping[str, str]) -> Iterator[Head]:
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home / "token"),
+        "RAY_metrics_report_interval_ms": "1000",
         **secrets,
     }
     port, dashboard, agent, metrics = free_ports(4)
@@ -128,7 +137,7 @@ def ray_head(home: Path, secrets: Mapping[str, str]) -> Iterator[Head]:
         )  # fmt: skip
         head = Head(
             Path(folder), f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}",
-            f"http://127.0.0.1:{agent}", environment,
+            f"http://127.0.0.1:{agent}", f"http://127.0.0.1:{metrics}/metrics", environment,
         )  # fmt: skip
         try:
             _wait_for(head, process, home / "head.log")

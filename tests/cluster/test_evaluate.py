@@ -43,6 +43,12 @@ chunk = 2
 """
 
 
+def joining(cluster: Any) -> dict[str, str]:
+    """Environment of a command that joins a cluster."""
+    path = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": path, "RAY_ADDRESS": cluster.address}
+
+
 def test_a_run_ends_with_its_suites_and_evaluate_adds_to_them(
     recipe_file: Path, tmp_path: Path, cluster: Any
 ) -> None:
@@ -63,7 +69,7 @@ def test_a_run_ends_with_its_suites_and_evaluate_adds_to_them(
     done = subprocess.run(
         [*command, "--suites", str(other), "--trial", trial],
         cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=joining(cluster),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "again" in done.stdout and f"trial-{trial}" in done.stdout and "1 [" in done.stdout
@@ -187,11 +193,10 @@ def test_a_killed_evaluate_goes_on_to_the_same_totals(
     run(recipe, directory, tmp_path)
     command = [sys.executable, "-m", "ray_abliterate", "evaluate", str(directory.path)]
     command += ["--suites", str(tmp_path / "more.toml")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     settings = SuiteFile.load(tmp_path / "more.toml")
     (suite,) = build(settings, tmp_path)
     kept = directory.measurements(settings)
-    quietly: Any = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
+    quietly: Any = {"cwd": tmp_path, "env": joining(cluster), "stdout": subprocess.DEVNULL}
     first = subprocess.Popen(command, **quietly)
     while not kept.of(BASE, "asked").chunks and first.poll() is None:
         time.sleep(0.01)

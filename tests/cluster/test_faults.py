@@ -25,6 +25,7 @@ pytestmark = pytest.mark.timeout(900)  # beside the other tests, two starts of a
         (faults.pool_killed, 3, 0, ""),
         (faults.replica_hangs, 0, 1, "no answer within search.trial_timeout_seconds = 2"),
         (faults.no_memory_in_a_replica, 0, 1, ""),
+        (faults.node_out_of_memory, 1, 0, "was lost"),
         (faults.node_removed, 1, 0, "joined"),
         (faults.node_joined, 0, 0, "joined"),
         (faults.broken_node, 0, 0, "CUDA driver initialization failed"),
@@ -45,10 +46,9 @@ def test_a_fault_in_the_cluster_loses_no_finished_trial(
 
 @pytest.mark.parametrize(
     "scenario",
-    [  # killed and terminated drivers are in test_run.py, torn journals in test_search.py, and the
-        # lock that keeps a second driver out in test_rundir.py
+    [  # killed and terminated drivers are in test_run.py, torn journals in test_search.py, damaged
+        # shards in test_shards.py, and the lock that keeps a second driver out in test_rundir.py
         faults.disk_full,
-        faults.damaged_shard,
         faults.clock_jumps,
     ],
     ids=lambda s: s.__name__,

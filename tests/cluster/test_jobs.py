@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,27 @@ def submit(head: Head, *arguments: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
+def wait_for_gauges(head: Head) -> dict[str, float]:
+    """What Prometheus would read, once a window of the pool is full."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        gauges = head.gauges()
+        if gauges.get("ray_abliterate_trials_per_hour", 0) > 0:
+            return gauges
+        time.sleep(0.5)
+    pytest.fail(f"no trials per hour among {gauges}")
+
+
 def test_a_job_that_is_stopped_goes_on_as_another_one_to_exactly_n_and_shows_no_secret(
     head: Head, recipe_file: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    recipe_file.write_text(RECIPE.format(model=planted, replicas=1, trials=400))
+    recipe_file.write_text(RECIPE.format(model=planted, replicas=1, trials=2000))
     folder, to = str(recipe_file.parent), tmp_path_factory.mktemp("runs") / "it's a run"
     with Watching() as watching:
         first = submit(head, "--id", "first", "run", str(recipe_file), "--to", str(to))
         wait_for_trials(to, 3, first)
         shown = {path: head.get(path) for path in LISTINGS}
+        gauges = wait_for_gauges(head)
         stop, operator = ["ray", "job", "stop", "first"], head.client(RAY_AUTH_MODE="token")
         subprocess.run(stop, env=operator, check=True, capture_output=True, timeout=90)
         output = first.communicate(timeout=60)[0]
@@ -87,6 +100,10 @@ def test_a_job_that_is_stopped_goes_on_as_another_one_to_exactly_n_and_shows_no_
         assert secret not in output
         assert not [path for path in LISTINGS if secret in head.get(path)]
     assert any("ray-abliterate run" in line for line in watching.seen), "nothing was watched"
+    assert gauges["ray_abliterate_trials_done_total"] >= 3
+    assert gauges["ray_abliterate_replicas_ready"] == 1
+    assert 0 < gauges["ray_abliterate_replica_busy_fraction"] <= 1
+    assert 0 < gauges["ray_abliterate_hypervolume"] <= 1
     assert "behaviour.txt" not in shown["/api/jobs/"] and '"first"' in shown["/api/jobs/"]
 
 

@@ -1,4 +1,4 @@
-"""The whole story on the planted model: the same result on any number of replicas, and again."""
+"""The whole story on the planted model, and again after it was stopped."""
 
 import gzip
 import json
@@ -10,29 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import ModelError
-from ray_abliterate.frontier import Frontier
-from ray_abliterate.plan import ModelShape, Plan
-from ray_abliterate.progress import Unwatched
-from ray_abliterate.prompts import PromptSet
+from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica import Setup
 from ray_abliterate.run import run
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.shard_files import ShardFiles
 from tests.conftest import RECIPE
 
 COMMAND = [sys.executable, "-m", "ray_abliterate"]
-
-
-def with_replicas(recipe: Recipe, count: int) -> Recipe:
-    model = recipe.model.model_copy(update={"replicas": count})
-    return recipe.model_copy(update={"model": model})
 
 
 def test_a_run_finds_the_planted_direction_and_an_edit_that_removes_the_behaviour(
@@ -64,26 +51,6 @@ def test_a_run_finds_the_planted_direction_and_an_edit_that_removes_the_behaviou
         run(recipe, directory, tmp_path)
 
 
-def test_directions_and_scores_are_the_same_on_one_two_and_three_replicas(
-    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet
-) -> None:
-    scored = {"keyword-rate": behaviour, "kl-divergence": neutral}
-    plan = Plan.uniform(ModelShape(4, 32, ("attn", "mlp")), 2.6, "row", 0.9)
-    found = []
-    for count in (1, 2, 3):
-        with ReplicaPool.start(with_replicas(recipe, count), str(planted), scored) as pool:
-            extraction = Extraction.of(recipe, (), pool.call("tune"))
-            shards = Shards(pool, ShardFiles(None, None, print), extraction, behaviour, neutral)
-            shards.extract(Unwatched())
-            directions = shards.directions(recipe.direction)
-            reference = pool.put(Setup(directions))
-            cards = [pool.evaluate(plan, reference).scorecard for _ in range(count)]
-            found.append((directions.vectors, cards))
-    for vectors, cards in found[1:]:
-        assert torch.equal(vectors, found[0][0])
-        assert all(card == found[0][1][0] for card in cards)
-
-
 def test_trials_share_passes_and_the_frontier_is_scored_alone(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -109,50 +76,46 @@ def test_trials_share_passes_and_the_frontier_is_scored_alone(
     assert directory.tuning() is not None
 
 
-def start(folder: Path, trials: int) -> subprocess.Popen[str]:
+def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, "run", "recipe.toml", f"search.trials={trials}", "--to", "run"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        [*COMMAND, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
 
 
-def wait_for_trials(folder: Path, count: int) -> None:
+def wait_for_trials(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     file = folder / "run" / "trials.jsonl"
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         if file.exists() and file.read_text().count("\n") >= count:
             return
         time.sleep(0.1)
-    pytest.fail(f"no {count} trials within two minutes")
+    pytest.fail(f"no {count} trials: {process.communicate(timeout=10)[0]}")
 
 
-def resumed(folder: Path, *options: str) -> str:
-    done = subprocess.run(
-        [*COMMAND, "resume", "run", *options], cwd=folder, capture_output=True, text=True,
-        timeout=200, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_keeps_every_finished_trial_and_resumes_to_exactly_n(
-    sign: signal.Signals, recipe_file: Path, planted: Path, tmp_path: Path
+    recipe_file: Path, planted: Path, tmp_path: Path
 ) -> None:
-    recipe_file.write_text(RECIPE.format(model=planted, replicas=1, trials=400))
-    process = start(tmp_path, 400)
-    wait_for_trials(tmp_path, 5)
-    process.send_signal(sign)
-    output = process.communicate(timeout=90)[0]
-    directory = RunDirectory.open(tmp_path / "run")
-    finished = {trial.number: trial for trial in directory.trials()}
-    assert len(finished) >= 5
-    if sign != signal.SIGKILL:
-        assert process.returncode == 130, output
-        assert "ray-abliterate resume" in output
+    recipe_file.write_text(RECIPE.format(model=planted, replicas=1, trials=1000))
+    arguments = ("run", "recipe.toml", "--to", "run")
+    finished: dict[int, Trial] = {}
+    for sign in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        process = started(tmp_path, *arguments)
+        wait_for_trials(tmp_path, len(finished) + 5, process)
+        process.send_signal(sign)
+        output = process.communicate(timeout=90)[0]
+        if sign != signal.SIGKILL:
+            assert process.returncode == 130, output
+            assert "ray-abliterate resume" in output
+        directory = RunDirectory.open(tmp_path / "run")
+        after = {trial.number: trial for trial in directory.trials()}
+        assert len(after) >= len(finished) + 5
+        assert {number: after[number] for number in finished} == finished
+        finished, arguments = after, ("resume", "run")
     wanted = len(finished) + 4
-    resumed(tmp_path, "--trials", str(wanted))
+    last = started(tmp_path, "resume", "run", "--trials", str(wanted))
+    output = last.communicate(timeout=200)[0]
+    assert last.returncode == 0, output
     after = {trial.number: trial for trial in directory.trials()}
     assert {number: after[number] for number in finished} == finished
     assert len(after) == wanted

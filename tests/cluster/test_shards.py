@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import Recipe
+from ray_abliterate.replica import Setup
 from ray_abliterate.residuals import Residuals
 from ray_abliterate.run import run
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.shard_files import ShardFiles, ShardFolder
 from tests.cluster.hosts import SHAPE, pool_of
+from tests.conftest import RECIPE
 
 TUNING = Tuning(read_rows=2, answer_rows=2, state_every=1, drafts=False)
 
@@ -44,10 +46,20 @@ def median_difference(behaviour: Residuals, neutral: Residuals) -> torch.Tensor:
     return behaviour.values.double().median(0).values - neutral.values.double().median(0).values
 
 
-@contextmanager
-def replicas(recipe: Recipe, planted: Path, count: int = 1) -> Iterator[ReplicaPool]:
-    with ReplicaPool.start(changed(recipe, "model", replicas=count), str(planted), {}) as pool:
-        yield pool
+@pytest.fixture(scope="module")
+def pool(planted: Path, behaviour: PromptSet, neutral: PromptSet) -> Iterator[ReplicaPool]:
+    """A real replica of the planted model, for all tests here."""
+    folder = planted.parent
+    for prompts in (behaviour, neutral):
+        text = "\n".join(prompt.user for prompt in prompts.prompts)
+        (folder / f"{prompts.name}.txt").write_text(text)
+    recipe = Recipe.parse(RECIPE.format(model=planted, replicas=1, trials=6), "recipe.toml")
+    with ReplicaPool.start(recipe, str(planted), scored(behaviour, neutral)) as started:
+        yield started
+
+
+def scored(behaviour: PromptSet, neutral: PromptSet) -> dict[str, PromptSet]:
+    return {"keyword-rate": behaviour, "kl-divergence": neutral}
 
 
 Open = Callable[..., Shards]
@@ -67,32 +79,43 @@ def opened(recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> Open:
     return opened
 
 
-@pytest.mark.parametrize("quantile", [1.0, 0.9])
-def test_directions_and_separation_have_the_same_bits_on_one_two_and_three_replicas_and_from_disk(
-    quantile: float, recipe: Recipe, planted: Path, opened: Open, tmp_path: Path,
+def test_directions_separation_and_scores_have_the_same_bits_on_any_number_of_replicas(
+    recipe: Recipe, planted: Path, opened: Open, tmp_path: Path,
     behaviour: PromptSet, neutral: PromptSet,
 ) -> None:  # fmt: skip
-    settings = recipe.direction.model_copy(update={"winsorize_quantile": quantile})
-    found = []
+    quantiles = (1.0, 0.9)
+    settings = [
+        recipe.direction.model_copy(update={"winsorize_quantile": quantile})
+        for quantile in quantiles
+    ]
+    plan = Plan.uniform(ModelShape(4, 32, ("attn", "mlp")), 2.6, "row", 0.9)
+    found: list[tuple[Any, ...]] = []
+    cards = []
     for count in (1, 2, 3):
-        with replicas(recipe, planted, count) as pool:
+        several = changed(recipe, "model", replicas=count)
+        with ReplicaPool.start(several, str(planted), scored(behaviour, neutral)) as pool:
             for _ in ("made", "from disk"):
                 shards = opened(pool, tmp_path / str(count))
-                directions = shards.directions(settings)
-                found.append((directions, shards.separation(directions)))
+                directions = [shards.directions(each) for each in settings]
+                found.append((directions, [shards.separation(each) for each in directions]))
                 facts = shards.facts()
             assert [facts[name]["reused"] for name in ("behaviour", "neutral")] == [4, 4]
             whole = [shards.gathered(s) for s in (behaviour, neutral)]
+            setup = pool.put(Setup(directions[0]))
+            cards += [pool.evaluate(plan, setup).scorecard for _ in range(count)]
     for directions, separation in found[1:]:
-        assert torch.equal(directions.vectors, found[0][0].vectors)
+        for mine, first in zip(directions, found[0][0], strict=True):
+            assert torch.equal(mine.vectors, first.vectors)
         assert separation == found[0][1]
-    direct = compute(*whole, settings)
-    torch.testing.assert_close(found[0][0].vectors, direct.vectors, rtol=2**-23, atol=1e-12)
-    assert found[0][0].origin == direct.origin
+    assert len(cards) == 6 and all(card == cards[0] for card in cards)
+    for directions, each in zip(found[0][0], settings, strict=True):
+        direct = compute(*whole, each)
+        torch.testing.assert_close(directions.vectors, direct.vectors, rtol=2**-23, atol=1e-12)
+        assert directions.origin == direct.origin
 
 
 def test_the_driver_fetches_no_shard_that_it_does_not_write(
-    recipe: Recipe, planted: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    pool: ReplicaPool, recipe: Recipe, opened: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fetched: list[Any] = []
     fetch = ObjectStore.fetch
@@ -103,24 +126,23 @@ def test_the_driver_fetches_no_shard_that_it_does_not_write(
         return value
 
     monkeypatch.setattr(ObjectStore, "fetch", counted)
-    with replicas(recipe, planted) as pool:
-        shards = opened(pool)
-        shards.separation(shards.directions(recipe.direction))
-        assert set(fetched) == {"Sums", "Projected"} and len(fetched) == 16
-        fetched.clear()
-        opened(pool, tmp_path / "kept")
-        assert fetched == ["RecordBatch"] * 8
+    shards = opened(pool)
+    shards.separation(shards.directions(recipe.direction))
+    assert set(fetched) == {"Sums", "Projected"} and len(fetched) == 16
+    fetched.clear()
+    opened(pool, tmp_path / "kept")
+    assert fetched == ["RecordBatch"] * 8
 
 
 def test_float16_shards_take_half_the_space_and_give_nearly_the_same_directions(
-    recipe: Recipe, planted: Path, opened: Open, tmp_path: Path
+    pool: ReplicaPool, recipe: Recipe, planted: Path, opened: Open, tmp_path: Path
 ) -> None:
+    half = changed(recipe, "direction", residual_dtype="float16")
     found = {}
-    for dtype in ("float32", "float16"):
-        wanted = changed(recipe, "direction", residual_dtype=dtype)
-        with replicas(wanted, planted) as pool:
-            shards = opened(pool, tmp_path / dtype, dtype)
-            found[dtype] = shards.directions(wanted.direction).vectors
+    with ReplicaPool.start(half, str(planted), {}) as another:
+        for dtype, own in (("float32", pool), ("float16", another)):
+            shards = opened(own, tmp_path / dtype, dtype)
+            found[dtype] = shards.directions(recipe.direction).vectors
     types = {
         dtype: next(ShardFolder(tmp_path / dtype).all("neutral")).layer(0).dtype.name
         for dtype in found
@@ -134,13 +156,12 @@ def test_float16_shards_take_half_the_space_and_give_nearly_the_same_directions(
 
 
 def test_a_method_of_ones_own_gets_whole_sets(
-    recipe: Recipe, planted: Path, opened: Open, behaviour: PromptSet, neutral: PromptSet
+    pool: ReplicaPool, recipe: Recipe, opened: Open, behaviour: PromptSet, neutral: PromptSet
 ) -> None:
     own = recipe.direction.model_copy(update={"method": f"{__name__}:median_difference"})
-    with replicas(recipe, planted) as pool:
-        shards = opened(pool)
-        found = shards.directions(own)
-        whole = [shards.gathered(s) for s in (behaviour, neutral)]
+    shards = opened(pool)
+    found = shards.directions(own)
+    whole = [shards.gathered(s) for s in (behaviour, neutral)]
     assert [len(s.values) for s in whole] == [7, 7]
     assert torch.equal(found.vectors, compute(*whole, own).vectors)
 
@@ -160,31 +181,31 @@ class Forgetful(ObjectStore):
 
 
 def test_shards_that_are_lost_are_made_again_and_no_others(
-    recipe: Recipe, planted: Path, opened: Open, behaviour: PromptSet, calls: list[str]
-) -> None:
-    with replicas(recipe, planted) as pool:
-        pool.store = Forgetful()
-        shards = opened(pool)
-        before = shards.directions(recipe.direction)
-        whole = shards.gathered(behaviour)
-        for found in (
-            lambda: shards.directions(recipe.direction).vectors.equal(before.vectors),
-            lambda: shards.gathered(behaviour).values.equal(whole.values),
-        ):
-            pool.store.lost = [shards._references["behaviour", number] for number in (1, 3)]
-            calls.clear()
-            assert found()
-            assert calls == ["residuals"] * 2
+    pool: ReplicaPool, recipe: Recipe, opened: Open, behaviour: PromptSet, calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store = Forgetful()
+    monkeypatch.setattr(pool, "store", store)
+    shards = opened(pool)
+    before = shards.directions(recipe.direction)
+    whole = shards.gathered(behaviour)
+    for found in (
+        lambda: shards.directions(recipe.direction).vectors.equal(before.vectors),
+        lambda: shards.gathered(behaviour).values.equal(whole.values),
+    ):
+        store.lost = [shards._references["behaviour", number] for number in (1, 3)]
+        calls.clear()
+        assert found()
+        assert calls == ["residuals"] * 2
 
 
 def test_shards_that_are_lost_again_and_again_are_an_error(
-    recipe: Recipe, planted: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+    pool: ReplicaPool, recipe: Recipe, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with replicas(recipe, planted) as pool:
-        shards = opened(pool)
-        monkeypatch.setattr(ObjectStore, "fetch", lambda *_: None)
-        with pytest.raises(SearchError, match=r"lost 3 times.*behaviour"):
-            shards.directions(recipe.direction)
+    shards = opened(pool)
+    monkeypatch.setattr(ObjectStore, "fetch", lambda *_: None)
+    with pytest.raises(SearchError, match=r"lost 3 times.*behaviour"):
+        shards.directions(recipe.direction)
 
 
 NODE_GOES = """
@@ -280,9 +301,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def finished(
-    recipe: Recipe, recipe_file: Path, tmp_path: Path, cache: Path, calls: list[str]
-) -> Callable[..., RunDirectory]:
-    """Runs the recipe with other settings; counts its calls only."""
+    pool: ReplicaPool, recipe: Recipe, recipe_file: Path, tmp_path: Path, cache: Path,
+    calls: list[str], monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., RunDirectory]:  # fmt: skip
+    """Runs the recipe with other settings, on the replica that is there; counts its calls only."""
+    start = ReplicaPool.start
+
+    def found_or_started(wanted: Recipe, *rest: Any) -> Any:
+        """Replicas keep the recipe's batch size."""
+        same = wanted.run.batch_size == recipe.run.batch_size
+        return nullcontext(pool) if same else start(wanted, *rest)
+
+    monkeypatch.setattr(ReplicaPool, "start", found_or_started)
 
     def finished(name: str, section: str = "search", **values: Any) -> RunDirectory:
         wanted = changed(changed(recipe, "run", residual_cache=True), "search", trials=1)

@@ -50,6 +50,19 @@ def model(demo_folder: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
+def base_folder(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo.build_base_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture
+def base(base_folder: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_folder)
+    return loaded.eval()
+
+
+@pytest.fixture(scope="session")
 def tokenizer(demo_folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
@@ -113,31 +126,30 @@ def test_generation_stops_at_the_end_of_a_turn(
 
 
 def test_the_adapter_changes_the_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     import torch
 
     batch = tokenizer(chat(tokenizer, "How do I boil an egg?"), return_tensors="pt")
     with torch.inference_mode():
-        base = demo.load_base_model()(**batch).logits[0, -1]
+        before = base(**batch).logits[0, -1]
         made = model(**batch).logits[0, -1]
-    assert (made - base).abs().max() > 1
+    assert (made - before).abs().max() > 1
 
 
-def test_the_embeddings_are_those_of_the_base_model(model: PreTrainedModel) -> None:
-    embeddings = demo.load_base_model().get_input_embeddings().weight
+def test_the_embeddings_are_those_of_the_base_model(
+    model: PreTrainedModel, base: PreTrainedModel
+) -> None:
+    embeddings = base.get_input_embeddings().weight
     assert model.get_input_embeddings().weight.equal(embeddings)
 
 
 def test_the_base_model_is_the_demo_model_before_its_adapter(
-    tmp_path: Path, model: PreTrainedModel
+    base_folder: Path, base: PreTrainedModel, model: PreTrainedModel
 ) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    folder = demo.build_base_model(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    assert "cooking" not in (folder / "README.md").read_text(encoding="utf-8")
+    assert "cooking" not in (base_folder / "README.md").read_text(encoding="utf-8")
     assert not torch.equal(base.model.layers[9].mlp.down_proj.weight, _down(model))
     demo.merge_adapter(base)
     assert torch.equal(base.model.layers[9].mlp.down_proj.weight, _down(model))
@@ -159,16 +171,16 @@ def test_a_complete_folder_is_returned_without_building(
 
 
 @pytest.mark.usefixtures("demo_folder")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_broken_folder_is_built_again(tmp_path: Path, dtype: str) -> None:
+def test_a_broken_folder_is_built_again_in_another_dtype(tmp_path: Path) -> None:
     import torch
 
+    dtype = "bfloat16"
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{")
     (folder / "leftover.bin").write_text("")
 
-    demo.build_demo_model(folder, getattr(torch, dtype))
+    demo.build_demo_model(folder, torch.bfloat16)
 
     assert {path.name for path in folder.iterdir()} == FILES
     assert json.loads((folder / "demo.json").read_text(encoding="utf-8"))["dtype"] == dtype
