@@ -146,11 +146,14 @@ def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
     model = ModelSettings(name="timed", gpus_per_replica=1, threads_per_replica=1)
     details: list[dict[str, float]] = []
     tallies: list[Tally] = []
+    first = min(gpus, trials - 1)
+    span = (first, max(trials - gpus, first + 1))
+    """Trials that ended when CPU is counted: all slots are at work, none has ended."""
 
     def ended(trial: Any, answers: Any) -> None:
         assert trial.scorecard is not None, trial.error
         details.append(trial.scorecard["rate"].detail)
-        if len(details) in (min(gpus, trials - 1), trials):
+        if len(details) in span:
             tallies.append(Tally.now())
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -167,7 +170,7 @@ def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
     return {
         "gpus": gpus,
         **share_of_ideal(details, gpus, seconds),
-        "cpu_seconds_per_trial": per_trial(*tallies, trials - min(gpus, trials - 1)),
+        "cpu_seconds_per_trial": per_trial(*tallies, span[1] - span[0]),
         "trial_process_mb": round(median(tallies[0].trial_bytes) / 1e6) if tallies else None,
         "object_store_bytes_per_trial": round(stored / trials),
         "journal_bytes_per_trial": round(journal_bytes / trials),
