@@ -8,12 +8,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup demo test test-ray test-rest check clean
+.PHONY: setup demo test test-ray test-rest test-extras check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up .venv, run the demo, print the frontier"
 	@echo "make test    set up .venv, run all tests"
+	@echo "make test-extras  install lm-eval too, run its tests"
 	@echo "make check   lint, types, import contracts"
 
 setup: .venv/.ready
@@ -41,6 +42,11 @@ test-ray: setup
 
 test-rest: setup
 	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m pytest --ignore tests/cluster
+
+# Apart, and last: what it installs is imported by transformers wherever it is there.
+test-extras: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/suites/test_lm_eval.py
 
 check: setup
 	$(BIN)/ruff format --check .
