@@ -6,15 +6,15 @@ documentation, in `docs/recipe.md` and in `ray-abliterate init`.
 """
 
 import json
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ray_abliterate.errors import RecipeError
+from ray_abliterate.recipe_direction import METHOD_NAMES, DirectionSettings, EnsembleMember
 from ray_abliterate.recipe_run import EvaluationSettings, RunSettings
 from ray_abliterate.recipe_scorers import (
     KeywordRate,
@@ -24,11 +24,25 @@ from ray_abliterate.recipe_scorers import (
     RefusalLogOdds,
     ScorerSettings,
 )
-from ray_abliterate.recipe_sections import PLUGIN, Goal, PromptSource, Section, TableSource
+from ray_abliterate.recipe_sections import (
+    COMPONENT_NAMES,
+    Goal,
+    PromptSource,
+    Section,
+    TableSource,
+    WriterRow,
+)
+from ray_abliterate.recipe_space import INTERVALS, ComponentSpace, SpaceSettings
 from ray_abliterate.recipe_suites import SuiteSettings
-from ray_abliterate.recipe_text import apply_override, explain, suggestion
+from ray_abliterate.recipe_text import apply_override, explain
 
 __all__ = [
+    "COMPONENT_NAMES",
+    "INTERVALS",
+    "METHOD_NAMES",
+    "ComponentSpace",
+    "DirectionSettings",
+    "EnsembleMember",
     "EvaluationSettings",
     "Goal",
     "KeywordRate",
@@ -41,38 +55,13 @@ __all__ = [
     "RunSettings",
     "ScorerSettings",
     "Section",
+    "SpaceSettings",
     "SuiteSettings",
     "TableSource",
+    "WriterRow",
 ]
 
 Norm = Literal["none", "row", "column"]
-Interval = tuple[float, float]
-
-
-class WriterRow(Section):
-    """Declares a parameter of an unknown family that writes to the residual stream."""
-
-    pattern: str
-    """Regular expression of the parameter's whole name inside its block."""
-    component: Literal["attn", "mlp", "experts", "shared_experts", "mixer", "linear_attn"]
-    """The component it belongs to."""
-    hidden_axis: int = Field(0, ge=0, le=2)
-    """The axis that has the width of the residual stream: 0 for `nn.Linear`."""
-    post_norm: str | None = None
-    """Name inside the block of a norm between the writer and the stream, if there is one."""
-    outer_norm: str | None = None
-    """Name of a second norm after that one."""
-    bias: str | None = None
-    """Name inside the block of the writer's bias, where it is not beside the weight."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
-        return value
 
 
 class ModelSettings(Section):
@@ -131,169 +120,11 @@ class PromptSettings(Section):
     """Prompts that don't."""
 
 
-METHOD_NAMES = (
-    "mean-difference", "median-difference", "geometric-median", "median-of-means",
-    "variance-scaled", "whitened", "pca-paired", "pca-centred", "contrastive-pca", "svd-subspace",
-    "logistic-probe", "inlp", "leace",
-)  # fmt: skip
-
-
-def _known_method(value: str) -> str:
-    if value in METHOD_NAMES or PLUGIN.match(value):
-        return value
-    near = suggestion(value, METHOD_NAMES)
-    raise ValueError(
-        f"{value!r} is not a method.{near} There are {', '.join(METHOD_NAMES)}, "
-        "and your own as `module:function`"
-    )
-
-
-class EnsembleMember(Section):
-    """One method of an ensemble: its unit vector counts with its weight."""
-
-    method: str
-    """Any method but `ensemble`; of several directions the first counts."""
-    weight: float = Field(1.0, gt=0)
-    """How much it counts, beside the others'."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the method."""
-
-    _method = field_validator("method")(_known_method)
-
-
-class DirectionSettings(Section):
-    """How the direction is computed from the residuals."""
-
-    method: str = "mean-difference"
-    """`mean-difference`, another one of `docs/directions.md`, `ensemble`, or your own as
-    `module:function`."""
-    ensemble: tuple[EnsembleMember, ...] = ()
-    """Methods whose directions are added up; for `method = "ensemble"`."""
-    project_out_neutral: bool = True
-    """Take the mean of the neutral prompts out of the direction, so that ablation spares it."""
-    project_out_components: int = Field(0, ge=0)
-    """Take so many leading principal components of the neutral prompts out of it, too."""
-    biproject: bool = False
-    """Where a direction is used at another layer than it was found at, take the mean of the neutral
-    prompts at that layer out of it, too."""
-    winsorize_quantile: float = Field(1.0, gt=0.5, le=1.0)
-    """Clamp each residual at this quantile of its magnitudes, layer by layer; 1 is off."""
-    positions: int = Field(1, ge=1, le=64)
-    """Tokens, counted from the end, that residuals are read at, all of them of the chat template or
-    the response prefix; of these the one whose directions tell the sets apart best is taken. Each
-    costs another pass over the prompts."""
-    residual_dtype: Literal["float32", "float16"] = "float32"
-    """How residuals are kept; `float16` takes half the space. Sums are float64 either way."""
-    skip_common_prefix: bool = True
-    """Find what every answer starts with (a closed thinking block) and look behind it."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the method."""
-
-    @field_validator("method")
-    @classmethod
-    def _method_is_known(cls, value: str) -> str:
-        return value if value == "ensemble" else _known_method(value)
-
-    @model_validator(mode="after")
-    def _ensembles_have_members(self) -> "DirectionSettings":
-        if self.method == "ensemble" and not self.ensemble:
-            raise ValueError('method = "ensemble" needs [[direction.ensemble]], a method each')
-        if self.method != "ensemble" and self.ensemble:
-            raise ValueError(f'ensemble is for method = "ensemble", not {self.method!r}')
-        if self.method == "ensemble" and self.options:
-            raise ValueError("options of an ensemble belong to its members")
-        return self
-
-
 class EditSettings(Section):
     """What an edit keeps of each weight matrix."""
 
     norm: Norm = "row"
     """`row` keeps every output row's norm, `column` every input feature's, `none` neither."""
-
-
-class ComponentSpace(Section):
-    """Ranges for one component that differ from `search.space`."""
-
-    peak: Interval | None = None
-    peak_layer: Interval | None = None
-    floor: Interval | None = None
-    reach: Interval | None = None
-
-
-class SpaceSettings(Section):
-    """The search space. Layer ranges are fractions of the last layer's index."""
-
-    scope: tuple[Literal["global", "per-layer"], ...] = ("global", "per-layer")
-    """One direction for all layers, or each layer's own."""
-    direction_layer: Interval = (0.4, 0.9)
-    """Where the global direction is taken."""
-    source_offset: Interval | None = None
-    """With `per-layer`: how far above its own layer (below, if negative) each layer's direction is
-    taken, as `[-0.1, 0.1]`; its own if unset."""
-    peak: Interval = (0.8, 1.5)
-    """Largest strength. Below 0 switches the component off."""
-    peak_layer: Interval = (0.6, 1.0)
-    """Where the largest strength lies."""
-    floor: Interval = (0.0, 1.0)
-    """Strength at the end of the reach, as a fraction of the peak."""
-    reach: Interval = (0.0, 0.6)
-    """Layers on each side of the peak that are edited; at least one."""
-    components: dict[str, ComponentSpace] = Field(default_factory=dict, validate_default=True)
-    """Ranges by component. Feed-forward ones have peak = [-0.25, 1.5] unless you say otherwise,
-    so that they can be switched off."""
-
-    @field_validator("components")
-    @classmethod
-    def _feed_forward_can_be_off(
-        cls, given: dict[str, ComponentSpace]
-    ) -> dict[str, ComponentSpace]:
-        off = ComponentSpace(peak=(-0.25, 1.5))
-        own = {name: _set(given[name]) if name in given else {} for name in FEED_FORWARD}
-        return {**given, **{name: off.model_copy(update=own[name]) for name in FEED_FORWARD}}
-
-    @model_validator(mode="after")
-    def _ranges_are_ranges(self) -> "SpaceSettings":
-        ranges = {n: getattr(self, n) for n in INTERVALS}
-        for component, space in self.components.items():
-            if component not in COMPONENT_NAMES:
-                near = suggestion(component, COMPONENT_NAMES)
-                raise ValueError(f"components.{component} is not a component.{near}")
-            ranges |= {f"components.{component}.{n}": getattr(space, n) for n in INTERVALS[1:]}
-        for name, bounds in ranges.items():
-            if bounds is None:
-                continue
-            low, high = bounds
-            if low > high:
-                raise ValueError(f"{name} = [{low}, {high}] must run from low to high")
-            field = name.rsplit(".", 1)[-1]
-            if field != "peak" and low < 0:
-                raise ValueError(f"{name} = [{low}, {high}] must not be negative")
-            if field in ("direction_layer", "peak_layer", "floor") and high > 1:
-                raise ValueError(f"{name} = [{low}, {high}] is a fraction and ends at 1")
-        if not self.scope:
-            raise ValueError("scope must hold `global`, `per-layer` or both")
-        return self
-
-    @model_validator(mode="after")
-    def _offset_has_a_use(self) -> "SpaceSettings":
-        low, high = self.source_offset or (0.0, 0.0)
-        if not -1 <= low <= high <= 1:
-            raise ValueError(
-                f"source_offset = [{low}, {high}] must run from low to high, inside [-1, 1]"
-            )
-        if self.source_offset is not None and "per-layer" not in self.scope:
-            raise ValueError("source_offset is for `per-layer`, which scope leaves out")
-        return self
-
-
-def _set(space: "ComponentSpace") -> dict[str, Any]:
-    return {name: getattr(space, name) for name in space.model_fields_set}
-
-
-FEED_FORWARD = ("mlp", "experts", "shared_experts")
-INTERVALS = ("direction_layer", "peak", "peak_layer", "floor", "reach")
-COMPONENT_NAMES = get_args(WriterRow.model_fields["component"].annotation)
 
 
 class SearchSettings(Section):

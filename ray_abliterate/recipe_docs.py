@@ -20,7 +20,6 @@ from ray_abliterate.recipe import (
     EditSettings,
     EnsembleMember,
     EvaluationSettings,
-    Interval,
     KeywordRate,
     KlDivergence,
     ModelSettings,
@@ -35,6 +34,7 @@ from ray_abliterate.recipe import (
     TableSource,
     WriterRow,
 )
+from ray_abliterate.recipe_space import Interval
 from ray_abliterate.recipe_suites import (
     KlSuite,
     LmEvalSuite,

@@ -5,9 +5,9 @@ Knows nothing about what the sections say; see `recipe.py`.
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Goal = Literal["minimize", "maximize", "report"]
 
@@ -101,3 +101,32 @@ class PromptSource(TableSource):
         if (self.folder or self.dataset) and self.column is None:
             raise ValueError("set `column`, the column that holds the prompts")
         return self
+
+
+class WriterRow(Section):
+    """Declares a parameter of an unknown family that writes to the residual stream."""
+
+    pattern: str
+    """Regular expression of the parameter's whole name inside its block."""
+    component: Literal["attn", "mlp", "experts", "shared_experts", "mixer", "linear_attn"]
+    """The component it belongs to."""
+    hidden_axis: int = Field(0, ge=0, le=2)
+    """The axis that has the width of the residual stream: 0 for `nn.Linear`."""
+    post_norm: str | None = None
+    """Name inside the block of a norm between the writer and the stream, if there is one."""
+    outer_norm: str | None = None
+    """Name of a second norm after that one."""
+    bias: str | None = None
+    """Name inside the block of the writer's bias, where it is not beside the weight."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+        return value
+
+
+COMPONENT_NAMES = get_args(WriterRow.model_fields["component"].annotation)
