@@ -19,6 +19,8 @@ class Evaluation:
     """Scored by virtual edits, in passes shared with other plans."""
     tokens: int = 0
     """Tokens of answers that were written for it."""
+    replica: str = ""
+    """Which one made it."""
 
 
 @dataclass(frozen=True)

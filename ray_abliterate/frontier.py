@@ -5,7 +5,7 @@ Pure values; knows nothing about where trials come from.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray_abliterate.plan import Plan
 from ray_abliterate.scoring import Scorecard
@@ -25,6 +25,8 @@ class Trial:
     error: str | None = None
     shared: bool = False
     """Scored in passes shared with other plans, by virtual edits; not yet with edited weights."""
+    replica: str = field(default="", compare=False)
+    """Which one scored it; not part of the result."""
 
     def __post_init__(self) -> None:
         if (self.scorecard is None) == (self.error is None):
@@ -46,6 +48,7 @@ class Trial:
                 "seconds": round(self.seconds, 3),
                 "error": self.error,
                 **({"shared": True} if self.shared else {}),
+                **({"replica": self.replica} if self.replica else {}),
             },
             ensure_ascii=False,
         )
@@ -61,6 +64,7 @@ class Trial:
             seconds=values["seconds"],
             error=values["error"],
             shared=values.get("shared", False),
+            replica=values.get("replica", ""),
         )
 
 

@@ -1,13 +1,14 @@
-"""When trials were out and what happened meanwhile, by the study's journal and the run's events.
+"""Which replica evaluated what and when, and what happened meanwhile, by the study's journal, the
+run's trials and its events.
 
-Which replica took a trial is not recorded, so it is not told here. Times are those of the driver's
-clock, without a zone: the journal's are brought to the zone that the run began in.
+Times are those of the driver's clock, without a zone: the journal's are brought to the zone that
+the run began in.
 """
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime, tzinfo
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
 from ray_abliterate.cluster.events import describe
@@ -22,9 +23,12 @@ INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True)
 class Span:
-    """A plan that was out, from when it was asked for to when its outcome was told.
+    """A plan that was evaluated, or out.
 
-    `lane` is the first one, from 0, that was free; there is one for each plan out at once.
+    Where the replica is known, from so many seconds before its outcome was told as its evaluation
+    took; otherwise from when it was asked for. `lane` is one of the replica's, the first that was
+    free: it has one for each plan that it evaluated at once. Behind them are lanes of plans whose
+    replica is not known.
     """
 
     number: int
@@ -33,6 +37,7 @@ class Span:
     outcome: str
     seconds: float | None
     lane: int
+    replica: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,16 @@ class Timeline:
 
     @property
     def lanes(self) -> int:
-        """Plans that were out at once, at most."""
+        """Rows of spans."""
         return 1 + max((span.lane for span in self.spans), default=-1)
+
+    @property
+    def names(self) -> dict[str, float]:
+        """The middle of each replica's lanes; of the plans' without one under no name."""
+        lanes: dict[str, set[int]] = {}
+        for span in sorted(self.spans, key=lambda one: one.lane):
+            lanes.setdefault(span.replica, set()).add(span.lane)
+        return {name: (min(own) + max(own)) / 2 for name, own in lanes.items()}
 
 
 def outcome_of(trial: Trial) -> str:
@@ -82,16 +95,37 @@ def _zone(started: str) -> tzinfo | None:
 def _spans(
     directory: RunDirectory, known: Mapping[int, Trial], zone: tzinfo | None
 ) -> tuple[Span, ...]:
-    free: list[datetime] = []
-    spans = []
-    for number, asked, told in sorted(_asked(directory), key=lambda one: (one[1], one[0])):
+    found: dict[str, list[Span]] = {}
+    for number, asked, told in _asked(directory):
         start, end = (time.astimezone(zone).replace(tzinfo=None) for time in (asked, told))
-        lane = next((i for i, until in enumerate(free) if until <= start), len(free))
-        free[lane : lane + 1] = [end]
         trial = known.get(number)
         outcome = outcome_of(trial) if trial else INTERRUPTED
-        spans.append(Span(number, start, end, outcome, trial.seconds if trial else None, lane))
+        seconds, replica = (trial.seconds, trial.replica) if trial else (None, "")
+        if replica and seconds is not None:
+            start = max(start, end - timedelta(seconds=seconds))
+        span = Span(number, start, end, outcome, seconds, 0, replica)
+        found.setdefault(replica, []).append(span)
+    spans: list[Span] = []
+    for name in sorted(found, key=_place):
+        spans += _in_lanes(found[name], 1 + max((span.lane for span in spans), default=-1))
     return tuple(spans)
+
+
+def _place(name: str) -> tuple[bool, list[tuple[int, str]]]:
+    """Orders replicas by their numbers; what has no name comes last."""
+    words = [(int(word), "") if word.isdigit() else (-1, word) for word in name.split()]
+    return not name, words
+
+
+def _in_lanes(spans: Iterable[Span], first: int) -> list[Span]:
+    """Each in the first lane that is free when it begins."""
+    until: list[datetime] = []
+    placed = []
+    for span in sorted(spans, key=lambda one: (one.start, one.number)):
+        lane = next((i for i, end in enumerate(until) if end <= span.start), len(until))
+        until[lane : lane + 1] = [span.end]
+        placed.append(replace(span, lane=first + lane))
+    return placed
 
 
 def _asked(directory: RunDirectory) -> Iterable[tuple[int, datetime, datetime]]:

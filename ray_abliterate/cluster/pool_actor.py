@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -149,8 +149,12 @@ class PoolActor:
         args: list[Any],
         timeout: float | None = None,
         by_reference: bool = False,
-    ) -> Any:
-        """Run a method on a leased replica, and give it back; on its death, on another one."""
+    ) -> tuple[Any, Member]:
+        """Run a method on a leased replica, and give it back; on its death, on another one.
+
+        Returns:
+            What came of it, and which replica it came from.
+        """
         deaths = 0
         while True:
             self._metrics.begins()
@@ -177,7 +181,7 @@ class PoolActor:
                 raise
             else:
                 self._give_back(member)
-                return result
+                return result, member
             finally:
                 self._metrics.ends()
             member = await self._lease()
@@ -193,12 +197,12 @@ class PoolActor:
             method: Name of a method of `Replica`.
             args: Its arguments, object references among them.
         """
-        return await self._run(await self._lease(), method, args)
+        return (await self._run(await self._lease(), method, args))[0]
 
     async def call_by_reference(self, method: str, args: list[Any]) -> list[Any]:
         """The same for large results: a reference in a list. They stay on the replica's node, and
         outlive the replica."""
-        found = await self._run(await self._lease(), method, args, by_reference=True)
+        found, _ = await self._run(await self._lease(), method, args, by_reference=True)
         return [found]
 
     async def stream(self, method: str, args: list[Any]) -> AsyncIterator[Any]:
@@ -283,10 +287,11 @@ class PoolActor:
         try:
             if len(group) == 1:
                 args = [plans[0], setup, self._bar]
-                found = [await self._run(member, "evaluate", args, timeout)]
+                one, member = await self._run(member, "evaluate", args, timeout)
+                found = [one]
             else:
                 args = [plans, setup, self._bar]
-                found = await self._run(member, "evaluate_together", args, timeout)
+                found, member = await self._run(member, "evaluate_together", args, timeout)
         except BaseException as error:  # noqa: BLE001  # every caller is told
             found = [error] * len(group)
         self._in_service -= len(group)
@@ -294,7 +299,7 @@ class PoolActor:
             if isinstance(result, BaseException):
                 waiting.result.set_exception(result)
             else:
-                waiting.result.set_result(result)
+                waiting.result.set_result(replace(result, replica=member.label))
 
     async def _gather(self) -> None:
         """Wait until a pass is full, or all trials are here or in service, or for a moment."""

@@ -8,7 +8,7 @@ from typing import Any
 from ray.tune.search.optuna import OptunaSearch
 
 from ray_abliterate.cluster import study as journal
-from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, SHARED
+from ray_abliterate.cluster.trial import ERROR, REPLICA, SCORES, SECONDS, SHARED
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Space
 from ray_abliterate.scoring import Scorecard
@@ -108,6 +108,8 @@ class JournalSearch(OptunaSearch):  # type: ignore[misc]
         if SCORES in result:
             asked.set_user_attr(SCORES, result[SCORES])
             asked.set_user_attr(SECONDS, result[SECONDS])
+            if result.get(REPLICA):
+                asked.set_user_attr(REPLICA, result[REPLICA])
             if result.get(SHARED):
                 asked.set_user_attr(SHARED, True)
             if Scorecard.from_list(json.loads(result[SCORES])).bounded:

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ray_abliterate.cluster.journal import MemoryJournal, Submit, at_once
 from ray_abliterate.cluster.sampler import QuickSampler
-from ray_abliterate.cluster.trial import ERROR, SCORES, SECONDS, SHARED
+from ray_abliterate.cluster.trial import ERROR, REPLICA, SCORES, SECONDS, SHARED
 from ray_abliterate.errors import SearchError
 from ray_abliterate.frontier import Trial
 from ray_abliterate.plan import Choice, Space
@@ -167,5 +167,12 @@ def _outcome(frozen: FrozenTrial, space: Space) -> Trial | None:
         return None
     if frozen.state == TrialState.COMPLETE and SCORES in attributes:
         card = Scorecard.from_list(json.loads(attributes[SCORES]))
-        return Trial(frozen.number, plan, card, seconds, shared=bool(attributes.get(SHARED)))
+        return Trial(
+            frozen.number,
+            plan,
+            card,
+            seconds,
+            shared=bool(attributes.get(SHARED)),
+            replica=str(attributes.get(REPLICA, "")),
+        )
     return Trial(frozen.number, plan, None, seconds, str(attributes.get(ERROR, "no reason given")))

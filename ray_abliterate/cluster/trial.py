@@ -14,7 +14,7 @@ from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.evaluation import Evaluation
 from ray_abliterate.plan import Plan
 
-SCORES, SECONDS, ERROR, SHARED = "scores", "seconds", "error", "shared"
+SCORES, SECONDS, ERROR, SHARED, REPLICA = "scores", "seconds", "error", "shared", "replica"
 """Keys of a trial's result; its attributes in the journal have the same names."""
 
 
@@ -49,6 +49,7 @@ class PlanTrial(tune.Trainable):  # type: ignore[misc]
             SCORES: json.dumps(evaluation.scorecard.to_list()),
             SECONDS: round(evaluation.seconds, 3),
             SHARED: evaluation.shared,
+            REPLICA: evaluation.replica,
             "done": True,
         }
 

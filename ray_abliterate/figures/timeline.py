@@ -1,6 +1,6 @@
-"""A search over time: plans that were out, and what happened to replicas, nodes and files."""
+"""A search over time: what each replica evaluated, and what happened to it, nodes and files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -19,17 +19,18 @@ PAUSE = timedelta(minutes=10)
 
 
 def timeline_figure(timeline: Timeline) -> Figure:
-    """Bars from asking for a plan to telling its outcome; below them, what happened."""
+    """Bars of evaluations by replica; below them, what happened."""
     title = "Over time"
     if not timeline.spans:
         return figure(title, "", [])
     note = (
-        "A bar is a plan, from when it was asked for to when its scores were told; a row is a "
-        "place among those that were out at once, not a replica: which one took a plan is not "
-        "recorded."
+        "A bar is a plan on its replica, while it was evaluated. Where the replica is not known "
+        "(the plan failed, or was cut off), it is from asking for the plan to telling its outcome, "
+        "in the row “plans out”."
     )
-    names = list(dict.fromkeys(one.who for one in timeline.happenings))
-    rows = {name: timeline.lanes + place for place, name in enumerate(names)}
+    own = {name or "plans out": middle for name, middle in timeline.names.items()}
+    others = [who for who in dict.fromkeys(h.who for h in timeline.happenings) if who not in own]
+    rows = own | {name: timeline.lanes + place for place, name in enumerate(others)}
     data = [
         _bars(outcome, [s for s in timeline.spans if s.outcome == outcome], color)
         for outcome, color in COLORS.items()
@@ -38,15 +39,14 @@ def timeline_figure(timeline: Timeline) -> Figure:
     breaks = _pauses(timeline.spans)
     note += " Pauses are cut out." if breaks else ""
     x = {"title": {"text": "time"}, "type": "date", "rangebreaks": breaks}
-    middle = (timeline.lanes - 1) / 2
     y = {
         "title": {"text": ""},
-        "tickvals": [middle, *rows.values()],
-        "ticktext": ["plans out", *(escaped(_short(name)) for name in rows)],
-        "range": [timeline.lanes + len(rows) - 0.4, -0.6],
+        "tickvals": [*rows.values()],
+        "ticktext": [escaped(_short(name)) for name in rows],
+        "range": [timeline.lanes + len(others) - 0.4, -0.6],
         "showgrid": False,
     }
-    height = min(900, max(260, 160 + 22 * (timeline.lanes + len(rows))))
+    height = min(900, max(260, 160 + 22 * (timeline.lanes + len(others))))
     look = {"barmode": "overlay", "bargap": 0.25, "height": height}
     return figure(title, note, [view("time", data, x, y, **look)], _told(timeline))
 
@@ -70,10 +70,11 @@ def _hover(span: Span) -> str:
     out = (span.end - span.start).total_seconds()
     took = "" if span.seconds is None else f"<br>evaluated in {span.seconds:.1f} s"
     times = f"{span.start:%H:%M:%S} to {span.end:%H:%M:%S}, {out:.1f} s"
-    return f"<b>trial {span.number}</b>, {span.outcome}<br>out from {times}{took}"
+    where = f"<br>{escaped(span.replica)}" if span.replica else ""
+    return f"<b>trial {span.number}</b>, {span.outcome}<br>{times}{took}{where}"
 
 
-def _happened(happenings: Sequence[Happening], rows: dict[str, int]) -> list[Figure]:
+def _happened(happenings: Sequence[Happening], rows: Mapping[str, float]) -> list[Figure]:
     """Outages as thick lines, all else as points."""
     points = [one for one in happenings if one.end is None]
     found: list[Figure] = []
@@ -130,5 +131,5 @@ def _told(timeline: Timeline) -> str:
     )
     return (
         f"{len(timeline.spans)} plans from {first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S}, "
-        f"{timeline.lanes} out at once at most." + (f" Events: {events}." if events else "")
+        f"on {sum(map(bool, timeline.names))} replicas." + (f" Events: {events}." if events else "")
     )

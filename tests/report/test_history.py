@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from ray_abliterate.frontier import Trial
 from ray_abliterate.recipe import SuiteFile
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.suites import SuiteChunk
 from ray_abliterate.timeline import Timeline
-from tests.report.runs import BASE, TWO, make, page
+from tests.report.runs import BASE, TWO, make, page, plans
 from tests.report.test_figures import stopped
 
 BEGAN = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
@@ -84,6 +85,28 @@ def test_plans_are_drawn_from_asking_to_telling_in_the_zone_of_the_run(
     assert spans[1].end == datetime(2026, 1, 31, 11, 0, 12)
     assert [spans[n].lane for n in range(5)] == [0, 1, 0, 1, 1]
     assert (spans[1].seconds, spans[4].seconds) == (3.5, None)
+
+
+def test_evaluations_lie_in_the_rows_of_their_replicas_with_what_happened_to_those(
+    tmp_path: Path,
+) -> None:
+    directory, draw = make(tmp_path, [], BASE), plans()
+    for number, replica in enumerate((10, 2, 2, 2)):
+        trial = Trial(number, draw(), TWO[0], 4.0, replica=f"replica {replica} on n")
+        directory.append(trial)
+    directory.append(Trial(4, draw(), None, 0.0, "broken"))
+    directory.note(started="2026-01-31T11:00:00-0100")
+    journal(directory, [(0, 10), (0, 10), (2, 12), (9, 16), (1, 3)])
+    event(directory, 5, "replica-lost", replica="replica 10 on n", reason="out of memory")
+    spans = {span.number: span for span in Timeline.read(directory).spans}
+    assert [spans[n].lane for n in range(5)] == [2, 0, 1, 0, 3]
+    assert [spans[n].start.second for n in range(5)] == [6, 6, 8, 12, 1]
+    assert Timeline.read(directory).names == {"replica 2 on n": 0.5, "replica 10 on n": 2, "": 3}
+    axis = page(directory).axis("timeline", "yaxis")
+    assert axis["ticktext"] == ["replica 2 on n", "replica 10 on n", "plans out"]
+    traces = page(directory).traces("timeline")
+    assert traces["event"]["y"] == [2]
+    assert any("replica 10 on n" in text for text in traces["finished"]["text"])
 
 
 def test_outages_have_an_end_only_where_it_is_recorded(eventful: RunDirectory) -> None:
