@@ -579,13 +579,15 @@ int clock_gettime(clockid_t id, struct timespec *t) {
     static int (*real)(clockid_t, struct timespec *);
     if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
     int result = real(id, t);
+    if (id != CLOCK_REALTIME) return result;
     struct stat s;
+    long jump = 0;
+    if (!stat(getenv("CLOCK_AHEAD"), &s)) jump = 90000;
+    if (!stat(getenv("CLOCK_BEHIND"), &s)) jump = -7200;
     Dl_info caller;
-    if (!dladdr(__builtin_return_address(0), &caller) || strstr(caller.dli_fname, "/ray/")
-        || strstr(caller.dli_fname, "libstdc++"))
-        return result;
-    if (id == CLOCK_REALTIME && !stat(getenv("CLOCK_AHEAD"), &s)) t->tv_sec += 90000;
-    if (id == CLOCK_REALTIME && !stat(getenv("CLOCK_BEHIND"), &s)) t->tv_sec -= 7200;
+    if (jump && dladdr(__builtin_return_address(0), &caller) && !strstr(caller.dli_fname, "/ray/")
+        && !strstr(caller.dli_fname, "libstdc++"))
+        t->tv_sec += jump;
     return result;
 }
 """
