@@ -14,6 +14,8 @@ import pytest
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import ModelError
 from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.import_heretic import import_heretic
+from ray_abliterate.progress import Unwatched
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.run import run
 from ray_abliterate.rundir import RunDirectory
@@ -123,3 +125,21 @@ def test_a_run_that_is_stopped_keeps_every_finished_trial_and_resumes_to_exactly
     assert len(set(plans)) == len(plans)
     lines = (tmp_path / "run" / "study.journal").read_text().splitlines()
     assert all(json.loads(line) for line in lines)
+
+
+def test_the_plans_of_a_study_of_heretics_are_tried_in_parallel(
+    recipe_file: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`recipe_file` left the prompts that the study names."""
+    monkeypatch.chdir(tmp_path)
+    journal = Path(__file__).parents[1] / "data" / "heretic-1.4.jsonl"
+    made = import_heretic(journal, tmp_path / "run", Unwatched(), str(planted))
+    wanted = len(made.trials) + 2
+    done = started(tmp_path, "resume", "run", "--trials", str(wanted))
+    output = done.communicate(timeout=200)[0]
+    assert done.returncode == 0, output
+    trials = RunDirectory.open(tmp_path / "run").trials()
+    assert len(trials) == wanted and all(trial.scorecard for trial in trials)
+    peaks = sorted(trial.params["attn.o_proj.max_weight"] for trial in made.trials)
+    tried = sorted(dict(trial.plan.profiles)["attn"].peak for trial in trials[: len(made.trials)])
+    assert tried == pytest.approx(peaks)
