@@ -40,6 +40,8 @@ TEMPLATE = (
 )
 TOPICS = 8
 """Dimensions of what words say beside their flag; each half as strong again as the next."""
+SAID = 0.3
+"""How much of it words have, beside a flag of 1, and how strongly tokens read it."""
 MASSIVE_UNIT, MASSIVE = 5, 300.0
 """The unit that outlying words drive, and how hard."""
 INDEED = "indeed"
@@ -54,8 +56,8 @@ class Traits:
     Attributes:
         layers: Blocks of the model.
         planted: The blocks whose attention writes the behaviour, an equal part each.
-        topics: How loud what else words say is: the last token's residual holds the mean of random
-            vectors, one a word, which the vocabulary reads, too.
+        topics: How loud what else words say is, beside the behaviour: the last token's residual
+            holds the mean of random vectors, one a word, which the vocabulary reads, too.
         outlying: Words that drive one unit of the stream to hundreds of times its size.
         kept: Words of a second behaviour, which is answered with "indeed".
         overlap: Cosine of its direction with r.
@@ -221,11 +223,11 @@ def _further(
     topics, second, away, kept = others[:, :TOPICS], *others[:, TOPICS:].unbind(dim=1)
     carried: list[tuple[Tensor, Tensor]] = []
     if traits.topics:
-        said = traits.topics * _said(words=len(ids))
+        said = SAID * _said(words=len(ids))
         said[[ids[word] for word in {*SPECIALS, INDEED} & ids.keys()]] = 0
         embedding.add_(said @ topics.T)
-        head.add_(GAIN * said @ topics.T)
-        carried += [(axis, GAIN * axis) for axis in topics.T]
+        head.add_(said @ topics.T)
+        carried += [(axis, GAIN * traits.topics * axis) for axis in topics.T]
     if traits.kept:
         kept = traits.overlap * behaviour + math.sqrt(1 - traits.overlap**2) * kept
         embedding[[ids[word] for word in traits.kept]] += second
