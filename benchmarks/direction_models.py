@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is compared: the recipe's `[direction]`, by the name in tables."""
 
-PLANTED = Traits(layers=8, planted=(3, 4, 5, 6), topics=0.4)
+PLANTED = Traits(layers=8, planted=(3, 4, 5, 6), topics=0.7)
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Subject:
 
 
 SUBJECTS = {
-    "clean": Subject(PLANTED, "none", 32, 40, 48, 1),
-    "outliers": Subject(replace(PLANTED, outlying=(OUTLYING,)), "none", 32, 40, 48, 1),
-    "entangled": Subject(replace(PLANTED, kept=("how",), overlap=0.5), "none", 32, 40, 48, 1),
+    "clean": Subject(PLANTED, "none", 24, 40, 32, 1),
+    "outliers": Subject(replace(PLANTED, outlying=(OUTLYING,)), "none", 24, 40, 32, 1),
+    "entangled": Subject(replace(PLANTED, kept=("how",), overlap=0.5), "none", 24, 40, 32, 1),
     "demo": Subject(None, "row", 96, 20, 24, 8),
 }
 REFERENCES = {

@@ -40,6 +40,8 @@ TEMPLATE = (
 )
 TOPICS = 8
 """Dimensions of what words say beside their flag; each half as strong again as the next."""
+READ = 4.0
+"""How strongly "sorry" reads the behaviour."""
 SAID = 0.3
 """How much of it words have, beside a flag of 1, and how strongly tokens read it."""
 MASSIVE_UNIT, MASSIVE = 5, 300.0
@@ -209,7 +211,7 @@ def _plant(model: torch.nn.Module, ids: dict[str, int], flagged: set[str], trait
         for channel, (read, written) in zip((0, *range(2, HIDDEN)), carried, strict=False):
             weights[first + "v_proj.weight"][channel] += read
             weights[first + "o_proj.weight"][:, channel] += written / len(traits.planted)
-    head[ids["sorry"]] += 4 * behaviour
+    head[ids["sorry"]] += READ * behaviour
     head[ids["sure"]] += 2 * always
     head[ids["<end>"]] += 20 * answered
 
@@ -227,11 +229,12 @@ def _further(
         said[[ids[word] for word in {*SPECIALS, INDEED} & ids.keys()]] = 0
         embedding.add_(said @ topics.T)
         head.add_(said @ topics.T)
+        head[ids["sorry"]] += READ * behaviour  # twice as loud, to be heard among other words
         carried += [(axis, GAIN * traits.topics * axis) for axis in topics.T]
     if traits.kept:
         kept = traits.overlap * behaviour + math.sqrt(1 - traits.overlap**2) * kept
         embedding[[ids[word] for word in traits.kept]] += second
-        head[ids[INDEED]] += 4 * kept
+        head[ids[INDEED]] += 2 * READ * kept
         carried.append((second, GAIN * kept))
     if traits.outlying:
         embedding[[ids[word] for word in traits.outlying]] += 10 * away

@@ -127,10 +127,10 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_the_planted_models_show_the_behaviour_and_a_search_takes_it_out(bench: Bench) -> None:
     rate, divergence = bench.base()
     assert rate > 0.9 and divergence == 0.0
-    found = bench.run(Job(bench.name, "mean-difference", 0, 6, True, ""))
-    assert len(found.found) == 6
-    assert min(losses[0] for losses in found.found if losses is not None) < 0.2
-    assert found.cosine is not None and found.cosine > 0.1
+    found = bench.run(Job(bench.name, "geometric-median", 0, 12, True, ""))
+    assert len(found.found) == 12
+    assert min(losses[0] for losses in found.found if losses is not None) < 0.6
+    assert found.cosine is not None and found.cosine > 0.9
 
 
 def test_a_trait_shows_in_the_residuals_and_in_the_answers(bench: Bench) -> None:
@@ -143,7 +143,10 @@ def test_a_trait_shows_in_the_residuals_and_in_the_answers(bench: Bench) -> None
     answers = bench._replica.model.answer(bench._sets["kl-divergence"].prompts, 1)
     asked = ["how" in p.user.lower().split() for p in bench._sets["kl-divergence"].prompts]
     said = [answer.text.strip() == "indeed" for answer in answers]
-    assert said == (asked if bench.name == "entangled" else [False] * len(said))
+    if bench.name == "entangled":
+        assert sum(a == b for a, b in zip(said, asked, strict=True)) > 0.9 * len(said)
+    else:
+        assert not any(said)
 
 
 def test_a_comparison_goes_on_where_it_was(
