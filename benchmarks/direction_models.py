@@ -83,13 +83,13 @@ SUBJECTS = {
     "clean": Subject(PLANTED, "none", 24, 40, 32, 1),
     "outliers": Subject(replace(PLANTED, outlying=(OUTLYING,)), "none", 24, 40, 32, 1),
     "entangled": Subject(replace(PLANTED, kept=("how",), overlap=0.5), "none", 24, 40, 32, 1),
-    "demo": Subject(None, "row", 96, 20, 24, 8),
+    "demo": Subject(None, "row", 96, 20, 20, 8),
 }
 REFERENCES = {
     "clean": (1.0, 0.1),
     "outliers": (1.0, 0.1),
     "entangled": (1.0, 0.1),
-    "demo": (1.0, 0.5),
+    "demo": (1.0, 0.2),
 }
 """By model the rate and the divergence that volumes are measured from: every answer shows the
 behaviour, and about the most that a plan with the difference of means costs in `clean`, or in the

@@ -253,4 +253,5 @@ def _other_axes(taken: Tensor) -> Tensor:
 def _said(words: int) -> Tensor:
     """What each word says beside its flag, `"word topic"`."""
     random = torch.Generator().manual_seed(13)
-    return torch.randn(words, TOPICS, generator=random) * 1.5 ** -torch.arange(float(TOPICS))
+    loudness: Tensor = 1.5 ** -torch.arange(float(TOPICS))
+    return torch.randn(words, TOPICS, generator=random) * loudness

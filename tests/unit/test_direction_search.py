@@ -130,7 +130,7 @@ def test_the_planted_models_show_the_behaviour_and_a_search_takes_it_out(bench: 
     found = bench.run(Job(bench.name, "geometric-median", 0, 12, True, ""))
     assert len(found.found) == 12
     assert min(losses[0] for losses in found.found if losses is not None) < 0.6
-    assert found.cosine is not None and found.cosine > 0.9
+    assert found.cosine is not None and found.cosine > 0.8
 
 
 def test_a_trait_shows_in_the_residuals_and_in_the_answers(bench: Bench) -> None:
