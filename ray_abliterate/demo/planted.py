@@ -246,7 +246,7 @@ def _other_axes(taken: Tensor) -> Tensor:
     """Orthonormal axes for what else words have, orthogonal to those that are taken."""
     random = torch.Generator().manual_seed(11)
     more = torch.randn(HIDDEN, TOPICS + 3, generator=random, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.cat([taken.double(), more], dim=1)).Q
+    basis: Tensor = torch.linalg.qr(torch.cat([taken.double(), more], dim=1)).Q
     return basis[:, taken.shape[1] :].float()
 
 
