@@ -9,6 +9,7 @@ written by hand.
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -636,6 +637,60 @@ def seeing_table(figures: dict[str, Any]) -> list[str]:
     return table((shape, ""), rows)
 
 
+def direction_search_table(figures: dict[str, Any], models: Sequence[str]) -> list[str]:
+    """Hypervolume by method and model, and by how much it differs from the difference of means."""
+    found = {(row["model"], row["method"]): row for row in figures["methods"]}
+    models = [name for name in models if name in {model for model, _ in found}]
+    rows = []
+    for method in dict.fromkeys(method for model, method in found if model in models):
+        cells = [found.get((model, method)) for model in models]
+        rows.append((f"`{method}`", *(cell for row in cells for cell in _searched(row))))
+    heads = (f"{name}: %" for name in models)
+    head = ("method", *(cell for name in heads for cell in (name, "more than the first")))
+    notes = (
+        f"`{name}`: {about['trials']} plans a search, measured from a rate of "
+        f"{about['reference'][0]:g} and {about['reference'][1]:g} nats"
+        for name, about in figures["models"].items()
+        if name in models
+    )
+    lines = table(head, rows)
+    return [*lines, "", f"{figures['seeds']} seeds. {'; '.join(notes)}."] if lines else []
+
+
+def _searched(row: dict[str, Any] | None) -> tuple[str, str]:
+    """Median and range of a method's volumes, and of its differences to the first method."""
+    if row is None:
+        return "", ""
+    own, other = row["volume"], row["against"]
+    volume = f"**{own['median']:.1f}** ({own['min']:.1f} to {own['max']:.1f})"
+    if not other or row["method"] == "mean-difference":
+        return volume, ""
+    return volume, _paired(other)
+
+
+def _paired(found: dict[str, Any]) -> str:
+    """Median and range of paired differences, and at how many seeds there was more."""
+    ends = f"{found['min']:+.1f} to {found['max']:+.1f}"
+    return f"{found['median']:+.1f} ({ends}), {found['more']} of {found['seeds']}"
+
+
+def seed_points_table(figures: dict[str, Any]) -> list[str]:
+    """Hypervolume with and without seed points, by model and budget."""
+    rows = [
+        (
+            f"`{row['model']}`",
+            row["budget"],
+            *(
+                f"{row[way]['median']:.1f} ({row[way]['min']:.1f} to {row[way]['max']:.1f})"
+                for way in ("with", "without")
+            ),
+            _paired(row["against"]),
+        )
+        for row in figures["budgets"]
+    ]
+    return table(("model", "plans", "with, %", "without, %", "more with"), rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overview": ("trial", overview),
     "agreement": ("trial", agreement_table),
@@ -661,6 +716,15 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "statistics": ("statistics", statistics_table),
     "methods": ("methods", methods_table),
     "seeing": ("seeing", seeing_table),
+    "direction-search": (
+        "direction_search",
+        partial(direction_search_table, models=("clean", "outliers", "entangled")),
+    ),
+    "direction-search-demo": (
+        "direction_search",
+        partial(direction_search_table, models=("demo",)),
+    ),
+    "seed-points": ("direction_search", seed_points_table),
 }
 
 
