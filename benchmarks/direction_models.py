@@ -93,7 +93,7 @@ REFERENCES = {
 }
 """By model the rate and the divergence that volumes are measured from: every answer shows the
 behaviour, and about the most that a plan with the difference of means costs in `clean`, or in the
-demo; chosen once, before methods were compared."""
+demo. The same for all methods of a model."""
 
 
 class Bench:
