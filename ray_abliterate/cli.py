@@ -191,6 +191,7 @@ def show(
     ] = False,
 ) -> None:
     """Show the frontier, or one trial."""
+    from ray_abliterate.hygiene import left_out_lines
     from ray_abliterate.live import (
         console,
         count_trials,
@@ -208,6 +209,8 @@ def show(
         trials = directory.trials()
         baseline = directory.baseline()
         output.print(count_trials(trials, directory.recipe.search.trials))
+        for line in left_out_lines(directory.environment):
+            output.print(line, markup=False)
         output.print(frontier_table(_frontier(trials), baseline.scorecard if baseline else None))
         if imported := directory.foreign():
             output.print(foreign_table(imported))

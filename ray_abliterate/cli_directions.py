@@ -28,6 +28,7 @@ def directions(
 ) -> None:
     """Compare direction methods without a search: a table, and directions.html."""
     from ray_abliterate.comparison_page import comparison_page, terminal_tables
+    from ray_abliterate.hygiene import left_out_lines
     from ray_abliterate.live import console, watching
     from ray_abliterate.looking import compare_run, methods_of, write_comparison
     from ray_abliterate.rundir import RunDirectory
@@ -50,6 +51,8 @@ def directions(
         found = compare_run(directory, methods, pairs, watch)
     page = comparison_page(found, directory.recipe.model.name)
     written = write_comparison(found, page, to or directory.path)
+    for line in left_out_lines(directory.environment):
+        output.print(line, markup=False)
     for table in terminal_tables(found):
         output.print(table, "")
     for name, why in found.failed.items():

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ray_abliterate.cluster.connection import connect
 from ray_abliterate.cluster.pool import ReplicaPool
@@ -28,7 +29,11 @@ def extract(
         own = directory.recipe
         read = ("residual_dtype", "skip_common_prefix", "positions")
         direction = own.direction.model_copy(update={k: getattr(recipe.direction, k) for k in read})
-        same = {"model": recipe.model, "prompts": recipe.prompts, "direction": direction}
+        same: dict[str, Any] = {
+            "model": recipe.model, "prompts": recipe.prompts, "direction": direction,
+        }  # fmt: skip
+        if recipe.prompts.filter_by_behaviour:  # by a scorer
+            same["scorers"] = recipe.scorers
         directory.refuse_changed(own.model_copy(update=same))
         if directory.environment.get("residuals"):
             return directory

@@ -129,6 +129,12 @@ class PromptSettings(Section):
     """Prompts that show the behaviour."""
     neutral: PromptSource
     """Prompts that don't."""
+    filter_by_behaviour: bool = False
+    """Have the base model answer both sets once, and leave out prompts whose answer contradicts
+    their set: without the behaviour, or with it. The recipe's first `keyword-rate` or
+    `refusal-judge` reads the answers; without one, `refusal-log-odds` tells."""
+    least_prompts: int = Field(16, ge=1)
+    """With `filter_by_behaviour`: a set that is left with fewer prompts ends the run."""
 
 
 METHOD_NAMES = (
@@ -378,6 +384,30 @@ class Recipe(Section):
                 "to measure"
             )
         return self
+
+    @model_validator(mode="after")
+    def _filter_has_a_test(self) -> "Recipe":
+        if not self.prompts.filter_by_behaviour:
+            return self
+        if self.behaviour_test is None:
+            raise ValueError(
+                "prompts.filter_by_behaviour needs a scorer that can tell of one answer whether it "
+                "shows the behaviour: a keyword-rate, refusal-judge or refusal-log-odds"
+            )
+        methods = {self.direction.method, *(member.method for member in self.direction.ensemble)}
+        if "pca-paired" in methods:
+            raise ValueError(
+                "prompts.filter_by_behaviour leaves prompts out of either set, so that pairs no "
+                "longer stand beside each other, as pca-paired needs them; choose one of the two"
+            )
+        return self
+
+    @property
+    def behaviour_test(self) -> "KeywordRate | RefusalJudge | RefusalLogOdds | None":
+        """The scorer that says of one answer whether it shows the behaviour: the first that reads
+        answers, or else the first that looks at how they begin."""
+        kinds = ((KeywordRate, RefusalJudge), (RefusalLogOdds,))
+        return next((s for kind in kinds for s in self.scorers if isinstance(s, kind)), None)
 
     @property
     def evaluators(self) -> ModelSettings:

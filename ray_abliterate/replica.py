@@ -26,7 +26,7 @@ from ray_abliterate.profiling import Profile, profiled
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.reading import Keeping, Reader, Reading, Route
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.scorers import build
+from ray_abliterate.scorers import build, shown
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.shards import ResidualShard
 from ray_abliterate.shared_answers import sharing
@@ -216,6 +216,32 @@ class Replica:
         settings = self._recipe.direction
         values = self.model.residuals(prompts, settings.positions).numpy()
         return ResidualShard.of(name, first, values, settings.residual_dtype).batch
+
+    def shows(
+        self,
+        name: str,
+        first: int,
+        prompts: Sequence[Prompt],
+        response_prefix: tuple[int, ...],
+        tuning: Tuning,
+    ) -> tuple[str, int, list[bool | None]]:
+        """Whether the base model shows the behaviour at each prompt of one fixed batch.
+
+        By the recipe's own test (`Recipe.behaviour_test`); None where it can't be told.
+
+        Args:
+            name: The prompt set's; given back, as `first` is, since batches end in any order.
+            first: The first prompt's place in the set.
+            prompts: The batch.
+            response_prefix: Tokens after each prompt.
+            tuning: How to compute.
+        """
+        self.model.response_prefix = response_prefix
+        self.model.use(tuning)
+        test = self._recipe.behaviour_test
+        assert test is not None
+        with self.model.passing():
+            return name, first, shown(test, prompts, self.model)
 
     def evaluate(self, plan: Plan, setup: Setup, bar: Bar | None = None) -> Evaluation:
         """Score the model that a plan makes; the model is the base model again afterwards.

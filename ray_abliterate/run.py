@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier
+from ray_abliterate.hygiene import Answering, agreeing
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
 from ray_abliterate.prompts import PromptSet
@@ -208,6 +209,11 @@ def find_directions(
             tuning = pool.call("tune")
         directory.note(tuning=asdict(tuning))
     prefix = response_prefix(recipe, directory, pool, sets, watch)
+    if recipe.prompts.filter_by_behaviour:
+        answering = Answering(pool, recipe, directory, prefix, tuning)
+        both, say = (sets.behaviour, sets.neutral), partial(warn, directory, watch)
+        behaviour, neutral = agreeing(both, answering, recipe, directory, say, watch)
+        sets = replace(sets, behaviour=behaviour, neutral=neutral)
     extraction = Extraction.of(recipe, prefix, tuning)
     files = ShardFiles.of(recipe.run, directory.shards, partial(warn, directory, watch))
     shards = Shards(pool, files, extraction, sets.behaviour, sets.neutral)

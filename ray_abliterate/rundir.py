@@ -228,8 +228,17 @@ class RunDirectory:
             ) from None
 
     def _fingerprint(self, name: str) -> str:
-        """Of a prompt set of the run."""
-        return str(self.environment.get("prompts", {}).get(name, {}).get("fingerprint", ""))
+        """Of the prompts of a set that residuals were read of."""
+        known = {**self.environment.get("prompts", {}), **self.environment.get("filtered", {})}
+        return str(known.get(name, {}).get("fingerprint", ""))
+
+    def append_verdicts(self, line: Mapping[str, Any]) -> None:
+        """Add what the base model's answers to a batch of prompts show to `verdicts.jsonl`."""
+        _append(self.path / "verdicts.jsonl", json.dumps(line))
+
+    def verdicts(self) -> tuple[dict[str, Any], ...]:
+        """All of these, in order; a torn line is skipped."""
+        return _objects(self.path / "verdicts.jsonl")
 
     def save_directions(self, directions: Directions) -> None:
         """Keep the directions."""
@@ -280,11 +289,7 @@ class RunDirectory:
 
     def events(self) -> tuple[dict[str, Any], ...]:
         """All that happened to the run's replicas and files, in order; a torn line is skipped."""
-        file, found = self.path / "events.jsonl", []
-        for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return tuple(found)
+        return _objects(self.path / "events.jsonl")
 
     def tuning(self) -> Tuning | None:
         """How the run's replicas compute; None in a directory of an older version."""
@@ -388,6 +393,15 @@ class RunDirectory:
     def save_report(self, html: str) -> None:
         """Write the report."""
         write_whole(self.report, html.encode())
+
+
+def _objects(file: Path) -> tuple[dict[str, Any], ...]:
+    """The objects of an append-only file, a line each."""
+    found = []
+    for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return tuple(found)
 
 
 def _append(path: Path, line: str) -> None:

@@ -17,7 +17,7 @@ from ray_abliterate import directions as direction_methods
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import ModelFacts
-from ray_abliterate.grid import Tuning
+from ray_abliterate.grid import Tuning, steady
 from ray_abliterate.methods import Layer, Sample, Summary
 from ray_abliterate.progress import Watch
 from ray_abliterate.prompts import PromptSet
@@ -56,12 +56,11 @@ class Extraction:
     def of(cls, recipe: Recipe, prefix: tuple[int, ...], tuning: Tuning) -> "Extraction":
         """The recipe's batches, or those that memory allows.
 
-        The latter are rounded down to a power of two, so that runs which find a little more or
-        less memory free can use each other's shards.
+        The latter are rounded (`grid.steady`), so that runs can use each other's shards.
         """
         rows = tuning.read_rows
         if recipe.run.batch_size is None:
-            rows = 1 << (rows.bit_length() - 1)
+            rows = steady(rows)
         settings = recipe.direction
         return cls(rows, prefix, settings.residual_dtype, tuning, settings.positions)
 
