@@ -197,6 +197,7 @@ def show(
         count_trials,
         foreign_table,
         frontier_table,
+        layers_table,
         suites_table,
     )
     from ray_abliterate.rundir import RunDirectory
@@ -212,6 +213,8 @@ def show(
         for line in left_out_lines(directory.environment):
             output.print(line, markup=False)
         output.print(frontier_table(_frontier(trials), baseline.scorecard if baseline else None))
+        if selection := directory.selection():
+            output.print(layers_table(selection))
         if imported := directory.foreign():
             output.print(foreign_table(imported))
         kept = directory.measurements(directory.recipe.suites)

@@ -9,9 +9,15 @@ from ray_abliterate.cluster.connection import connect
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.progress import Watch
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.run import describe, find_directions, load_prompts, model_source, warn
+from ray_abliterate.run import (
+    describe,
+    find_directions,
+    load_prompts,
+    model_source,
+    try_layers,
+)
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.searching import Record
+from ray_abliterate.searching import Record, warn
 
 
 def extract(
@@ -35,7 +41,8 @@ def extract(
         if recipe.prompts.filter_by_behaviour:  # by a scorer
             same["scorers"] = recipe.scorers
         directory.refuse_changed(own.model_copy(update=same))
-        if directory.environment.get("residuals"):
+        tried = recipe.search.seeds != "log-odds" or directory.selection() is not None
+        if directory.environment.get("residuals") and tried:
             return directory
     else:
         directory = RunDirectory.create(folder, recipe, recipe_text)
@@ -53,5 +60,6 @@ def extract(
             starting = ReplicaPool.start(recipe, source, {}, record.event)
             pool = open_until_the_end.enter_context(starting)
         describe(recipe, directory, pool, dashboard, watch)
-        find_directions(recipe, directory, pool, sets, watch)
+        setup, shards = find_directions(recipe, directory, pool, sets, watch)
+        try_layers(recipe, directory, pool, sets, setup, shards, watch)
     return directory

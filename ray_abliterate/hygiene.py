@@ -111,6 +111,22 @@ class Answering:
         return content_key(**self._same, prompts=PromptSet("", tuple(prompts)).fingerprint)
 
 
+def refuse_small(recipe: Recipe, sets: Sequence[PromptSet]) -> None:
+    """Make sure, before a model is loaded, that there are enough prompts to leave some out.
+
+    Raises:
+        PromptSourceError: a set has fewer prompts than have to be left.
+    """
+    least = recipe.prompts.least_prompts
+    for prompts in sets if recipe.prompts.filter_by_behaviour else ():
+        if len(prompts) < least:
+            raise PromptSourceError(
+                f"prompts.{prompts.name} has {len(prompts)} prompts, and prompts.least_prompts = "
+                f"{least} have to be left after filtering.\n"
+                "  Give more prompts, or set prompts.least_prompts lower."
+            )
+
+
 def agreeing(
     sets: Sequence[PromptSet],
     answering: Answering,

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 Norm = Literal["none", "row", "column"]
+Seeds = Literal["fisher", "auroc", "silhouette", "mutual-information", "log-odds", "none"]
 Interval = tuple[float, float]
 
 
@@ -313,8 +314,11 @@ class SearchSettings(Section):
     """Candidates that the sampler weighs per plan."""
     seed: int = Field(0, ge=0)
     """Seed of the sampler."""
-    seed_points: bool = True
-    """Begin with two plans known to be sensible: full strength everywhere, and the middle."""
+    seeds: Seeds = "fisher"
+    """Begin with two plans: the middle of the space, and one layer's direction taken out everywhere
+    at full strength. That layer tells the prompt sets apart best by this measure; or, with
+    `log-odds`, refusals go furthest without its direction, on held-out prompts: those of the first
+    `refusal-log-odds` and `kl-divergence`. `none`: no such plans."""
     concurrency: int | None = Field(None, ge=1)
     """Plans in evaluation at once; replicas times `trials_per_pass` if unset. One more waits."""
     batch_synchronous: bool = False
@@ -399,6 +403,17 @@ class Recipe(Section):
             raise ValueError(
                 "prompts.filter_by_behaviour leaves prompts out of either set, so that pairs no "
                 "longer stand beside each other, as pca-paired needs them; choose one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_have_prompts(self) -> "Recipe":
+        kinds = {scorer.kind for scorer in self.scorers}
+        missing = [k for k in ("refusal-log-odds", "kl-divergence") if k not in kinds]
+        if self.search.seeds == "log-odds" and missing:
+            raise ValueError(
+                f'search.seeds = "log-odds" tries layers on the prompts of a {missing[0]} scorer, '
+                f'and there is none; add one (goal = "report" will do), or choose another measure'
             )
         return self
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ray_abliterate.directions import Directions
+from ray_abliterate.directions import Directions, Selection
 from ray_abliterate.errors import (
     RecipeChanged,
     RunDirectoryError,
@@ -271,6 +271,16 @@ class RunDirectory:
         values = json.loads(file.read_text("utf-8"))
         scorecard = Scorecard.from_list(values["scores"])
         return Baseline(scorecard, tuple(values["separation"]), values["best_layer"])
+
+    def save_selection(self, selection: Selection) -> None:
+        """Keep what layers' directions do to held-out prompts."""
+        text = json.dumps(selection.to_json(), indent=2, allow_nan=False)
+        write_whole(self.path / "layers.json", text.encode())
+
+    def selection(self) -> Selection | None:
+        """What layers' directions do, if they were tried."""
+        file = self.path / "layers.json"
+        return Selection.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None
 
     # Trials
 

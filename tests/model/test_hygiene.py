@@ -230,6 +230,14 @@ def test_a_set_that_is_left_with_too_few_ends_the_run_with_numbers_and_what_to_d
     assert started.directory.directions() is None
 
 
+def test_sets_that_are_too_small_to_begin_with_are_refused_before_a_model_is_loaded(
+    tmp_path: Path,
+) -> None:
+    setting = "filter_by_behaviour = true\nleast_prompts = 6"
+    with pytest.raises(PromptSourceError, match=r"prompts.behaviour has 5 prompts, .* = 6 have"):
+        Started(tmp_path, Path("no-model"), setting, FLAGGED[:5], THINGS[:6])
+
+
 def test_answers_that_say_nothing_leave_both_sets_and_are_counted_apart(
     planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +258,7 @@ def test_answers_that_say_nothing_leave_both_sets_and_are_counted_apart(
     behaviour = facts["behaviour"]
     # the river is among the behaviour's too, where it contradicts its set
     assert (behaviour["left_out"], behaviour["unclear"]) == ([0, 3, 6], 2)
-    assert (facts["neutral"]["left_out"], facts["neutral"]["unclear"]) == ([0, 4], 1)
+    assert (facts["neutral"]["left_out"], facts["neutral"]["unclear"]) == ([0, 4], 2)
     (line, _) = [text for text in started.watch.notes if "left out" in text]
     assert "to 1 the base model's answer does not show" in line
     assert "2 answers are empty, degenerate or unclear" in line

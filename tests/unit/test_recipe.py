@@ -423,3 +423,14 @@ def test_prompts_are_filtered_only_by_what_can_tell_and_where_no_pairs_are_neede
     assert "as pca-paired needs them" in message(FILTER, 'direction.method="pca-paired"')
     member = 'direction.ensemble=[{method="whitened"},{method="pca-paired"}]'
     assert "as pca-paired needs" in message(FILTER, 'direction.method="ensemble"', member)
+
+
+def test_layers_are_tried_on_prompts_of_scorers_which_have_to_be_there():
+    text = RECIPE + ODDS.replace("kind =", 'goal = "report"\nkind =')
+    assert parse('search.seeds="log-odds"', text=text).search.seeds == "log-odds"
+    assert parse().search.seeds == "fisher"
+    error = message('search.seeds="log-odds"')
+    assert "prompts of a refusal-log-odds scorer, and there is none" in error
+    text = RECIPE[: RECIPE.index("[[scorers]]")] + ODDS
+    assert "prompts of a kl-divergence scorer" in message('search.seeds="log-odds"', text=text)
+    assert "search.seeds" in message('search.seeds="odds"')
