@@ -1,6 +1,7 @@
 """What each layer's direction does, on the planted model: against transformers' own passes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_abliterate import run
 from ray_abliterate.cluster.search import Search
-from ray_abliterate.demo.planted import PLANTED_LAYER
+from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import SearchError
 from ray_abliterate.extracting import extract
 from ray_abliterate.plan import ModelShape, Space
@@ -44,6 +45,14 @@ prompts = {{ file = "neutral.txt", split = "[5:]" }}
 batch_size = 2
 residual_cache = false
 """
+
+
+def meaningless() -> torch.Tensor:
+    """Directions that nothing reads, for the layers below the planted one."""
+    drawn = torch.randn(PLANTED_LAYER, 32, generator=torch.Generator().manual_seed(3))
+    for axis in planted_axes():
+        drawn -= (drawn @ axis)[:, None] * axis
+    return torch.nn.functional.normalize(drawn, dim=-1)
 
 
 class Layers(InProcess):
@@ -83,9 +92,13 @@ class Started:
         self.sets = run.load_prompts(self.recipe, self.directory, folder, self.watch)
         self.pool = Layers(Replica(self.recipe, str(model), self.sets.scored))
         run.describe(self.recipe, self.directory, self.pool, "", self.watch)
-        self.setup, self.shards = run.find_directions(
+        found, self.shards = run.find_directions(
             self.recipe, self.directory, self.pool, self.sets, self.watch
         )
+        # blocks below the planted one leave the same at the last token: let them have some direction
+        vectors = found.directions.vectors.clone()
+        vectors[:PLANTED_LAYER] = meaningless()
+        self.setup = replace(found, directions=replace(found.directions, vectors=vectors))
 
     def try_layers(self) -> Any:
         run.try_layers(
