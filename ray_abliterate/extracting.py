@@ -33,7 +33,7 @@ def extract(
     if RunDirectory.is_one(folder):
         directory = RunDirectory.open(folder)
         own = directory.recipe
-        read = ("residual_dtype", "skip_common_prefix", "positions")
+        read = ("residual_dtype", "skip_common_prefix", "positions", "per_component")
         direction = own.direction.model_copy(update={k: getattr(recipe.direction, k) for k in read})
         same: dict[str, Any] = {
             "model": recipe.model, "prompts": recipe.prompts, "direction": direction,

@@ -179,6 +179,7 @@ def _direction(directory: RunDirectory, plan: Plan) -> dict[str, Any]:
     offset = plan.source_offset
     own = "each layer's own" + ("" if offset is None else f", taken {offset:+.2f} layers from it")
     many = f", up to {found.rank} a layer" if found and found.rank > 1 else ""
+    many += ", of each component's own" if found and found.components else ""
     known = directory.environment.get("prompts", {})
     filtered = directory.environment.get("filtered", {})
     known = {name: {**facts, **_kept(filtered.get(name))} for name, facts in known.items()}

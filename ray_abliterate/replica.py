@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ray_abliterate.architecture import WriterRow, find_writers, hidden_size
+from ray_abliterate.contributions import Places, contributing
 from ray_abliterate.directions import Directions, LayerScores
 from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
@@ -60,9 +61,8 @@ class Setup:
     @property
     def key(self) -> str:
         """Content key."""
-        vectors = self.directions.rows.numpy().tobytes()
         rest = repr((self.response_prefix, self.tuning)).encode()
-        return hashlib.sha256(vectors + rest).hexdigest()
+        return hashlib.sha256(self.directions.bits() + rest).hexdigest()
 
 
 class Replica:
@@ -218,8 +218,11 @@ class Replica:
         self.model.response_prefix = response_prefix
         if tuning is not None:
             self.model.use(tuning)
-        settings = self._recipe.direction
-        values = self.model.residuals(prompts, settings.positions).numpy()
+        settings, layers = self._recipe.direction, len(self.model.blocks)
+        more: Places = ()
+        if settings.per_component:
+            more = contributing(self.model.module, self._writers, layers)
+        values = self.model.residuals(prompts, settings.positions, more).numpy()
         return ResidualShard.of(name, first, values, settings.residual_dtype).batch
 
     def shows(

@@ -274,7 +274,7 @@ def _unit(
     scale = torch.maximum(behaviour.norm(dim=-1), neutral.norm(dim=-1))
     norms = lead.norm(dim=-1)
     usable = norms > VANISHING * scale.clamp_min(torch.finfo(torch.float32).tiny)
-    for layer in (~usable).nonzero().flatten().tolist():
+    for layer in (~usable & (scale > 0)).nonzero().flatten().tolist():  # else nothing is there
         log.warning("layer %d has no direction: the two sets don't differ there", layer)
     units = [torch.where(usable[:, None], lead / norms.clamp_min(TINY)[:, None], 0.0)]
     for row in raw[:, 1:].unbind(dim=1):
