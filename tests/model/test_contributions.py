@@ -142,11 +142,12 @@ def test_each_writer_is_edited_along_its_own_direction(
     cache = WeightCache(model, writers)
     shape = Replica(found.directory.recipe, str(planted_folder), {}).describe().shape
     stream = Directions(directions.vectors, directions.method, directions.origin)
-    for given in (directions, stream, directions):  # products of others are not taken
-        with cache.edited(Plan.uniform(shape, 2.0, "none"), given):
+    cases = [(directions, 2.0), (stream, 2.0), (directions, 2.0), (directions, 2.5)]
+    for given, layer in cases:  # products of others are not taken
+        with cache.edited(Plan.uniform(shape, layer, "none"), given):
             for writer in writers:
                 weight = oriented(model.get_parameter(writer.parameter).detach(), writer)
-                own, general = given.of(writer.component).vectors[2], given.vectors[2]
+                own, general = given.of(writer.component).at(layer), given.at(layer)
                 assert (own @ weight).abs().max() < 1e-4
                 if writer.component == "mlp" and given is not stream:
                     assert (general @ weight).abs().max() > 1e-2
