@@ -188,7 +188,7 @@ def test_a_layer_that_carries_the_behaviour_is_chosen_and_one_that_does_not_is_d
 def test_the_model_is_the_base_model_again_and_its_learning_is_kept(
     tried: Started, planted_folder: Path
 ) -> None:
-    replica = tried.pool.replica
+    replica = Replica(tried.recipe, str(planted_folder), {})
     before = {name: value.clone() for name, value in replica.model.module.state_dict().items()}
     prompts = tried.sets.scored["kl-divergence"].prompts
     logits = replica.model.next_token_logits(prompts)
