@@ -159,12 +159,15 @@ def test_it_is_said_how_many_and_which_were_left_out(
     assert sets[0]["fingerprint"] == one["fingerprint"][:16]
 
 
-def test_show_says_so_too(filtered: Started) -> None:
+def test_show_and_directions_say_so_too(filtered: Started, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    done = CliRunner().invoke(app, ["show", str(filtered.directory.path)])
-    assert done.exit_code == 0, done.output
-    assert "2 of 7 prompts are left out" in " ".join(done.output.split())
+    path = str(filtered.directory.path)
+    compare = ["--method", "mean-difference", "--pairs", "2", "--to", str(tmp_path)]
+    for arguments in (["show", path], ["directions", path, *compare]):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        assert "2 of 7 prompts are left out" in " ".join(done.output.split())
 
 
 def test_a_run_that_was_stopped_asks_only_for_batches_that_are_missing(
