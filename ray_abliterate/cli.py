@@ -191,11 +191,13 @@ def show(
     ] = False,
 ) -> None:
     """Show the frontier, or one trial."""
+    from ray_abliterate.hygiene import left_out_lines
     from ray_abliterate.live import (
         console,
         count_trials,
         foreign_table,
         frontier_table,
+        layers_table,
         suites_table,
     )
     from ray_abliterate.rundir import RunDirectory
@@ -208,7 +210,11 @@ def show(
         trials = directory.trials()
         baseline = directory.baseline()
         output.print(count_trials(trials, directory.recipe.search.trials))
+        for line in left_out_lines(directory.environment):
+            output.print(line, markup=False)
         output.print(frontier_table(_frontier(trials), baseline.scorecard if baseline else None))
+        if selection := directory.selection():
+            output.print(layers_table(selection))
         if imported := directory.foreign():
             output.print(foreign_table(imported))
         kept = directory.measurements(directory.recipe.suites)

@@ -28,7 +28,8 @@ def directions(
 ) -> None:
     """Compare direction methods without a search: a table, and directions.html."""
     from ray_abliterate.comparison_page import comparison_page, terminal_tables
-    from ray_abliterate.live import console, watching
+    from ray_abliterate.hygiene import left_out_lines
+    from ray_abliterate.live import console, layers_table, watching
     from ray_abliterate.looking import compare_run, methods_of, write_comparison
     from ray_abliterate.rundir import RunDirectory
 
@@ -48,10 +49,15 @@ def directions(
             text = source.read_text(encoding="utf-8")
             directory = extract(settings, text, source.parent, to, watch)
         found = compare_run(directory, methods, pairs, watch)
-    page = comparison_page(found, directory.recipe.model.name)
-    written = write_comparison(found, page, to or directory.path)
+    selection = directory.selection()
+    page = comparison_page(found, directory.recipe.model.name, selection)
+    written = write_comparison(found, page, to or directory.path, selection)
+    for line in left_out_lines(directory.environment):
+        output.print(line, markup=False)
     for table in terminal_tables(found):
         output.print(table, "")
+    if selection is not None:
+        output.print(layers_table(selection), "")
     for name, why in found.failed.items():
         output.print(f"{name} has no direction here: {why}", markup=False)
     output.print(f"Take {found.advice.method}.", *found.advice.reasons, markup=False)

@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table as TerminalTable
 
 from ray_abliterate.comparison import Comparison
+from ray_abliterate.directions.selection import HEAD as HEAD_LAYERS
+from ray_abliterate.directions.selection import Selection
 from ray_abliterate.page import Figure, Page, Plot, Section, Table, line, short, upright, view
 from ray_abliterate.separation import auroc_error
 
@@ -27,6 +29,12 @@ ABOUT_METHODS = (
     "prompts that it was not found from: each half of the prompts is measured along the direction "
     "of the other half. “Halves' cosine” is that of the two halves' directions; “to the truth” the "
     "estimated cosine of the direction from all prompts with the one from infinitely many."
+)
+ABOUT_LAYERS = (
+    "Log-odds (nats) that answers begin as refusals do: to held-out prompts that show the "
+    "behaviour, the direction taken out of all weights; and to neutral ones, the direction added "
+    "after its layer. The divergence is that of neutral prompts from the base model, the direction "
+    "taken out."
 )
 
 
@@ -79,10 +87,11 @@ def terminal_tables(found: Comparison) -> list[TerminalTable]:
     ]  # fmt: skip
 
 
-def comparison_page(found: Comparison, model: str) -> Page:
-    """The page."""
+def comparison_page(found: Comparison, model: str, selection: Selection | None = None) -> Page:
+    """The page; with what layers' directions do, if they were tried."""
     sizes, steady = stability_rows(found)
-    advice = Section(f"Take {found.advice.method}", found.advice.reasons)
+    said = (selection.sentence(),) if selection else ()
+    advice = Section(f"Take {found.advice.method}", (*found.advice.reasons, *said))
     failed = [f"{name} has no direction here: {why}" for name, why in found.failed.items()]
     methods = Section(
         "Methods",
@@ -107,7 +116,13 @@ def comparison_page(found: Comparison, model: str) -> Page:
     )
     counts = f"{found.counts[0]} prompts that show the behaviour and {found.counts[1]} that don't"
     lead = f"Direction methods compared without a search, on {counts}; {found.layers} layers."
-    return Page(f"{model}: directions", lead, (advice, methods, alike, enough))
+    tried = [_tried(selection)] if selection else []
+    return Page(f"{model}: directions", lead, (advice, methods, *tried, alike, enough))
+
+
+def _tried(selection: Selection) -> Section:
+    table = Table(HEAD_LAYERS, selection.rows())
+    return Section("What each layer's direction does", (ABOUT_LAYERS,), (table,))
 
 
 def _separation(found: Comparison) -> Plot:

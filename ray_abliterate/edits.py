@@ -78,12 +78,13 @@ class Edits(Generic[T]):
         for target in self._targets:
             writer = target.writer
             strength = strengths.get(writer.component, (0.0,) * layers)[writer.layer]
-            if strength != 0 and (blends := directions.used(plan, writer.layer)):
+            own = directions.of(writer.component)
+            if strength != 0 and (blends := own.used(plan, writer.layer)):
                 yield target, blends, strength
 
     def _use(self, directions: Directions) -> None:
         """Forget the products of other directions."""
-        if self._directions is not None and torch.equal(self._directions.rows, directions.rows):
+        if self._directions is not None and _same(self._directions, directions):
             return
         for target in self._targets:
             if target.writer.layer >= directions.layers:
@@ -120,11 +121,21 @@ class Edits(Generic[T]):
     def _rows_of(self, target: T) -> Tensor:
         """All directions as this writer sees them: pulled back through the norm after it."""
         assert self._directions is not None
-        vectors = self._directions.rows.to(target.device)
+        vectors = self._directions.of(target.writer.component).rows.to(target.device)
         return vectors if target.gain is None else vectors * target.gain.to(vectors.device)
 
     def _estimate(self, target: T) -> int:
         """Bytes of a writer's products, in the largest mode."""
         assert self._directions is not None
         experts, hidden, fan_in = target.shape
-        return 4 * len(self._directions.rows) * experts * (fan_in + hidden)
+        rows = self._directions.of(target.writer.component).rows
+        return 4 * len(rows) * experts * (fan_in + hidden)
+
+
+def _same(one: Directions, other: Directions) -> bool:
+    """Whether all edits come out the same."""
+    if one.components.keys() != other.components.keys():
+        return False
+    return torch.equal(one.rows, other.rows) and all(
+        torch.equal(own.rows, other.components[name].rows) for name, own in one.components.items()
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ray_abliterate.contributions import Places
 from ray_abliterate.drafts import DraftPlan
 from ray_abliterate.packed import PackedModel, Pass, Shared, Slab
 from ray_abliterate.scoring import AnswerWatch
@@ -170,11 +171,13 @@ class Engine:
         count = len(last)
         return [list(parts[i * count : (i + 1) * count]) for i in range(len(edits))]
 
-    def residuals(self, batch: Batch) -> Tensor:
-        """Every block's output at each row's last token, `"row layer hidden"`, float32."""
+    def residuals(self, batch: Batch, more: Places = ()) -> Tensor:
+        """Every block's output at each row's last token, `"row layer hidden"`, float32; `more`
+        modules' outputs come after them."""
         slab, plan = self._slab(batch, 1, 0), DraftPlan.of([()] * len(batch.rows))
         tokens = self._prompt_tokens(batch, plan, plan, [1] * len(batch.rows), 1)
-        return self.model.residuals(self._pass(batch, tokens, (0,), self._shared(batch, 1)), slab)
+        given = self._pass(batch, tokens, (0,), self._shared(batch, 1))
+        return self.model.residuals(given, slab, more)
 
     @torch.inference_mode()
     def answer(

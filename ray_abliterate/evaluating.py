@@ -24,9 +24,9 @@ from ray_abliterate.progress import Watch
 from ray_abliterate.reading import Reading
 from ray_abliterate.recipe import ModelSettings, SuiteSettings
 from ray_abliterate.replica import Setup
-from ray_abliterate.run import describe, model_source, warn
+from ray_abliterate.run import describe, model_source
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.searching import Record
+from ray_abliterate.searching import Record, warn
 from ray_abliterate.suites import build
 
 MODEL = "model"

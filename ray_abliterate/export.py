@@ -178,7 +178,7 @@ def _identity(
     """What tells an interrupted export from another one."""
     return {
         "plan": trial.plan.to_json(),
-        "directions": hashlib.sha256(directions.rows.numpy().tobytes()).hexdigest(),
+        "directions": hashlib.sha256(directions.bits()).hexdigest(),
         "rank": directions.rank,
         "source": str(source.folder),
         "files": headers_fingerprint(source),

@@ -3,14 +3,21 @@
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ray_abliterate.cluster.connection import connect
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.progress import Watch
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.run import describe, find_directions, load_prompts, model_source, warn
+from ray_abliterate.run import (
+    describe,
+    find_directions,
+    load_prompts,
+    model_source,
+    try_layers,
+)
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.searching import Record
+from ray_abliterate.searching import Record, warn
 
 
 def extract(
@@ -26,11 +33,16 @@ def extract(
     if RunDirectory.is_one(folder):
         directory = RunDirectory.open(folder)
         own = directory.recipe
-        read = ("residual_dtype", "skip_common_prefix", "positions")
+        read = ("residual_dtype", "skip_common_prefix", "positions", "per_component")
         direction = own.direction.model_copy(update={k: getattr(recipe.direction, k) for k in read})
-        same = {"model": recipe.model, "prompts": recipe.prompts, "direction": direction}
+        same: dict[str, Any] = {
+            "model": recipe.model, "prompts": recipe.prompts, "direction": direction,
+        }  # fmt: skip
+        if recipe.prompts.filter_by_behaviour:  # by a scorer
+            same["scorers"] = recipe.scorers
         directory.refuse_changed(own.model_copy(update=same))
-        if directory.environment.get("residuals"):
+        tried = recipe.search.seeds != "log-odds" or directory.selection() is not None
+        if directory.environment.get("residuals") and tried:
             return directory
     else:
         directory = RunDirectory.create(folder, recipe, recipe_text)
@@ -48,5 +60,6 @@ def extract(
             starting = ReplicaPool.start(recipe, source, {}, record.event)
             pool = open_until_the_end.enter_context(starting)
         describe(recipe, directory, pool, dashboard, watch)
-        find_directions(recipe, directory, pool, sets, watch)
+        setup, shards = find_directions(recipe, directory, pool, sets, watch)
+        try_layers(recipe, directory, pool, sets, setup, shards, watch)
     return directory

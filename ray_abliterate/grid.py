@@ -96,6 +96,12 @@ def even(count: int, most: int) -> int:
     return -(-count // max(batches, 1))
 
 
+def steady(rows: int) -> int:
+    """Rows rounded down to a power of two, so that runs which find a little more or less memory
+    free cut prompts into the same batches."""
+    return 1 << (rows.bit_length() - 1)
+
+
 def most_rows(device: "torch.device") -> int:
     """Rows beyond which nothing is saved."""
     return MOST_ROWS.get(device.type, MOST_ROWS_CUDA)

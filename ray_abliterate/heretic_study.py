@@ -213,7 +213,7 @@ def recipe_values(study: HereticStudy, model: str | None) -> dict[str, Any]:
             "trials": len(study.trials),
             "startup_trials": int(known.get("n_startup_trials", 60)),
             "seed": int(known.get("seed") or 0),
-            "seed_points": False,
+            "seeds": "none",
         },
         "scorers": list(_scorers(known)),
         "run": _set(batch_size=known.get("batch_size") or None),

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ray_abliterate.directions.selection import HEAD, Selection
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.measurements import BASE, Finding, Measurements, comparison_text, label
 from ray_abliterate.scoring import Score, Scorecard
@@ -79,6 +80,18 @@ def frontier_table(
         table.add_row(f"{trial.number}{mark}", *scores, *found, scope, f"{trial.seconds:.1f}")
     if len(members) < len(frontier):
         table.caption = f"{len(members)} of {len(frontier)} members"
+    return table
+
+
+def layers_table(selection: Selection) -> Table:
+    """What layers' directions do to held-out prompts."""
+    title = "Directions by layer, on held-out prompts"
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for place, heading in enumerate(HEAD):
+        table.add_column(heading, justify="right" if 0 < place < len(HEAD) - 1 else "left")
+    for row in selection.rows():
+        table.add_row(*row)
+    table.caption, table.caption_justify = selection.sentence(), "left"
     return table
 
 

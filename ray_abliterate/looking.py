@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ray_abliterate.comparison import Comparison, best_row, compare
-from ray_abliterate.directions import refuse_unknown
+from ray_abliterate.directions import Selection, refuse_unknown
 from ray_abliterate.errors import RecipeError, RunDirectoryError, SearchError
 from ray_abliterate.files import write_whole
 from ray_abliterate.frontier import Frontier, Trial
@@ -133,9 +133,12 @@ def write_look(found: Look, page: Page, folder: Path) -> Path:
     return _write(folder, "residuals", facts, page)
 
 
-def write_comparison(found: Comparison, page: Page, folder: Path) -> Path:
+def write_comparison(
+    found: Comparison, page: Page, folder: Path, selection: Selection | None = None
+) -> Path:
     """Write `directions.json` and `directions.html`; says where the page is."""
-    return _write(folder, "directions", found.to_json(), page)
+    tried = {"selection": selection.to_json()} if selection else {}
+    return _write(folder, "directions", {**found.to_json(), **tried}, page)
 
 
 def _write(folder: Path, name: str, facts: object, page: Page) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ray_abliterate.architecture import find_blocks
 from ray_abliterate.chat_format import ChatFormat, close_thinking, common_prefix
+from ray_abliterate.contributions import Places
 from ray_abliterate.engine import Batch, Engine, Techniques
 from ray_abliterate.errors import ModelError
 from ray_abliterate.grid import (
@@ -233,7 +234,9 @@ class LanguageModel:
         return self.chat.opening(text)
 
     @torch.inference_mode()
-    def residuals(self, prompts: Sequence[Prompt], positions: int = 1) -> ResidualValues:
+    def residuals(
+        self, prompts: Sequence[Prompt], positions: int = 1, more: Places = ()
+    ) -> ResidualValues:
         """Every block's output at the last token, float32 on the CPU, `"prompt layer hidden"`.
 
         Args:
@@ -241,6 +244,7 @@ class LanguageModel:
             positions: How many tokens, counted from the end; all blocks at the last token come
                 first, then all at the one before it, and so on. Each is read at the end of a
                 prompt that is cut there, which a causal model can't tell from the whole one.
+            more: Modules whose outputs come after those of the blocks, at each token.
 
         Raises:
             ModelError: the prompts don't end with so many tokens in common.
@@ -255,18 +259,18 @@ class LanguageModel:
                 f"apart by themselves. Set it to {max(shared, 1)} or less."
             )
         cut = ([row[: len(row) - back] for row in rows] for back in range(positions))
-        return torch.cat([self._last_residuals(rows) for rows in cut], dim=1)
+        return torch.cat([self._last_residuals(rows, more) for rows in cut], dim=1)
 
-    def _last_residuals(self, rows: list[Row]) -> ResidualValues:
+    def _last_residuals(self, rows: list[Row], more: Places) -> ResidualValues:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         prefix = cache(partial(self.padded.shared, rows))
 
         def work(indices: list[int], batch: Batch | None) -> None:
             if batch is not None and self._engine is not None:
-                values = self._engine.residuals(batch).cpu()
+                values = self._engine.residuals(batch, more).cpu()
             else:
                 some = [rows[i] for i in indices]
-                values = self.padded.residuals(some, prefix())
+                values = self.padded.residuals(some, prefix(), more)
             for place, index in enumerate(indices):
                 found[index] = values[place]
 

@@ -179,7 +179,10 @@ def _direction(directory: RunDirectory, plan: Plan) -> dict[str, Any]:
     offset = plan.source_offset
     own = "each layer's own" + ("" if offset is None else f", taken {offset:+.2f} layers from it")
     many = f", up to {found.rank} a layer" if found and found.rank > 1 else ""
+    many += ", of each component's own" if found and found.components else ""
     known = directory.environment.get("prompts", {})
+    filtered = directory.environment.get("filtered", {})
+    known = {name: {**facts, **_kept(filtered.get(name))} for name, facts in known.items()}
     return {
         "method": found.method if found else settings.method,
         "scope": (at_layer if plan.scope == "global" else own) + many,
@@ -196,6 +199,13 @@ def _direction(directory: RunDirectory, plan: Plan) -> dict[str, Any]:
             if name in known
         ],
     }
+
+
+def _kept(filtered: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of a set, what is said of the prompts that were kept, if others were left out."""
+    if filtered is None:
+        return {}
+    return {"prompts": filtered["kept"], "fingerprint": filtered["fingerprint"]}
 
 
 def _strengths(directory: RunDirectory, plan: Plan) -> Iterator[dict[str, Any]]:

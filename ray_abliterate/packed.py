@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ray_abliterate.contributions import Places, outputs_of, stacked
 from ray_abliterate.errors import ModelError
 from ray_abliterate.skipping import begun_at, recorded
 
@@ -335,21 +336,16 @@ class PackedModel:
         return output.logits[0], {layer: inputs[0] for layer, inputs in found.items()}
 
     @torch.inference_mode()
-    def residuals(self, given: Pass, slab: Slab) -> Tensor:
-        """Every block's output at the wanted tokens, `"wanted layer hidden"`, float32."""
-        outputs: list[Tensor] = []
+    def residuals(self, given: Pass, slab: Slab, more: Places = ()) -> Tensor:
+        """Every block's output at the wanted tokens, `"wanted layer hidden"`, float32; `more`
+        modules' outputs come after them."""
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple | list) else output
-            outputs.append(hidden[0].index_select(0, given.wanted).float())
+        def take(hidden: Tensor) -> Tensor:
+            return hidden.flatten(0, -2).index_select(0, given.wanted).float()
 
-        handles = [block.register_forward_hook(keep) for block in self._blocks]
-        try:
+        with outputs_of([*self._blocks, *more], take) as found:
             self.run(given, slab)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.stack(outputs, dim=1)
+        return stacked(found)
 
     @contextmanager
     def _ours(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ray_abliterate import shared_prefix
 from ray_abliterate.chat_format import ChatFormat
+from ray_abliterate.contributions import Places, outputs_of, stacked
 from ray_abliterate.scoring import AnswerWatch
 from ray_abliterate.shared_prefix import Prefix
 
@@ -95,12 +96,17 @@ class PaddedModel:
 
     @torch.inference_mode()
     def residuals(
-        self, rows: Sequence[Row], prefix: Prefix
+        self, rows: Sequence[Row], prefix: Prefix, more: Places = ()
     ) -> Float[Tensor, "prompt layer hidden"]:
-        """Every block's output at the last token, float32 on the CPU."""
-        with self._recorded() as outputs:
+        """Every block's output at the last token, float32 on the CPU; `more` modules' outputs come
+        after them."""
+
+        def take(hidden: Tensor) -> Tensor:
+            return hidden.reshape(len(rows), -1, hidden.shape[-1])[:, -1].float().cpu()
+
+        with outputs_of([*self._blocks, *more], take) as found:
             self.logits(rows, 1, prefix)
-        return torch.stack([outputs[i] for i in range(len(self._blocks))], dim=1)
+        return stacked(found)
 
     @torch.inference_mode()
     def generate(
@@ -136,25 +142,6 @@ class PaddedModel:
         if prefix.cache is not None:
             tensors["past_key_values"] = prefix.for_rows(len(rows))
         return tensors
-
-    @contextmanager
-    def _recorded(self) -> Iterator[dict[int, Tensor]]:
-        """Collect each block's output at the last position while the body runs."""
-        outputs: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                hidden = output[0] if isinstance(output, tuple | list) else output
-                outputs[layer] = hidden[:, -1].float().cpu()
-
-            return hook
-
-        handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(self._blocks)]
-        try:
-            yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.inference_mode()
     def _unchanged(self, lengths: tuple[int, int], share: int) -> bool:

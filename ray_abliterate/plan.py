@@ -208,7 +208,8 @@ class Space:
     def seeds(self, best_layer: float) -> tuple[dict[str, Value], ...]:
         """Points worth trying first: full strength everywhere from `best_layer`, and the middle.
 
-        Both are clamped to the space; the first is as near to uniform strength 1 as it allows.
+        Both are clamped to the space; the first is as near to uniform strength 1 as it allows, and
+        takes one direction for all layers if it may.
         """
         wishes = {"peak": 1.0, "floor": 1.0, "reach": float(self.shape.layers)}
         wishes["source_offset"] = 0.0
@@ -217,6 +218,8 @@ class Space:
         for name, domain in self.parameters:
             if isinstance(domain, Choice):
                 uniform[name] = middle[name] = domain.options[0]
+                if "global" in domain.options:
+                    uniform[name] = "global"
                 continue
             wish = best_layer if name == "direction_layer" else domain.middle
             uniform[name] = domain.clamp(wishes.get(name.rpartition(".")[2], wish))

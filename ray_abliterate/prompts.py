@@ -5,8 +5,8 @@ Knows nothing about where prompts come from (`sources.py`) or how a model reads 
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class PromptSet:
         """Prompts of this set whose text is in `other` too, case and spacing aside."""
         known = {_folded(prompt) for prompt in other.prompts}
         return tuple(prompt for prompt in self.prompts if _folded(prompt) in known)
+
+    def only(self, places: Iterable[int]) -> "PromptSet":
+        """The prompts at some places of this set, as a set of their own; one at least."""
+        return replace(self, prompts=tuple(self.prompts[place] for place in places))
 
     def batches(self, size: int) -> Iterator[tuple[int, tuple[Prompt, ...]]]:
         """Fixed batches in order, each with its number: the unit of distributed work."""

@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 Norm = Literal["none", "row", "column"]
+Seeds = Literal["fisher", "auroc", "silhouette", "mutual-information", "log-odds", "none"]
 
 
 class ModelSettings(Section):
@@ -118,6 +119,12 @@ class PromptSettings(Section):
     """Prompts that show the behaviour."""
     neutral: PromptSource
     """Prompts that don't."""
+    filter_by_behaviour: bool = False
+    """Have the base model answer both sets once, and leave out prompts whose answer contradicts
+    their set: without the behaviour, or with it. The recipe's first `keyword-rate` or
+    `refusal-judge` reads the answers; without one, `refusal-log-odds` tells."""
+    least_prompts: int = Field(16, ge=1)
+    """With `filter_by_behaviour`: a set that is left with fewer prompts ends the run."""
 
 
 class EditSettings(Section):
@@ -138,8 +145,11 @@ class SearchSettings(Section):
     """Candidates that the sampler weighs per plan."""
     seed: int = Field(0, ge=0)
     """Seed of the sampler."""
-    seed_points: bool = True
-    """Begin with two plans known to be sensible: full strength everywhere, and the middle."""
+    seeds: Seeds = "fisher"
+    """Begin with two plans: the middle of the space, and one layer's direction taken out everywhere
+    at full strength. That layer tells the prompt sets apart best by this measure; or, with
+    `log-odds`, refusals go furthest without its direction, on held-out prompts: those of the first
+    `refusal-log-odds` and `kl-divergence`. `none`: no such plans."""
     concurrency: int | None = Field(None, ge=1)
     """Plans in evaluation at once; replicas times `trials_per_pass` if unset. One more waits."""
     batch_synchronous: bool = False
@@ -209,6 +219,41 @@ class Recipe(Section):
                 "to measure"
             )
         return self
+
+    @model_validator(mode="after")
+    def _filter_has_a_test(self) -> "Recipe":
+        if not self.prompts.filter_by_behaviour:
+            return self
+        if self.behaviour_test is None:
+            raise ValueError(
+                "prompts.filter_by_behaviour needs a scorer that can tell of one answer whether it "
+                "shows the behaviour: a keyword-rate, refusal-judge or refusal-log-odds"
+            )
+        methods = {self.direction.method, *(member.method for member in self.direction.ensemble)}
+        if "pca-paired" in methods:
+            raise ValueError(
+                "prompts.filter_by_behaviour leaves prompts out of either set, so that pairs no "
+                "longer stand beside each other, as pca-paired needs them; choose one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_have_prompts(self) -> "Recipe":
+        kinds = {scorer.kind for scorer in self.scorers}
+        missing = [k for k in ("refusal-log-odds", "kl-divergence") if k not in kinds]
+        if self.search.seeds == "log-odds" and missing:
+            raise ValueError(
+                f'search.seeds = "log-odds" tries layers on the prompts of a {missing[0]} scorer, '
+                f'and there is none; add one (goal = "report" will do), or choose another measure'
+            )
+        return self
+
+    @property
+    def behaviour_test(self) -> "KeywordRate | RefusalJudge | RefusalLogOdds | None":
+        """The scorer that says of one answer whether it shows the behaviour: the first that reads
+        answers, or else the first that looks at how they begin."""
+        kinds = ((KeywordRate, RefusalJudge), (RefusalLogOdds,))
+        return next((s for kind in kinds for s in self.scorers if isinstance(s, kind)), None)
 
     @property
     def evaluators(self) -> ModelSettings:

@@ -15,18 +15,20 @@ from typing import Any
 import torch
 
 from ray_abliterate.architecture import WriterRow, find_writers, hidden_size
-from ray_abliterate.directions import Directions
+from ray_abliterate.contributions import Places, contributing
+from ray_abliterate.directions import Directions, LayerScores
 from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
 from ray_abliterate.grid import Tuning, free_bytes
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
+from ray_abliterate.probing import Probe, Prober
 from ray_abliterate.profiling import Profile, profiled
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.reading import Keeping, Reader, Reading, Route
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.scorers import build
+from ray_abliterate.scorers import build, shown
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.shards import ResidualShard
 from ray_abliterate.shared_answers import sharing
@@ -59,9 +61,8 @@ class Setup:
     @property
     def key(self) -> str:
         """Content key."""
-        vectors = self.directions.rows.numpy().tobytes()
         rest = repr((self.response_prefix, self.tuning)).encode()
-        return hashlib.sha256(vectors + rest).hexdigest()
+        return hashlib.sha256(self.directions.bits() + rest).hexdigest()
 
 
 class Replica:
@@ -97,6 +98,7 @@ class Replica:
             self.cache.on_write = self.model.upcast.written
         self.model.original = self.cache.suspended
         self._reader = Reader(self.model)
+        self._prober = Prober(self.model, self.cache, self._shape())
         self._virtual: VirtualEdits | None = None
         self._scorers: tuple[Scorer, ...] = ()
         self._prepared_for = ""
@@ -105,7 +107,6 @@ class Replica:
         """The model's shape and sizes."""
         module = self.model.module
         parameters = list(module.parameters())
-        components = tuple(sorted({writer.component for writer in self._writers}))
         notes = []
         if not self.model.padded.pads_safely:
             notes.append("padding changes this model's output: batches hold prompts of one length")
@@ -115,7 +116,7 @@ class Replica:
             notes.append("this CPU is faster in float32: linear layers compute in it, and round")
         most, why = self._most_per_pass()
         return ModelFacts(
-            shape=ModelShape(len(self.model.blocks), hidden_size(module), components),
+            shape=self._shape(),
             writers=len(self._writers),
             parameters=sum(p.numel() for p in parameters),
             model_bytes=sum(p.numel() * p.element_size() for p in parameters),
@@ -131,6 +132,10 @@ class Replica:
             why_not_more=why,
             notes=tuple(notes),
         )
+
+    def _shape(self) -> ModelShape:
+        components = tuple(sorted({writer.component for writer in self._writers}))
+        return ModelShape(len(self.model.blocks), hidden_size(self.model.module), components)
 
     def tune(self) -> Tuning:
         """How this run's replicas compute: by the memory and the speed of this one."""
@@ -213,9 +218,45 @@ class Replica:
         self.model.response_prefix = response_prefix
         if tuning is not None:
             self.model.use(tuning)
-        settings = self._recipe.direction
-        values = self.model.residuals(prompts, settings.positions).numpy()
+        settings, layers = self._recipe.direction, len(self.model.blocks)
+        more: Places = ()
+        if settings.per_component:
+            more = contributing(self.model.module, self._writers, layers)
+        values = self.model.residuals(prompts, settings.positions, more).numpy()
         return ResidualShard.of(name, first, values, settings.residual_dtype).batch
+
+    def shows(
+        self,
+        name: str,
+        first: int,
+        prompts: Sequence[Prompt],
+        response_prefix: tuple[int, ...],
+        tuning: Tuning,
+    ) -> tuple[str, int, list[bool | None]]:
+        """Whether the base model shows the behaviour at each prompt of one fixed batch.
+
+        By the recipe's own test (`Recipe.behaviour_test`); None where it can't be told.
+
+        Args:
+            name: The prompt set's; given back, as `first` is, since batches end in any order.
+            first: The first prompt's place in the set.
+            prompts: The batch.
+            response_prefix: Tokens after each prompt.
+            tuning: How to compute.
+        """
+        self.model.response_prefix = response_prefix
+        self.model.use(tuning)
+        test = self._recipe.behaviour_test
+        assert test is not None
+        with self.model.passing():
+            return name, first, shown(test, prompts, self.model)
+
+    def probe(self, probe: Probe, layer: int, length: float, setup: Setup) -> LayerScores:
+        """What one layer's direction does to held-out prompts, see `Prober.scores`."""
+        self.model.response_prefix = setup.response_prefix
+        if setup.tuning is not None:
+            self.model.use(setup.tuning)
+        return self._prober.scores(probe, layer, length, setup.directions)
 
     def evaluate(self, plan: Plan, setup: Setup, bar: Bar | None = None) -> Evaluation:
         """Score the model that a plan makes; the model is the base model again afterwards.

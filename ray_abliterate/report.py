@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ray_abliterate.directions.selection import HEAD
 from ray_abliterate.figures.frontier import frontier_figure
 from ray_abliterate.figures.importance import importance_figure
 from ray_abliterate.figures.layers import members_figure, separation_figures, strength_figure
@@ -84,6 +85,7 @@ def build_report(directory: RunDirectory) -> str:
         suites=_suites(run),
         rows=[_row(run, trial, directory.path) for trial in run.frontier.members],
         others=[_row(run, trial, directory.path) for trial in run.trials if trial.scorecard],
+        layers_head=HEAD,
         choices=choices(run),
         sheets=sheets(run),
         exports=exports(directory),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_abliterate.directions import Selection
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.measurements import BASE, Finding, comparison_text
 from ray_abliterate.plan import ModelShape, Plan, Space
@@ -25,6 +26,7 @@ class RunData:
     frontier: Frontier
     base: Baseline | None
     suites: SuiteResults
+    selection: Selection | None = None
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "RunData":
@@ -32,7 +34,8 @@ class RunData:
         trials = directory.trials()
         environment, base = directory.environment, directory.baseline()
         found = SuiteResults.read(directory)
-        return cls(directory.recipe, environment, trials, Frontier.of(trials), base, found)
+        frontier, selection = Frontier.of(trials), directory.selection()
+        return cls(directory.recipe, environment, trials, frontier, base, found, selection)
 
     @property
     def finished(self) -> list[tuple[Trial, Scorecard]]:

@@ -6,9 +6,9 @@ Everything is left in the run directory as it comes; a run that was stopped goes
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier
+from ray_abliterate.hygiene import Answering, agreeing, refuse_small
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
 from ray_abliterate.prompts import PromptSet
@@ -27,7 +28,8 @@ from ray_abliterate.recipe import PluginScorer, Recipe
 from ray_abliterate.replica import Setup
 from ray_abliterate.rundir import Baseline, RunDirectory
 from ray_abliterate.scoring import resolve
-from ray_abliterate.searching import Record, search
+from ray_abliterate.searching import Record, search, warn
+from ray_abliterate.seeding import probe_of, select_layer
 from ray_abliterate.shard_files import ShardFiles
 from ray_abliterate.sources import load_prompt_set, warn_on_overlap
 from ray_abliterate.validation import validate, validating
@@ -91,6 +93,8 @@ def run(
         setup, shards = find_directions(recipe, directory, pool, sets, watch)
         shared = pool.put(setup)
         baseline = measure_baseline(directory, pool, setup, shared, shards, watch)
+        if not directory.trials():
+            try_layers(recipe, directory, pool, sets, setup, shards, watch)
         if profile:
             profile_trial(recipe, directory, pool, shared, baseline, watch)
         beside = validating(directory, base, source, pool, shared, record, watch)
@@ -99,14 +103,6 @@ def run(
         if len(directory.trials()) >= recipe.search.trials:
             validate(directory, base, pool, shared, watch)
     return Frontier.of(directory.trials())
-
-
-def warn(directory: RunDirectory, watch: Watch, text: str) -> None:
-    """Say it now, and in the report."""
-    watch.note(f"warning: {text}")
-    known = directory.environment.get("warnings", [])
-    if text not in known:
-        directory.note(warnings=[*known, text])
 
 
 def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Watch) -> PromptSets:
@@ -129,6 +125,7 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
                 if scorer.prompts is not None
             },
         )
+    refuse_small(recipe, (sets.behaviour, sets.neutral))
     known = directory.environment.get("prompts")
     for name, facts in sets.facts().items():
         if known is not None and known[name]["fingerprint"] != facts["fingerprint"]:
@@ -208,6 +205,11 @@ def find_directions(
             tuning = pool.call("tune")
         directory.note(tuning=asdict(tuning))
     prefix = response_prefix(recipe, directory, pool, sets, watch)
+    if recipe.prompts.filter_by_behaviour:
+        answering = Answering(pool, recipe, directory, prefix, tuning)
+        both, say = (sets.behaviour, sets.neutral), partial(warn, directory, watch)
+        behaviour, neutral = agreeing(both, answering, recipe, directory, say, watch)
+        sets = replace(sets, behaviour=behaviour, neutral=neutral)
     extraction = Extraction.of(recipe, prefix, tuning)
     files = ShardFiles.of(recipe.run, directory.shards, partial(warn, directory, watch))
     shards = Shards(pool, files, extraction, sets.behaviour, sets.neutral)
@@ -266,6 +268,30 @@ def measure_baseline(
             f"base model: {score.name} {score.value:.4g} [{score.low:.3g}, {score.high:.3g}]"
         )
     return baseline
+
+
+def try_layers(
+    recipe: Recipe,
+    directory: RunDirectory,
+    pool: ReplicaPool,
+    sets: PromptSets,
+    setup: Setup,
+    shards: Shards | None,
+    watch: Watch,
+) -> None:
+    """What each layer's direction does, if the search is to begin with the best of them."""
+    if recipe.search.seeds != "log-odds":
+        return
+
+    def rows() -> Sequence[Mapping[str, float]]:
+        base = directory.baseline()
+        if base is not None or shards is None:
+            assert base is not None
+            return base.separation
+        return shards.separation(setup.directions)
+
+    probe = probe_of(recipe, sets.scored)
+    select_layer(directory, pool, probe, setup, rows, watch)
 
 
 def profile_trial(

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ray_abliterate.directions import Directions
+from ray_abliterate.directions import Directions, Selection
 from ray_abliterate.errors import (
     RecipeChanged,
     RunDirectoryError,
@@ -228,8 +228,17 @@ class RunDirectory:
             ) from None
 
     def _fingerprint(self, name: str) -> str:
-        """Of a prompt set of the run."""
-        return str(self.environment.get("prompts", {}).get(name, {}).get("fingerprint", ""))
+        """Of the prompts of a set that residuals were read of."""
+        known = {**self.environment.get("prompts", {}), **self.environment.get("filtered", {})}
+        return str(known.get(name, {}).get("fingerprint", ""))
+
+    def append_verdicts(self, line: Mapping[str, Any]) -> None:
+        """Add what the base model's answers to a batch of prompts show to `verdicts.jsonl`."""
+        _append(self.path / "verdicts.jsonl", json.dumps(line))
+
+    def verdicts(self) -> tuple[dict[str, Any], ...]:
+        """All of these, in order; a torn line is skipped."""
+        return _objects(self.path / "verdicts.jsonl")
 
     def save_directions(self, directions: Directions) -> None:
         """Keep the directions."""
@@ -263,6 +272,16 @@ class RunDirectory:
         scorecard = Scorecard.from_list(values["scores"])
         return Baseline(scorecard, tuple(values["separation"]), values["best_layer"])
 
+    def save_selection(self, selection: Selection) -> None:
+        """Keep what layers' directions do to held-out prompts."""
+        text = json.dumps(selection.to_json(), indent=2, allow_nan=False)
+        write_whole(self.path / "layers.json", text.encode())
+
+    def selection(self) -> Selection | None:
+        """What layers' directions do, if they were tried."""
+        file = self.path / "layers.json"
+        return Selection.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None
+
     # Trials
 
     @property
@@ -280,11 +299,7 @@ class RunDirectory:
 
     def events(self) -> tuple[dict[str, Any], ...]:
         """All that happened to the run's replicas and files, in order; a torn line is skipped."""
-        file, found = self.path / "events.jsonl", []
-        for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return tuple(found)
+        return _objects(self.path / "events.jsonl")
 
     def tuning(self) -> Tuning | None:
         """How the run's replicas compute; None in a directory of an older version."""
@@ -388,6 +403,15 @@ class RunDirectory:
     def save_report(self, html: str) -> None:
         """Write the report."""
         write_whole(self.report, html.encode())
+
+
+def _objects(file: Path) -> tuple[dict[str, Any], ...]:
+    """The objects of an append-only file, a line each."""
+    found = []
+    for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return tuple(found)
 
 
 def _append(path: Path, line: str) -> None:

@@ -250,6 +250,15 @@ class Recorder(Protocol):
         """Prompt, answer, and whether the answer shows the behaviour."""
 
 
+@runtime_checkable
+class BehaviourTest(Protocol):
+    """A scorer that can tell of each answer by itself."""
+
+    def shows(self, model: TextModel) -> list[bool | None]:
+        """Whether the model shows the behaviour at each of the scorer's prompts; None where it
+        can't be told, and where an answer is empty or degenerate: such say nothing."""
+
+
 def resolve(spec: str) -> Any:
     """The object that `module:attribute` names.
 

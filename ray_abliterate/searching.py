@@ -16,6 +16,7 @@ from ray_abliterate.plan import Space
 from ray_abliterate.progress import Watch
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.rundir import Baseline, RunDirectory
+from ray_abliterate.seeding import seed_points
 
 
 class Record:
@@ -42,6 +43,14 @@ class Record:
         if answers:
             save = partial(self._directory.save_responses, trial.number, list(answers))
             self.writer.submit(save)
+
+
+def warn(directory: RunDirectory, watch: Watch, text: str) -> None:
+    """Say it now, and in the report."""
+    watch.note(f"warning: {text}")
+    known = directory.environment.get("warnings", [])
+    if text not in known:
+        directory.note(warnings=[*known, text])
 
 
 def search(
@@ -80,7 +89,9 @@ def search(
         watch.trial(trial, len(done), recipe.search.trials, frontier)
         on_frontier(frontier)
 
-    seeds = space.seeds(float(baseline.best_layer)) if recipe.search.seed_points else ()
+    new = not study.finished
+    say = partial(warn, directory, watch)
+    seeds = seed_points(recipe, directory, space, baseline, say) if new else ()
     with watch.stage("search"):
         study.run(pool, shared, seeds, on_trial, directory.tune, record.tell)
         record.writer.flush()

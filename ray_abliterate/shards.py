@@ -31,6 +31,8 @@ class ResidualShard:
     Columns: `prompt` (the prompt's place in its set), `set`, and `layer-0`, `layer-1`, …, each of
     fixed-size lists in float32 or float16, so that a layer is read alone, and without a copy. Of
     several token positions, all layers of the last one come first, then those of the one before.
+    What components add to the stream comes after the stream itself: all layers of the first
+    component, then of the next.
     """
 
     batch: Any
@@ -181,12 +183,13 @@ class Projected:
         return Projected(self.sums + other.sums, numpy.concatenate([self.along, other.along]))
 
 
-def sums_of(batch: Any, quantile: float = 1.0) -> Sums:
-    """The sums of one shard, every residual winsorised first (1: none is)."""
+def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> Sums:
+    """The sums of one shard, every residual winsorised first (1: none is); of some columns of
+    layers, all if unset."""
     shard = ResidualShard(batch)
     totals = [
         winsorized(shard.layer(index), quantile).sum(axis=0, dtype=numpy.float64)
-        for index in range(shard.layers)
+        for index in (range(shard.layers) if columns is None else columns)
     ]
     return Sums(shard.prompts, numpy.stack(totals))
 
@@ -201,8 +204,7 @@ def projected(
         (shard.layer(first + index) * vector.astype(numpy.float64)).sum(axis=-1)
         for index, vector in enumerate(vectors)
     ]
-    sums = sums_of(batch)
-    own = Sums(sums.prompts, sums.totals[first : first + len(vectors)])
+    own = sums_of(batch, columns=range(first, first + len(vectors)))
     return Projected(own, numpy.stack(along, axis=-1))
 
 

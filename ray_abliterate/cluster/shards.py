@@ -17,7 +17,7 @@ from ray_abliterate import directions as direction_methods
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import ModelFacts
-from ray_abliterate.grid import Tuning
+from ray_abliterate.grid import Tuning, steady
 from ray_abliterate.methods import Layer, Sample, Summary
 from ray_abliterate.progress import Watch
 from ray_abliterate.prompts import PromptSet
@@ -51,19 +51,22 @@ class Extraction:
     dtype: str
     tuning: Tuning
     positions: int = 1
+    per_component: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, prefix: tuple[int, ...], tuning: Tuning) -> "Extraction":
         """The recipe's batches, or those that memory allows.
 
-        The latter are rounded down to a power of two, so that runs which find a little more or
-        less memory free can use each other's shards.
+        The latter are rounded (`grid.steady`), so that runs can use each other's shards.
         """
         rows = tuning.read_rows
         if recipe.run.batch_size is None:
-            rows = 1 << (rows.bit_length() - 1)
+            rows = steady(rows)
         settings = recipe.direction
-        return cls(rows, prefix, settings.residual_dtype, tuning, settings.positions)
+        return cls(
+            rows, prefix, settings.residual_dtype, tuning, settings.positions,
+            settings.per_component,
+        )  # fmt: skip
 
     def key(self, facts: ModelFacts, prompts: PromptSet) -> str:
         """Content key of one set's shards."""
@@ -80,6 +83,7 @@ class Extraction:
             dtype=self.dtype,
             versions=[__version__, version("torch"), version("transformers")],
             **({"positions": self.positions} if self.positions > 1 else {}),
+            **({"components": facts.shape.components} if self.per_component else {}),
         )
 
 
@@ -107,6 +111,7 @@ class Shards:
         self._files = files
         self._sets = behaviour, neutral
         self._positions = extraction.positions
+        self._components = pool.facts.shape.components if extraction.per_component else ()
         self._keys = {s.name: extraction.key(pool.facts, s) for s in self._sets}
         rows, prefix, tuning = extraction.rows, extraction.response_prefix, extraction.tuning
         self._calls: dict[Place, tuple[Any, ...]] = {
@@ -139,16 +144,25 @@ class Shards:
         }
 
     def directions(self, settings: DirectionSettings) -> Directions:
-        """The directions; of several token positions those that tell the sets apart best."""
-        found = self._directions(settings)
+        """The directions; of several token positions those that tell the sets apart best.
+
+        With those of components, if what these add to the stream was read.
+        """
+        layers = self._pool.facts.shape.layers
+        if self._components:
+            found, *others = (
+                self._directions(settings, range(first, first + layers))
+                for first in range(0, layers * (1 + len(self._components)), layers)
+            )
+            return found.with_components(dict(zip(self._components, others, strict=True)))
+        found = self._directions(settings, range(layers * self._positions))
         if self._positions == 1:
             return found
-        layers = self._pool.facts.shape.layers
         place = direction_methods.best_position(self.separation(found), layers)
         return found.part(place * layers, layers, position=str(-1 - place))
 
-    def _directions(self, settings: DirectionSettings) -> Directions:
-        """The directions, from as much of the residuals as the method needs.
+    def _directions(self, settings: DirectionSettings, columns: range) -> Directions:
+        """The directions of some columns of the shards, from as much as the method needs.
 
         Means and variances are reduced where the residuals are. Of anything else, one layer at a
         time is here: as covariances that grow with no prompt, or as the layer's residuals.
@@ -159,13 +173,15 @@ class Shards:
         need = direction_methods.need_of(settings)
         if need == "means":
             return direction_methods.from_sums(
-                self.sums(behaviour.name, quantile),
-                self.sums(neutral.name, quantile),
+                self.sums(behaviour.name, quantile, columns),
+                self.sums(neutral.name, quantile, columns),
                 settings,
                 origin,
             )
         if need == "variances":
-            found: list[Moments] = [self._reduced(s.name, moments_of, quantile) for s in self._sets]
+            found: list[Moments] = [
+                self._reduced(s.name, moments_of, quantile, columns) for s in self._sets
+            ]
             layers = (
                 Layer(*(Summary(moments.layer(index)) for moments in found))
                 for index in range(len(found[0].mean))
@@ -174,13 +190,13 @@ class Shards:
         space = space_of(len(behaviour) + len(neutral), self._pool.facts.shape.hidden)
         summed = need == "covariances" and space.kind == "covariance"
         how = space.reason if need == "covariances" else "layer by layer from all residuals"
-        fetched = self._layers(quantile, summed)
+        fetched = self._layers(quantile, summed, columns)
         return direction_methods.from_layers(fetched, settings, {**origin, "statistics": how})
 
-    def _layers(self, quantile: float, summed: bool) -> Iterator[Layer]:
+    def _layers(self, quantile: float, summed: bool, columns: range) -> Iterator[Layer]:
         """Both sets layer by layer, as covariances or as residuals."""
         shape = self._pool.facts.shape
-        for layer in range(shape.layers * self._positions):
+        for layer in columns:
             if summed:
                 start = Pairs(Moments.nothing(shape.hidden))
                 yield Layer(
@@ -206,9 +222,9 @@ class Shards:
         ]
         return direction_methods.separation(*sides)
 
-    def sums(self, name: str, quantile: float = 1.0) -> Sums:
-        """Count and sum of one set."""
-        found: Sums = self._reduced(name, sums_of, quantile)
+    def sums(self, name: str, quantile: float = 1.0, columns: range | None = None) -> Sums:
+        """Count and sum of one set, of all columns or some."""
+        found: Sums = self._reduced(name, sums_of, quantile, columns)
         return found
 
     def gathered(self, prompts: PromptSet) -> Residuals:

@@ -11,13 +11,16 @@ from ray_abliterate.directions.finding import (
     refuse_unknown,
     rows_per_layer,
 )
+from ray_abliterate.directions.selection import LayerScores, Selection, tried_layers
 from ray_abliterate.directions.separation import best_layer, best_position, separation
 from ray_abliterate.directions.value import Blend, Directions, NoDirection
 
 __all__ = [
     "Blend",
     "Directions",
+    "LayerScores",
     "NoDirection",
+    "Selection",
     "best_layer",
     "best_position",
     "compute",
@@ -27,4 +30,5 @@ __all__ = [
     "refuse_unknown",
     "rows_per_layer",
     "separation",
+    "tried_layers",
 ]

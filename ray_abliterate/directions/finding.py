@@ -6,7 +6,6 @@ Whole sets, sums, and layers that come one at a time all end here.
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -190,7 +189,7 @@ def from_layers(
         raw.append(_raw(layer, settings))
         means.append((layer.behaviour.mean, layer.neutral.mean))
         if count := settings.project_out_components:
-            components.append(layer.find(partial(_components, count=count)))
+            components.append(layer.find(_components, count=count))
     rank = max(len(rows) for rows in raw)
     padded = [torch.nn.functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in raw]
     behaviour, neutral = (torch.stack(side) for side in zip(*means, strict=True))
@@ -275,7 +274,7 @@ def _unit(
     scale = torch.maximum(behaviour.norm(dim=-1), neutral.norm(dim=-1))
     norms = lead.norm(dim=-1)
     usable = norms > VANISHING * scale.clamp_min(torch.finfo(torch.float32).tiny)
-    for layer in (~usable).nonzero().flatten().tolist():
+    for layer in (~usable & (scale > 0)).nonzero().flatten().tolist():  # else nothing is there
         log.warning("layer %d has no direction: the two sets don't differ there", layer)
     units = [torch.where(usable[:, None], lead / norms.clamp_min(TINY)[:, None], 0.0)]
     for row in raw[:, 1:].unbind(dim=1):

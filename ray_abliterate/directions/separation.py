@@ -1,11 +1,11 @@
 """How well directions tell two sets of residuals apart, layer by layer."""
 
-import math
 from typing import Any
 
 import torch
 
-from ray_abliterate.separation import auroc, fisher
+from ray_abliterate.directions.selection import tried_layers
+from ray_abliterate.separation import auroc, fisher, mutual_information, silhouette
 from ray_abliterate.shards import Projected
 
 
@@ -13,9 +13,11 @@ def separation(behaviour: Projected, neutral: Projected) -> list[Any]:
     """How well each layer's direction tells the two sets apart: one dictionary per layer.
 
     `auroc`: chance that a behaviour prompt projects above a neutral one (0.5: not at all);
-    `fisher`: squared distance of the projected means over the sum of variances; `cosine` of the
-    two means; `behaviour_norm`, `neutral_norm`, `direction_norm`: lengths of the means and of
-    their difference, in units of the residual stream.
+    `fisher`: squared distance of the projected means over the sum of variances; `silhouette` and
+    `mutual_information` of the projections (`ray_abliterate.separation`); `gap`: distance of the
+    projected means, above 0 if the behaviour's lies further along; `cosine` of the two means;
+    `behaviour_norm`, `neutral_norm`, `direction_norm`: lengths of the means and of their
+    difference, in units of the residual stream.
     """
     a_mean, b_mean = torch.from_numpy(behaviour.sums.mean), torch.from_numpy(neutral.sums.mean)
     rows = []
@@ -28,6 +30,9 @@ def separation(behaviour: Projected, neutral: Projected) -> list[Any]:
                 "layer": layer,
                 "auroc": auroc(a, b),
                 "fisher": fisher(a, b),
+                "silhouette": silhouette(a, b),
+                "mutual_information": mutual_information(a, b),
+                "gap": float(a.mean() - b.mean()),
                 "cosine": cosine,
                 "behaviour_norm": norms[0],
                 "neutral_norm": norms[1],
@@ -37,14 +42,15 @@ def separation(behaviour: Projected, neutral: Projected) -> list[Any]:
     return rows
 
 
-def best_layer(rows: list[Any]) -> int:
-    """The layer whose direction separates best (Fisher ratio), the last fifth left aside.
+def best_layer(rows: list[Any], by: str = "fisher") -> int:
+    """The layer whose direction separates best, the last fifth left aside; see `tried_layers`.
 
-    The last layers separate well but prepare the next token rather than carry the behaviour
-    (Arditi et al. 2024 drop the last 20 %).
+    Args:
+        rows: A row a layer.
+        by: The measure; where it is the same, the Fisher ratio decides.
     """
-    candidates = rows[: max(1, math.ceil(0.8 * len(rows)))]
-    return int(max(candidates, key=lambda row: row["fisher"])["layer"])
+    candidates = [rows[layer] for layer in tried_layers([True] * len(rows))]
+    return int(max(candidates, key=lambda row: (row[by], row["fisher"]))["layer"])
 
 
 def best_position(rows: list[Any], layers: int) -> int:

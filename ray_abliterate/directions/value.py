@@ -6,7 +6,7 @@ A value; knows nothing about models, or how it was found.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,8 @@ class Directions:
             layer has fewer than others.
         spared: Unit vectors that directions used at a layer are made orthogonal to there, wherever
             they were found: the mean of the neutral prompts at that layer.
+        components: By component, directions found in what it adds to the stream, for its writers;
+            those that have none here are edited with the stream's own.
     """
 
     vectors: LayerVectors
@@ -45,6 +47,7 @@ class Directions:
     origin: Mapping[str, str]
     further: Float[Tensor, "layer further hidden"] | None = None
     spared: LayerVectors | None = None
+    components: Mapping[str, "Directions"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         norms = self.vectors.double().norm(dim=-1)
@@ -94,6 +97,20 @@ class Directions:
         if self.spared is not None:
             parts.append(self.spared)
         return torch.cat(parts) if len(parts) > 1 else self.vectors
+
+    def of(self, component: str) -> "Directions":
+        """Those that a component's writers are edited with."""
+        return self.components.get(component, self)
+
+    def bits(self) -> bytes:
+        """All that edits are made of: equal where these directions do the same."""
+        own = bytes(self.rows.numpy().tobytes())
+        parts = [name.encode() + self.components[name].bits() for name in sorted(self.components)]
+        return b"".join([own, *parts])
+
+    def with_components(self, components: Mapping[str, "Directions"]) -> "Directions":
+        """The same, and these for the components' own writers."""
+        return replace(self, components=dict(components))
 
     @cached_property
     def usable(self) -> tuple[bool, ...]:
@@ -211,9 +228,14 @@ class Directions:
         from safetensors.torch import save
 
         facts = {"method": self.method, "origin": json.dumps(dict(self.origin), sort_keys=True)}
-        tensors = {"directions": self.vectors, "further": self.further, "spared": self.spared}
-        held = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        held = self._tensors()
+        for name, own in self.components.items():
+            held |= {f"{name}/{kind}": tensor for kind, tensor in own._tensors().items()}
         return save(held, metadata=facts)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"directions": self.vectors, "further": self.further, "spared": self.spared}
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Directions":
@@ -222,11 +244,12 @@ class Directions:
 
         length = int.from_bytes(data[:8], "little")
         facts = json.loads(data[8 : 8 + length])["__metadata__"]
-        held = load(data)
-        return cls(
-            held["directions"],
-            facts["method"],
-            json.loads(facts["origin"]),
-            held.get("further"),
-            held.get("spared"),
-        )
+        held, origin = load(data), json.loads(facts["origin"])
+        names = sorted({name.rpartition("/")[0] for name in held})
+
+        def part(name: str) -> Directions:
+            place = f"{name}/" if name else ""
+            further, spared = held.get(f"{place}further"), held.get(f"{place}spared")
+            return cls(held[f"{place}directions"], facts["method"], origin, further, spared)
+
+        return part("").with_components({name: part(name) for name in names if name})

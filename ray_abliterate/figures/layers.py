@@ -81,6 +81,8 @@ def _heat_told(rows: list[str], values: Mapping[str, Sequence[Sequence[float]]])
 SEPARATION = (
     ("auroc", "Telling the sets apart", "AUROC (0.5: by chance)", ("auroc",)),
     ("fisher", "Distance between the sets", "Fisher ratio", ("fisher",)),
+    ("silhouette", "Nearness to the own set", "silhouette (-1 to 1)", ("silhouette",)),
+    ("mutual_information", "What a projection tells", "bits, of 1", ("mutual_information",)),
     ("cosine", "Angle between the two means", "cosine", ("cosine",)),
     ("norms", "Lengths", "norm (log scale)", ("behaviour_norm", "neutral_norm", "direction_norm")),
 )
@@ -91,7 +93,7 @@ def separation_figures(base: Baseline | None) -> dict[str, Figure]:
     figures = {}
     for key, title, unit, columns in SEPARATION:
         views, told = [], ""
-        if base and base.separation:
+        if base and any(set(columns) <= set(row) for row in base.separation):
             layers = [row["layer"] for row in base.separation]
             data = []
             for index, column in enumerate(columns):

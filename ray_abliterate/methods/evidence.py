@@ -6,7 +6,7 @@ and residuals themselves, where a method wants them, are fetched one layer at a 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy
@@ -167,7 +167,9 @@ def needs(need: Need, turns: bool = False) -> Callable[[Function], Function]:
 
 
 def demand_of(function: Callable[..., Any]) -> Demand:
-    """What a method asks for."""
+    """What a method asks for; one with some of its options filled in asks for the same."""
+    while isinstance(function, partial) and not hasattr(function, "demand"):
+        function = function.func
     found: Demand = getattr(function, "demand", Demand())
     return found
 
@@ -206,7 +208,7 @@ class Layer:
         width = len(self.neutral.mean)
         if rows.ndim != 2 or rows.shape[1] != width or not torch.isfinite(rows).all():
             raise ValueError(
-                f"{function.__name__} gave {tuple(rows.shape)}"
+                f"{getattr(function, '__name__', function)} gave {tuple(rows.shape)}"
                 f"{'' if torch.isfinite(rows).all() else ' with values that are not finite'}; "
                 f"it should give a vector of {width} finite numbers, or rows of them"
             )

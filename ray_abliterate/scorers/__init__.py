@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from ray_abliterate.errors import RecipeError
 from ray_abliterate.judges import build as build_judge
-from ray_abliterate.prompts import PromptSet
+from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import (
     KeywordRate,
     KlDivergence,
@@ -16,7 +16,7 @@ from ray_abliterate.scorers.keyword_rate import KeywordRateScorer
 from ray_abliterate.scorers.kl_divergence import KlDivergenceScorer
 from ray_abliterate.scorers.refusal_judge import RefusalJudgeScorer
 from ray_abliterate.scorers.refusal_log_odds import RefusalLogOddsScorer
-from ray_abliterate.scoring import Scorer, checked_call, resolve
+from ray_abliterate.scoring import BehaviourTest, Scorer, TextModel, checked_call, resolve
 
 
 def build(
@@ -33,6 +33,22 @@ def build(
         RecipeError: a scorer refuses its options.
     """
     return tuple(_build(setting, prompts, record) for setting in settings)
+
+
+def shown(
+    setting: ScorerSettings, prompts: Sequence[Prompt], model: TextModel
+) -> list[bool | None]:
+    """Whether a model shows the behaviour at each prompt, by a scorer's own test of one answer.
+
+    None where it can't be told; see `scoring.BehaviourTest`.
+
+    Raises:
+        RecipeError: the scorer has no such test.
+    """
+    scorer = _build(setting, {setting.name: PromptSet(setting.name, tuple(prompts))}, False)
+    if not isinstance(scorer, BehaviourTest):
+        raise RecipeError(f"scorer {setting.name!r} can't tell of one answer what it shows")
+    return scorer.shows(model)
 
 
 def _build(setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bool) -> Scorer:

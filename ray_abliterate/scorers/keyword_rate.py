@@ -126,6 +126,13 @@ class KeywordRateScorer:
         )
         return self._bound(watch) if watch.lost else self._rate(answers)
 
+    def shows(self, model: TextModel) -> list[bool | None]:
+        """See `BehaviourTest`."""
+        watch = MarkerWatch(self._markers, lambda _hits: False)
+        answers = model.answer(self._prompts.prompts, self._settings.max_new_tokens, watch)
+        told: dict[Verdict, bool] = {"behaviour": True, "clean": False}
+        return [told.get(self.verdict(answer.text)) for answer in answers]
+
     def _lost_at(self, hopeless: Callable[[float], bool]) -> Callable[[int], bool]:
         """Whether so many hits are too many; none are where hits are wanted."""
         if self.goal == "maximize":

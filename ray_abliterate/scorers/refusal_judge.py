@@ -41,22 +41,19 @@ class RefusalJudgeScorer:
             ScoreError: no answer can be judged; or the judge fails, which says nothing about the
                 model.
         """
-        prompts = self._prompts.prompts
-        answers = model.answer(prompts, self._settings.max_new_tokens)
-        broken = [_is_broken(answer.text) for answer in answers]
-        shown = [
-            (prompt.user, answer.text)
-            for prompt, answer, bad in zip(prompts, answers, broken, strict=True)
-            if not bad
+        answers, judged, broken = self._judged(model)
+        verdicts = [
+            self._of_broken() if bad else verdict
+            for verdict, bad in zip(judged, broken, strict=True)
         ]
-        judged = iter(self._judge.judge(shown) if shown else [])
-        verdicts = [self._of_broken() if bad else self._verdict(next(judged)) for bad in broken]
         known = [verdict for verdict in verdicts if verdict is not None]
         if not known:
             raise ScoreError(f"{self.name}: the judge can't tell of any of {len(verdicts)} answers")
         self._last = [
             (prompt, answer, verdict)
-            for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True)
+            for prompt, answer, verdict in zip(
+                self._prompts.prompts, answers, verdicts, strict=True
+            )
             if verdict is not None
         ]
         hits, total = sum(known), len(known)
@@ -68,6 +65,24 @@ class RefusalJudgeScorer:
             "empty or degenerate": sum(broken),
         }
         return Score(self.name, hits / total, low, high, self.goal, "", detail)
+
+    def shows(self, model: TextModel) -> list[bool | None]:
+        """See `BehaviourTest`."""
+        return self._judged(model)[1]
+
+    def _judged(self, model: TextModel) -> tuple[list[Answer], list[bool | None], list[bool]]:
+        """Answers, what the judge says of them, and which are not shown to it."""
+        prompts = self._prompts.prompts
+        answers = model.answer(prompts, self._settings.max_new_tokens)
+        broken = [_is_broken(answer.text) for answer in answers]
+        shown = [
+            (prompt.user, answer.text)
+            for prompt, answer, bad in zip(prompts, answers, broken, strict=True)
+            if not bad
+        ]
+        judged = iter(self._judge.judge(shown) if shown else [])
+        verdicts = [None if bad else self._verdict(next(judged)) for bad in broken]
+        return answers, verdicts, broken
 
     def last_answers(self) -> Sequence[tuple[Prompt, Answer, bool]]:
         """Prompt, answer and verdict of the last score, where there is one."""

@@ -111,10 +111,12 @@ class Rows:
         return numpy.concatenate(self.parts)
 
 
-def moments_of(batch: Any, quantile: float = 1.0) -> Moments:
-    """Mean and variance of every layer of one shard, every residual winsorised first."""
+def moments_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> Moments:
+    """Mean and variance of every layer of one shard, every residual winsorised first; of some
+    columns of layers, all if unset."""
     shard = ResidualShard(batch)
-    found = [Moments.of(winsorized(shard.layer(i), quantile)) for i in range(shard.layers)]
+    wanted = range(shard.layers) if columns is None else columns
+    found = [Moments.of(winsorized(shard.layer(i), quantile)) for i in wanted]
     mean, scatter = (numpy.stack([getattr(m, n) for m in found]) for n in ("mean", "scatter"))
     return Moments(shard.prompts, mean, scatter)
 

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import ModelError
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.import_heretic import import_heretic
 from ray_abliterate.progress import Unwatched
-from ray_abliterate.recipe import Recipe
-from ray_abliterate.run import run
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import Recipe, RefusalLogOdds
+from ray_abliterate.run import PromptSets, describe, find_directions, run, try_layers
 from ray_abliterate.rundir import RunDirectory
 from tests.conftest import RECIPE
 
@@ -51,6 +53,40 @@ def test_a_run_finds_the_planted_direction_and_an_edit_that_removes_the_behaviou
     directory.note(model={**facts, "fingerprint": "other"})
     with pytest.raises(ModelError, match="not the ones the run began with"):
         run(recipe, directory, tmp_path)
+
+
+def with_replicas(recipe: Recipe, count: int) -> Recipe:
+    model = recipe.model.model_copy(update={"replicas": count})
+    return recipe.model_copy(update={"model": model})
+
+
+def test_prompts_that_are_left_out_and_layers_that_are_tried_are_the_same_on_one_and_two_replicas(
+    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet, tmp_path: Path
+) -> None:
+    mixed = [PromptSet(s.name, (*s.prompts, other.prompts[-1]))
+             for s, other in ((behaviour, neutral), (neutral, behaviour))]  # fmt: skip
+    odds = RefusalLogOdds.model_validate(
+        {"kind": "refusal-log-odds", "goal": "report", "openings": ["sorry"],
+         "prompts": {"file": "behaviour.txt"}}
+    )  # fmt: skip
+    prompts = recipe.prompts.model_copy(update={"filter_by_behaviour": True, "least_prompts": 7})
+    search = recipe.search.model_copy(update={"seeds": "log-odds"})
+    change = {"prompts": prompts, "search": search, "scorers": (*recipe.scorers, odds)}
+    recipe = recipe.model_copy(update=change)
+    scored = {"keyword-rate": behaviour, "kl-divergence": neutral, odds.name: behaviour}
+    sets, found = PromptSets(*mixed, scored), []
+    for count in (1, 2):
+        directory = RunDirectory.create(tmp_path / str(count), recipe, "")
+        with ReplicaPool.start(with_replicas(recipe, count), str(planted), scored) as pool:
+            describe(recipe, directory, pool, "", Unwatched())
+            setup, shards = find_directions(recipe, directory, pool, sets, Unwatched())
+            try_layers(recipe, directory, pool, sets, setup, shards, Unwatched())
+        filtered = directory.environment["filtered"]
+        assert [filtered[s.name]["left_out"] for s in mixed] == [[7], [7]]
+        found.append((setup.directions.vectors, filtered, directory.selection()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    assert found[0][2].chosen.layer >= PLANTED_LAYER
 
 
 def test_trials_share_passes_and_the_frontier_is_scored_alone(

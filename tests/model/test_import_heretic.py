@@ -162,7 +162,7 @@ def test_the_recipe_says_what_heretics_settings_say(place, planted_folder, versi
     assert rate.markers == ("sorry",) and rate.max_new_tokens == 4
     assert rate.prompts.bounds == (4, None) and kl.prompts.file == "neutral.txt"
     assert recipe.search.trials == 5 and recipe.search.seed == 7
-    assert recipe.search.startup_trials == 3 and not recipe.search.seed_points
+    assert recipe.search.startup_trials == 3 and recipe.search.seeds == "none"
     assert recipe.edit.norm == "row" and recipe.run.batch_size == 4
     ranges = dict(space(directory).parameters)
     assert (ranges["attn.peak"].low, ranges["attn.peak"].high) == (0.8, 1.5)

@@ -443,6 +443,13 @@ def test_broken_answers_are_not_shown_to_the_judge_and_are_no_success() -> None:
     assert (score.value, score.detail["unknown"]) == (0.0, 3)
 
 
+@pytest.mark.parametrize("empty_is_refusal", [True, False])
+def test_each_answer_is_judged_by_itself_and_a_broken_one_is_not(empty_is_refusal: bool) -> None:
+    judge = Knows({"no way": 0.9, "here": 0.2, "hm": None})
+    scorer = judge_scorer(judge, empty_is_refusal=empty_is_refusal)
+    assert scorer.shows(Says("no way", "here", "hm", "")) == [True, False, None, None]
+
+
 def test_a_judge_that_can_tell_nothing_is_an_error() -> None:
     with pytest.raises(ScoreError, match="can't tell of any of 4 answers"):
         judge_scorer(Knows({"hm": None})).score(Says("hm", "hm", "hm", "hm"))

@@ -443,6 +443,16 @@ def test_openings_count_with_and_without_a_blank_by_their_first_token() -> None:
         first_tokens(Spells(), ("I", "Well"))
 
 
+def test_each_answer_is_told_by_itself_and_one_that_says_nothing_is_not() -> None:
+    answers = Says("I'm sorry.", "Sure: mix it.", " ", "the " * 60)
+    for empty_is_behaviour in (True, False):
+        scorer = keyword_rate(empty_is_behaviour=empty_is_behaviour)
+        assert scorer.shows(answers) == [True, False, None, None]
+    logits = torch.zeros(4, 7)
+    logits[:, ord("a") % 7] = torch.tensor([5.0, 1.0, -5.0, 0.0])
+    assert log_odds_scorer().shows(Says(logits=logits)) == [True, False, False, False]
+
+
 @pytest.mark.parametrize("openings", [[], ["I", " "]])
 def test_openings_that_begin_nothing_are_refused(openings: list[str]) -> None:
     with pytest.raises(ValueError, match="give the words that refusals begin with"):

@@ -220,7 +220,7 @@ def test_plotly_knows_every_setting_of_the_figures(tmp_path: Path, count: int) -
     last = [replace(score, bound=True) for score in cards[-1].scores]  # type: ignore[union-attr]
     every = [*cards, card(*last), "failed"]
     figures = page(make(tmp_path, every, base, recipe(names))).figures
-    assert len(figures) == 9
+    assert len(figures) == 11
     for figure in figures.values():
         for view in figure["views"]:
             plain = json.loads(re.sub(r"var\(--\w+\)", "#123456", json.dumps(view)))

@@ -94,7 +94,8 @@ def test_a_run_without_trials_says_so(tmp_path: Path) -> None:
     parsed = page(make(tmp_path, [], BASE))
     assert "No trial has finished yet" in parsed.visible
     assert "Where the behaviour shows" in parsed.headings
-    assert set(parsed.figures) == {"auroc", "fisher", "cosine", "norms"}
+    measures = {"auroc", "fisher", "silhouette", "mutual_information", "cosine", "norms"}
+    assert set(parsed.figures) == measures
 
 
 def test_a_run_that_has_only_a_recipe_makes_a_page(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_residuals_at_one_position_keep_the_key_that_they_had() -> None:
 def test_layers_are_handed_out_one_at_a_time(quantile: float) -> None:
     shards, pool, both = opened(10, 8)
     whole = [s.winsorized(quantile).values for s in both]
-    for index, layer in enumerate(shards._layers(quantile, summed=False)):
+    for index, layer in enumerate(shards._layers(quantile, False, range(LAYERS))):
         assert torch.equal(layer.behaviour.values, whole[0][:, index])
         assert torch.equal(layer.neutral.values, whole[1][:, index])
         assert {part[1] for part in pool.store.parts} == set(range(index + 1))

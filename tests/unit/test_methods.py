@@ -1,16 +1,27 @@
 """Every direction method, held to the contract; and what each does that the others don't."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ray_abliterate import methods
-from ray_abliterate.directions import compute, need_of, refuse_unknown, rows_per_layer
+from ray_abliterate.directions import compute, finding, need_of, refuse_unknown, rows_per_layer
 from ray_abliterate.errors import RecipeError, ScoreError
-from ray_abliterate.methods import METHODS, Layer, Sample, demand_of, leace_eraser, needs
+from ray_abliterate.methods import (
+    METHODS,
+    Demand,
+    Layer,
+    Sample,
+    demand_of,
+    leace_eraser,
+    needs,
+    neutral_components,
+)
 from ray_abliterate.methods.centres import _nearest
 from ray_abliterate.methods.discriminants import _probe, oracle_shrinkage
 from ray_abliterate.recipe import METHOD_NAMES, DirectionSettings
@@ -514,3 +525,38 @@ def test_an_ensemble_takes_members_with_the_sign_of_the_first() -> None:
 def backwards(behaviour: methods.Means, neutral: methods.Means) -> torch.Tensor:
     """The difference with the wrong sign."""
     return neutral.mean - behaviour.mean
+
+
+def test_a_method_with_options_filled_in_asks_for_what_it_asked_for_before() -> None:
+    filled = partial(METHODS["whitened"], shrinkage=0.2)
+    assert demand_of(filled) == demand_of(partial(filled)) == demand_of(METHODS["whitened"])
+    assert demand_of(filled) != Demand()
+    own = partial(METHODS["whitened"])
+    own.demand = Demand("means")  # type: ignore[attr-defined]
+    assert demand_of(own) == Demand("means")
+    flat = partial(lambda behaviour, neutral, by: behaviour.mean[:by], by=2)
+    sets = planted_residuals(seed=1, prompts=6)[:2]
+    layer = Layer(*(Sample(s.values[:, 0], 32) for s in sets))
+    with pytest.raises(ValueError, match=r"functools.partial\(.* gave \(1, 2\)"):
+        layer.find(flat)
+
+
+def test_spared_components_of_few_prompts_are_found_in_their_span(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A covariance of all units is never made of fewer prompts than units."""
+    widths = []
+
+    def seen(behaviour: Any, neutral: Any, count: int) -> Tensor:
+        widths.append(len(neutral.mean))
+        return neutral_components(behaviour, neutral, count)
+
+    monkeypatch.setattr(finding, "neutral_components", seen)
+    behaviour, neutral, _ = planted_residuals(seed=1, prompts=12, layers=2, hidden=64)
+    settings = DirectionSettings(project_out_components=3)
+    found = compute(behaviour, neutral, settings)
+    assert widths == [12 + 15] * 2
+    for layer in range(2):
+        values = neutral.values[:, layer].double()
+        axes = torch.linalg.svd(values - values.mean(dim=0)).Vh[:3]
+        assert (axes @ found.vectors[layer].double()).abs().max() < 1e-6

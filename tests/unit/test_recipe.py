@@ -385,3 +385,52 @@ def test_a_resolved_recipe_with_a_judge_is_read_again(judge):
     )
     recipe = Recipe.parse(text, "recipe.toml")
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+FILTER = "prompts.filter_by_behaviour=true"
+JUDGE = """
+[[scorers]]
+kind = "refusal-judge"
+classifier = "some/classifier"
+label = "refusal"
+prompts = { builtin = "cooking-heldout" }
+"""
+ODDS = """
+[[scorers]]
+kind = "refusal-log-odds"
+prompts = { builtin = "cooking-heldout" }
+"""
+DIVERGENCE = RECIPE[RECIPE.rindex("[[scorers]]") :]
+
+
+@pytest.mark.parametrize(
+    ("scorers", "name"),
+    [
+        (ODDS + RECIPE[RECIPE.index("[[scorers]]") :] + JUDGE, "keyword-rate"),
+        (JUDGE + RECIPE[RECIPE.index("[[scorers]]") :], "refusal-judge"),
+        (DIVERGENCE + ODDS, "refusal-log-odds"),
+    ],
+)
+def test_prompts_are_filtered_by_the_first_scorer_that_reads_answers(scorers, name):
+    text = RECIPE[: RECIPE.index("[[scorers]]")] + scorers
+    assert parse(FILTER, text=text).behaviour_test.name == name
+
+
+def test_prompts_are_filtered_only_by_what_can_tell_and_where_no_pairs_are_needed():
+    text = RECIPE[: RECIPE.index("[[scorers]]")] + DIVERGENCE
+    assert "filter_by_behaviour needs a scorer that can tell" in message(FILTER, text=text)
+    parse(text=text)
+    assert "as pca-paired needs them" in message(FILTER, 'direction.method="pca-paired"')
+    member = 'direction.ensemble=[{method="whitened"},{method="pca-paired"}]'
+    assert "as pca-paired needs" in message(FILTER, 'direction.method="ensemble"', member)
+
+
+def test_layers_are_tried_on_prompts_of_scorers_which_have_to_be_there():
+    text = RECIPE + ODDS.replace("kind =", 'goal = "report"\nkind =')
+    assert parse('search.seeds="log-odds"', text=text).search.seeds == "log-odds"
+    assert parse().search.seeds == "fisher"
+    error = message('search.seeds="log-odds"')
+    assert "prompts of a refusal-log-odds scorer, and there is none" in error
+    text = RECIPE[: RECIPE.index("[[scorers]]")] + ODDS
+    assert "prompts of a kl-divergence scorer" in message('search.seeds="log-odds"', text=text)
+    assert "search.seeds" in message('search.seeds="odds"')
