@@ -181,13 +181,13 @@ class Bench:
         from ray_abliterate.plan import Space
         from ray_abliterate.recipe import SearchSettings
 
-        settings = SearchSettings(trials=job.trials, seed=job.seed, seed_points=job.seed_points)
+        settings = SearchSettings(trials=job.trials, seed=job.seed)
         space = Space.of(self._shape, settings.space, self._recipe.edit.norm)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
             directions=["minimize", "minimize"], sampler=journal.sampler(settings, 0)
         )
-        for point in space.seeds(float(layer)) if settings.seed_points else ():
+        for point in space.seeds(float(layer)) if job.seed_points else ():
             study.enqueue_trial(dict(point))
         domains = journal.distributions(space)
         for _ in range(job.trials):
