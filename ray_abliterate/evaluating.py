@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from ray_abliterate.progress import Watch
 from ray_abliterate.reading import Reading
 from ray_abliterate.recipe import ModelSettings, SuiteSettings
 from ray_abliterate.replica import Setup
-from ray_abliterate.run import describe, model_source
+from ray_abliterate.run import model_source, replicas
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.searching import Record, warn
+from ray_abliterate.searching import Record
 from ray_abliterate.suites import build
 
 MODEL = "model"
@@ -108,13 +107,8 @@ def _pool_of_run(directory: RunDirectory, watch: Watch) -> Iterator[tuple[Replic
         open_until_the_end.enter_context(directory.locked())
         record = Record(directory, watch)
         open_until_the_end.enter_context(record.writer)
-        with watch.stage("model"):
-            source = model_source(recipe.model.name, partial(warn, directory, watch))
-        with watch.stage("replicas"):
-            dashboard = connect(recipe.run.dashboard, (str(directory.base.resolve()),))
-            starting = ReplicaPool.start(directory.pinned(recipe), source, {}, record.event)
-            pool = open_until_the_end.enter_context(starting)
-        describe(recipe, directory, pool, dashboard, watch)
+        starting = replicas(recipe, directory, directory.base, {}, record, watch)
+        pool, _ = open_until_the_end.enter_context(starting)
         yield pool, pool.put(setup)
 
 

@@ -1,23 +1,14 @@
 """Residuals of a recipe's prompts without a search: what `directions RECIPE` needs Ray for."""
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_abliterate.cluster.connection import connect
-from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.progress import Watch
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.run import (
-    describe,
-    find_directions,
-    load_prompts,
-    model_source,
-    try_layers,
-)
+from ray_abliterate.run import find_directions, load_prompts, replicas, try_layers
 from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.searching import Record, warn
+from ray_abliterate.searching import Record
 
 
 def extract(
@@ -53,13 +44,8 @@ def extract(
         record = Record(directory, watch)
         open_until_the_end.enter_context(record.writer)
         sets = load_prompts(recipe, directory, base, watch)
-        with watch.stage("model"):
-            source = model_source(recipe.model.name, partial(warn, directory, watch))
-        with watch.stage("replicas"):
-            dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
-            starting = ReplicaPool.start(recipe, source, {}, record.event)
-            pool = open_until_the_end.enter_context(starting)
-        describe(recipe, directory, pool, dashboard, watch)
+        starting = replicas(recipe, directory, base, {}, record, watch)
+        pool, _ = open_until_the_end.enter_context(starting)
         setup, shards = find_directions(recipe, directory, pool, sets, watch)
         try_layers(recipe, directory, pool, sets, setup, shards, watch)
     return directory

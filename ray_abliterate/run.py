@@ -6,8 +6,8 @@ Everything is left in the run directory as it comes; a run that was stopped goes
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -81,15 +81,8 @@ def run(
         record = Record(directory, watch)
         open_until_the_end.enter_context(record.writer)
         sets = load_prompts(recipe, directory, base, watch)
-        with watch.stage("model"):
-            source = model_source(recipe.model.name, partial(warn, directory, watch))
-        with watch.stage("replicas"):
-            dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
-            starting = ReplicaPool.start(
-                directory.pinned(recipe), source, sets.scored, record.event
-            )
-            pool = open_until_the_end.enter_context(starting)
-        describe(recipe, directory, pool, dashboard, watch)
+        starting = replicas(recipe, directory, base, sets.scored, record, watch)
+        pool, source = open_until_the_end.enter_context(starting)
         setup, shards = find_directions(recipe, directory, pool, sets, watch)
         shared = pool.put(setup)
         baseline = measure_baseline(directory, pool, setup, shared, shards, watch)
@@ -103,6 +96,27 @@ def run(
         if len(directory.trials()) >= recipe.search.trials:
             validate(directory, base, pool, shared, watch)
     return Frontier.of(directory.trials())
+
+
+@contextmanager
+def replicas(
+    recipe: Recipe,
+    directory: RunDirectory,
+    base: Path,
+    scored: Mapping[str, PromptSet],
+    record: Record,
+    watch: Watch,
+) -> Iterator[tuple[ReplicaPool, str]]:
+    """A run's replicas, as soon as one can be used, and the source of their model; to be closed."""
+    with watch.stage("model"):
+        source = model_source(recipe.model.name, partial(warn, directory, watch))
+    with ExitStack() as open_until_the_end:
+        with watch.stage("replicas"):
+            dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
+            starting = ReplicaPool.start(directory.pinned(recipe), source, scored, record.event)
+            pool = open_until_the_end.enter_context(starting)
+        describe(recipe, directory, pool, dashboard, watch)
+        yield pool, source
 
 
 def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Watch) -> PromptSets:

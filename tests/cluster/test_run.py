@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
