@@ -245,7 +245,7 @@ def model_checks(recipe: Recipe, sets: dict[str, PromptSet], layout: Layout) -> 
         return
     stand_in = f" ({'; '.join(notes)})" if notes else ""
     yield Check("model", "warn" if notes else "ok", f"{settings.name}{stand_in}")
-    yield from quantized(settings, config, layout.gpus == 0)
+    yield from quantized(settings, config)
     yield _attempt("chat template", lambda: str(ChatFormat(tokenizer, settings) and "found"))
     try:
         module = outline(config, settings.trust_remote_code)
@@ -260,13 +260,13 @@ def model_checks(recipe: Recipe, sets: dict[str, PromptSet], layout: Layout) -> 
     yield fit(footprint(module, writers, recipe, sets.values()), recipe, layout)
 
 
-def quantized(settings: ModelSettings, config: Any, on_cpu: bool) -> Iterator[Check]:
+def quantized(settings: ModelSettings, config: Any) -> Iterator[Check]:
     """Whether quantized weights can be loaded, and what can be made of them."""
     method = quantization.method_of(config)
     if not (method or settings.quantization):
         return
     try:
-        quantization.check(settings.name, config, settings.quantization, on_cpu)
+        quantization.check(settings.name, config, settings.quantization)
     except ModelError as error:
         yield _failure("weights", error)
         return

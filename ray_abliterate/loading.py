@@ -57,7 +57,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(source, **common)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
-        quantization.check(source, config, settings.quantization, device_for(settings) == "cpu")
+        quantization.check(source, config, settings.quantization)
         options = {**_placement(settings), **_quantizing(config, settings)}
         scratch = tempfile.TemporaryDirectory(prefix="ray_abliterate-")
         model, report = auto_class(config).from_pretrained(
@@ -83,6 +83,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
             f"{source} lacks {len(names)} of the model's weights ({', '.join(names[:3])}, …), "
             "which would be random.\n  Download it again, or choose a complete checkpoint."
         )
+    quantization.steady(model)
     if "device_map" not in options:
         model.to(device_for(settings))
     else:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ray_abliterate.errors import ModelError
 from ray_abliterate.recipe import Quantization
 
-GROUP = {"nf4": 64, "torchao-int4": 32}
-"""Weights of a row that share a scale."""
+GROUP = 32
+"""Weights of a row that share a scale, with torchao-int4."""
 
 INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009  # unknown to torch's type stubs
 
@@ -48,14 +48,13 @@ def method_of(config: Any) -> str:
     return ""
 
 
-def check(name: str, config: Any, wanted: Quantization | None, on_cpu: bool) -> None:
+def check(name: str, config: Any, wanted: Quantization | None) -> None:
     """Refuse what can't be loaded, before weights are read.
 
     Args:
         name: The checkpoint's, for messages.
         config: Its configuration.
         wanted: What the recipe asks for.
-        on_cpu: Where it is to run.
 
     Raises:
         ModelError: it is quantized already, a package is missing, or its layers don't divide into
@@ -73,8 +72,8 @@ def check(name: str, config: Any, wanted: Quantization | None, on_cpu: bool) -> 
         return
     library = "torchao" if wanted.startswith("torchao") else "bitsandbytes"
     refuse_missing(f"model.quantization = {wanted!r}", library)
-    if wanted in GROUP and (on_cpu or library == "torchao"):
-        refuse_uneven(name, config, GROUP[wanted], wanted)
+    if wanted == "torchao-int4":
+        refuse_uneven(name, config)
 
 
 def refuse_missing(what: str, method: str) -> None:
@@ -92,8 +91,8 @@ def refuse_missing(what: str, method: str) -> None:
         )
 
 
-def refuse_uneven(name: str, config: Any, group: int, wanted: str) -> None:
-    """Make sure that rows of weights divide into groups.
+def refuse_uneven(name: str, config: Any) -> None:
+    """Make sure that rows of weights divide into the groups of torchao-int4.
 
     Raises:
         ModelError: they don't.
@@ -101,11 +100,10 @@ def refuse_uneven(name: str, config: Any, group: int, wanted: str) -> None:
     text = config.get_text_config(decoder=True)
     for key in ("hidden_size", "intermediate_size"):
         width = getattr(text, key, None)
-        if isinstance(width, int) and width % group:
+        if isinstance(width, int) and width % GROUP:
             raise ModelError(
-                f"model.quantization = {wanted!r} takes {group} weights of a row together, and "
-                f"{name} has {key} = {width}.\n"
-                "  Choose torchao-int8 or int8, which take whole rows."
+                f"model.quantization = 'torchao-int4' takes {GROUP} weights of a row together, "
+                f"and {name} has {key} = {width}.\n  Choose nf4 or torchao-int8."
             )
 
 
@@ -130,8 +128,18 @@ def configuration(wanted: Quantization, dtype: torch.dtype) -> Any:
 
     if wanted == "torchao-int8":
         return transformers.TorchAoConfig(Int8WeightOnlyConfig())
-    groups = PerGroup(GROUP[wanted])
-    return transformers.TorchAoConfig(IntxWeightOnlyConfig(INT4, groups))
+    return transformers.TorchAoConfig(IntxWeightOnlyConfig(INT4, PerGroup(GROUP)))
+
+
+def steady(module: nn.Module) -> None:
+    """Keep 4-bit layers from being packed anew by CPUs with bfloat16 units.
+
+    Packed ones compute in bfloat16 whatever the model's dtype, so that replicas on two kinds of
+    CPU would differ; and asking bitsandbytes (0.50) for their state turns the scales round.
+    """
+    for layer in module.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def dtype_of(config: Any, wanted: str) -> torch.dtype:
@@ -178,8 +186,10 @@ def described(module: Any) -> str:
     if getattr(config, "load_in_8bit", False):
         return f"{method} int8"
     if method == "torchao":
-        portable = getattr(config.quant_type, "weight_dtype", None) == INT4
-        return f"torchao {'int4' if portable else type(config.quant_type).__name__}"
+        kind = type(config.quant_type).__name__
+        if getattr(config.quant_type, "weight_dtype", None) == INT4:
+            kind = "int4"
+        return f"torchao {'int8' if kind == 'Int8WeightOnlyConfig' else kind}"
     bits = getattr(config, "bits", None)
     return f"{method} int{bits}" if bits else method
 

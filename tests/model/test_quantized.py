@@ -1,51 +1,58 @@
 """Search on quantized models: edits beside the weights are what edited weights would give."""
 
+import json
 import shutil
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-from ray_abliterate import beside
+from ray_abliterate import beside, held_writers
 from ray_abliterate.architecture import find_writers
 from ray_abliterate.directions import Directions
+from ray_abliterate.errors import ExportError, ModelError
+from ray_abliterate.export import export_trial
+from ray_abliterate.exporting.merged import EditedTensors
 from ray_abliterate.loading import load
 from ray_abliterate.plan import ModelShape, Plan
+from ray_abliterate.progress import Unwatched
 from ray_abliterate.quantization import outline
 from ray_abliterate.recipe import ModelSettings
+from ray_abliterate.replica import Replica, Setup
+from ray_abliterate.report import build_report
+from ray_abliterate.run import load_prompts
+from ray_abliterate.show import print_trial
 from ray_abliterate.testing.tiny import tiny_model
 from ray_abliterate.weights import WeightCache
+from tests.model.conftest import Finished, finish
 
 HIDDEN, LAYERS, CPU = 64, 3, torch.device("cpu")
+SEARCHED = ("nf4", "torchao-int8")
 KINDS = ("nf4", "int8", "torchao-int8", "torchao-int4")
-ROUNDING = {"nf4": 1e-2, "int8": 2e-2, "torchao-int8": 1e-5, "torchao-int4": 1e-5}
-"""Relative error of a pass: nf4's CPU kernels compute in bfloat16, int8 rounds activations."""
+ROUNDING = {"nf4": 1e-5, "int8": 2e-2, "torchao-int8": 1e-5, "torchao-int4": 1e-5}
+"""Relative error of a pass in float32: int8 rounds activations, too."""
 
 
 def kinds(*names: str) -> Any:
     """Quantizations, each skipped without its package."""
-    packages = {name: "torchao" if name.startswith("torchao") else "bitsandbytes" for name in names}
-    missing = {name: p for name, p in packages.items() if not _is_there(p)}
     return pytest.mark.parametrize(
-        "kind",
-        [
-            pytest.param(
-                name,
-                marks=pytest.mark.skipif(
-                    name in missing, reason=f"pip install 'ray-abliterate[{packages[name]}]'"
-                ),
-            )
-            for name in names
-        ],
+        "kind", [pytest.param(name, marks=needs(name)) for name in names]
     )
 
 
-def _is_there(module: str) -> bool:
-    from importlib.util import find_spec
+def package_of(kind: str) -> str:
+    return "torchao" if kind.startswith("torchao") else "bitsandbytes"
 
-    return find_spec(module) is not None
+
+def needs(kind: str) -> pytest.MarkDecorator:
+    package = package_of(kind)
+    reason = f"pip install 'ray-abliterate[{package}]'"
+    return pytest.mark.skipif(find_spec(package) is None, reason=reason)
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +109,130 @@ def test_an_edit_beside_quantized_weights_is_the_edit_of_dequantized_ones(
     effect = (expected - base).norm()
     assert effect > 0.1 * base.norm()
     assert (found - expected).norm() < ROUNDING[kind] * expected.norm()
+
+
+# A whole run
+
+
+@pytest.fixture(scope="module", params=[pytest.param(k, marks=needs(k)) for k in SEARCHED])
+def searched(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wide_folder: Path
+) -> Finished:
+    """A finished run on quantized weights."""
+    lines = f'quantization = "{request.param}"'
+    return finish(tmp_path_factory.mktemp(f"run-{request.param}"), wide_folder, held=lines)
+
+
+def replica_of(finished: Finished) -> tuple[Replica, Setup]:
+    directory = finished.directory
+    sets = load_prompts(directory.recipe, directory, directory.base, Unwatched())
+    setup = Setup(directory.directions(), tuple(directory.environment["response_prefix"]))
+    return Replica(directory.recipe, str(finished.model), sets.scored), setup
+
+
+def test_a_trial_reads_no_weights_and_scores_the_same_wherever_it_runs(
+    searched: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def matrix_of(linear: Any, *rest: Any) -> Any:
+        read.append(linear)
+        return beside.matrix_of(linear, *rest)
+
+    monkeypatch.setattr(held_writers, "matrix_of", matrix_of)
+    replica, setup = replica_of(searched)
+    base = replica.evaluate(Plan.nothing(), setup).scorecard
+    assert len(read) == len(set(read)) == 2 * LAYERS
+    plans = [plan("row", 0.9), searched.trial.plan, plan("row", 0.4)]
+    cards = [replica.evaluate(one, setup).scorecard for one in plans]
+    assert len(read) == 2 * LAYERS
+    assert cards[1] == searched.trial.scorecard
+    assert replica.evaluate(Plan.nothing(), setup).scorecard == base
+    assert base["kl-divergence"].value == 0 < cards[2]["kl-divergence"].value
+    together = replica.evaluate_together(plans, setup)
+    for one, other in zip(cards, together, strict=True):
+        assert not isinstance(other, Exception)
+        apart = abs(one["kl-divergence"].value - other.scorecard["kl-divergence"].value)
+        assert apart < 0.02 * one["kl-divergence"].value
+    assert len(read) == 2 * LAYERS
+    facts = replica.describe()
+    assert facts.cache_bytes == 0 and facts.model_bytes < 4 * facts.parameters / 2
+    assert facts.quantization in facts.computes and facts.fingerprint == fingerprint_of(searched)
+
+
+def fingerprint_of(finished: Finished) -> str:
+    return str(finished.directory.environment["model"]["fingerprint"])
+
+
+def test_an_export_is_that_of_the_same_plan_on_the_originals_and_its_scores_are_shown(
+    searched: Finished, tmp_path: Path, wide_folder: Path
+) -> None:
+    directory, trial = searched.directory, searched.trial
+    plain = finish(tmp_path / "plain", wide_folder)
+    plain.directory.save_directions(directory.directions())
+    same = replace(plain.trial, plan=trial.plan)
+    expected = export_trial(plain.directory, same, tmp_path / "expected", Unwatched(), False)
+    notes = Notes()
+    found = export_trial(directory, trial, tmp_path / "found", notes)
+    assert read_all(found) == read_all(expected) != read_all(wide_folder)
+    verification = json.loads((found / "verification.json").read_text())
+    assert verification["reasons"] == []
+    for score in verification["scores"]:
+        assert score["within"] and score["trial"] == pytest.approx(score["reloaded"], rel=1e-6)
+        assert score["quantized"] == trial.scorecard[score["name"]].value
+    full = {score["name"]: score["reloaded"] for score in verification["scores"]}
+    assert full["kl-divergence"] != trial.scorecard["kl-divergence"].value
+    assert any("in full precision" in note for note in notes.said)
+    shown = Console(record=True, width=150)
+    print_trial(directory, trial, shown)
+    text, page = shown.export_text(), build_report(directory)
+    method = directory.environment["model"]["quantization"]
+    for value in (f"{full['kl-divergence']:.4g}", method):
+        assert value in text and value in page
+    assert "differs by" in page
+    assert method in (found / "README.md").read_text()
+
+
+class Notes(Unwatched):
+    """Remembers what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def test_files_that_are_not_the_plans_fail_although_the_search_was_quantized(
+    searched: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = plan(searched.trial.plan.norm, 0.5)
+    monkeypatch.setattr(
+        "ray_abliterate.export.EditedTensors", lambda t, _, d: EditedTensors(t, other, d)
+    )
+    with pytest.raises(ExportError, match="do not score as the trial did"):
+        export_trial(searched.directory, searched.trial, tmp_path / "out", Unwatched())
+
+
+# What can't be
+
+
+@needs("torchao-int4")
+def test_rows_that_do_not_divide_into_groups_are_refused(planted_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"takes 32 weights .*\n.*Choose nf4 or torchao-int8"):
+        held(planted_folder, "torchao-int4")
+
+
+@needs("nf4")
+def test_the_state_of_4_bit_layers_can_be_asked_for_without_changing_them(
+    wide_folder: Path,
+) -> None:
+    model, ids = held(wide_folder, "nf4"), torch.arange(3, 15)[None]
+    with torch.inference_mode():
+        before = model(ids).logits
+        model.state_dict()
+        assert torch.equal(model(ids).logits, before)
