@@ -296,6 +296,9 @@ def fit(need: Footprint, recipe: Recipe, layout: Layout) -> Check:
         f"{need.batch / GB:.2f}), {share / GB:.2f} GB there"
     )
     state: State = "ok" if wanted < TIGHT * share else "warn" if wanted < share else "FAIL"
+    if recipe.model.max_memory and state == "FAIL":
+        found += "; what is beyond model.max_memory rests in CPU memory or on disk: slow"
+        state = "warn"
     return Check("fits", state, found, " ".join(_savings(need, recipe, layout, share)))
 
 
@@ -316,6 +319,8 @@ def _savings(need: Footprint, recipe: Recipe, layout: Layout, share: float) -> I
     else:
         cards = -(-int(need.total) // int(TIGHT * share / layout.gpus or 1))
         yield f"Set model.gpus_per_replica = {max(cards, int(layout.gpus) + 1)}."
+    if recipe.model.quantization is None:
+        yield 'Set model.quantization = "nf4".'
     if need.dtype == torch.float32:
         yield 'Set model.dtype = "bfloat16".'
 

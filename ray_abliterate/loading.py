@@ -75,7 +75,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
             f"{source} does not fit on the GPU ({error}).\n"
             "  Set model.gpus_per_replica = 2 to spread it, or choose a smaller model."
         ) from None
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(advice(source, settings, error)) from error
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])

@@ -121,7 +121,7 @@ class Replica:
         if self._away:
             notes.append(
                 f"the model does not fit: weights rest in {self._away} and are fetched for every "
-                "pass, which is slow (10 times and more)"
+                "pass, which is slow"
             )
         if self._quantized:
             notes.append(

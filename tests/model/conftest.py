@@ -167,6 +167,20 @@ def planted_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory, planted_folder: Path) -> Path:
+    """A Llama with biases whose rows divide into groups of 32 weights."""
+    folder = tmp_path_factory.mktemp("wide") / "tiny-wide"
+    model = tiny_model(
+        "llama/biases", layers=3, hidden_size=64, intermediate_size=128, head_dim=16,
+        eos_token_id=2,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    for file in [*planted_folder.glob("token*"), *planted_folder.glob("chat_template*")]:
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def mixtral_folder(tmp_path_factory, planted_folder) -> Path:
     """A bfloat16 mixture of experts in several files: tied embeddings, a draft head, companions."""
     folder = tmp_path_factory.mktemp("mixtral") / "tiny-mixtral"

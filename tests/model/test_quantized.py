@@ -27,7 +27,6 @@ from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.report import build_report
 from ray_abliterate.run import load_prompts
 from ray_abliterate.show import print_trial
-from ray_abliterate.testing.tiny import tiny_model
 from ray_abliterate.weights import WeightCache
 from tests.model.conftest import Finished, finish
 
@@ -53,20 +52,6 @@ def needs(kind: str) -> pytest.MarkDecorator:
     package = package_of(kind)
     reason = f"pip install 'ray-abliterate[{package}]'"
     return pytest.mark.skipif(find_spec(package) is None, reason=reason)
-
-
-@pytest.fixture(scope="session")
-def wide_folder(tmp_path_factory: pytest.TempPathFactory, planted_folder: Path) -> Path:
-    """A Llama with biases whose rows divide into groups of 64 weights."""
-    folder = tmp_path_factory.mktemp("wide") / "tiny-wide"
-    model = tiny_model(
-        "llama/biases", layers=LAYERS, hidden_size=HIDDEN, intermediate_size=128, head_dim=16,
-        eos_token_id=2,
-    )  # fmt: skip
-    model.save_pretrained(folder)
-    for file in [*planted_folder.glob("token*"), *planted_folder.glob("chat_template*")]:
-        shutil.copy(file, folder)
-    return folder
 
 
 def held(folder: Path, kind: str | None, **more: Any) -> Any:
@@ -236,3 +221,74 @@ def test_the_state_of_4_bit_layers_can_be_asked_for_without_changing_them(
         before = model(ids).logits
         model.state_dict()
         assert torch.equal(model(ids).logits, before)
+
+
+@needs("torchao-int8")
+def test_experts_that_stay_as_they_are_are_written_to_beside_quantized_attention(
+    mixtral_folder: Path,
+) -> None:
+    quantized = held(mixtral_folder, "torchao-int8", dtype="float32")
+    plain = held(mixtral_folder, None, dtype="float32")
+    writers = find_writers(outline(quantized), in_memory=False)
+    attention = [writer for writer in writers if writer.component == "attn"]
+    for writer in attention:
+        owner = writer.parameter.removesuffix(".weight")
+        matrix = beside.matrix_of(quantized.get_submodule(owner), 32, torch.float32, CPU)
+        plain.get_parameter(writer.parameter).data.copy_(matrix)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        for layer in range(2):
+            owner = f"model.layers.{layer}.self_attn.{name}"
+            matrix = beside.matrix_of(quantized.get_submodule(owner), 32, torch.float32, CPU)
+            plain.get_parameter(f"{owner}.weight").data.copy_(matrix)
+    caches = WeightCache(quantized, writers), WeightCache(plain, writers)
+    assert 0 < caches[0].bytes < caches[1].bytes and "experts" in caches[0].experts
+    some = Plan.uniform(ModelShape(2, 32, ("attn", "experts")), 1.0, "row", 0.9)
+    vectors = nn.functional.normalize(torch.randn(2, 32), dim=-1)
+    found = Directions(vectors, "random", {})
+    ids = torch.arange(3, 15)[None]
+    with torch.inference_mode(), caches[0].edited(some, found), caches[1].edited(some, found):
+        torch.testing.assert_close(quantized(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+# Checkpoints that are quantized already
+
+
+@needs("nf4")
+def test_a_quantized_checkpoint_is_searched_and_not_exported(
+    wide_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "quantized"
+    held(wide_folder, "nf4").save_pretrained(folder)
+    for file in [*wide_folder.glob("token*"), *wide_folder.glob("chat_template*")]:
+        shutil.copy(file, folder)
+    made = finish(tmp_path / "made", wide_folder, held='quantization = "nf4"')
+    given = finish(tmp_path / "given", folder)
+    assert given.directory.environment["model"]["quantization"] == "bitsandbytes nf4"
+    assert given.trial.scorecard == made.trial.scorecard
+    with pytest.raises(ModelError, match=r"quantized \(bitsandbytes\), and only.*\n.*\n.*ORIGINAL"):
+        export_trial(given.directory, given.trial, tmp_path / "out", Unwatched())
+    with pytest.raises(ModelError, match=r"'nf4', but .* is quantized already"):
+        held(folder, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("method", "install"), [("gptq", "gptqmodel optimum"), ("hqq", "hqq"), ("vptq", "vptq")]
+)
+def test_a_missing_package_is_named_before_weights_are_read(
+    method: str, install: str, wide_folder: Path, tmp_path: Path
+) -> None:
+    for file in wide_folder.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"\({method}\) needs .*\n  pip install {install}$"):
+        held(tmp_path, None)
+
+
+def test_the_extra_that_brings_a_missing_package_is_named(
+    wide_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=r"'nf4' needs bitsandbytes.*\n.*ray-abliterate\[bits"):
+        held(wide_folder, "nf4")
