@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ray_abliterate import beside, held_writers
+from ray_abliterate import beside, held_writers, quantization
 from ray_abliterate.architecture import find_writers
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError
