@@ -1,6 +1,6 @@
 """How well scores on quantized weights predict scores in full precision.
 
-    python -m benchmarks.quantized [--plans 8] [--prompts 24] [--kinds nf4 int8 torchao-int8]
+    python -m benchmarks.quantized [--plans 8] [--prompts 24] [--kinds nf4 torchao-int8]
 
 The demo model, plans of a recorded study (spread over its KL divergences). Each kind extracts its
 own residuals and directions, as a search on it does; its scores are held against those of the same
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plans", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--kinds", nargs="+", default=["nf4", "int8", "torchao-int8"])
+    parser.add_argument("--kinds", nargs="+", default=["nf4", "torchao-int8"])
     options = parser.parse_args()
     plans = spread(options.plans)
     kinds = {kind: measured(kind, plans, options.prompts) for kind in ("", *options.kinds)}

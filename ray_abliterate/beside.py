@@ -106,7 +106,7 @@ class EditedLayer:
         stacked = self._stacked
         if stacked is None or not self._choice.made:
             return None
-        x, y = args[0].flatten(0, -2), output.flatten(0, -2)
+        x, y = args[0].flatten(0, -2).to(self._dtype), output.flatten(0, -2)
         if stacked.bias is not None and self._bias is not None:
             y = y - self._bias
         y = torch.addmm(y, self._choice.own(x @ stacked.b.T, stacked.rank), stacked.a)

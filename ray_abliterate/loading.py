@@ -17,6 +17,9 @@ from ray_abliterate.recipe import ModelSettings
 
 log = logging.getLogger(__name__)
 
+NOISY = ("accelerate.big_modeling", "bitsandbytes", "torchao", "torch.utils._pytree")
+"""They warn of what is as it should be: kernels of other devices, casts, weights on disk."""
+
 
 def device_for(settings: ModelSettings) -> str:
     """Where a replica's model goes: `auto` (spread), `cuda`, `mps` or `cpu`."""
@@ -119,6 +122,8 @@ def _quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def auto_class(config: Any) -> Any:

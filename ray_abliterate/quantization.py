@@ -4,7 +4,6 @@ Knows nothing about edits: how quantized layers are edited is in `beside`.
 """
 
 import copy
-import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -114,8 +113,6 @@ def configuration(wanted: Quantization, dtype: torch.dtype) -> Any:
         wanted: What the recipe asks for.
         dtype: What layers compute in.
     """
-    for library in ("bitsandbytes", "torchao"):  # they warn of what is missing for GPUs
-        logging.getLogger(library).setLevel(logging.ERROR)
     import transformers
 
     if wanted == "nf4":

@@ -18,10 +18,12 @@ from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError
 from ray_abliterate.export import export_trial
 from ray_abliterate.exporting.merged import EditedTensors
+from ray_abliterate.linears import Upcast
 from ray_abliterate.loading import load
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.quantization import outline
+from ray_abliterate.reading import Reading
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.report import build_report
@@ -143,6 +145,31 @@ def test_a_trial_reads_no_weights_and_scores_the_same_wherever_it_runs(
     facts = replica.describe()
     assert facts.cache_bytes == 0 and facts.model_bytes < 4 * facts.parameters / 2
     assert facts.quantization in facts.computes and facts.fingerprint == fingerprint_of(searched)
+
+
+def test_what_else_a_replica_does_sees_the_edit_and_the_base_model(
+    searched: Finished, tmp_path: Path
+) -> None:
+    replica, setup = replica_of(searched)
+    ids, edited = torch.arange(3, 15)[None], plan("row", 1.0)
+    module = replica.model.module
+    with torch.inference_mode():
+        base = module(ids).logits
+        with replica.cache.edited(edited, setup.directions):
+            other = module(ids).logits
+            with replica.cache.suspended():
+                assert torch.equal(module(ids).logits, base)
+            assert torch.equal(module(ids).logits, other) and not torch.equal(other, base)
+    text = tmp_path / "text.txt"
+    text.write_text("tell me about the old river " * 8)
+    route = replica.route(Reading(str(text), carry="none", chunk_size=16), True)
+    nats = [
+        [piece.nats for piece in replica.read(route, 0, None, None, one, setup)]
+        for one in (Plan.nothing(), edited, Plan.nothing())
+    ]
+    assert nats[0] == nats[2] != nats[1]
+    turns = [{"role": "user", "content": "tell me about the river"}]
+    assert isinstance(replica.respond(turns, edited, setup, 4), str)
 
 
 def fingerprint_of(finished: Finished) -> str:
@@ -292,3 +319,24 @@ def test_the_extra_that_brings_a_missing_package_is_named(
     monkeypatch.setattr(quantization, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"'nf4' needs bitsandbytes.*\n.*ray-abliterate\[bits"):
         held(wide_folder, "nf4")
+
+
+@kinds("nf4", "torchao-int8")
+def test_in_bfloat16_edits_beside_agree_as_closely_as_it_rounds(
+    wide_folder: Path, kind: str
+) -> None:
+    model = held(wide_folder, kind, dtype="bfloat16")
+    Upcast(model)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
+    assert not any("forward" in vars(layer) for layer in layers)
+    plain = held(wide_folder, None, dtype="bfloat16")
+    for name, module in model.named_modules():
+        if module in layers:
+            matrix = beside.matrix_of(module, module.in_features, torch.bfloat16, CPU)
+            plain.get_submodule(name).weight.data.copy_(matrix)
+    writers = find_writers(outline(model), in_memory=False)
+    caches, ids = (WeightCache(model, writers), WeightCache(plain, writers)), torch.arange(3, 27)
+    edits = [cache.edited(plan("row"), directions()) for cache in caches]
+    with torch.inference_mode(), edits[0], edits[1]:
+        found, expected = (m(ids.view(2, 12)).logits.float() for m in (model, plain))
+    assert (found - expected).norm() < 0.03 * expected.norm()
