@@ -29,6 +29,7 @@ from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.report import build_report
 from ray_abliterate.run import load_prompts
 from ray_abliterate.show import print_trial
+from ray_abliterate.testing.tiny import tiny_model
 from ray_abliterate.weights import WeightCache
 from tests.model.conftest import Finished, finish
 
@@ -340,3 +341,47 @@ def test_in_bfloat16_edits_beside_agree_as_closely_as_it_rounds(
     with torch.inference_mode(), edits[0], edits[1]:
         found, expected = (m(ids.view(2, 12)).logits.float() for m in (model, plain))
     assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+class Packed(nn.Module):
+    """A layer as GPTQ's and AWQ's are: no `weight`, but codes and scales in buffers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scales = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 7
+        self.register_buffer("scales", scales)
+        self.register_buffer("codes", (linear.weight.detach() / scales).round().to(torch.int8).T)
+        self.register_buffer("bias", linear.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (x @ self.codes.to(x.dtype)) * self.scales[:, 0]
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("norm", ["none", "row", "column"])
+def test_layers_without_a_weight_are_what_they_answer(norm: str) -> None:
+    packed, plain = (tiny_model("llama/biases", layers=LAYERS) for _ in range(2))
+    for name, linear in list(packed.named_modules()):
+        if name.endswith(("o_proj", "down_proj")):
+            layer = Packed(linear)
+            packed.set_submodule(name, layer)
+            plain.get_submodule(name).weight.data.copy_(layer.codes.T * layer.scales)
+    packed.hf_quantizer = object()  # as transformers marks quantized models
+    writers = find_writers(outline(packed), in_memory=False)
+    assert writers == find_writers(plain)
+    store = Unasked()
+    caches = WeightCache(packed, writers, "node", store), WeightCache(plain, writers)
+    assert caches[0].bytes == 0
+    vectors = nn.functional.normalize(torch.randn(LAYERS, 32), dim=-1)
+    found, some = Directions(vectors, "random", {}), plan(norm)
+    ids = torch.arange(3, 15)[None]
+    with torch.inference_mode(), caches[0].edited(some, found), caches[1].edited(some, found):
+        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+class Unasked:
+    """A node's store that is never asked for anything."""
+
+    def share(self, key: str, make: Any) -> Any:
+        raise AssertionError(key)

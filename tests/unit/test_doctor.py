@@ -406,3 +406,12 @@ def test_a_bigger_batch_needs_more(recipe, model):
     small = footprint(module, writers, parsed(model, "run.batch_size=1"), [])
     assert footprint(module, writers, recipe, []).batch == 32 * small.batch
     assert replace(small, cache=0).total == small.weights + small.batch
+
+
+def test_what_memory_lacks_is_no_failure_where_weights_may_rest_elsewhere(recipe):
+    need = Footprint(10**12, torch.float32, 10**15, 0, 0, 0)
+    layout = Layout(1, 0.0, 1.0, 1)
+    assert fit(need, recipe, layout).state == "FAIL"
+    settings = recipe.model.model_copy(update={"max_memory": {"cpu": "1GiB"}})
+    check = fit(need, recipe.model_copy(update={"model": settings}), layout)
+    assert check.state == "warn" and "slow" in check.found
