@@ -93,7 +93,9 @@ def footprint(
     small = _quantized(module, recipe.model.quantization)
     layers, hidden = int(config.num_hidden_layers), hidden_size(module)
     rows_each = rows_per_layer(recipe.direction)
-    products = 4 * layers * rows_each * sum(p.numel() // hidden + hidden for p in written)
+    products = {id(p): 4 * layers * rows_each * (p.numel() // hidden + hidden) for p in written}
+    always = sum(own for key, own in products.items() if key in small)
+    fitting = min(sum(products.values()) - always, PROJECTION_BUDGET_BYTES)
     copies = dtype.itemsize * sum(p.numel() for p in written if id(p) not in small)
     rows, width = _largest_batch(recipe, list(prompts))
     logit_tokens = max((s.tokens for s in recipe.scorers if isinstance(s, KlDivergence)), default=1)
@@ -105,7 +107,7 @@ def footprint(
         parameters,
         dtype,
         int(sum(p.numel() * small.get(id(p), dtype.itemsize) for p in module.parameters())),
-        copies + min(products, PROJECTION_BUDGET_BYTES),
+        copies + always + fitting,
         batch,
         sum(4 * vocabulary * count for count in _base_logits(recipe, list(prompts))),
     )
