@@ -256,8 +256,7 @@ def _check_parameter(name: str, parameter: Tensor, row: WriterRow, hidden: int) 
         raise ModelError(
             f"{name} has shape {shape}; axis {row.hidden_axis} should be the residual stream, "
             f"{hidden} wide.\n"
-            f"  Correct hidden_axis in the row {row.pattern!r}. A quantized weight has another "
-            "shape than its layer: load the model unquantized."
+            f"  Correct hidden_axis in the row {row.pattern!r}."
         )
 
 
@@ -291,7 +290,8 @@ def _writer(prefix: str, layer: int, block: nn.Module, name: str, row: WriterRow
 def _gain(name: str, norm: nn.Module, width: int, device: torch.device) -> Tensor:
     """Return what `norm` multiplies each feature by."""
     for key, parameter in norm.named_parameters():
-        refuse_meta(f"{name}.{key}", parameter)
+        if not hasattr(norm, "_hf_hook"):  # brings the weights when it is called
+            refuse_meta(f"{name}.{key}", parameter)
     gain: Tensor = norm(torch.ones(width, device=device)).float()
     opposite: Tensor = norm(-torch.ones(width, device=device)).float()
     # A norm that subtracts the mean has nothing left of ±1, and a bias does not change sign.

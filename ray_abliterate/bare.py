@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ray_abliterate.model import LanguageModel
+from ray_abliterate.quantization import bytes_of
 from ray_abliterate.reading import Keeping, Reader, Reading, Route
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.streaming import ChunkResult
@@ -46,12 +47,11 @@ class BareReplica:
     def describe(self) -> BareFacts:
         """Sizes, and what tells it from other models."""
         module = self._model.module
-        parameters = list(module.parameters())
         return BareFacts(
-            sum(p.numel() * p.element_size() for p in parameters),
+            sum(map(bytes_of, module.parameters())),
             fingerprint(module),
             str(module.dtype).removeprefix("torch."),
-            sum(p.numel() for p in parameters),
+            module.num_parameters(),
         )
 
     def measure(

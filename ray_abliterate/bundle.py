@@ -184,7 +184,7 @@ def computed(settings: ModelSettings) -> Computed:
     """Versions, device and threads of this process, which the last bits depend on."""
     on_gpu = device_for(settings) in ("cuda", "auto") and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else device_for(settings)
-    if device == "cpu":
+    if device in ("cpu", "auto"):
         device = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     versions = {library: _version(library) for library in LIBRARIES}
     return Computed(versions=versions, device=device, threads=torch.get_num_threads())
@@ -263,5 +263,6 @@ def _searched(directory: RunDirectory) -> dict[str, Any]:
         "machine": known.get("machine", ""),
         "device": known["model"]["device"],
         "dtype": known["model"]["dtype"],
+        "quantization": known["model"].get("quantization", ""),
         "replicas": known.get("replicas", {}).get("replicas"),
     }

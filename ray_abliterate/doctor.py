@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_abliterate import demo
+from ray_abliterate import demo, quantization
 from ray_abliterate.architecture import WriterRow, find_writers
 from ray_abliterate.chat_format import ChatFormat
 from ray_abliterate.cluster.layout import Layout, plan_layout
@@ -26,7 +26,7 @@ from ray_abliterate.footprint import USUAL_BATCH, Footprint, footprint, outline
 from ray_abliterate.loading import advice as advice_on_loading
 from ray_abliterate.machine import cpu_cores, gpu_memory, ram_available, standing
 from ray_abliterate.prompts import PromptSet
-from ray_abliterate.recipe import PromptSource, Recipe
+from ray_abliterate.recipe import ModelSettings, PromptSource, Recipe
 from ray_abliterate.run import LIBRARIES, model_source
 from ray_abliterate.samples import asked, read
 from ray_abliterate.scorers import build
@@ -245,10 +245,7 @@ def model_checks(recipe: Recipe, sets: dict[str, PromptSet], layout: Layout) -> 
         return
     stand_in = f" ({'; '.join(notes)})" if notes else ""
     yield Check("model", "warn" if notes else "ok", f"{settings.name}{stand_in}")
-    if method := getattr(config, "quantization_config", None):
-        found = f"the checkpoint is quantized ({method.get('quant_method', 'unknown')})"
-        fix = "Edits need plain weights: use an unquantized copy of the model."
-        yield Check("weights", "FAIL", found, fix)
+    yield from quantized(settings, config)
     yield _attempt("chat template", lambda: str(ChatFormat(tokenizer, settings) and "found"))
     try:
         module = outline(config, settings.trust_remote_code)
@@ -261,6 +258,24 @@ def model_checks(recipe: Recipe, sets: dict[str, PromptSet], layout: Layout) -> 
     found = f"{config.model_type}: {len(writers)} writers ({components})"
     yield Check("architecture", "ok", found)
     yield fit(footprint(module, writers, recipe, sets.values()), recipe, layout)
+
+
+def quantized(settings: ModelSettings, config: Any) -> Iterator[Check]:
+    """Whether quantized weights can be loaded, and what can be made of them."""
+    method = quantization.method_of(config)
+    if not (method or settings.quantization):
+        return
+    try:
+        quantization.check(settings.name, config, settings.quantization)
+    except ModelError as error:
+        yield _failure("weights", error)
+        return
+    if settings.quantization:
+        found = f"quantized as they are loaded ({settings.quantization}); exports are not"
+        yield Check("weights", "ok", found)
+        return
+    fix = "Can be searched, not exported: name the full-precision original to do both."
+    yield Check("weights", "warn", f"the checkpoint is quantized ({method})", fix)
 
 
 def fit(need: Footprint, recipe: Recipe, layout: Layout) -> Check:
@@ -281,6 +296,9 @@ def fit(need: Footprint, recipe: Recipe, layout: Layout) -> Check:
         f"{need.batch / GB:.2f}), {share / GB:.2f} GB there"
     )
     state: State = "ok" if wanted < TIGHT * share else "warn" if wanted < share else "FAIL"
+    if recipe.model.max_memory and state == "FAIL":
+        found += "; what is beyond model.max_memory rests in CPU memory or on disk: slow"
+        state = "warn"
     return Check("fits", state, found, " ".join(_savings(need, recipe, layout, share)))
 
 
@@ -301,6 +319,8 @@ def _savings(need: Footprint, recipe: Recipe, layout: Layout, share: float) -> I
     else:
         cards = -(-int(need.total) // int(TIGHT * share / layout.gpus or 1))
         yield f"Set model.gpus_per_replica = {max(cards, int(layout.gpus) + 1)}."
+    if recipe.model.quantization is None:
+        yield 'Set model.quantization = "nf4".'
     if need.dtype == torch.float32:
         yield 'Set model.dtype = "bfloat16".'
 

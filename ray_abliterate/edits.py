@@ -3,7 +3,7 @@
 Knows nothing about where weights are: in a model's memory (`weights`), or in files (`exporting`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -49,16 +49,19 @@ T = TypeVar("T", bound=Target)
 class Edits(Generic[T]):
     """What plans do to the writers of one model. Products with directions are computed once."""
 
-    def __init__(self, targets: Sequence[T], remember: bool = True) -> None:
+    def __init__(
+        self, targets: Sequence[T], remember: bool = True, always: Container[str] = ()
+    ) -> None:
         """See the class.
 
         Args:
             targets: The writers, in the model's order.
             remember: Keep the products for the next plan, as far as they fit. What an edit comes
                 out as, to the bit, does not depend on it.
+            always: Parameters whose products are kept, fit or not: their weights are hard to read.
         """
         self._targets = targets
-        self._remember = remember
+        self._remember, self._always = remember, always
         self._projections: dict[tuple[Norm, str], ablation.Projections] = {}
         self._kept: set[str] = set()
         self._directions: Directions | None = None
@@ -97,6 +100,9 @@ class Edits(Generic[T]):
         self._kept.clear()
         spent = 0
         for target in self._targets:  # in order, so that no trial depends on earlier ones
+            if target.writer.parameter in self._always:
+                self._kept.add(target.writer.parameter)
+                continue
             spent += self._estimate(target)
             if spent <= PROJECTION_BUDGET_BYTES:
                 self._kept.add(target.writer.parameter)
@@ -105,18 +111,26 @@ class Edits(Generic[T]):
         self, target: T, norm: Norm, blends: tuple[Blend, ...], strength: float
     ) -> ablation.Edit:
         """The edit of one writer, as `planned` describes it."""
-        key = (norm, target.writer.parameter)
         if target.writer.parameter not in self._kept:
             rows = list(dict.fromkeys(row for blend in blends for row, _ in blend))
             some = target.project(self._rows_of(target)[rows], norm)
             moved = [tuple((rows.index(row), weight) for row, weight in b) for b in blends]
             return ablation.edit(some, moved[0], strength, moved[1:])
+        return ablation.edit(self._products(target, norm), blends[0], strength, blends[1:])
+
+    def multiply(self, target: T, directions: Directions, norm: Norm) -> None:
+        """Compute a writer's products now, not when the first plan needs them."""
+        self._use(directions)
+        self._products(target, norm)
+
+    def _products(self, target: T, norm: Norm) -> ablation.Projections:
+        key = (norm, target.writer.parameter)
         found = self._projections.get(key)
         if found is None:
             found = target.project(self._rows_of(target), norm)
         if self._remember:
             self._projections[key] = found
-        return ablation.edit(found, blends[0], strength, blends[1:])
+        return found
 
     def _rows_of(self, target: T) -> Tensor:
         """All directions as this writer sees them: pulled back through the norm after it."""

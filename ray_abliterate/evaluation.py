@@ -46,4 +46,8 @@ class ModelFacts:
     """Plans that can share a pass: by what the model is, and by memory."""
     why_not_more: str = ""
     """What stands against one more."""
+    quantization: str = ""
+    """How its weights are quantized; empty if they are not."""
+    offloaded: str = ""
+    """Where weights rest that the device has no room for; empty if it has."""
     notes: tuple[str, ...] = field(default=())

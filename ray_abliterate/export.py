@@ -35,6 +35,7 @@ from ray_abliterate.model_card import base_name, hub_name, model_card
 from ray_abliterate.progress import Watch
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import Recipe
+from ray_abliterate.rescored import note_rescored
 from ray_abliterate.run import load_prompts, model_source
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.verification import Verification, Verifier
@@ -127,6 +128,7 @@ def export_trial(
             check = Verifier(directory, trial, scored, source.folder, _dtype(targets), watch)
             found = _verified(check, work.folder, to)
             _tell(found, watch)
+            note_rescored(directory, trial, found)
         if to.exists():
             to.rmdir()
         give_name(work.folder, to)
@@ -146,7 +148,8 @@ def find_targets(
     with watch.stage("model"):
         module = build_skeleton(source.folder, recipe.model)
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
-        device = torch.device(device_for(recipe.model).replace("auto", "cuda"))
+        spread = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device_for(recipe.model).replace("auto", spread))
         targets = stored_writers(module, source, rows, device)
     shape = (1 + max(target.writer.layer for target in targets), hidden_size(module))
     if shape[1] != directions.vectors.shape[1] or shape[0] > directions.layers:
@@ -270,9 +273,19 @@ def _unverified(folder: Path, to: Path, lines: list[str]) -> ExportError:
 
 
 def _tell(found: Verification, watch: Watch) -> None:
-    watch.note("verified: reloaded from disk, the scores are the trial's")
-    for score in found.scores:
-        watch.note(f"  {score.name}: {score.trial:.4g} in the trial, {score.reloaded:.4g} reloaded")
+    if found.quantization:
+        watch.note("verified: reloaded from disk, the scores are the plan's on the originals")
+        for score in found.scores:
+            watch.note(
+                f"  {score.name}: {score.quantized:.4g} on {found.quantization} in the search, "
+                f"{score.reloaded:.4g} in full precision"
+            )
+    else:
+        watch.note("verified: reloaded from disk, the scores are the trial's")
+        for score in found.scores:
+            watch.note(
+                f"  {score.name}: {score.trial:.4g} in the trial, {score.reloaded:.4g} reloaded"
+            )
     for reason in found.reasons:
         watch.note(f"  compared with a tolerance, because {reason}")
 

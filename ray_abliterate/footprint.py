@@ -22,6 +22,8 @@ CHARACTERS_PER_TOKEN = 3
 TEMPLATE_TOKENS = 64
 UNKNOWN_PROMPT_TOKENS = 512
 """Where no prompts could be read."""
+BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "torchao-int4": 1 + 4 / 32}
+"""Scales included; 1 in 8 bits. torchao's portable format keeps 4 bits in a byte."""
 USUAL_BATCH = 32
 """Rows of a batch where the recipe leaves them to memory: fewer are taken if these don't fit."""
 
@@ -88,10 +90,13 @@ def footprint(
     dtype = dtype_of(module, recipe)
     written = [module.get_parameter(writer.parameter) for writer in writers]
     parameters = sum(p.numel() for p in module.parameters())
+    small = _quantized(module, recipe.model.quantization)
     layers, hidden = int(config.num_hidden_layers), hidden_size(module)
     rows_each = rows_per_layer(recipe.direction)
-    products = 4 * layers * rows_each * sum(p.numel() // hidden + hidden for p in written)
-    copies = dtype.itemsize * sum(p.numel() for p in written)
+    products = {id(p): 4 * layers * rows_each * (p.numel() // hidden + hidden) for p in written}
+    always = sum(own for key, own in products.items() if key in small)
+    fitting = min(sum(products.values()) - always, PROJECTION_BUDGET_BYTES)
+    copies = dtype.itemsize * sum(p.numel() for p in written if id(p) not in small)
     rows, width = _largest_batch(recipe, list(prompts))
     logit_tokens = max((s.tokens for s in recipe.scorers if isinstance(s, KlDivergence)), default=1)
     vocabulary = int(config.vocab_size)
@@ -101,8 +106,8 @@ def footprint(
     return Footprint(
         parameters,
         dtype,
-        parameters * dtype.itemsize,
-        copies + min(products, PROJECTION_BUDGET_BYTES),
+        int(sum(p.numel() * small.get(id(p), dtype.itemsize) for p in module.parameters())),
+        copies + always + fitting,
         batch,
         sum(4 * vocabulary * count for count in _base_logits(recipe, list(prompts))),
     )
@@ -119,6 +124,15 @@ def dtype_of(module: nn.Module, recipe: Recipe) -> torch.dtype:
             found: torch.dtype = config.dtype
             return found
     return torch.float32
+
+
+def _quantized(module: nn.Module, wanted: str | None) -> dict[int, float]:
+    """Bytes per number of the parameters that are quantized, by id: linear layers but the last."""
+    if wanted is None:
+        return {}
+    last = getattr(module, "lm_head", None)
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear) and m is not last]
+    return {id(m.weight): BYTES_PER_WEIGHT.get(wanted, 1.0) for m in linears}
 
 
 def _largest_batch(recipe: Recipe, prompts: list[PromptSet]) -> tuple[int, int]:

@@ -221,7 +221,10 @@ def _notes(
     if values["edit"]["norm"] == "row":
         yield "rows keep their norms exactly here; Heretic approximates that edit at a low rank"
     if study.settings.get("quantization", "none") != "none":
-        yield "Heretic searched on 4-bit weights; here they have full precision"
+        yield (
+            "Heretic searched on 4-bit weights; here they have full precision "
+            '(model.quantization = "nf4" for the same)'
+        )
     if any(writer.post_norm for writer in writers):
         yield "directions are pulled back through the norm after a writer; Heretic's are not"
     if any(writer.bias for writer in writers):

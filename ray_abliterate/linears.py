@@ -22,7 +22,7 @@ class Upcast:
     def __init__(self, module: nn.Module) -> None:
         self._copies: dict[str, tuple[Any, Tensor, Tensor | None]] = {}
         for name, linear in module.named_modules():
-            if type(linear) is not nn.Linear or linear.weight.dtype == torch.float32:
+            if not _is_plain(linear) or linear.weight.dtype == torch.float32:
                 continue
             bias = linear.bias.detach().float() if linear.bias is not None else None
             weight = linear.weight.detach().float()
@@ -46,6 +46,11 @@ class Upcast:
             bias.copy_(linear.bias)
 
 
+def _is_plain(module: Any) -> bool:
+    """Whether it is a linear layer whose weights are what their type says: not quantized ones."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+
 def _forward(weight: Tensor, bias: Tensor | None) -> Any:
     def forward(x: Tensor) -> Tensor:
         return nn.functional.linear(x.float(), weight, bias).to(x.dtype)
@@ -56,7 +61,7 @@ def _forward(weight: Tensor, bias: Tensor | None) -> Any:
 @torch.inference_mode()
 def faster_in_float32(module: nn.Module) -> bool:
     """Whether this machine multiplies this model's weights faster in float32, by measurement."""
-    linears = [m for m in module.modules() if type(m) is nn.Linear]
+    linears: list[Any] = [m for m in module.modules() if _is_plain(m)]
     if not linears or any(m.weight.device.type != "cpu" for m in linears):
         return False
     weight = max((m.weight for m in linears[:-1] or linears), key=Tensor.numel)

@@ -4,21 +4,26 @@ Safetensors only; code that comes with a model runs only if the recipe allows it
 """
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ray_abliterate import quantization
 from ray_abliterate.errors import ModelError
 from ray_abliterate.recipe import ModelSettings
 
 log = logging.getLogger(__name__)
 
+NOISY = ("accelerate.big_modeling", "bitsandbytes", "torchao", "torch.utils._pytree")
+"""They warn of what is as it should be: kernels of other devices, casts, weights on disk."""
+
 
 def device_for(settings: ModelSettings) -> str:
     """Where a replica's model goes: `auto` (spread), `cuda`, `mps` or `cpu`."""
-    if (settings.gpus_per_replica or 0) > 1:
+    if (settings.gpus_per_replica or 0) > 1 or settings.max_memory:
         return "auto"
     if settings.gpus_per_replica == 0:
         return "cpu"
@@ -55,22 +60,25 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(source, **common)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
-        refuse_quantized(source, config)
+        quantization.check(source, config, settings.quantization)
+        options = {**_placement(settings), **_quantizing(config, settings)}
+        scratch = tempfile.TemporaryDirectory(prefix="ray_abliterate-")
         model, report = auto_class(config).from_pretrained(
             source,
             config=config,
             dtype=settings.dtype,
             use_safetensors=True,
             output_loading_info=True,
+            offload_folder=scratch.name,
             **common,
-            **_placement(settings),
+            **options,
         )
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
             f"{source} does not fit on the GPU ({error}).\n"
             "  Set model.gpus_per_replica = 2 to spread it, or choose a smaller model."
         ) from None
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(advice(source, settings, error)) from error
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
@@ -78,18 +86,34 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
             f"{source} lacks {len(names)} of the model's weights ({', '.join(names[:3])}, …), "
             "which would be random.\n  Download it again, or choose a complete checkpoint."
         )
-    if device_for(settings) != "auto":
+    quantization.steady(model)
+    if "device_map" not in options:
         model.to(device_for(settings))
+    else:
+        model.offload_folder = scratch  # is there as long as the model
     return model.eval().requires_grad_(False), tokenizer
 
 
 def refuse_quantized(source: str, config: Any) -> None:
-    """An edit would change quantized numbers without their scales."""
-    if getattr(config, "quantization_config", None) is not None:
+    """What is written has to be full-precision: an edit would change quantized numbers without
+    their scales.
+
+    Raises:
+        ModelError: a checkpoint is quantized.
+    """
+    if method := quantization.method_of(config):
         raise ModelError(
-            f"{source} is quantized, and only full-precision weights can be edited.\n"
-            "  Choose the checkpoint in bfloat16, float16 or float32."
+            f"{source} is quantized ({method}), and only full-precision weights can be written.\n"
+            "  Search on its full-precision original instead, quantized as it is loaded:\n"
+            "    ray-abliterate run RECIPE model.name=ORIGINAL model.quantization=nf4"
         )
+
+
+def where_weights_rest(module: Any) -> str:
+    """What does not stay on the device that computes: `cpu`, `disk`, both, or nothing."""
+    places = {str(place) for place in (getattr(module, "hf_device_map", None) or {}).values()}
+    away = ("disk",) if places <= {"cpu", "disk"} else ("cpu", "disk")
+    return " and ".join(place for place in away if place in places)
 
 
 def _quiet() -> None:
@@ -98,6 +122,8 @@ def _quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def auto_class(config: Any) -> Any:
@@ -124,6 +150,17 @@ def _placement(settings: ModelSettings) -> dict[str, Any]:
     return options
 
 
+def _quantizing(config: Any, settings: ModelSettings) -> dict[str, Any]:
+    """Quantized weights are made where they are to stay."""
+    options: dict[str, Any] = {}
+    if settings.quantization:
+        dtype = quantization.dtype_of(config, settings.dtype)
+        options["quantization_config"] = quantization.configuration(settings.quantization, dtype)
+    if (options or quantization.method_of(config)) and device_for(settings) != "auto":
+        options["device_map"] = {"": device_for(settings)}
+    return options
+
+
 def advice(source: str, settings: ModelSettings, error: Exception) -> str:
     """What a loading error means for the recipe."""
     text = str(error)
@@ -141,6 +178,11 @@ def advice(source: str, settings: ModelSettings, error: Exception) -> str:
         return (
             f"{source}: this version of transformers does not know its model type.\n"
             f"  {text.splitlines()[0]}\n  Upgrade transformers, or choose another model."
+        )
+    if "dispatched on the CPU or the disk" in text:
+        return (
+            f"{source} does not fit on the GPU, and quantized weights can't rest elsewhere.\n"
+            "  Raise model.max_memory or model.gpus_per_replica, or leave out model.quantization."
         )
     if "safetensors" in text:
         return f"{source} has no safetensors weights, and pickled ones are not read.\n  {text}"

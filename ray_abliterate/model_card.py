@@ -79,6 +79,7 @@ def model_card(
         licence_link=_one(carried.get("license_link")),
         versions=_versions(directory),
         dtype=directory.environment["model"]["dtype"],
+        quantization=directory.environment["model"].get("quantization", ""),
     )
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ray_abliterate import shared_prefix
+from ray_abliterate.beside import device_of
 from ray_abliterate.chat_format import ChatFormat
 from ray_abliterate.contributions import Places, outputs_of, stacked
 from ray_abliterate.scoring import AnswerWatch
@@ -69,8 +70,7 @@ class PaddedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        device: torch.device = self._module.get_input_embeddings().weight.device
-        return device
+        return device_of(self._module.get_input_embeddings())
 
     def shared(self, rows: Sequence[Row]) -> Prefix:
         """The beginning that all rows have in common, computed on the model as it is now."""

@@ -6,6 +6,7 @@ documentation, in `docs/recipe.md` and in `ray-abliterate init`.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,8 @@ __all__ = [
 
 Norm = Literal["none", "row", "column"]
 Seeds = Literal["fisher", "auroc", "silhouette", "mutual-information", "log-odds", "none"]
+Quantization = Literal["nf4", "int8", "torchao-int8", "torchao-int4"]
+MEMORY = re.compile(r"^\d+(\.\d+)?([KMGT]i?B)$")
 
 
 class ModelSettings(Section):
@@ -74,6 +77,10 @@ class ModelSettings(Section):
     """Commit, tag or branch of the Hub repository; pinned in `environment.json` either way."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is the checkpoint's own dtype."""
+    quantization: Quantization | None = None
+    """Quantize linear layers as they are loaded, to search in less memory: `nf4` (4 bits) and
+    `int8` by bitsandbytes, `torchao-int8` and `torchao-int4` by torchao. Exports are in full
+    precision."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models whose authors you trust."""
     attention: str | None = None
@@ -90,7 +97,8 @@ class ModelSettings(Section):
     threads_per_replica: int | None = Field(None, ge=1)
     """CPU threads of a replica. A node's cores divided by its replicas if unset."""
     max_memory: dict[str, str] | None = None
-    """Memory a replica may use by device, as `{ 0 = "14GiB", cpu = "30GiB" }`."""
+    """Memory that a replica's weights may use by device, as `{ 0 = "14GiB", cpu = "30GiB" }`. What
+    does not fit on GPUs rests in CPU memory, and on disk after that: it works, slowly."""
     weight_cache: Literal["auto", "node", "device", "cpu"] = "auto"
     """Where pristine weights are kept: `node` in the node's object store, one copy for all replicas
     there; `device` beside each model; `cpu` in (pinned) CPU memory. `auto` is `node` without GPUs
@@ -110,6 +118,23 @@ class ModelSettings(Section):
         if value is not None and value > 1 and value != int(value):
             raise ValueError(f"{value} must be a fraction below 1 or a whole number of GPUs")
         return value
+
+    @field_validator("max_memory")
+    @classmethod
+    def _memory_is_readable(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        for device, size in (value or {}).items():
+            if not (device.isdigit() or device in ("cpu", "mps")):
+                raise ValueError(f"{device!r} is not a device: the number of a GPU, or `cpu`")
+            if not MEMORY.match(size):
+                raise ValueError(f"{device} = {size!r} is not a size; write `14GiB` or `600MB`")
+        return value
+
+    @model_validator(mode="after")
+    def _memory_has_its_gpus(self) -> "ModelSettings":
+        cards = [device for device in self.max_memory or {} if device.isdigit()]
+        if cards and self.gpus_per_replica == 0:
+            raise ValueError(f"max_memory names GPU {cards[0]}, but gpus_per_replica = 0")
+        return self
 
 
 class PromptSettings(Section):

@@ -21,11 +21,13 @@ from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
 from ray_abliterate.grid import Tuning, free_bytes
+from ray_abliterate.loading import where_weights_rest
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.probing import Probe, Prober
 from ray_abliterate.profiling import Profile, profiled
 from ray_abliterate.prompts import Prompt, PromptSet
+from ray_abliterate.quantization import bytes_of, described, held, outline
 from ray_abliterate.reading import Keeping, Reader, Reading, Route
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.scorers import build, shown
@@ -91,7 +93,10 @@ class Replica:
         self._prompts = prompts
         self.model = LanguageModel.load(source, recipe.model, recipe.run.batch_size)
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
-        self._writers = find_writers(self.model.module, rows)
+        module, self._away = self.model.module, where_weights_rest(self.model.module)
+        self._quantized = described(module)
+        in_memory = not (self._quantized or self._away)
+        self._writers = find_writers(outline(module), rows, in_memory)
         location = recipe.model.cache_location(self.model.device.type != "cpu")
         self.cache = WeightCache(self.model.module, self._writers, location, store)
         if self.model.upcast is not None:
@@ -114,15 +119,27 @@ class Replica:
             notes.append(f"the plain path is used, not the engine: {self.model.not_packable}")
         if self.model.upcast is not None:
             notes.append("this CPU is faster in float32: linear layers compute in it, and round")
+        if self._away:
+            notes.append(
+                f"the model does not fit: weights rest in {self._away} and are fetched for every "
+                "pass, which is slow"
+            )
+        if self._quantized:
+            notes.append(
+                f"weights are quantized ({self._quantized}), and edited beside; exports are "
+                "full-precision, and are scored again as such"
+            )
         most, why = self._most_per_pass()
         return ModelFacts(
             shape=self._shape(),
             writers=len(self._writers),
-            parameters=sum(p.numel() for p in parameters),
-            model_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            parameters=module.num_parameters(),
+            model_bytes=sum(map(bytes_of, parameters)),
             cache_bytes=self.cache.bytes,
             dtype=str(module.dtype).removeprefix("torch."),
             device=_device_name(self.model.device),
+            quantization=self._quantized,
+            offloaded=self._away,
             model_type=module.config.model_type,
             revision=getattr(module.config, "_commit_hash", None),
             fingerprint=self._fingerprint(),
@@ -157,9 +174,8 @@ class Replica:
         """Plans that can share a pass, and why not more."""
         if self.model.not_packable:
             return 1, f"the engine does not serve this model ({self.model.not_packable})"
-        for writer in self._writers:
-            if self.model.module.get_parameter(writer.parameter).ndim != 2:
-                return 1, f"{writer.parameter} stacks experts, and is no linear layer"
+        if self.cache.experts:
+            return 1, f"{self.cache.experts} stacks experts, and is no linear layer"
         free = free_bytes(self.model.device)
         prompt, answer, _ = self._extent()
         most = self.model.cost.rows(free, prompt, answer, 1)
@@ -170,12 +186,13 @@ class Replica:
         digest = hashlib.sha256()
         for name, values in self.model.module.state_dict().items():
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            if values.is_meta:
-                continue
-            # an odd step: one that divides the row would look at a single column
-            flat = values.detach().reshape(-1)
-            sample = flat[:: -(-flat.numel() // SAMPLE) | 1].contiguous().cpu()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+            for part in held(values):
+                if part.is_meta:
+                    continue
+                # an odd step: one that divides the row would look at a single column
+                flat = part.detach().reshape(-1)
+                sample = flat[:: -(-flat.numel() // SAMPLE) | 1].contiguous().cpu()
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _computes(self) -> str:
@@ -187,6 +204,7 @@ class Replica:
             "plain path" if self.model.not_packable else "engine",
             "one length a batch" if not self.model.padded.pads_safely else "padded",
             "linear layers in float32" if self.model.upcast is not None else "own dtype",
+            *filter(None, (self._quantized, self._away and f"weights rest in {self._away}")),
         ]
         return ", ".join(choices)
 
@@ -294,7 +312,7 @@ class Replica:
         """
         self._prepare(setup)
         if self._virtual is None:
-            self._virtual = VirtualEdits(self.model.packed, self.model.module, self.cache)
+            self._virtual = VirtualEdits(self.model.packed, self.cache)
         started, written = time.perf_counter(), self.model.tokens_written
 
         def work(view: TextModel) -> tuple[Scorecard, float, tuple[dict[str, Any], ...]]:
@@ -379,6 +397,7 @@ class Replica:
         self.model.response_prefix = setup.response_prefix
         self.model.use(setup.tuning or self.tune())
         recipe = self._recipe
+        self.cache.multiply(setup.directions, recipe.edit.norm)
         scorers = build(recipe.scorers, self._prompts, recipe.run.record_responses)
         with self.model.learning():
             shared = sharing(scorers, self.model)

@@ -29,12 +29,13 @@ from ray_abliterate.report_data import (
 )
 from ray_abliterate.report_exports import exports
 from ray_abliterate.report_sheets import GOALS, choices, headline, sheets
+from ray_abliterate.rescored import FACT, gaps, rescored
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.saturation import bound_warnings
 from ray_abliterate.scoring import Scorecard
 from ray_abliterate.timeline import Timeline
 
-HIDDEN = ("warnings", "suites")
+HIDDEN = ("warnings", "suites", FACT)
 """Of `environment.json`, shown elsewhere."""
 
 
@@ -89,6 +90,8 @@ def build_report(directory: RunDirectory) -> str:
         choices=choices(run),
         sheets=sheets(run),
         exports=exports(directory),
+        rescored=rescored(run.environment),
+        gaps=gaps(rescored(run.environment)),
         warnings=[*_bounds(run), *run.environment.get("warnings", []), *run.suites.problems],
         environment=list(_flat({k: v for k, v in run.environment.items() if k not in HIDDEN})),
         plotly=Markup(get_plotlyjs()),

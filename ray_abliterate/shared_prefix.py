@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ray_abliterate.beside import device_of
+
 WORTHWHILE_TOKENS = 8
 """A shorter prefix is not worth a pass of its own."""
 
@@ -62,7 +64,7 @@ def compute(module: Any, tokens: Sequence[int]) -> Prefix:
     from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache(config=module.config.get_text_config(decoder=True))
-    ids = torch.tensor([list(tokens)], device=module.get_input_embeddings().weight.device)
+    ids = torch.tensor([list(tokens)], device=device_of(module.get_input_embeddings()))
     body = getattr(module, module.base_model_prefix, module)
     body(input_ids=ids, past_key_values=cache, use_cache=True)
     return Prefix(len(tokens), cache)

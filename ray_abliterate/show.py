@@ -5,6 +5,7 @@ from rich.table import Table
 
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.live import describe_score
+from ray_abliterate.rescored import rescored
 from ray_abliterate.rundir import RunDirectory
 
 
@@ -23,10 +24,19 @@ def print_trial(directory: RunDirectory, trial: Trial, output: Console) -> None:
     scores = Table(show_edge=False, pad_edge=False)
     for heading in ("score", "this trial", "base model", "goal", "unit"):
         scores.add_column(heading)
+    full = {
+        one.name: one.full for one in rescored(directory.environment) if one.trial == trial.number
+    }
+    if full:
+        scores.add_column("exported, in full precision")
     for score in trial.scorecard.scores:
         base = describe_score(baseline.scorecard[score.name]) if baseline else ""
-        scores.add_row(score.name, describe_score(score), base, score.goal, score.unit)
+        exported = [f"{full[score.name]:.4g}"] if score.name in full else []
+        scores.add_row(score.name, describe_score(score), base, score.goal, score.unit, *exported)
     output.print(scores)
+    if quantization := directory.environment.get("model", {}).get("quantization"):
+        more = "" if full else "; an export is scored in full precision, and shown here then"
+        output.print(f"Scores are of weights quantized with {quantization}{more}.", markup=False)
     layers = directory.environment.get("model", {}).get("layers")
     profiles = Table(show_edge=False, pad_edge=False)
     for heading in ("component", "peak", "at layer", "floor", "reach", "strength by layer"):

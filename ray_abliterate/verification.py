@@ -1,22 +1,28 @@
-"""Scores a written model as the search scored the trial, and holds the two beside each other."""
+"""Scores a written model as the search scored the trial, and holds the two beside each other.
+
+A search on quantized weights scored another model than the one that is written. So its plan is
+first applied to the full-precision originals in memory: what that scores, the files must score.
+"""
 
 import gc
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from ray_abliterate.architecture import WriterRow, find_writers
 from ray_abliterate.frontier import Trial
-from ray_abliterate.loading import load
+from ray_abliterate.loading import load, where_weights_rest
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.progress import Watch
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scorers import build
-from ray_abliterate.scoring import Score
+from ray_abliterate.scoring import Score, Scorer
+from ray_abliterate.weights import WeightCache
 
 EXACT = (1e-6, 1e-9)
 """Relative and absolute difference of a score that is rounding alone."""
@@ -24,25 +30,38 @@ CLOSE = (0.1, 1e-3)
 """The same, where weights or arithmetic are not those of the search."""
 CLOSE_ANSWERS = 3
 """Answers whose verdict may differ in that case."""
+BESIDE = "weights that rest in {} were edited beside, which rounds outputs once more"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One score of the written files beside the trial's."""
+    """One score of the written files beside the trial's.
+
+    Attributes:
+        name: The score's.
+        trial: In the trial; of its plan on the originals in memory, if the search was quantized.
+        reloaded: Of the files.
+        allowed: How far the two may be apart.
+        within: They are not farther.
+        quantized: In the trial, if the search was quantized.
+    """
 
     name: str
     trial: float
     reloaded: float
     allowed: float
     within: bool
+    quantized: float | None = None
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the written files scored. `reasons` say why they may differ from the trial, if so."""
+    """What the written files scored. `reasons` say why they may differ from the trial, if so;
+    `quantization` is what the search ran on, if not on these weights."""
 
     reasons: tuple[str, ...]
     scores: tuple[Comparison, ...]
+    quantization: str = ""
 
     @property
     def failures(self) -> list[str]:
@@ -88,7 +107,13 @@ class Verifier:
             model = _language_model(self.directory, self.source)
             for scorer in scorers:
                 scorer.prepare(model)
+        assert self.trial.scorecard is not None
+        searched = expected = self.trial.scorecard.scores
+        quantization = str(self.directory.environment["model"].get("quantization", ""))
         reasons = list(_why_inexact(self.directory, self.dtype, model.device))
+        if quantization:
+            with self.watch.stage("originals"):
+                expected, reasons = self._in_memory(model, scorers)
         if _is_adapter(folder):
             reasons.append("an adapter is added to the layers' outputs, not to the weights")
         del model
@@ -97,10 +122,27 @@ class Verifier:
         with self.watch.stage("verification"):
             model = self._reloaded(folder)
             scores = [scorer.score(model) for scorer in scorers]
-        assert self.trial.scorecard is not None
-        pairs = zip(self.trial.scorecard.scores, scores, strict=True)
-        compared = tuple(compare(old, new, not reasons) for old, new in pairs)
-        return Verification(tuple(reasons), compared)
+        compared = tuple(
+            replace(compare(old, new, not reasons), quantized=first.value if quantization else None)
+            for first, old, new in zip(searched, expected, scores, strict=True)
+        )
+        return Verification(tuple(reasons), compared, quantization)
+
+    def _in_memory(
+        self, model: LanguageModel, scorers: Sequence[Scorer]
+    ) -> tuple[tuple[Score, ...], list[str]]:
+        """What the plan scores on the originals, and why files may differ from that."""
+        directions = self.directory.directions()
+        assert directions is not None
+        rows = tuple(WriterRow(**r.model_dump()) for r in self.directory.recipe.model.writers)
+        away = where_weights_rest(model.module)
+        cache = WeightCache(model.module, find_writers(model.module, rows, not away), "cpu")
+        if model.upcast is not None:
+            cache.on_write = model.upcast.written
+        model.original = cache.suspended
+        with cache.edited(self.trial.plan, directions):
+            found = tuple(scorer.score(model) for scorer in scorers)
+        return found, [BESIDE.format(away)] if cache.closed else []
 
     def _reloaded(self, folder: Path) -> LanguageModel:
         return _language_model(
@@ -131,7 +173,8 @@ def _language_model(
 ) -> LanguageModel:
     recipe = directory.recipe
     # In the type that is exported: what the files are loaded in.
-    settings = recipe.model.model_copy(update={"revision": None, "dtype": "auto"})
+    own = {"revision": None, "dtype": "auto", "quantization": None}
+    settings = recipe.model.model_copy(update=own)
     module, tokenizer = load(str(folder), settings)
     if adapter is not None:
         from peft import PeftModel
@@ -154,6 +197,8 @@ def _why_inexact(
     stored = str(dtype).removeprefix("torch.")
     if stored != then["model"]["dtype"]:
         yield f"the checkpoint is in {stored}, the search ran in {then['model']['dtype']}"
+    if then["model"].get("offloaded"):
+        yield BESIDE.format(then["model"]["offloaded"])
     cuda = device.type == "cuda"
     here = f"({torch.cuda.get_device_name(device)})" if cuda else device.type
     if here not in then["model"]["device"]:

@@ -4,14 +4,14 @@
         ...                      # the model is the plan's
     # every writer has its own bits again, also if the body raised
 
-Weights are written in place (same storage), so tied tensors, hooks and views stay valid.
+Weights are written in place (same storage), so tied tensors, hooks and views stay valid. Those that
+can't be, because their numbers are quantized or not in memory, are edited beside (`beside.py`).
 """
 
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ray_abliterate import ablation
-from ray_abliterate.architecture import Writer, oriented, post_norm_gain
+from ray_abliterate.architecture import Writer, post_norm_gain
+from ray_abliterate.beside import Choice, EditedLayer
 from ray_abliterate.directions import Directions
 from ray_abliterate.edits import Edits
 from ray_abliterate.errors import ModelError
+from ray_abliterate.held_writers import ClosedWriter, OpenWriter, can_be_written
 from ray_abliterate.plan import Plan
 from ray_abliterate.recipe import Norm
 
@@ -39,31 +41,6 @@ class SharedStore(Protocol):
         """The arrays under a key, read-only; made now if they are not there."""
 
 
-@dataclass(frozen=True)
-class _Target:
-    """One writer: the live tensors, and their pristine copies."""
-
-    writer: Writer
-    weight: Tensor
-    pristine: Tensor
-    bias: Tensor | None
-    pristine_bias: Tensor | None
-    gain: Tensor | None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        experts, hidden, fan_in = oriented(self.pristine, self.writer).shape
-        return experts, hidden, fan_in
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def project(self, rows: Tensor, norm: Norm) -> ablation.Projections:
-        pristine = oriented(self.pristine, self.writer).to(self.device)
-        return ablation.project(pristine, rows, norm)
-
-
 class WeightCache:
     """Pristine writer weights of one model, by layer."""
 
@@ -74,7 +51,7 @@ class WeightCache:
         location: Literal["node", "device", "cpu"] = "device",
         store: SharedStore | None = None,
     ) -> None:
-        """Copy every writer.
+        """Copy every writer that can be written to.
 
         Args:
             model: The model, untouched.
@@ -84,11 +61,18 @@ class WeightCache:
             store: Holds what the replicas of one node share; without one, `node` is `cpu`.
 
         Raises:
-            ModelError: the node's replicas hold other weights.
+            ModelError: the node's replicas hold other weights, or experts can't be written to.
         """
-        shared = _shared(model, writers, store) if location == "node" and store else {}
-        self._targets = [_target(model, writer, location, shared) for writer in writers]
-        self._edits = Edits(self._targets)
+        closed = {writer.parameter for writer in writers if not can_be_written(model, writer)}
+        written = [writer for writer in writers if writer.parameter not in closed]
+        shared = _shared(model, written, store) if location == "node" and store else {}
+        self._targets = [
+            ClosedWriter(model, writer)
+            if writer.parameter in closed
+            else _open(model, writer, location, shared)
+            for writer in writers
+        ]
+        self._edits = Edits(self._targets, always=closed)
         self._dirty: set[int] = set()
         self._open: tuple[Plan, Directions] | None = None
         self.on_write: Callable[[str], None] | None = None
@@ -97,19 +81,41 @@ class WeightCache:
     @property
     def bytes(self) -> int:
         """Memory of the pristine copies."""
-        tensors = [t for x in self._targets for t in (x.pristine, x.pristine_bias) if t is not None]
+        open_ = [target for target in self._targets if isinstance(target, OpenWriter)]
+        tensors = [t for x in open_ for t in (x.pristine, x.pristine_bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def closed(self) -> bool:
+        """Whether some writers can't be written to, and are edited beside."""
+        return any(isinstance(target, ClosedWriter) for target in self._targets)
+
+    def multiply(self, directions: Directions, norm: Norm) -> None:
+        """Multiply what can't be written to with the directions, so that no trial needs to."""
+        for target in self._targets:
+            if isinstance(target, ClosedWriter):
+                self._edits.multiply(target, directions, norm)
+
+    def beside(self, choice: Choice) -> dict[str, EditedLayer]:
+        """Every writer as a layer that can be edited beside its weights, by parameter.
+
+        Raises:
+            ModelError: a writer is not the weight of a linear layer (stacked experts).
+        """
+        return {target.writer.parameter: target.beside(choice) for target in self._targets}
+
+    @property
+    def experts(self) -> str:
+        """A writer that stacks experts; empty if none does."""
+        stacks = [x.writer.parameter for x in self._targets if x.stacks_experts]
+        return stacks[0] if stacks else ""
 
     def restore(self, layer: int | None = None) -> None:
         """Put the pristine bits back into one layer, or into all that were written to."""
         layers = self._dirty if layer is None else {layer}
-        with torch.no_grad():
-            for target in self._targets:
-                if target.writer.layer not in layers:
-                    continue
-                target.weight.copy_(target.pristine, non_blocking=True)
-                if target.bias is not None and target.pristine_bias is not None:
-                    target.bias.copy_(target.pristine_bias, non_blocking=True)
+        for target in self._targets:
+            if target.writer.layer in layers:
+                target.restore()
                 self._written(target)
         self._dirty -= set(layers)
 
@@ -158,12 +164,12 @@ class WeightCache:
         return min(self._dirty, default=self.layers)
 
     def differs(self) -> bool:
-        """Whether any writer's bits differ from the pristine ones now."""
-        return any(
-            not torch.equal(target.weight, target.pristine.to(target.weight.device))
-            for target in self._targets
-            if target.writer.layer in self._dirty
-        )
+        """Whether any writer's bits differ from the pristine ones now.
+
+        Beside a layer, an edit counts whose strength is above the rounding of its output.
+        """
+        edited = [target for target in self._targets if target.writer.layer in self._dirty]
+        return any(target.differs() for target in edited)
 
     @property
     def layers(self) -> int:
@@ -180,31 +186,28 @@ class WeightCache:
         for target, edit in self._edits.of(plan, directions):
             yield target.writer, edit
 
-    @torch.no_grad()
     def _apply(self, plan: Plan, directions: Directions) -> None:
         for target, edit in self._edits.of(plan, directions):
-            writer = target.writer
-            self._dirty.add(writer.layer)
-            edit.apply_(oriented(target.weight, writer), oriented(target.pristine, writer))
-            if target.bias is not None and target.pristine_bias is not None:
-                edit.apply_to_bias_(target.bias, target.pristine_bias)
+            self._dirty.add(target.writer.layer)
+            target.apply(edit)
             self._written(target)
 
-    def _written(self, target: _Target) -> None:
-        if self.on_write is not None:
+    def _written(self, target: OpenWriter | ClosedWriter) -> None:
+        if self.on_write is not None and isinstance(target, OpenWriter):
             self.on_write(target.writer.parameter)
 
 
-def _target(
+def _open(
     model: nn.Module, writer: Writer, location: str, shared: Mapping[str, Tensor]
-) -> _Target:
+) -> OpenWriter:
     def pristine(name: str) -> Tensor:
         found = shared.get(name)
         return _copy(model.get_parameter(name), location) if found is None else found
 
     bias = model.get_parameter(writer.bias).data if writer.bias else None
-    return _Target(
+    return OpenWriter(
         writer,
+        model.get_submodule(writer.parameter.rpartition(".")[0]),
         model.get_parameter(writer.parameter).data,
         pristine(writer.parameter),
         bias,

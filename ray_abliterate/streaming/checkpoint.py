@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ray_abliterate.errors import EvaluationChanged
 from ray_abliterate.files import write_whole
+from ray_abliterate.quantization import held
 from ray_abliterate.streaming.results import Totals
 
 VERSION = 1
@@ -101,6 +102,7 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     named = model.named_parameters() if hasattr(model, "named_parameters") else ()
     for name, parameter in named:
-        sample = parameter.detach().flatten()[:SAMPLE].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
+        parts = [part for part in held(parameter.detach()) if not part.is_meta]
+        samples = [part.flatten()[:SAMPLE].float().cpu().numpy().tobytes() for part in parts]
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + b"".join(samples))
     return digest.hexdigest()[:16]

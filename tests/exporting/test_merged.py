@@ -190,5 +190,5 @@ def test_a_quantized_model_is_refused_before_its_weights_are_looked_at(tmp_path)
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="is quantized, and only full-precision weights"):
+    with pytest.raises(ModelError, match=r"is quantized \(fp8\), and only full-precision weights"):
         targets_of(source)

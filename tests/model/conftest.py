@@ -29,6 +29,7 @@ RECIPE = """
 [model]
 name = "{model}"
 dtype = "{dtype}"
+{held}
 
 [prompts]
 behaviour = {{ file = "behaviour.txt", split = "[:4]" }}
@@ -121,7 +122,12 @@ class InProcess:
 
 
 def finish(
-    folder: Path, model: Path, dtype: str = "auto", norm: str = "row", more: str = ""
+    folder: Path,
+    model: Path,
+    dtype: str = "auto",
+    norm: str = "row",
+    more: str = "",
+    held: str = "",
 ) -> Finished:
     """A run in `folder` with trial 0: one direction, taken out everywhere.
 
@@ -131,6 +137,7 @@ def finish(
         dtype: As in the recipe.
         norm: As in the recipe.
         more: Further sections of the recipe.
+        held: Further settings of the model.
     """
     base = folder / "recipe"
     base.mkdir(parents=True)
@@ -138,7 +145,7 @@ def finish(
     for name, words in prompts.items():
         lines = "".join(f"tell me about the old {word}\n" for word in words)
         (base / f"{name}.txt").write_text(lines)
-    text = RECIPE.format(model=model, dtype=dtype, norm=norm) + more
+    text = RECIPE.format(model=model, dtype=dtype, norm=norm, held=held) + more
     recipe = Recipe.parse(text, "recipe.toml")
     directory, watch = RunDirectory.create(folder / "run", recipe, text), Unwatched()
     sets = run.load_prompts(recipe, directory, base, watch)
@@ -157,6 +164,20 @@ def finish(
 def planted_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("planted") / "tiny-planted"
     return build_planted_model(folder, FLAGGED, PLAIN)
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory, planted_folder: Path) -> Path:
+    """A Llama with biases whose rows divide into groups of 32 weights."""
+    folder = tmp_path_factory.mktemp("wide") / "tiny-wide"
+    model = tiny_model(
+        "llama/biases", layers=3, hidden_size=64, intermediate_size=128, head_dim=16,
+        eos_token_id=2,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    for file in [*planted_folder.glob("token*"), *planted_folder.glob("chat_template*")]:
+        shutil.copy(file, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -188,7 +188,7 @@ def test_trials_that_share_passes_are_the_trials_alone(linear: Case, norm: str) 
     for plan in plans:
         with linear.cache.edited(plan, directions):
             alone.append((linear.plain_logits(), linear.plain_answers()))
-    virtual = VirtualEdits(linear.packed, linear.module, linear.cache)
+    virtual = VirtualEdits(linear.packed, linear.cache)
     edits = (0, 1, 2, 3)
     with virtual.opened(plans, directions) as untouched:
         assert untouched == 1
@@ -208,7 +208,7 @@ def test_trials_that_share_passes_are_the_trials_alone(linear: Case, norm: str) 
 def test_stacked_experts_have_no_virtual_edits() -> None:
     case = Case("mixtral")
     with pytest.raises(ModelError, match="not the weight of a linear layer"):
-        VirtualEdits(case.packed, case.module, case.cache)
+        VirtualEdits(case.packed, case.cache)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 2**20))

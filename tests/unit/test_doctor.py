@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
+from transformers import AutoConfig
 
 from ray_abliterate import demo, doctor, samples
 from ray_abliterate.architecture import find_writers
@@ -275,11 +277,29 @@ def test_a_model_without_chat_template_fails(recipe, model, tmp_path):
     assert 'model.chat_template = "plain"' in text
 
 
-def test_a_quantized_checkpoint_fails(recipe, model, tmp_path):
+def test_a_quantized_checkpoint_can_be_searched_alone_if_its_package_is_there(
+    recipe, model, tmp_path
+):
     edited_config(model, quantization_config={"quant_method": "fp8"})
     code, text = look(recipe, tmp_path)
+    assert (code, row(text, "weights")[0]) == (0, "warn")
+    assert "quantized (fp8)" in text and "not exported" in text
+    edited_config(model, quantization_config={"quant_method": "hqq"})
+    code, text = look(recipe, tmp_path)
     assert (code, row(text, "weights")[0]) == (1, "FAIL")
-    assert "quantized (fp8)" in text
+    assert "pip install hqq" in text
+
+
+def test_4_bits_need_a_fraction_of_the_memory(recipe, model):
+    module, settings = outline(AutoConfig.from_pretrained(model)), recipe.model
+    writers = find_writers(module)
+    small = recipe.model_copy(update={"model": settings.model_copy(update={"quantization": "nf4"})})
+    plain, four_bits = (footprint(module, writers, r, []) for r in (recipe, small))
+    linear = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    linear -= module.lm_head.weight.numel()
+    saved = linear * (plain.dtype.itemsize - 0.5625)
+    assert plain.weights - four_bits.weights == pytest.approx(saved, abs=1)
+    assert four_bits.cache < plain.cache
 
 
 def test_a_family_that_is_not_supported_fails(recipe, model, tmp_path):
@@ -386,3 +406,12 @@ def test_a_bigger_batch_needs_more(recipe, model):
     small = footprint(module, writers, parsed(model, "run.batch_size=1"), [])
     assert footprint(module, writers, recipe, []).batch == 32 * small.batch
     assert replace(small, cache=0).total == small.weights + small.batch
+
+
+def test_what_memory_lacks_is_no_failure_where_weights_may_rest_elsewhere(recipe):
+    need = Footprint(10**12, torch.float32, 10**15, 0, 0, 0)
+    layout = Layout(1, 0.0, 1.0, 1)
+    assert fit(need, recipe, layout).state == "FAIL"
+    settings = recipe.model.model_copy(update={"max_memory": {"cpu": "1GiB"}})
+    check = fit(need, recipe.model_copy(update={"model": settings}), layout)
+    assert check.state == "warn" and "slow" in check.found

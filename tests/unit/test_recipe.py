@@ -100,6 +100,22 @@ def test_every_problem_of_a_recipe_is_told_at_once():
     assert all(line.startswith("recipe.toml: ") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.quantization=nf5"], "'torchao-int8' or 'torchao-int4' (found 'nf5')"),
+        (["model.max_memory.gpu=30GiB"], "'gpu' is not a device: the number of a GPU, or `cpu`"),
+        (["model.max_memory.cpu=lots"], "cpu = 'lots' is not a size; write `14GiB` or `600MB`"),
+        (
+            ["model.max_memory.0=20GiB", "model.gpus_per_replica=0"],
+            "max_memory names GPU 0, but gpus_per_replica = 0",
+        ),
+    ],
+)
+def test_memory_and_quantization_that_can_not_be_are_refused(overrides, said):
+    assert said in message(*overrides)
+
+
 @pytest.mark.parametrize("component", ["atn", "mpl", "router"])
 def test_a_range_for_an_unknown_component_is_refused(component):
     text = message(f"search.space.components.{component}.peak=[0,1]")
