@@ -33,8 +33,8 @@ from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.loading import device_for
 from ray_abliterate.model_card import base_name, hub_name, model_card
 from ray_abliterate.progress import Watch
-from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import Recipe
+from ray_abliterate.report_exports import note_export
 from ray_abliterate.rescored import note_rescored
 from ray_abliterate.run import load_prompts, model_source
 from ray_abliterate.rundir import RunDirectory
@@ -105,10 +105,7 @@ def export_trial(
     identity = _identity(directory, trial, directions, source, form)
     left = _wanted(source, layout, form) - finished_bytes(to, identity)
     check_target(to, source.folder, left)
-    scored: dict[str, PromptSet] = {}
-    if verify:
-        base = directory.base
-        scored = load_prompts(recipe, directory, base, watch).scored
+    scored = load_prompts(recipe, directory, directory.base, watch).scored if verify else {}
     with _told(to, watch), scratch(to, identity) as work, _threads(directory):
         module, targets = find_targets(recipe, source, directions, watch)
         if form.kind == "merged":
@@ -133,7 +130,16 @@ def export_trial(
             to.rmdir()
         give_name(work.folder, to)
     watch.note(f"trial {trial.number} written to {to}")
+    _list(directory, to, watch)
     return to
+
+
+def _list(directory: RunDirectory, to: Path, watch: Watch) -> None:
+    """Have the run's report list an export, if it may be."""
+    try:
+        note_export(directory, to)
+    except OSError as error:
+        watch.note(f"the run's report won't list it: {directory.path} can't be written ({error})")
 
 
 def find_targets(

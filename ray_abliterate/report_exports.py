@@ -1,4 +1,4 @@
-"""What was exported into a run's own folder, and what its files scored when they were reloaded."""
+"""What was exported of a run, and what the files scored when they were reloaded."""
 
 import json
 from dataclasses import dataclass
@@ -7,10 +7,13 @@ from pathlib import Path
 from ray_abliterate.report_data import Figure
 from ray_abliterate.rundir import RunDirectory
 
+FACT = "exports"
+"""Where the folders stand in `environment.json`."""
+
 
 @dataclass(frozen=True)
 class Export:
-    """One folder below `RUN/exports` that was verified.
+    """One folder that was verified.
 
     Attributes:
         name: The folder's.
@@ -32,9 +35,22 @@ class Export:
 
 
 def exports(directory: RunDirectory) -> tuple[Export, ...]:
-    """All verified exports in the run directory; folders elsewhere are not known to it."""
-    files = sorted((directory.path / "exports").glob("*/verification.json"))
-    return tuple(_export(file) for file in files)
+    """All verified exports in the run directory, then those elsewhere that are still there."""
+    own = (directory.path / "exports").absolute()
+    noted = (Path(path) / "verification.json" for path in directory.environment.get(FACT, ()))
+    elsewhere = (file for file in noted if file.exists() and file.parent.parent != own)
+    return tuple(_export(file) for file in (*sorted(own.glob("*/verification.json")), *elsewhere))
+
+
+def note_export(directory: RunDirectory, to: Path) -> None:
+    """Note in the run directory where an export is.
+
+    Raises:
+        OSError: the run directory can't be written.
+    """
+    known = directory.environment.get(FACT, [])
+    if str(to) not in known:
+        directory.note(**{FACT: [*known, str(to)]})
 
 
 def _export(file: Path) -> Export:

@@ -11,6 +11,7 @@ import pytest
 
 from ray_abliterate.frontier import Trial
 from ray_abliterate.recipe import SuiteFile
+from ray_abliterate.report_exports import exports, note_export
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.suites import SuiteChunk
 from ray_abliterate.timeline import Timeline
@@ -243,6 +244,18 @@ def export(directory: RunDirectory, name: str, reloaded: float, within: bool, ki
     values = {"reasons": ["<b>bfloat16</b>"], "scores": [score]}
     (folder / "verification.json").write_text(json.dumps(values), "utf-8")
     (folder / f"{kind}.json").write_text("{}", "utf-8")
+
+
+def test_exports_elsewhere_are_listed_as_long_as_they_are_there(tmp_path: Path) -> None:
+    directory = make(tmp_path, TWO, BASE)
+    export(directory, "trial-3", 0.5, True, "config")
+    own = directory.path / "exports" / "trial-3"
+    away = own.rename(tmp_path / "away")
+    export(directory, "trial-3", 0.5, True, "config")
+    for folder in (own, away, away, tmp_path / "gone"):
+        note_export(directory, folder)
+    assert [one.name for one in exports(directory)] == ["trial-3", "away"]
+    assert str(away) not in " ".join(page(directory).texts("td"))
 
 
 def test_exports_in_the_run_are_listed_with_what_they_scored(tmp_path: Path) -> None:
