@@ -7,6 +7,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+ONNX := .venv/onnx
 
 .PHONY: setup demo test test-ray test-rest test-extras check clean
 .DEFAULT_GOAL := help
@@ -14,7 +15,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo    set up .venv, run the demo, print the frontier"
 	@echo "make test    set up .venv, run all tests"
-	@echo "make test-extras  install lm-eval too, run its tests"
+	@echo "make test-extras  install lm-eval and optimum too, run their tests"
 	@echo "make check   lint, types, import contracts"
 
 setup: .venv/.ready
@@ -43,10 +44,16 @@ test-ray: setup
 test-rest: setup
 	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m pytest --ignore tests/cluster
 
-# Apart, and last: what it installs is imported by transformers wherever it is there.
+# Apart, and last: what lm-eval installs is imported by transformers wherever it is there, and
+# optimum needs an older transformers, in an environment of its own that shares the rest.
 test-extras: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/suites/test_lm_eval.py
+	test -x $(ONNX)/bin/python || $(BIN)/python -m venv $(ONNX)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(ONNX)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	$(ONNX)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-onnx.txt
+	OMP_NUM_THREADS=1 ONNX_PYTHON=$(ONNX)/bin/python $(BIN)/python -m pytest tests/model/test_onnx.py
 
 check: setup
 	$(BIN)/ruff format --check .
