@@ -53,7 +53,7 @@ test-extras: setup
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(ONNX)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	$(ONNX)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-onnx.txt
-	OMP_NUM_THREADS=1 ONNX_PYTHON=$(ONNX)/bin/python $(BIN)/python -m pytest tests/model/test_onnx.py
+	OMP_NUM_THREADS=1 ONNX_PYTHON=$(CURDIR)/$(ONNX)/bin/python $(BIN)/python -m pytest tests/model/test_onnx.py
 
 check: setup
 	$(BIN)/ruff format --check .

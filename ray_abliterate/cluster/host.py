@@ -1,5 +1,6 @@
 """The process that a replica lives in."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -59,12 +60,12 @@ class Hosting:
         )
 
 
-class Callee:
+class Callee(ABC):
     """What the pool asks of a replica's process."""
 
+    @abstractmethod
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the replica."""
-        raise NotImplementedError
 
     def call_by_reference(self, method: str, *args: Any) -> tuple[None, Any]:
         """The same, in two returns: the first tells that it is done, the second stays on this node
