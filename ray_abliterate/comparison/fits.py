@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ray_abliterate.directions import from_layers
+from ray_abliterate.directions import finding, from_layers
 from ray_abliterate.directions.finding import members_of
-from ray_abliterate.methods import Layer, Sample, demand_of
+from ray_abliterate.methods import Layer, Sample, centres, demand_of
 from ray_abliterate.recipe import DirectionSettings
 
 Vector = Float[Tensor, " axis"]
@@ -115,12 +116,16 @@ class Sets:
         return Found(found.vectors[0].double())
 
 
+_keeping_quiet: ContextVar[bool] = ContextVar("keeping quiet", default=False)
+for _module in (finding, centres):
+    logging.getLogger(_module.__name__).addFilter(lambda _record: not _keeping_quiet.get())
+
+
 @contextmanager
 def _unsaid() -> Iterator[None]:
-    """Warnings kept back: each would speak of layer 0, or of one of a thousand fits."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """This thread keeps warnings back: each would speak of layer 0, or of one fit of a thousand."""
+    token = _keeping_quiet.set(True)
     try:
         yield
     finally:
-        logging.disable(before)
+        _keeping_quiet.reset(token)

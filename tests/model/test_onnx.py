@@ -1,4 +1,4 @@
-"""An exported model as ONNX, by optimum: in another environment, because it wants transformers 4."""
+"""An exported model as ONNX, by optimum: elsewhere, because it wants transformers 4."""
 
 import json
 import os

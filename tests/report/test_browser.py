@@ -66,7 +66,7 @@ def test_all_figures_are_drawn_without_a_complaint_or_a_request(
     drawn: Browser, everything: RunDirectory
 ) -> None:
     names = drawn.run("Object.keys(figures)")
-    assert len(names) == 13
+    assert len(names) == 15
     painted = drawn.run(
         "Object.keys(figures).filter(name => document.querySelector("
         "`#plot-${name} .trace, #plot-${name} .hm image, #plot-${name} .barlayer .point`))"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy
@@ -318,3 +319,20 @@ def test_too_few_prompts_and_weak_separation_are_said():
     assert any("too few to say" in reason for reason in advise({"simple": one}, (1, 1)).reasons)
     with pytest.raises(ValueError, match="no method"):
         advise({}, (2, 2))
+
+
+def test_fits_keep_back_their_own_warnings_and_nobody_elses(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They run beside each other, in threads that begin and end in any order."""
+    mean = torch.zeros(8, 8)
+    mean[:, 0] = 1.0
+    sets, spared = (
+        Sets(3 * mean, mean),
+        DirectionSettings(),
+    )  # the direction is parallel to the neutral mean
+    with ThreadPoolExecutor(8) as threads:
+        assert all(found.vector is not None for found in threads.map(sets.fit, [spared] * 64))
+    assert not caplog.records
+    compute(Residuals(3 * mean[:, None]), Residuals(mean[:, None]), spared)
+    assert "parallel to the neutral mean" in caplog.text
