@@ -84,10 +84,12 @@ def test_prompts_that_are_left_out_and_layers_that_are_tried_are_the_same_on_one
             try_layers(recipe, directory, pool, sets, setup, shards, Unwatched())
         filtered = directory.environment["filtered"]
         assert [filtered[s.name]["left_out"] for s in mixed] == [[7], [7]]
-        found.append((setup.directions.vectors, filtered, directory.selection()))
+        selection = directory.selection()
+        assert selection is not None
+        found.append((setup.directions.vectors, filtered, selection.scores, selection.chosen))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:]
-    assert found[0][2].chosen.layer >= PLANTED_LAYER
+    assert found[0][3].layer >= PLANTED_LAYER
 
 
 def test_trials_share_passes_and_the_frontier_is_scored_alone(
