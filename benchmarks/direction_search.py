@@ -1,7 +1,8 @@
 """All direction methods at the same search budget; and whether a search's seed points pay.
 
     python -m benchmarks.direction_search [--part methods seeds] [--models clean demo …]
-        [--methods whitened …] [--seeds 5] [--jobs 2] [--save direction_search]
+        [--seed-models clean …] [--methods whitened …] [--seeds 5] [--jobs 2]
+        [--save direction_search]
 
 Searches as runs make them (space, sampler, scorers), on three planted models and the demo's (see
 `direction_models`), one plan at a time and without Ray. A seed draws the prompts that directions
@@ -40,7 +41,7 @@ def main() -> None:
     """Search what is not there yet, sum up, save."""
     options = read_options()
     options.work.mkdir(parents=True, exist_ok=True)
-    for model in options.models:
+    for model in {*options.models, *(options.seed_models or ())}:
         model_folder(model, options.work)
     file = options.work / SEARCHES
     known = read(file)
@@ -60,6 +61,7 @@ def read_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--part", nargs="+", choices=PARTS, default=list(PARTS))
     add("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    add("--seed-models", nargs="+", choices=list(SUBJECTS), default=None, help="of the part seeds")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--trials", type=int, default=0, help="plans of a search; each model's own if unset")
     add("--seeds", type=int, default=5)
@@ -75,7 +77,8 @@ def read_options() -> argparse.Namespace:
 def wanted(options: argparse.Namespace, part: str) -> list[Job]:
     """The searches of a part, model by model, seed by seed."""
     found = []
-    for model in options.models:
+    models = options.models if part == "methods" else options.seed_models or options.models
+    for model in models:
         trials = options.trials or SUBJECTS[model].trials
         for seed in range(options.seeds):
             if part == "methods":
