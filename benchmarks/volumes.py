@@ -131,10 +131,14 @@ def by_method(outcomes: Iterable[Outcome], references: dict[str, Losses]) -> lis
             "method": method,
             "volume": spread(list(own.values())),
             "against": against(own, volumes.get((model, BASE), {})),
-            "cosine": round(median(cosines[model, method]), 3) if cosines else None,
+            "cosine": _middle(cosines.get((model, method))),
         }
         for (model, method), own in volumes.items()
     ]
+
+
+def _middle(values: list[float] | None) -> float | None:
+    return round(median(values), 3) if values else None
 
 
 def by_budget(

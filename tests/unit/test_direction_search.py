@@ -63,10 +63,12 @@ def test_methods_are_summed_up_over_seeds() -> None:
             outcome("mean-difference", 1, (0.0, 0.25)),
             outcome("whitened", 1, (0.0, 0.0)),
             outcome("whitened", 0, (0.5, 0.0)),
+            Outcome(Job("demo", "whitened", 0, 1, True, "k"), ((0.5, 0.0),), 3, None, 1.0),
         ],
-        REFERENCES,
+        REFERENCES | {"demo": (1.0, 0.5)},
     )
-    assert [row["method"] for row in rows] == ["mean-difference", "whitened"]
+    assert [row["method"] for row in rows] == ["mean-difference", "whitened", "whitened"]
+    assert [row["cosine"] for row in rows] == [0.9, 0.9, None]
     assert rows[0]["volume"] == spread([25.0, 50.0])
     assert rows[1]["volume"] == {"min": 50.0, "median": 75.0, "max": 100.0}
     assert rows[1]["against"]["median"] == 37.5
