@@ -151,7 +151,8 @@ def test_prompts_that_are_missing_are_named_before_any_model_is_loaded(
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(recipe_file: Path, tmp_path: Path) -> None:
-    error = refused("run", "recipe.toml", "model.name=./nowhere", folder=tmp_path)
+    """Replicas look for it, so Ray is started: in a process of its own."""
+    error = refused("run", "recipe.toml", "model.name=./nowhere", folder=tmp_path, by=process)
     assert "there is no such folder" in error
 
 
