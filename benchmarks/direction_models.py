@@ -6,7 +6,6 @@ stream far out; `entangled`, the same with a second behaviour that is to stay, a
 that is not orthogonal to the first. The fourth is the demo's real model.
 """
 
-import logging
 import random
 import time
 from collections.abc import Iterator
@@ -103,8 +102,6 @@ class Bench:
         from ray_abliterate.recipe import Recipe
         from ray_abliterate.replica import Replica
 
-        # blocks below the planted ones know nothing of the behaviour, at every seed
-        logging.getLogger("ray_abliterate.directions.finding").setLevel(logging.ERROR)
         self.name, self.subject = name, SUBJECTS[name]
         self._sets = dict(prompts(self.subject))
         values = recipe(str(model_folder(name, folder)), self.subject)

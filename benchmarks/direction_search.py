@@ -11,6 +11,7 @@ by seed. Every finished search is a line of a file in `--work`: a run that is st
 """
 
 import argparse
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,13 +95,18 @@ def job(model: str, method: str, seed: int, trials: int, seed_points: bool) -> J
     return Job(model, method, seed, trials, seed_points, key)
 
 
+def quiet() -> None:
+    """Blocks below the planted ones know nothing of the behaviour, at every seed: no news."""
+    logging.getLogger("ray_abliterate.directions.finding").setLevel(logging.ERROR)
+
+
 def searched(jobs: Sequence[Job], work: Path, processes: int) -> Iterator[Outcome]:
     """What jobs find, as they end."""
     if processes == 1:
         yield from (search(job, work) for job in jobs)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), quiet) as pool:
         try:
             for future in as_completed([pool.submit(search, job, work) for job in jobs]):
                 yield future.result()
@@ -166,4 +172,5 @@ def pace(outcomes: Sequence[Outcome]) -> float:
 
 
 if __name__ == "__main__":
+    quiet()
     main()

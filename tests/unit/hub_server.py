@@ -91,6 +91,8 @@ class Request(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.hub.asked.append(f"PUT {self.path}")
         if any(fault(self) for fault in self.hub.faults):
+            if not self.close_connection:
+                self._read()  # or it would be taken for the next request
             return
         self._put(self._read())
 
