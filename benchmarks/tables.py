@@ -348,7 +348,7 @@ def throughput_table(figures: dict[str, Any]) -> list[str]:
 SERIAL = ("driver", "pool", "control store")
 """Processes of which there is one, however many replicas there are."""
 FULL = 0.5
-"""Below so much of the ideal, the cores that simulate the GPUs are what is full."""
+"""A row below so much of the ideal is left out: something else than these processes held it up."""
 LONG_SECONDS = 60
 """A trial of a model that is worth a cluster."""
 
@@ -356,7 +356,7 @@ LONG_SECONDS = 60
 def limits_table(figures: dict[str, Any]) -> list[str]:
     """Where each process that there is only one of has its core full.
 
-    By the most GPUs that the machine could simulate: processes that wait for a core cost more.
+    By the most GPUs whose trials went through nearly as they should.
     """
     most = [row for row in figures["gpus"] if row["efficiency"] > FULL][-1]
     short = figures["seconds"]
