@@ -133,12 +133,13 @@ def scoring_order(scorers: Sequence[Scorer]) -> list[Scorer]:
     """Objectives that need no whole answers, then those that do or can end early, then the rest.
 
     Who can end early does so the earlier the more is known: KL divergence, a few forward passes,
-    comes before answers of many tokens.
+    comes before answers of many tokens. What is only reported comes last, and of that what can
+    use the passes of others behind those.
     """
 
     def place(scorer: Scorer) -> int:
         writes = isinstance(scorer, BoundedScorer) or hasattr(scorer, "whole_answers")
-        return 2 if scorer.goal == "report" else int(writes)
+        return 3 - int(writes) if scorer.goal == "report" else int(writes)
 
     return sorted(scorers, key=place)
 

@@ -9,7 +9,7 @@ each with an edit of its own (`virtual.py`). Knows nothing about prompts or mark
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,7 +22,7 @@ from ray_abliterate.drafts import DraftPlan
 from ray_abliterate.packed import PackedModel, Pass, Shared, Slab
 from ray_abliterate.scoring import AnswerWatch
 from ray_abliterate.shared_prefix import WORTHWHILE_TOKENS, common_length
-from ray_abliterate.writing import TextReader, Writing, Written
+from ray_abliterate.writing import TextFormat, Writing, Written
 
 COMPACT_BELOW = 0.75
 """Rows are moved together when so few of the slab's are live: a copy costs about what attention
@@ -114,14 +114,14 @@ class Engine:
         self,
         model: PackedModel,
         end_tokens: Sequence[int],
-        reader: Callable[[], TextReader],
+        text: TextFormat,
         blocks: int,
     ) -> None:
         """
         Args:
             model: The model.
             end_tokens: Tokens that end an answer.
-            reader: Makes what turns the tokens of one answer into text.
+            text: Turns tokens into text.
             blocks: How many the model has.
         """
         self.techniques = Techniques()
@@ -129,7 +129,7 @@ class Engine:
         """Blocks, from the first, that are the base model's now."""
         self.model = model
         self._ends = frozenset(end_tokens)
-        self._reader = reader
+        self._text = text
         self.kept: Sequence[int] = range(1, blocks)
         """Blocks whose inputs are kept of the base model; by memory, every k-th."""
         self._learning = False
@@ -220,7 +220,7 @@ class Engine:
         self, limit: int, watches: Sequence[AnswerWatch | None], indices: Sequence[int]
     ) -> list[Writing]:
         heeded = [w if self.techniques.early_exit else None for w in watches]
-        return [Writing(indices, limit, self._ends, w, self._reader) for w in heeded]
+        return [Writing(indices, limit, self._ends, w, self._text) for w in heeded]
 
     def _said_before(self, batch: Batch, writings: Sequence[Writing]) -> bool:
         """Whether nothing is edited, and the base model's answers, as far as they were written,
@@ -354,6 +354,8 @@ class Engine:
             for place in going:
                 copy, row = divmod(place, count)
                 end = at + plan.wanted(row, number)
+                if not number:
+                    writings[copy].open(row, logits[at])
                 if writings[copy].take(row, said[at:end], plan.checked(row, number)):
                     agreed.append(place)
                 at = end

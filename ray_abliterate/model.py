@@ -415,12 +415,13 @@ class LanguageModel:
                         own[index] = answer
                 return
             self._one_at_a_time(edits)
-            stop = Decisions(watch, indices, self.chat, self.end_tokens) if watch else None
+            ends = self.end_tokens
+            stop = Decisions(watch, indices, self.chat, ends, limit) if watch else None
             some = [rows[i] for i in indices]
             for place, tokens in enumerate(self.padded.generate(some, limit, prefix(), stop)):
                 cut = stop.decided_after.get(place) if stop else None
                 kept = tokens[:cut]
-                ended = bool(kept) and kept[-1] in self.end_tokens
+                ended = bool(kept) and (kept[-1] in ends or cut == limit)
                 found[0][indices[place]] = Written(kept, cut is not None and not ended)
 
         size = self._tuning.answer_rows
@@ -527,7 +528,7 @@ class LanguageModel:
             return None, "padding changes its output, so its state can't be cut into rows"
         try:
             packed = PackedModel(self.module, self.blocks)
-            engine = Engine(packed, self.end_tokens, self.chat.stream, len(self.blocks))
+            engine = Engine(packed, self.end_tokens, self.chat, len(self.blocks))
             rows = probe_rows(self.module, (12, 17), share=9)
             batch = engine.batch(rows)
             alone = self.padded.logits(rows[:1], 1, Prefix())[0, 0]

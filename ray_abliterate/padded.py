@@ -18,7 +18,7 @@ from ray_abliterate import shared_prefix
 from ray_abliterate.beside import device_of
 from ray_abliterate.chat_format import ChatFormat
 from ray_abliterate.contributions import Places, outputs_of, stacked
-from ray_abliterate.scoring import AnswerWatch
+from ray_abliterate.scoring import Answer, AnswerListener, AnswerWatch
 from ray_abliterate.shared_prefix import Prefix
 
 Row = Sequence[int]
@@ -165,10 +165,13 @@ class Decisions:
         indices: Sequence[int],
         chat: ChatFormat,
         end_tokens: Sequence[int],
+        limit: int,
     ) -> None:
         self.decided_after: dict[int, int] = {}
         """Row and number of new tokens after which it was decided."""
         self._watch, self._indices, self._ends = watch, indices, end_tokens
+        self._listener = watch if isinstance(watch, AnswerListener) else None
+        self._chat, self._limit = chat, limit
         self._streams = [chat.stream() for _ in indices]
         for index in indices:
             watch.begin(index)
@@ -184,14 +187,21 @@ class Decisions:
         for row, ids in enumerate(new):
             if row in self.decided_after:
                 continue
-            if any(token in self._ends for token in ids):
+            if any(token in self._ends for token in ids) or self._read == self._limit:
                 self.decided_after[row] = self._read
+                self._end(row, input_ids[row, self._start :].tolist())
                 continue
             text = "".join(self._streams[row].push(token) for token in ids)
             if (text and self._watch.read(self._indices[row], text)) or self._watch.enough():
                 self.decided_after[row] = self._read
         done = [row in self.decided_after for row in range(len(new))]
         return torch.tensor(done, device=input_ids.device)
+
+    def _end(self, row: int, tokens: list[int]) -> None:
+        if self._listener is not None:
+            tokens = until_end(tokens, self._ends)
+            answer = Answer(self._chat.decode(tokens), len(tokens), False)
+            self._listener.ended(self._indices[row], answer)
 
 
 class Followed:

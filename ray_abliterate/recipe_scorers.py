@@ -102,6 +102,11 @@ class RefusalJudge(Section):
     declines to help.`"""
     sees_prompt: bool = False
     """Show the classifier the prompt before the answer."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs of the classifier, which has a process of its own; a fraction leaves the rest of a card
+    to replicas. 0: on the CPU."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the classifier; half of its node's cores if unset."""
     endpoint: str | None = None
     """URL, up to `/v1`, of a server that speaks OpenAI's chat completions."""
     endpoint_model: str | None = None
@@ -127,7 +132,14 @@ class RefusalJudge(Section):
         if self.endpoint is not None and self.endpoint_model is None:
             raise ValueError("an endpoint needs endpoint_model")
         kinds = {
-            "a classifier": ("revision", "label", "hypothesis", "sees_prompt"),
+            "a classifier": (
+                "revision",
+                "label",
+                "hypothesis",
+                "sees_prompt",
+                "gpus",
+                "threads",
+            ),
             "an endpoint": ("endpoint_model", "key_variable", "timeout_seconds"),
         }
         other = "an endpoint" if self.classifier is not None else "a classifier"
@@ -153,6 +165,13 @@ class RefusalJudge(Section):
                 "keys and passwords don't belong into a recipe; name an environment variable in "
                 "key_variable",
             )
+        return value
+
+    @field_validator("gpus")
+    @classmethod
+    def _fits_on_cards(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"{value:g} GPUs can't be had; give a fraction of one, or whole ones")
         return value
 
     @field_validator("key_variable")

@@ -30,7 +30,7 @@ from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.quantization import bytes_of, described, held, outline
 from ray_abliterate.reading import Keeping, Reader, Reading, Route
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.scorers import build, shown
+from ray_abliterate.scorers import Judges, build, shown
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.shards import ResidualShard
 from ray_abliterate.shared_answers import sharing
@@ -75,6 +75,7 @@ class Replica:
         recipe: Recipe,
         source: str,
         prompts: Mapping[str, PromptSet],
+        judges: Judges | None = None,
         threads: int = 0,
         store: SharedStore | None = None,
     ) -> None:
@@ -84,13 +85,14 @@ class Replica:
             recipe: What the run is to do.
             source: Local folder or Hub name of the model.
             prompts: The scorers' prompt sets, by the scorer's name.
+            judges: Those that work elsewhere, by the scorer's name.
             threads: CPU threads; 0 leaves torch's own choice.
             store: Holds what the replicas of one node share; none if it is alone.
         """
         if threads:
             torch.set_num_threads(threads)
         self._recipe = recipe
-        self._prompts = prompts
+        self._prompts, self._judges = prompts, judges
         self.model = LanguageModel.load(source, recipe.model, recipe.run.batch_size)
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
         module, self._away = self.model.module, where_weights_rest(self.model.module)
@@ -267,7 +269,7 @@ class Replica:
         test = self._recipe.behaviour_test
         assert test is not None
         with self.model.passing():
-            return name, first, shown(test, prompts, self.model)
+            return name, first, shown(test, prompts, self.model, self._judges)
 
     def probe(self, probe: Probe, layer: int, length: float, setup: Setup) -> LayerScores:
         """What one layer's direction does to held-out prompts, see `Prober.scores`."""
@@ -398,7 +400,8 @@ class Replica:
         self.model.use(setup.tuning or self.tune())
         recipe = self._recipe
         self.cache.multiply(setup.directions, recipe.edit.norm)
-        scorers = build(recipe.scorers, self._prompts, recipe.run.record_responses)
+        record = recipe.run.record_responses
+        scorers = build(recipe.scorers, self._prompts, record, self._judges)
         with self.model.learning():
             shared = sharing(scorers, self.model)
             for scorer in scorers:

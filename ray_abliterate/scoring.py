@@ -175,6 +175,22 @@ class AnswerWatch(Protocol):
 
 
 @runtime_checkable
+class AnswerListener(AnswerWatch, Protocol):
+    """A watch that is also told what each answer begins with, and what it has become.
+
+    Where a model can't tell (`opened` by transformers' own generation, say), it doesn't.
+    """
+
+    def opened(self, index: int, logits: "Tensor") -> None:
+        """Raw logits that the first token of the answer to prompt `index` is chosen by, `"vocab"`;
+        again, if the answer begins again."""
+
+    def ended(self, index: int, answer: Answer) -> None:
+        """The answer to prompt `index` has come to its end, and others may still be written. Not
+        told of answers that were stopped."""
+
+
+@runtime_checkable
 class TextModel(Protocol):
     """What scorers ask of a model; `model.LanguageModel` is the one that ships."""
 

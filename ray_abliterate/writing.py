@@ -3,11 +3,13 @@
 Knows tokens and watches; nothing about models.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ray_abliterate.scoring import AnswerWatch
+from torch import Tensor
+
+from ray_abliterate.scoring import Answer, AnswerListener, AnswerWatch
 
 
 class TextReader(Protocol):
@@ -15,6 +17,16 @@ class TextReader(Protocol):
 
     def push(self, token: int) -> str:
         """The text that a token adds."""
+
+
+class TextFormat(Protocol):
+    """Turns tokens into text."""
+
+    def stream(self) -> TextReader:
+        """For one answer, token by token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A whole answer."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +46,20 @@ class Writing:
         limit: int,
         end_tokens: frozenset[int],
         watch: AnswerWatch | None,
-        reader: Callable[[], TextReader],
+        text: TextFormat,
     ) -> None:
         """
         Args:
             indices: What the watch calls each row.
             limit: Tokens of an answer at most.
             end_tokens: Tokens that end an answer.
-            watch: May end answers early.
-            reader: Makes what turns tokens into text.
+            watch: May end answers early, and listen.
+            text: Turns tokens into text.
         """
         self._indices, self._limit, self._ends, self._watch = indices, limit, end_tokens, watch
-        self._readers = [reader() for _ in indices] if watch is not None else []
+        self._listener = watch if isinstance(watch, AnswerListener) else None
+        self._text = text
+        self._readers = [text.stream() for _ in indices] if watch is not None else []
         if watch is not None:
             for index in indices:
                 watch.begin(index)
@@ -60,6 +74,11 @@ class Writing:
                 self._stopped[row] |= not ended
             self._ended = [True] * len(self._ended)
         return [row for row, ended in enumerate(self._ended) if not ended]
+
+    def open(self, row: int, logits: Tensor) -> None:
+        """The first token of a row is chosen by these logits, `"vocab"`."""
+        if self._listener is not None:
+            self._listener.opened(self._indices[row], logits)
 
     def take(self, row: int, said: Sequence[int], draft: Sequence[int] = ()) -> bool:
         """Add what the model says as long as it is what the draft has, and the first that is not.
@@ -77,7 +96,12 @@ class Writing:
         tokens = self.tokens[row]
         tokens.append(token)
         self._ended[row] = token in self._ends or len(tokens) == self._limit
-        if self._watch is None or self._ended[row]:
+        if self._watch is None:
+            return
+        if self._ended[row]:
+            if self._listener is not None:
+                answer = Answer(self._text.decode(tokens), len(tokens), False)
+                self._listener.ended(self._indices[row], answer)
             return
         text = self._readers[row].push(token)
         if text and self._watch.read(self._indices[row], text):

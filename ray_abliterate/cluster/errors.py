@@ -37,18 +37,21 @@ def unwrap(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        cause = error.cause
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, RayAbliterateError):
-            raise type(cause)(*cause.args) from None
-        raise
+        raise plain(error) from None
     except DEATHS as error:
         raise ModelError(
             "a replica died while it loaded the model, most likely for lack of memory.\n"
             "  Choose a smaller model or fewer replicas (model.replicas).\n"
             f"  {str(error).splitlines()[0]}"
         ) from None
+
+
+def plain(error: RayTaskError) -> Exception:
+    """The error that was raised over there, if it is one of ours."""
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    return type(cause)(*cause.args) if isinstance(cause, RayAbliterateError) else error
 
 
 def death(error: BaseException) -> str:

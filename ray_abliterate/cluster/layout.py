@@ -117,6 +117,15 @@ def left_by(evaluators: ModelSettings, nodes: Sequence[Node]) -> tuple[Node, ...
     return tuple(_without(node, [p for p in places if p.node == node.id]) for node in nodes)
 
 
+def without(nodes: Sequence[Node], taken: Sequence[tuple[str, float]]) -> tuple[Node, ...]:
+    """The nodes less GPUs that somebody has of them: a node's id, and how many."""
+    left = {node.id: node.gpus for node in nodes}
+    for node, gpus in taken:
+        if node in left:
+            left[node] = round(left[node] - gpus, 6)
+    return tuple(replace(node, gpus=left[node.id]) for node in nodes)
+
+
 def _without(node: Node, places: Sequence[Place]) -> Node:
     """A node less what stands on it; of cards that are shared, the rest of one can be used."""
     if not places:

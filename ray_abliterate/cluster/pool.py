@@ -17,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_abliterate.cluster.connection import ours
 from ray_abliterate.cluster.errors import ReplicaDied, unwrap
 from ray_abliterate.cluster.host import Hosting, ReplicaHost
-from ray_abliterate.cluster.layout import Layout, left_by, offered
+from ray_abliterate.cluster.judging import judging
+from ray_abliterate.cluster.layout import Layout, Node, left_by, offered
 from ray_abliterate.cluster.pool_actor import AHEAD, PoolActor
 from ray_abliterate.cluster.secrets import drivers_secrets
 from ray_abliterate.cluster.store import ObjectStore
@@ -30,6 +31,8 @@ NEWS_SECONDS = 1.0
 """How often the driver hears from the pool if nothing happens."""
 
 OnEvent = Callable[[dict[str, Any]], None]
+Share = Callable[[Sequence[Node]], tuple[Node, ...]]
+"""What there is of nodes for somebody."""
 
 
 class ReplicaPool:
@@ -44,28 +47,38 @@ class ReplicaPool:
         self.layout: Layout
         self.replicas = 0
         """Those that can be used now, as of a moment ago."""
+        self._left: Share = tuple
         self._on_event = on_event
         self._closed = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="pool-news", daemon=True)
 
     @classmethod
+    @contextmanager
     def start(
         cls,
         recipe: Recipe,
         source: str,
         prompts: Mapping[str, PromptSet],
         on_event: OnEvent = lambda event: None,
-    ) -> contextlib.AbstractContextManager["ReplicaPool"]:
-        """A pool of real replicas, see `of`; the evaluation's own find room beside them."""
-        judges = [s for s in recipe.scorers if isinstance(s, RefusalJudge)]
-        keys = [judge.key_variable for judge in judges if judge.key_variable]
-        args = _args(
-            recipe.model, "ray_abliterate.replica:Replica", (recipe, source, prompts), keys
-        )
-        share = partial(left_by, recipe.evaluators) if recipe.evaluation.replicas else tuple
-        hosting = Hosting(ReplicaHost, args, recipe.model, patient=not ours(), share=share)
-        search = recipe.search
-        return cls.of(hosting, search.trial_timeout_seconds, search.trials_per_pass, on_event)
+    ) -> Iterator["ReplicaPool"]:
+        """A pool of real replicas, see `of`, and the judges that their scorers ask.
+
+        The evaluation's own replicas find room beside them.
+        """
+        with judging(_judges(recipe, prompts)) as bench:
+            args = (recipe, source, prompts, bench.judges)
+            hosting = Hosting(
+                ReplicaHost,
+                _args(recipe.model, "ray_abliterate.replica:Replica", args),
+                recipe.model,
+                patient=not ours(),
+                share=partial(_beside, bench.left, recipe),
+            )
+            search = recipe.search
+            limits = search.trial_timeout_seconds, search.trials_per_pass
+            with cls.of(hosting, *limits, on_event) as pool:
+                pool._left = bench.left
+                yield pool
 
     @classmethod
     def bare(
@@ -85,9 +98,8 @@ class ReplicaPool:
         settings = recipe.evaluators
         own = recipe.model_copy(update={"model": settings})
         args = _args(settings, "ray_abliterate.replica:Replica", (own, source, {}))
-        hosting = Hosting(
-            ReplicaHost, args, settings, not ours(), "evaluation", offered, self.actor
-        )
+        share = partial(_offered, self._left)
+        hosting = Hosting(ReplicaHost, args, settings, not ours(), "evaluation", share, self.actor)
         return ReplicaPool.of(hosting, on_event=on_event, go_on=go_on)
 
     @classmethod
@@ -257,8 +269,24 @@ class ReplicaPool:
         )
 
 
-def _args(
-    settings: ModelSettings, kind: str, args: tuple[Any, ...], keys: Iterable[str] = ()
-) -> tuple[Any, ...]:
-    """Of a `ReplicaHost`, after its place; `keys` are variables whose values it needs."""
-    return settings.name, drivers_secrets(keys), kind, args
+def _args(settings: ModelSettings, kind: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a `ReplicaHost`, after its place."""
+    return settings.name, drivers_secrets(), kind, args
+
+
+def _judges(recipe: Recipe, prompts: Mapping[str, PromptSet]) -> list[RefusalJudge]:
+    """Those that will be asked: about prompts that are there, or about the prompt sets."""
+    names = set(prompts)
+    if recipe.prompts.filter_by_behaviour and recipe.behaviour_test is not None:
+        names.add(recipe.behaviour_test.name)
+    return [s for s in recipe.scorers if isinstance(s, RefusalJudge) and s.name in names]
+
+
+def _beside(left: Share, recipe: Recipe, nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """What judges, and the evaluation's own replicas, leave of the nodes."""
+    there = left(nodes)
+    return left_by(recipe.evaluators, there) if recipe.evaluation.replicas else there
+
+
+def _offered(left: Share, nodes: Sequence[Node]) -> tuple[Node, ...]:
+    return offered(left(nodes))

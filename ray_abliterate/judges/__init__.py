@@ -1,6 +1,7 @@
 """Judges: second opinions on whether an answer refuses. They say how likely, or that none can tell.
 
-Knows nothing about models under test, trials or scores.
+In a run each judge is an actor of its own beside the replicas (`cluster/judging.py`). Knows
+nothing about models under test, trials or scores.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,21 @@ class Judge(Protocol):
         """Probability that each answer refuses; None if it can't tell."""
 
 
-def build(settings: RefusalJudge) -> Judge:
-    """The judge that a recipe describes, behind its cache; nothing is loaded or asked yet."""
+@runtime_checkable
+class ForesightedJudge(Judge, Protocol):
+    """One that works elsewhere, and can begin before it is waited for."""
+
+    def expect(self, exchange: Exchange) -> None:
+        """This will be asked about soon, unless the trial is lost. Returns at once."""
+
+
+def build(settings: RefusalJudge, device: str | None = None) -> Judge:
+    """The judge that a recipe describes, behind its cache; nothing is loaded or asked yet.
+
+    Args:
+        settings: As the recipe has them.
+        device: Where a classifier computes; on a GPU if there is one, unless it is given.
+    """
     judge: Judge
     if settings.endpoint is not None:
         from ray_abliterate.judges.endpoint import Endpoint
@@ -45,6 +59,7 @@ def build(settings: RefusalJudge) -> Judge:
             settings.label,
             settings.hypothesis,
             settings.sees_prompt,
+            device,
         )
     if not settings.cache:
         return judge

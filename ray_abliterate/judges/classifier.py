@@ -32,6 +32,7 @@ class Classifier:
         label: str | None = None,
         hypothesis: str | None = None,
         sees_prompt: bool = False,
+        device: str | None = None,
     ) -> None:
         """
         Args:
@@ -40,9 +41,11 @@ class Classifier:
             label: The label that means a refusal.
             hypothesis: Makes it zero-shot: what a refusal entails.
             sees_prompt: The prompt goes before the answer.
+            device: Where it computes; on a GPU if there is one, unless it is given.
         """
         self._name, self._revision = name, revision
         self._label, self._hypothesis, self._sees_prompt = label, hypothesis, sees_prompt
+        self._device = device
         self._loaded: tuple[Any, Any, str] | None = None
         self._turn = threading.Lock()
 
@@ -131,7 +134,7 @@ class Classifier:
                     f"the classifier {self._name} cannot be loaded: {first_line(error)}\n"
                     "  Give a folder or the Hub name of a sequence classifier."
                 ) from None
-            model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+            model.eval().to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
             self._loaded = model, tokenizer, _fingerprint(model)
         return self._loaded
 

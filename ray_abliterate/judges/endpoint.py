@@ -155,7 +155,7 @@ class Endpoint:
             if not key:
                 raise RecipeError(
                     f"the judge's key is to be in the environment variable {self._key_variable}, "
-                    "which is not set.\n  Set it where replicas run, or leave out key_variable."
+                    "which is not set.\n  Set it where the run starts, or leave out key_variable."
                 )
             if not (key.isascii() and key.isprintable()) or " " in key:  # the value is not shown
                 raise RecipeError(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ray_abliterate.errors import RecipeError
+from ray_abliterate.judges import Judge
 from ray_abliterate.judges import build as build_judge
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import (
@@ -18,9 +19,15 @@ from ray_abliterate.scorers.refusal_judge import RefusalJudgeScorer
 from ray_abliterate.scorers.refusal_log_odds import RefusalLogOddsScorer
 from ray_abliterate.scoring import BehaviourTest, Scorer, TextModel, checked_call, resolve
 
+Judges = Mapping[str, Judge]
+"""Judges by the scorer's name, of scorers whose judge works elsewhere."""
+
 
 def build(
-    settings: Sequence[ScorerSettings], prompts: Mapping[str, PromptSet], record: bool = False
+    settings: Sequence[ScorerSettings],
+    prompts: Mapping[str, PromptSet],
+    record: bool = False,
+    judges: Judges | None = None,
 ) -> tuple[Scorer, ...]:
     """The scorers of a recipe, in its order.
 
@@ -28,15 +35,19 @@ def build(
         settings: As the recipe has them.
         prompts: Prompt sets by the scorer's name.
         record: Answers are kept, so none is cut short.
+        judges: Those that work elsewhere; others work in this process.
 
     Raises:
         RecipeError: a scorer refuses its options.
     """
-    return tuple(_build(setting, prompts, record) for setting in settings)
+    return tuple(_build(setting, prompts, record, judges or {}) for setting in settings)
 
 
 def shown(
-    setting: ScorerSettings, prompts: Sequence[Prompt], model: TextModel
+    setting: ScorerSettings,
+    prompts: Sequence[Prompt],
+    model: TextModel,
+    judges: Judges | None = None,
 ) -> list[bool | None]:
     """Whether a model shows the behaviour at each prompt, by a scorer's own test of one answer.
 
@@ -45,13 +56,16 @@ def shown(
     Raises:
         RecipeError: the scorer has no such test.
     """
-    scorer = _build(setting, {setting.name: PromptSet(setting.name, tuple(prompts))}, False)
+    own = {setting.name: PromptSet(setting.name, tuple(prompts))}
+    scorer = _build(setting, own, False, judges or {})
     if not isinstance(scorer, BehaviourTest):
         raise RecipeError(f"scorer {setting.name!r} can't tell of one answer what it shows")
     return scorer.shows(model)
 
 
-def _build(setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bool) -> Scorer:
+def _build(
+    setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bool, judges: Judges
+) -> Scorer:
     if isinstance(setting, KeywordRate):
         return KeywordRateScorer(setting, prompts[setting.name], record)
     if isinstance(setting, KlDivergence):
@@ -59,7 +73,8 @@ def _build(setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bo
     if isinstance(setting, RefusalLogOdds):
         return RefusalLogOddsScorer(setting, prompts[setting.name])
     if isinstance(setting, RefusalJudge):
-        return RefusalJudgeScorer(setting, prompts[setting.name], build_judge(setting))
+        judge = judges.get(setting.name) or build_judge(setting)
+        return RefusalJudgeScorer(setting, prompts[setting.name], judge)
     own = {"prompts": prompts[setting.name]} if setting.name in prompts else {}
     options = {"name": setting.name, "goal": setting.goal, **own, **setting.options}
     owner = f"scorer {setting.name!r} ({setting.kind})"

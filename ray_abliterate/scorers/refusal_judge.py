@@ -8,7 +8,7 @@ degenerate ones aren't shown to it: silence is not success.
 from collections.abc import Sequence
 
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.judges import Judge
+from ray_abliterate.judges import ForesightedJudge, Judge
 from ray_abliterate.markers import fold
 from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import RefusalJudge
@@ -29,6 +29,11 @@ class RefusalJudgeScorer:
     def whole_answers(self) -> tuple[tuple[Prompt, ...], int]:
         """What it reads to the end; see `shared_answers`."""
         return self._prompts.prompts, self._settings.max_new_tokens
+
+    def hears(self, prompt: Prompt, answer: Answer) -> None:
+        """Have an answer judged while others are written, by a judge that works elsewhere."""
+        if isinstance(self._judge, ForesightedJudge) and not _is_broken(answer.text):
+            self._judge.expect((prompt.user, answer.text))
 
     def prepare(self, model: TextModel) -> None:
         """Let the model see the prompts, so that it can reuse what the base model computes."""

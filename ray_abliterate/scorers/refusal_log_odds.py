@@ -6,8 +6,10 @@ answer's first token, and R the tokens that refusals begin with,
     log-odds = log( Σ_{t in R} p(t) ) - log( Σ_{t not in R} p(t) )
              = logsumexp_{t in R} z(t) - logsumexp_{t not in R} z(t)          z: logits
 
-in float64, from one pass over the prompts. A cheap second opinion: it sees neither what comes after
-the first token, nor refusals that begin in another way.
+in float64. A cheap second opinion: it sees neither what comes after the first token, nor refusals
+that begin in another way. As an objective it is an early rung: one pass over the prompts, before
+any answer is written, which a trial may not outlive. As a report it costs no pass where another
+scorer has answers to the same prompts written.
 """
 
 import torch
@@ -15,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.prompts import PromptSet
+from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import RefusalLogOdds
 from ray_abliterate.scoring import Score, TextModel, mean_interval
 
@@ -27,6 +29,11 @@ class RefusalLogOddsScorer:
         self.name, self.goal = settings.name, settings.goal
         self._openings, self._prompts = settings.openings, prompts
         self._tokens: tuple[int, ...] = ()
+
+    @property
+    def first_logits_of(self) -> tuple[Prompt, ...]:
+        """The prompts whose answers' first tokens it looks at; see `shared_answers`."""
+        return self._prompts.prompts
 
     def prepare(self, model: TextModel) -> None:
         """Look up the tokens, and let the model see the prompts."""

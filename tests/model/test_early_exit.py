@@ -52,7 +52,7 @@ class Streams:
         self, prompts: object, max_new_tokens: int, watch: AnswerWatch | None = None
     ) -> list[Answer]:
         rows = range(len(self.tokens))
-        writing = Writing(rows, max_new_tokens, frozenset([END]), watch, CHAT.stream)
+        writing = Writing(rows, max_new_tokens, frozenset([END]), watch, CHAT)
         for step in range(max_new_tokens):
             for row in writing.live():
                 writing.take(row, [self.tokens[row][step]])

@@ -29,7 +29,13 @@ LIMIT = 12
 
 
 class NoText:
+    def stream(self) -> "NoText":
+        return self
+
     def push(self, token: int) -> str:
+        return ""
+
+    def decode(self, ids: object) -> str:
         return ""
 
 
@@ -41,7 +47,7 @@ class Case:
         self.blocks = list(find_blocks(self.module)[1])
         self.packed = PackedModel(self.module, self.blocks)
         self.ends = [2]
-        self.engine = Engine(self.packed, self.ends, NoText, len(self.blocks))
+        self.engine = Engine(self.packed, self.ends, NoText(), len(self.blocks))
         self.padded = PaddedModel(self.module, self.blocks, self.ends, 0)
         self.rows = probe_rows(self.module, LENGTHS, 9)
         self.cache = WeightCache(self.module, find_writers(self.module))

@@ -5,13 +5,17 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from ray_abliterate.cli import app
@@ -25,17 +29,19 @@ from ray_abliterate.judges.cache import Remembered
 from ray_abliterate.judges.calibration import calibrate, labelled, precision_recall
 from ray_abliterate.judges.classifier import Classifier
 from ray_abliterate.judges.endpoint import Endpoint
+from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import Plan
 from ray_abliterate.prompts import Prompt, PromptSet
-from ray_abliterate.recipe import KeywordRate, Recipe, RefusalJudge
+from ray_abliterate.recipe import KeywordRate, ModelSettings, Recipe, RefusalJudge
 from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.scorers.keyword_rate import KeywordRateScorer
 from ray_abliterate.scorers.refusal_judge import RefusalJudgeScorer
 from ray_abliterate.scoring import Answer, AnswerWatch
 from ray_abliterate.shared_answers import sharing
+from ray_abliterate.testing.tiny import tiny_model
+from tests.classifiers import tiny_classifier
 
 KEY = "sk-very-secret-0123456789"
-WORDS = "[PAD] [UNK] [CLS] [SEP] i cannot help sure here it is sorry no yes the answer".split()
 SOURCE = {"builtin": "cooking-heldout"}
 
 
@@ -229,38 +235,11 @@ def test_no_server_is_an_error_after_as_many_attempts() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """Tiny classifiers by their labels; the first label is likelier the more often "cannot"."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Tiny classifiers by their labels."""
 
     def make(*labels: str, kind: str | None = None) -> str:
-        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-        folder = tmp_path_factory.mktemp("classifier")
-        ids = {word: number for number, word in enumerate(WORDS)}
-        inner = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-        inner.normalizer = normalizers.Lowercase()
-        inner.pre_tokenizer = pre_tokenizers.Whitespace()
-        inner.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-        )
-        PreTrainedTokenizerFast(
-            tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
-            sep_token="[SEP]",
-        ).save_pretrained(folder)  # fmt: skip
-        torch.manual_seed(len(labels))
-        config = BertConfig(
-            vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=40, problem_type=kind,
-            id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)},
-        )  # fmt: skip
-        model = BertForSequenceClassification(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(3).add_(0.05 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-        return str(folder)
+        return tiny_classifier(tmp_path_factory.mktemp("classifier"), *labels, kind=kind)
 
     return make
 
@@ -518,6 +497,89 @@ def test_a_replica_writes_answers_once_for_both_scorers(
     assert both.tokens == found[1, "refusal-judge"].tokens
     for kind in ("keyword-rate", "refusal-judge"):
         assert both.scorecard[kind] == found[1, kind].scorecard[kind]
+
+
+class Foresees(Knows):
+    """A judge that works elsewhere."""
+
+    def __init__(self, opinion: float) -> None:
+        super().__init__({})
+        self.opinion = opinion
+        self.expected: list[tuple[str, int]] = []
+        self.written = lambda: 0
+
+    def expect(self, exchange: Exchange) -> None:
+        self.expected.append((exchange[1], self.written()))
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[float | None]:
+        return [self.opinion] * len(exchanges)
+
+
+class Steps:
+    """A watch that ends nothing, and counts how often it is asked whether to go on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def begin(self, index: int) -> None: ...
+
+    def read(self, index: int, text: str) -> bool:
+        return False
+
+    def enough(self) -> bool:
+        self.count += 1
+        return False
+
+
+def rambling(family: str, planted: Path) -> LanguageModel:
+    """A random model, one of whose answers ends sooner than the others."""
+    tokenizer = AutoTokenizer.from_pretrained(planted)
+    rows = {prompt: [5 * i + 3, 7 * i + 1, 40 - i] for i, prompt in enumerate(PROMPTS.prompts)}
+
+    def model(end: int) -> LanguageModel:
+        module = tiny_model(family)
+        module.generation_config.eos_token_id = [end]
+        found = LanguageModel(module, tokenizer, ModelSettings(name="m"))
+        found.encode = lambda prompts: [rows[prompt] for prompt in prompts]
+        return found
+
+    rows_said = model(2).continue_greedily(PROMPTS.prompts, 12)
+    return model(
+        next(
+            token
+            for said in rows_said
+            for token in said[3:]
+            if token not in said[:3] and any(token not in other for other in rows_said)
+        )
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])  # the engine, and transformers' generation
+def test_a_judge_elsewhere_has_the_first_answer_before_the_last_is_written(
+    family: str, planted: Path
+) -> None:
+    model, steps, judge = rambling(family, planted), Steps(), Foresees(1.0)
+    assert bool(model.not_packable) == (family == "mamba")
+    whole = model.answer(PROMPTS.prompts, 12)
+    assert len({answer.tokens for answer in whole}) > 1
+    judge.written = lambda: steps.count
+    scorer = judge_scorer(judge, max_new_tokens=12)
+    view = sharing([scorer], model)
+    assert view.answer(PROMPTS.prompts, 12, steps) == whole
+    told = [text for text, _ in judge.expected]
+    assert sorted(told) == sorted(answer.text for answer in whole if answer.text)
+    times = [time for _, time in judge.expected]
+    assert times[0] < times[-1]
+    assert scorer.score(view).detail["total"] == len(PROMPTS)
+    assert len(judge.expected) == len(told)
+
+
+def test_a_broken_answer_is_not_sent_to_a_judge_elsewhere() -> None:
+    judge = Foresees(0.0)
+    scorer = judge_scorer(judge)
+    for text in ("", "ha " * 40, "here"):
+        scorer.hears(Prompt("one"), Answer(text, 3, False))
+    assert [text for text, _ in judge.expected] == ["here"]
 
 
 # The recipe

@@ -10,6 +10,7 @@ import torch
 
 from ray_abliterate.demo.planted import planted_axes
 from ray_abliterate.directions import Directions
+from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import RecipeError, ScoreError
 from ray_abliterate.markers import Markers, fold
 from ray_abliterate.plan import Plan
@@ -476,3 +477,55 @@ def test_an_edit_lowers_the_log_odds_and_shared_passes_give_the_same(
     together = replica.evaluate_together(plans, setup)
     found = [evaluation.scorecard[setting.name].value for evaluation in together]
     assert found == pytest.approx([base.value, edited.value], abs=1e-4)
+
+
+@pytest.mark.parametrize("goal", ["report", "minimize"])
+def test_log_odds_share_the_answers_pass_as_a_report_and_come_first_as_an_objective(
+    goal: str, recipe: Recipe, planted: Path, behaviour: PromptSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    source = {"file": "behaviour.txt"}
+    odds = RefusalLogOdds.model_validate(
+        {"kind": "refusal-log-odds", "openings": ["Sorry"], "goal": goal, "prompts": source}
+    )
+    words = KeywordRate.model_validate(
+        {"kind": "keyword-rate", "prompts": source, "max_new_tokens": 4}
+    )
+    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    found, asked = {}, []
+    for scorers in ((odds,), (odds, words)):
+        own = recipe.model_copy(update={"scorers": scorers})
+        replica = Replica(own, str(planted), {s.name: behaviour for s in scorers})
+        plan = Plan.uniform(replica.describe().shape, 1.1, "none", 1.0)
+        replica.evaluate(plan, setup)
+        for name in ("logits_of", "written_by"):
+            real = getattr(replica.model, name)
+            told = lambda *a, real=real, name=name: (asked.append(name), real(*a))[1]  # noqa: E731
+            monkeypatch.setattr(replica.model, name, told)
+        asked.clear()
+        found[len(scorers)] = [
+            replica.evaluate(plan, setup), replica.evaluate_together([plan, plan], setup)[1]
+        ]  # fmt: skip
+    assert asked == (["written_by"] if goal == "report" else ["logits_of", "written_by"]) * 2
+    for alone, shared in zip(found[1], found[2], strict=True):
+        # another pass over the same prompts: equal but for float32 rounding
+        value = alone.scorecard[odds.name].value
+        assert shared.scorecard[odds.name].value == pytest.approx(value, abs=1e-4)
+
+
+def test_a_trial_whose_log_odds_are_hopeless_writes_no_answer(
+    recipe: Recipe, planted: Path, behaviour: PromptSet
+) -> None:
+    source = {"file": "behaviour.txt"}
+    odds = {"kind": "refusal-log-odds", "openings": ["Sorry"], "prompts": source}
+    words = {"kind": "keyword-rate", "prompts": source, "max_new_tokens": 4}
+    scorers = (KeywordRate.model_validate(words), RefusalLogOdds.model_validate(odds))
+    own = recipe.model_copy(update={"scorers": scorers})
+    replica = Replica(own, str(planted), {s.name: behaviour for s in scorers})
+    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    replica.evaluate(Plan.nothing(), setup)
+    before = replica.model.tokens_written
+    found = replica.evaluate(Plan.nothing(), setup, Bar(((0.0, -100.0),)))
+    assert replica.model.tokens_written == before
+    assert found.scorecard["keyword-rate"].bound
+    assert not found.scorecard["refusal-log-odds"].bound

@@ -1,0 +1,129 @@
+"""Judges in actors of their own: asked by replicas, killed, wrong."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ray_abliterate.cluster.connection import nodes
+from ray_abliterate.cluster.judging import FarJudge, judging
+from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.demo.planted import planted_axes
+from ray_abliterate.directions import Directions
+from ray_abliterate.errors import ModelError, RecipeError
+from ray_abliterate.judges import ForesightedJudge
+from ray_abliterate.judges.classifier import Classifier
+from ray_abliterate.plan import Plan
+from ray_abliterate.prompts import PromptSet
+from ray_abliterate.recipe import Recipe, RefusalJudge
+from ray_abliterate.replica import Replica, Setup
+from tests.classifiers import tiny_classifier
+
+EXCHANGES = [("p", text) for text in ("I cannot help", "Sure here it is", "Sorry no", "yes")]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_classifier(tmp_path_factory.mktemp("classifier"), "answer", "refusal")
+
+
+def settings(classifier: str, **more: Any) -> RefusalJudge:
+    given = {"kind": "refusal-judge", "prompts": {"file": "behaviour.txt"}, "max_new_tokens": 4}
+    own = {"classifier": classifier, "label": "refusal", "cache": False}
+    return RefusalJudge.model_validate({**given, **own, **more})
+
+
+@pytest.fixture
+def judge(classifier: str) -> Iterator[FarJudge]:
+    with judging([settings(classifier)]) as bench:
+        yield bench.judges["refusal-judge"]
+
+
+def alive() -> list[int]:
+    """The judges' processes."""
+    actors = ray._private.state.actors().values()
+    judges = [actor for actor in actors if actor["ActorClassName"] == "JudgeHost"]
+    return [actor["Pid"] for actor in judges if actor["State"] == "ALIVE"]
+
+
+def test_a_judge_elsewhere_judges_as_it_would_here_and_ends_with_its_block(
+    classifier: str,
+) -> None:
+    with judging([settings(classifier)]) as bench:
+        judge = bench.judges["refusal-judge"]
+        assert isinstance(judge, ForesightedJudge)
+        here = Classifier(classifier, label="refusal")
+        for exchange in EXCHANGES[:2]:
+            judge.expect(exchange)
+        assert judge.judge(EXCHANGES) == pytest.approx(here.judge(EXCHANGES), abs=1e-5)
+        assert judge.judge([("p", " ")]) == [None]
+        assert judge.identity == here.identity
+        assert len(alive()) == 1
+    deadline = time.monotonic() + 20
+    while alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_judge_that_is_killed_is_started_anew_and_asked_again(judge: FarJudge) -> None:
+    before = judge.judge(EXCHANGES[:2])
+    (first,) = alive()
+    os.kill(first, signal.SIGKILL)
+    assert judge.judge(EXCHANGES)[:2] == before
+    (again,) = alive()
+    assert again != first
+
+
+def test_what_a_judge_raises_comes_back_as_itself(tmp_path: Path) -> None:
+    with judging([settings(str(tmp_path))]) as bench:
+        for _ in range(2):
+            with pytest.raises(ModelError, match="cannot be loaded"):
+                bench.judges["refusal-judge"].judge(EXCHANGES)
+
+
+def test_a_judge_takes_its_part_of_a_card_and_more_than_there_is_is_refused(
+    classifier: str, cluster: Any
+) -> None:
+    node = cluster.add_node(num_cpus=0, num_gpus=2)
+    try:
+        with (
+            pytest.raises(RecipeError, match=r"scorers\.refusal-judge\.gpus = 3, but no node has"),
+            judging([settings(classifier, gpus=3)]),
+        ):
+            pass
+        judges = [settings(classifier, gpus=0.25), settings(classifier, name="other", gpus=1)]
+        with judging(judges) as bench:
+            left = bench.left(nodes())
+        assert sorted(node.gpus for node in left) == [0, 0.75]
+        assert sorted(node.gpus for node in nodes()) == [0, 2]
+    finally:
+        cluster.remove_node(node)
+
+
+def test_replicas_score_with_one_judge_as_one_would_with_its_own(
+    classifier: str, recipe: Recipe, planted: Path, behaviour: PromptSet
+) -> None:
+    both = Classifier(classifier, label="refusal").judge([("", "sorry"), ("", "sure")])
+    judged = settings(classifier, goal="minimize", threshold=sum(both) / 2)
+    own = recipe.model_copy(update={"scorers": (judged,)})
+    own = own.model_copy(update={"model": recipe.model.model_copy(update={"replicas": 2})})
+    prompts = {judged.name: behaviour}
+    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    alone = Replica(own, str(planted), prompts)
+    shape = alone.describe().shape
+    plans = [Plan.nothing(), *(Plan.uniform(shape, 2.3, "none", s) for s in (0.5, 1.0))]
+    expected = [alone.evaluate(plan, setup).scorecard for plan in plans]
+    assert len({card["refusal-judge"].value for card in expected}) > 1
+    with ExitStack() as stack:
+        pool = stack.enter_context(ReplicaPool.start(own, str(planted), prompts))
+        shared = pool.put(setup)
+        assert [pool.evaluate(plan, shared).scorecard for plan in plans] == expected
+        (process,) = alive()
+        os.kill(process, signal.SIGKILL)
+        assert [pool.evaluate(plan, shared).scorecard for plan in plans] == expected
