@@ -89,7 +89,11 @@ class FaultyHost(Callee):
             file.write(json.dumps(entry) + "\n")
         time.sleep(3600 if self._once("hang") else self._seconds)
         if self._once("no-memory"):
-            raise MemoryError("32 GB are not to be had (as told to)")
+            take_more_than_there_is()
+        if self._once("no-device-memory"):
+            import torch
+
+            torch.empty(2**50, dtype=torch.int8, device="cuda")
         if self._once("hog"):
             import numpy
 
@@ -246,6 +250,33 @@ def replica_hangs(folder: Path, cluster: Any) -> Outcome:
 def no_memory_in_a_replica(folder: Path, cluster: Any) -> Outcome:
     """An evaluation gets no memory, though batches were halved."""
     return Study(folder).run(lambda study: (folder / "no-memory").touch())
+
+
+def take_more_than_there_is() -> None:
+    """Ask for more memory than this process may have.
+
+    Raises:
+        MemoryError: as the system does.
+    """
+    import psutil
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + HOG_BYTES // 4, before[1]))
+    try:
+        bytearray(HOG_BYTES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def no_memory_on_a_device(folder: Path, cluster: Any) -> Outcome:
+    """An evaluation asks its GPU for more memory than it has."""
+    node = cluster.add_node(num_cpus=1, num_gpus=1)
+    try:
+        study = Study(folder, replicas=2, gpus_per_replica=0.5)
+        return study.run(lambda study: (folder / "no-device-memory").touch())
+    finally:
+        cluster.remove_node(node)
 
 
 def node_out_of_memory(folder: Path, cluster: Any) -> Outcome:
@@ -626,6 +657,7 @@ ON_CLUSTER = (
     replica_hangs,
     no_memory_in_a_replica,
     node_out_of_memory,
+    no_memory_on_a_device,
     node_removed,
     node_joined,
     broken_node,
@@ -669,11 +701,16 @@ def main() -> None:
     unknown = set(options.names) - set(names)
     if unknown:
         parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    import torch
+
     figures: dict[str, Any] = {}
     with ExitStack() as stack:
         cluster = stack.enter_context(small_cluster())
         for scenario in (*ON_CLUSTER, *ON_COMMAND_LINE):
             if options.names and scenario.__name__ not in options.names:
+                continue
+            if scenario is no_memory_on_a_device and not torch.cuda.is_available():
+                print(f"{scenario.__name__}: not done, there is no GPU")
                 continue
             with tempfile.TemporaryDirectory(prefix="fault-") as scratch:
                 outcome = scenario(Path(scratch), cluster)

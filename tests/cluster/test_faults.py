@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(900)  # beside the other tests, two starts of a
         (faults.replica_hangs, 0, 1, "no answer within search.trial_timeout_seconds = 2"),
         (faults.no_memory_in_a_replica, 0, 1, ""),
         (faults.node_out_of_memory, 1, 0, "was lost"),
+        pytest.param(faults.no_memory_on_a_device, 0, 1, "", marks=pytest.mark.gpu),
         (faults.node_removed, 1, 0, "joined"),
         (faults.node_joined, 0, 0, "joined"),
         (faults.broken_node, 0, 0, "CUDA driver initialization failed"),
