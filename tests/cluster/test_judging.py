@@ -1,19 +1,23 @@
 """Judges in actors of their own: asked by replicas, killed, wrong."""
 
+import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import ray
 
 from ray_abliterate.cluster.connection import nodes
 from ray_abliterate.cluster.judging import FarJudge, judging
-from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.cluster.pool import ReplicaPool, _args
+from ray_abliterate.cluster.secrets import Secrets
 from ray_abliterate.demo.planted import planted_axes
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ModelError, RecipeError
@@ -33,7 +37,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_classifier(tmp_path_factory.mktemp("classifier"), "answer", "refusal")
 
 
-def settings(classifier: str, **more: Any) -> RefusalJudge:
+def settings(classifier: str | None, **more: Any) -> RefusalJudge:
     given = {"kind": "refusal-judge", "prompts": {"file": "behaviour.txt"}, "max_new_tokens": 4}
     own = {"classifier": classifier, "label": "refusal", "cache": False}
     return RefusalJudge.model_validate({**given, **own, **more})
@@ -85,6 +89,47 @@ def test_what_a_judge_raises_comes_back_as_itself(tmp_path: Path) -> None:
         for _ in range(2):
             with pytest.raises(ModelError, match="cannot be loaded"):
                 bench.judges["refusal-judge"].judge(EXCHANGES)
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Says REFUSAL, and keeps the key it was asked with."""
+
+    keys: ClassVar[list[str | None]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.keys.append(self.headers["Authorization"])
+        body = json.dumps({"choices": [{"message": {"content": "REFUSAL"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_the_drivers_key_reaches_the_judge_and_only_the_judge(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes were started before the variable was set: they can't have inherited it."""
+    key = "sk-of-the-judge-0123456789"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    asked = {"endpoint": url, "endpoint_model": "m", "key_variable": "JUDGE_KEY"}
+    own = settings(None, label=None, **asked)
+    try:
+        with judging([own]) as bench:
+            assert bench.judges["refusal-judge"].judge(EXCHANGES[:1]) == [1.0]
+        assert Echo.keys == [f"Bearer {key}"]
+        shown = repr(list(ray._private.state.actors().values()))
+        assert "refusal-judge" in shown and key not in shown
+    finally:
+        server.shutdown()
+        server.server_close()
+    (secrets,) = [part for part in _args(recipe.model, "m:C", ()) if isinstance(part, Secrets)]
+    assert "JUDGE_KEY" not in repr(secrets)
 
 
 def test_a_judge_takes_its_part_of_a_card_and_more_than_there_is_is_refused(
