@@ -32,10 +32,13 @@ def throughput(options: argparse.Namespace) -> None:
     """Trials per hour by the number of GPUs."""
     from benchmarks import throughput as measured
 
-    rows = measured.figures(doublings(options.replicas), options.seconds, options.rounds, report)
+    asked = [(count, options.seconds) for count in doublings(options.replicas)]
+    longer = [(options.replicas, seconds) for seconds in options.longer]
+    rows = measured.figures([*asked, *longer], options.rounds, report)
     figures = {"seconds": options.seconds, "rounds": options.rounds, "gpus": rows}
     print(save("scaling", figures))
-    print(f"efficiency at {rows[-1]['gpus']}: {100 * rows[-1]['efficiency']:.1f} %")
+    most = rows[len(asked) - 1]
+    print(f"efficiency at {most['gpus']}: {100 * most['efficiency']:.1f} %")
 
 
 def doublings(most: int) -> list[int]:
@@ -58,6 +61,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--replicas", type=int, default=16, help="most GPUs")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a trial")
+    parser.add_argument(
+        "--longer", type=float, nargs="*", default=[], help="also with trials of so many seconds"
+    )
     parser.add_argument("--rounds", type=int, default=12, help="trials of each GPU")
     parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000, 5000])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 4, 16, 64])

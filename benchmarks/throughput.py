@@ -29,7 +29,7 @@ class TimedReplica:
     """Stands where a replica stands, and takes a fixed time."""
 
     def __init__(self, place: Any, seconds: float) -> None:
-        self._seconds = seconds
+        self._index, self._seconds = place.index, seconds
 
     def call(self, method: str, *args: Any) -> Any:
         """A scorecard out of thin air, different for each plan, that says when it was made."""
@@ -41,7 +41,7 @@ class TimedReplica:
         began = time.time()
         time.sleep(self._seconds)
         x = args[0].profiles[0][1].peak / 2
-        detail = {"began": began, "ended": time.time()}
+        detail = {"replica": self._index, "began": began, "ended": time.time()}
         scores = (Score("rate", x, x, x, detail=detail), Score("kl", 1 - x, 1 - x, 1 - x))
         return Evaluation(Scorecard(scores), self._seconds)
 
@@ -85,6 +85,8 @@ KINDS = (
     ("TimedReplica", "replicas"),
     ("gcs_server", "control store"),
     ("raylet", "raylets"),
+    ("DashboardAgent", "nodes' agents"),
+    ("RuntimeEnvAgent", "nodes' agents"),
 )
 """What a command line holds, and what that process is; others are not counted."""
 
@@ -95,11 +97,11 @@ def _kind(process: psutil.Process) -> str:
 
 
 def figures(
-    gpus: Sequence[int], seconds: float, rounds: int, report: Callable[[str], None]
+    asked: Sequence[tuple[int, float]], rounds: int, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The figures of each number of GPUs."""
+    """The figures of each number of GPUs and each length of trials in seconds."""
     rows = []
-    for count in gpus:
+    for count, seconds in asked:
         with cluster(count):
             rows.append(measure(count, seconds, rounds * count))
         report(f"{count} GPUs: {rows[-1]}")
@@ -169,6 +171,7 @@ def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
         journal_bytes = (folder / "study.journal").stat().st_size
     return {
         "gpus": gpus,
+        "trial_seconds": seconds,
         **share_of_ideal(details, gpus, seconds),
         "cpu_seconds_per_trial": per_trial(*tallies, span[1] - span[0]),
         "trial_process_mb": round(median(tallies[0].trial_bytes) / 1e6) if tallies else None,
@@ -180,18 +183,25 @@ def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
 def share_of_ideal(
     details: Sequence[dict[str, float]], gpus: int, seconds: float
 ) -> dict[str, float]:
-    """Trials per hour from the first beginning to the last end, and what share of the ideal.
+    """Trials per hour from when the last GPU has begun its first trial to the last trial's end, and
+    what share of the ideal.
 
-    Ideal is that every GPU evaluates all the time; start-up is left out, the end is not, when some
-    GPUs have nothing left to do.
+    Ideal is that every GPU evaluates all the time. Start-up is left out: a trial counts by the part
+    of it that lies in this time. The end is not, when some GPUs have nothing left to do.
     """
-    took = max(d["ended"] for d in details) - min(d["began"] for d in details)
+    firsts: dict[float, float] = {}
+    for d in details:
+        firsts[d["replica"]] = min(d["began"], firsts.get(d["replica"], d["began"]))
+    start, end = max(firsts.values()), max(d["ended"] for d in details)
+    trials = sum(
+        max(d["ended"] - max(d["began"], start), 0) / (d["ended"] - d["began"]) for d in details
+    )
     return {
         "trials": len(details),
-        "seconds": round(took, 2),
-        "trials_per_hour": round(3600 * len(details) / took, 1),
+        "seconds": round(end - start, 2),
+        "trials_per_hour": round(3600 * trials / (end - start), 1),
         "ideal_per_hour": round(3600 * gpus / seconds, 1),
-        "efficiency": round(len(details) * seconds / (gpus * took), 4),
+        "efficiency": round(trials * seconds / (gpus * (end - start)), 4),
     }
 
 
