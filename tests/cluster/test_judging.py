@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import ray
 
 from ray_abliterate.cluster.connection import nodes
-from ray_abliterate.cluster.judging import FarJudge, judging
+from ray_abliterate.cluster.judging import judging
 from ray_abliterate.cluster.pool import ReplicaPool, _args
 from ray_abliterate.cluster.secrets import Secrets
 from ray_abliterate.demo.planted import planted_axes
@@ -43,12 +42,6 @@ def settings(classifier: str | None, **more: Any) -> RefusalJudge:
     return RefusalJudge.model_validate({**given, **own, **more})
 
 
-@pytest.fixture
-def judge(classifier: str) -> Iterator[FarJudge]:
-    with judging([settings(classifier)]) as bench:
-        yield bench.judges["refusal-judge"]
-
-
 def alive() -> list[int]:
     """The judges' processes."""
     actors = ray._private.state.actors().values()
@@ -73,15 +66,6 @@ def test_a_judge_elsewhere_judges_as_it_would_here_and_ends_with_its_block(
     while alive():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-
-
-def test_a_judge_that_is_killed_is_started_anew_and_asked_again(judge: FarJudge) -> None:
-    before = judge.judge(EXCHANGES[:2])
-    (first,) = alive()
-    os.kill(first, signal.SIGKILL)
-    assert judge.judge(EXCHANGES)[:2] == before
-    (again,) = alive()
-    assert again != first
 
 
 def test_what_a_judge_raises_comes_back_as_itself(tmp_path: Path) -> None:
@@ -151,7 +135,7 @@ def test_a_judge_takes_its_part_of_a_card_and_more_than_there_is_is_refused(
         cluster.remove_node(node)
 
 
-def test_replicas_score_with_one_judge_as_one_would_with_its_own(
+def test_replicas_score_with_one_judge_as_with_their_own_also_when_it_is_killed(
     classifier: str, recipe: Recipe, planted: Path, behaviour: PromptSet
 ) -> None:
     both = Classifier(classifier, label="refusal").judge([("", "sorry"), ("", "sure")])
@@ -168,7 +152,9 @@ def test_replicas_score_with_one_judge_as_one_would_with_its_own(
     with ExitStack() as stack:
         pool = stack.enter_context(ReplicaPool.start(own, str(planted), prompts))
         shared = pool.put(setup)
+        assert pool.evaluate(plans[0], shared).scorecard == expected[0]
+        (first,) = alive()
+        os.kill(first, signal.SIGKILL)
         assert [pool.evaluate(plan, shared).scorecard for plan in plans] == expected
-        (process,) = alive()
-        os.kill(process, signal.SIGKILL)
-        assert [pool.evaluate(plan, shared).scorecard for plan in plans] == expected
+        (again,) = alive()
+        assert again != first
