@@ -20,14 +20,15 @@ from ray_abliterate.directions import Directions, LayerScores
 from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
-from ray_abliterate.grid import Tuning, free_bytes
+from ray_abliterate.facts import facts_of
+from ray_abliterate.grid import Tuning
 from ray_abliterate.loading import where_weights_rest
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.probing import Probe, Prober
 from ray_abliterate.profiling import Profile, profiled
 from ray_abliterate.prompts import Prompt, PromptSet
-from ray_abliterate.quantization import bytes_of, described, held, outline
+from ray_abliterate.quantization import described, outline
 from ray_abliterate.reading import Keeping, Reader, Reading, Route
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.scorers import Judges, build, shown
@@ -41,9 +42,6 @@ from ray_abliterate.virtual import VirtualEdits
 from ray_abliterate.weights import SharedStore, WeightCache
 
 log = logging.getLogger(__name__)
-
-SAMPLE = 256
-"""Values of each parameter that the fingerprint of a model looks at."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,8 @@ class Replica:
         self._prompts, self._judges = prompts, judges
         self.model = LanguageModel.load(source, recipe.model, recipe.run.batch_size)
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
-        module, self._away = self.model.module, where_weights_rest(self.model.module)
-        self._quantized = described(module)
-        in_memory = not (self._quantized or self._away)
+        module = self.model.module
+        in_memory = not (described(module) or where_weights_rest(module))
         self._writers = find_writers(outline(module), rows, in_memory)
         location = recipe.model.cache_location(self.model.device.type != "cpu")
         self.cache = WeightCache(self.model.module, self._writers, location, store)
@@ -112,44 +109,14 @@ class Replica:
 
     def describe(self) -> ModelFacts:
         """The model's shape and sizes."""
-        module = self.model.module
-        parameters = list(module.parameters())
-        notes = []
-        if not self.model.padded.pads_safely:
-            notes.append("padding changes this model's output: batches hold prompts of one length")
-        if self.model.not_packable:
-            notes.append(f"the plain path is used, not the engine: {self.model.not_packable}")
-        if self.model.upcast is not None:
-            notes.append("this CPU is faster in float32: linear layers compute in it, and round")
-        if self._away:
-            notes.append(
-                f"the model does not fit: weights rest in {self._away} and are fetched for every "
-                "pass, which is slow"
-            )
-        if self._quantized:
-            notes.append(
-                f"weights are quantized ({self._quantized}), and edited beside; exports are "
-                "full-precision, and are scored again as such"
-            )
-        most, why = self._most_per_pass()
-        return ModelFacts(
-            shape=self._shape(),
-            writers=len(self._writers),
-            parameters=module.num_parameters(),
-            model_bytes=sum(map(bytes_of, parameters)),
-            cache_bytes=self.cache.bytes,
-            dtype=str(module.dtype).removeprefix("torch."),
-            device=_device_name(self.model.device),
-            quantization=self._quantized,
-            offloaded=self._away,
-            model_type=module.config.model_type,
-            revision=getattr(module.config, "_commit_hash", None),
-            fingerprint=self._fingerprint(),
-            template=self.model.chat.fingerprint,
-            computes=self._computes(),
-            most_per_pass=most,
-            why_not_more=why,
-            notes=tuple(notes),
+        prompt, answer, _ = self._extent()
+        return facts_of(
+            self.model,
+            self.cache,
+            self._shape(),
+            len(self._writers),
+            self._recipe.model.attention,
+            (prompt, answer),
         )
 
     def _shape(self) -> ModelShape:
@@ -171,44 +138,6 @@ class Replica:
             for name in ("max_new_tokens", "tokens")
         ]
         return max(lengths, default=1), max([*asked, 1]), sum(lengths)
-
-    def _most_per_pass(self) -> tuple[int, str]:
-        """Plans that can share a pass, and why not more."""
-        if self.model.not_packable:
-            return 1, f"the engine does not serve this model ({self.model.not_packable})"
-        if self.cache.experts:
-            return 1, f"{self.cache.experts} stacks experts, and is no linear layer"
-        free = free_bytes(self.model.device)
-        prompt, answer, _ = self._extent()
-        most = self.model.cost.rows(free, prompt, answer, 1)
-        return max(most, 1), f"{free / 1e9:.1f} GB are free for their keys and values"
-
-    def _fingerprint(self) -> str:
-        """SHA-256 of every parameter's name and shape, and of values spread over it."""
-        digest = hashlib.sha256()
-        for name, values in self.model.module.state_dict().items():
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            for part in held(values):
-                if part.is_meta:
-                    continue
-                # an odd step: one that divides the row would look at a single column
-                flat = part.detach().reshape(-1)
-                sample = flat[:: -(-flat.numel() // SAMPLE) | 1].contiguous().cpu()
-                digest.update(sample.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def _computes(self) -> str:
-        device = self.model.device
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        choices = [
-            where,
-            self._recipe.model.attention or "attention by default",
-            "plain path" if self.model.not_packable else "engine",
-            "one length a batch" if not self.model.padded.pads_safely else "padded",
-            "linear layers in float32" if self.model.upcast is not None else "own dtype",
-            *filter(None, (self._quantized, self._away and f"weights rest in {self._away}")),
-        ]
-        return ", ".join(choices)
 
     def response_prefix(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
         """The tokens that the base model's answers to all these prompts begin with."""
@@ -437,9 +366,3 @@ class Replica:
                     }
                 )
         return tuple(rows)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({torch.get_num_threads()} threads)"
