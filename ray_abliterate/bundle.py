@@ -23,7 +23,8 @@ from ray_abliterate.errors import ReproductionError
 from ray_abliterate.files import write_whole
 from ray_abliterate.frontier import Trial
 from ray_abliterate.loading import device_for
-from ray_abliterate.model_card import EMBEDDED, Kind, base_name, hub_name, public_origin
+from ray_abliterate.model_card import Kind, public_origin
+from ray_abliterate.published import Original, Published
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.rundir import RunDirectory
 
@@ -89,21 +90,21 @@ class Bundle(Record):
     recipe: dict[str, Any]
     prompts: dict[str, PromptFacts]
     directions: DirectionFacts
-    searched: dict[str, Any] = Field(description="Versions, device and dtype of the search.")
+    searched: dict[str, Any] = Field(description="Model, versions, device and dtype of the search.")
     written: Computed
     tensors: dict[str, TensorRecord]
     files: dict[str, str] = Field(description="SHA-256 of an adapter's files.")
 
 
 def write_bundle(
-    directory: RunDirectory, trial: Trial, source: Path, folder: Path, kind: Kind = "merged"
+    directory: RunDirectory, trial: Trial, original: Original, folder: Path, kind: Kind = "merged"
 ) -> None:
     """Write the bundle into the folder of an export.
 
     Args:
         directory: The run.
         trial: Whose plan was written.
-        source: Folder of the base model.
+        original: The base model.
         folder: Of the export, whose weights are written already.
         kind: What was written.
     """
@@ -112,19 +113,19 @@ def write_bundle(
     recipe, baseline = directory.recipe, directory.baseline()
     tensors, files = {}, {}
     if kind == "merged":
-        tensors = edited_tensors(Checkpoint.open(source), Checkpoint.open(folder))
+        tensors = edited_tensors(Checkpoint.open(original.folder), Checkpoint.open(folder))
     else:
         files = {ADAPTER: file_sha256(folder / ADAPTER)}
     bundle = Bundle(
         format=FORMAT,
         kind=kind,
-        base=_base(directory),
+        base=_base(directory, original.base),
         trial=trial.number,
         plan=json.loads(trial.plan.to_json()),
         scores=tuple(trial.scorecard.to_list()),
         base_scores=tuple(baseline.scorecard.to_list()) if baseline else (),
         seed=recipe.search.seed,
-        recipe=public_recipe(recipe, base_name(directory)),
+        recipe=public_recipe(recipe, Published.searched(directory).called),
         prompts=_prompts(directory),
         directions=DirectionFacts(
             file=DIRECTIONS,
@@ -231,13 +232,12 @@ def _public_text(key: str, text: str) -> str:
     return "not-told" if key == "folder" or ("/" in text and local) else text
 
 
-def _base(directory: RunDirectory) -> BaseFacts:
+def _base(directory: RunDirectory, base: Published) -> BaseFacts:
     facts = directory.environment["model"]
-    name = directory.recipe.model.name
     return BaseFacts(
-        name=name if name in EMBEDDED else hub_name(directory),
-        called=base_name(directory),
-        revision=facts.get("revision"),
+        name=base.name,
+        called=base.called,
+        revision=base.revision,
         model_type=facts["model_type"],
         layers=facts["layers"],
         hidden=facts["hidden"],
@@ -257,8 +257,10 @@ def _prompts(directory: RunDirectory) -> dict[str, PromptFacts]:
 
 
 def _searched(directory: RunDirectory) -> dict[str, Any]:
-    known = directory.environment
+    known, model = directory.environment, Published.searched(directory)
     return {
+        "model": model.called,
+        "revision": model.revision,
         "versions": known.get("versions", {}),
         "machine": known.get("machine", ""),
         "device": known["model"]["device"],

@@ -104,8 +104,7 @@ def refuse_quantized(source: str, config: Any) -> None:
     if method := quantization.method_of(config):
         raise ModelError(
             f"{source} is quantized ({method}), and only full-precision weights can be written.\n"
-            "  Search on its full-precision original instead, quantized as it is loaded:\n"
-            "    ray-abliterate run RECIPE model.name=ORIGINAL model.quantization=nf4"
+            "  Name the full-precision model that it was made of."
         )
 
 

@@ -47,6 +47,13 @@ def method_of(config: Any) -> str:
     return ""
 
 
+def forget(config: Any) -> None:
+    """Have a configuration be that of the model before it was quantized."""
+    for own in (config, config.get_text_config(decoder=True)):
+        if hasattr(own, "quantization_config"):
+            del own.quantization_config
+
+
 def check(name: str, config: Any, wanted: Quantization | None) -> None:
     """Refuse what can't be loaded, before weights are read.
 
@@ -164,8 +171,7 @@ def outline(module: Any) -> nn.Module:
     from transformers.initialization import meta_device_safe_creation_ops
 
     config = copy.deepcopy(module.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    forget(config)
     with torch.device("meta"), meta_device_safe_creation_ops():
         found: nn.Module = type(module)(config)
     return found

@@ -37,9 +37,9 @@ from ray_abliterate.exporting.merged import EditedTensors, write_merged
 from ray_abliterate.exporting.scratch import give_name, scratch
 from ray_abliterate.exporting.target import check_target, unverified_name
 from ray_abliterate.frontier import Trial
-from ray_abliterate.model_card import EMBEDDED
 from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Watch
+from ray_abliterate.published import EMBEDDED
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.run import model_source
 from ray_abliterate.scoring import Scorecard

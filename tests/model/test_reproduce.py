@@ -20,8 +20,9 @@ from ray_abliterate.bundle import Bundle, public_recipe, read_bundle, write_bund
 from ray_abliterate.checkpoint import Checkpoint
 from ray_abliterate.edited_tensors import TensorRecord
 from ray_abliterate.errors import ExportError, PushError, ReproductionError, TrialNotFound
+from ray_abliterate.exported import exported
 from ray_abliterate.progress import Unwatched
-from ray_abliterate.push import exported
+from ray_abliterate.published import Original, Published
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.reproduce import compare, differences, reproduce
 from ray_abliterate.rundir import RunDirectory
@@ -157,7 +158,8 @@ def test_a_public_recipe_is_a_recipe_without_texts_paths_and_hosts():
 
 def test_the_bundle_of_an_adapter_holds_its_hash_and_rebuilds_nothing(planted_run, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"any bytes")
-    write_bundle(planted_run.directory, planted_run.trial, planted_run.model, tmp_path, "adapter")
+    base = Original(planted_run.model, Published.searched(planted_run.directory))
+    write_bundle(planted_run.directory, planted_run.trial, base, tmp_path, "adapter")
     bundle = read_bundle(tmp_path)[0]
     sha256 = hashlib.sha256(b"any bytes").hexdigest()
     assert bundle.files == {"adapter_model.safetensors": sha256} and bundle.tensors == {}
@@ -360,7 +362,8 @@ def test_two_bundles_of_a_trial_are_equal_files(planted_run, tmp_path):
     found = set()
     for _ in range(16):
         directory, trial = planted_run.directory, planted_run.trial
-        write_bundle(directory, trial, planted_run.model, tmp_path, "adapter")
+        base = Original(planted_run.model, Published.searched(directory))
+        write_bundle(directory, trial, base, tmp_path, "adapter")
         files = sorted((tmp_path / "reproduce").iterdir())
         found.add(tuple(file.read_bytes() for file in files))
     assert len(found) == 1
