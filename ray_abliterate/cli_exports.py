@@ -62,7 +62,8 @@ def reproduce(
     from ray_abliterate.reproduce import reproduce as rebuild
 
     found = rebuild(file, to, LineWatch(console()), base, trust_remote_code)
-    equal = f"{found.bit_equal} of {found.tensors} edited tensors are equal bit for bit"
+    what = "edited tensors" if found.kind == "merged" else "tensors of the adapter"
+    equal = f"{found.bit_equal} of {found.tensors} {what} are equal bit for bit"
     rest = "" if found.bit_equal == found.tensors else "; the others, within rounding"
     typer.echo(f"{equal}{rest}. Written to {to}")
 

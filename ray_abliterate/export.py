@@ -34,6 +34,7 @@ from ray_abliterate.loading import device_for
 from ray_abliterate.model_card import model_card
 from ray_abliterate.originals import find_original
 from ray_abliterate.progress import Watch
+from ray_abliterate.published import Published
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.report_exports import note_export
 from ray_abliterate.rescored import note_rescored
@@ -121,6 +122,7 @@ def export_trial(
     scored = load_prompts(recipe, directory, directory.base, watch).scored if verify else {}
     with _told(to, watch), scratch(to, identity) as work, _threads(directory):
         module, targets = find_targets(recipe, source, directions, watch)
+        adapted: tuple[str, ...] | None = None
         if form.kind == "merged":
             edited = EditedTensors(targets, trial.plan, directions)
             write_merged(source, layout, edited, work, watch)
@@ -130,11 +132,11 @@ def export_trial(
             )
         else:
             edit = AdapterEdit(module, targets, trial.plan, directions)
-            base = Base(original.base.called, original.base.revision)
-            write_adapter(edit, base, form.adapter_error, work.folder, watch)
+            write_adapter(edit, _base(original.base), form.adapter_error, work.folder, watch)
+            adapted = edit.stored
         card = model_card(directory, trial, original, form.kind)
         _write_text(work.folder / "README.md", card)
-        write_bundle(directory, trial, original, work.folder, form.kind)
+        write_bundle(directory, trial, original, work.folder, adapted)
         if verify:
             check = Verifier(directory, trial, scored, source.folder, _dtype(targets), watch)
             found = _verified(check, work.folder, to)
@@ -184,6 +186,11 @@ def _dtype(targets: list[StoredWriter]) -> torch.dtype:
     """The type that the writers are stored in, in which the edit is rounded."""
     target = targets[0]
     return DTYPES[target.source.tensors[target.forms[0].tensors[0]].dtype]
+
+
+def _base(model: Published) -> Base:
+    """What an adapter is for: never a path of this machine."""
+    return Base(model.called, model.revision)
 
 
 def _identity(
