@@ -62,6 +62,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
         quantization.check(source, config, settings.quantization)
         options = {**_placement(settings), **_quantizing(config, settings)}
+        unpacked = quantization.unpack(config)
         scratch = tempfile.TemporaryDirectory(prefix="ray_abliterate-")
         model, report = auto_class(config).from_pretrained(
             source,
@@ -87,6 +88,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
             "which would be random.\n  Download it again, or choose a complete checkpoint."
         )
     quantization.steady(model)
+    setattr(model, quantization.UNPACKED, unpacked)
     if "device_map" not in options:
         model.to(device_for(settings))
     else:

@@ -26,7 +26,7 @@ PACKAGES = {
     "awq": (("gptqmodel",), "gptqmodel"),
     "auto-round": (("auto_round",), "auto-round"),
     "aqlm": (("aqlm",), "'aqlm[gpu,cpu]'"),
-    "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+    "compressed-tensors": (("compressed_tensors",), "'ray-abliterate[compressed-tensors]'"),
     "eetq": (("kernels",), "kernels"),
     "hqq": (("hqq",), "hqq"),
     "quanto": (("optimum.quanto",), "optimum-quanto"),
@@ -35,6 +35,10 @@ PACKAGES = {
     "vptq": (("vptq",), "vptq"),
 }
 """Modules that a method needs, and what pip installs them as."""
+
+
+UNPACKED = "unpacked_from"
+"""Attribute of a model that was quantized and is not any more: how."""
 
 
 def method_of(config: Any) -> str:
@@ -135,6 +139,29 @@ def configuration(wanted: Quantization, dtype: torch.dtype) -> Any:
     return transformers.TorchAoConfig(IntxWeightOnlyConfig(INT4, PerGroup(GROUP)))
 
 
+def unpack(config: Any) -> str:
+    """Have a compressed-tensors checkpoint unpacked as it is loaded, and say how it was quantized.
+
+    transformers would leave its layers without weights until the whole model has run once, and
+    unpack them then. Unpacked, they are plain linear layers: memory is the original's, and inputs
+    are not rounded where the checkpoint's scheme would have them be. Of other methods: empty.
+
+    Args:
+        config: The checkpoint's configuration; what it says of the method is changed.
+    """
+    if method_of(config) != "compressed-tensors":
+        return ""
+    found: set[str] = set()
+    for own in (config, config.get_text_config(decoder=True)):
+        values = getattr(own, "quantization_config", None)
+        if isinstance(values, dict):
+            values["dequantize"] = True
+            groups = [g for g in values.get("config_groups", {}).values() if isinstance(g, dict)]
+            weights = [group["weights"] for group in groups if group.get("weights")]
+            found |= {f"{w.get('type', '')}{w.get('num_bits', '')}" for w in weights}
+    return f"{' '.join(['compressed-tensors', *sorted(found)])}, unpacked"
+
+
 def steady(module: nn.Module) -> None:
     """Keep 4-bit layers from being packed anew by CPUs with bfloat16 units.
 
@@ -178,7 +205,12 @@ def outline(module: Any) -> nn.Module:
 
 
 def described(module: Any) -> str:
-    """How a loaded model is quantized: the method, and the bits of a weight if they are known."""
+    """How a loaded model is quantized: the method, and the bits of a weight if they are known.
+
+    One that was unpacked has the numbers that quantization left of it.
+    """
+    if unpacked := getattr(module, UNPACKED, ""):
+        return str(unpacked)
     quantizer = getattr(module, "hf_quantizer", None)
     if quantizer is None:
         return ""
