@@ -7,6 +7,7 @@ of 4 bits, and a scale and a zero for each group of input features. Nothing is c
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,12 @@ def by_compressed_tensors(original: Path, folder: Path, kind: str) -> dict[str, 
     return dense
 
 
-KINDS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path], dict[str, Tensor]]]] = {
+KINDS: dict[str, Callable[[Path, Path], dict[str, Tensor]]] = {
     **{
-        f"compressed-tensors {kind}": (
-            ("compressed_tensors",), lambda a, b, kind=kind: by_compressed_tensors(a, b, kind),
-        )
+        f"compressed-tensors {kind}": partial(by_compressed_tensors, kind=kind)
         for kind in ("int4", "int8", "float8")
     },
-    "gptq int4": (("gptqmodel", "optimum"), lambda a, b: by_hand(a, b, of_gptq, **GPTQ)),
-    "awq int4": (("gptqmodel",), lambda a, b: by_hand(a, b, of_awq, **AWQ)),
-}  # fmt: skip
-"""What a kind needs, and what writes a checkpoint of a folder into another."""
+    "gptq int4": partial(by_hand, layer=of_gptq, **GPTQ),
+    "awq int4": partial(by_hand, layer=of_awq, **AWQ),
+}
+"""What writes a checkpoint of a folder into another."""

@@ -20,7 +20,7 @@ from ray_abliterate.export import export_trial
 from ray_abliterate.loading import load
 from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.progress import Unwatched
-from ray_abliterate.quantization import described, outline
+from ray_abliterate.quantization import PACKAGES, described, outline
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.weights import WeightCache
 from tests.model.checkpoints import KINDS
@@ -45,9 +45,9 @@ class Made:
 
 
 def marked(kind: str) -> Any:
-    missing = [name for name in KINDS[kind][0] if find_spec(name) is None]
-    reason = f"pip install {' '.join(missing)}"
-    return pytest.param(kind, marks=pytest.mark.skipif(bool(missing), reason=reason))
+    modules, install = PACKAGES[kind.partition(" ")[0]]
+    missing = any(find_spec(name) is None for name in modules)
+    return pytest.param(kind, marks=pytest.mark.skipif(missing, reason=f"pip install {install}"))
 
 
 @pytest.fixture(scope="module", params=[marked(kind) for kind in KINDS])
@@ -55,7 +55,7 @@ def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wide_folder: Path
 ) -> Made:
     folder = tmp_path_factory.mktemp("checkpoints")
-    dense = KINDS[request.param][1](wide_folder, folder / "quantized")
+    dense = KINDS[request.param](wide_folder, folder / "quantized")
     return Made(request.param, folder / "quantized", copied(wide_folder, folder / "dense", dense))
 
 
