@@ -15,7 +15,7 @@ ONNX := .venv/onnx
 help:
 	@echo "make demo    set up .venv, run the demo, print the frontier"
 	@echo "make test    set up .venv, run all tests"
-	@echo "make test-extras  install lm-eval and optimum too, run their tests"
+	@echo "make test-extras  install compressed-tensors, lm-eval and optimum too, run their tests"
 	@echo "make check   lint, types, import contracts"
 
 setup: .venv/.ready
@@ -47,7 +47,8 @@ test-rest: setup
 # Apart, and last: what lm-eval installs is imported by transformers wherever it is there, and
 # optimum needs an older transformers, in an environment of its own that shares the rest.
 test-extras: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compressed-tensors,lm-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/model/test_checkpoints.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/suites/test_lm_eval.py
 	test -x $(ONNX)/bin/python || $(BIN)/python -m venv $(ONNX)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \

@@ -8,7 +8,7 @@ told by their fingerprints, and nothing tells of the machine's paths or users.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,26 @@ from pydantic import Field, ValidationError
 
 from ray_abliterate.checkpoint import Checkpoint
 from ray_abliterate.directions import Directions
-from ray_abliterate.edited_tensors import Record, TensorRecord, edited_tensors, file_sha256
+from ray_abliterate.edited_tensors import (
+    Record,
+    TensorRecord,
+    WrittenTensor,
+    base_sha256,
+    edited_tensors,
+    file_sha256,
+    written_tensors,
+)
 from ray_abliterate.errors import ReproductionError
 from ray_abliterate.files import write_whole
 from ray_abliterate.frontier import Trial
 from ray_abliterate.loading import device_for
-from ray_abliterate.model_card import EMBEDDED, Kind, base_name, hub_name, public_origin
+from ray_abliterate.model_card import public_origin
+from ray_abliterate.published import Original, Published
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.rundir import RunDirectory
 
-FORMAT = 1
+FORMAT, READ = 2, (1, 2)
+"""What is written, and what is read: adapters of the first hold no hashes of tensors."""
 FOLDER, FILE, DIRECTIONS = "reproduce", "reproduce.json", "directions.safetensors"
 ADAPTER = "adapter_model.safetensors"
 LIBRARIES = ("ray-abliterate", "torch", "transformers", "safetensors")
@@ -75,10 +85,17 @@ class Computed(Record):
     threads: int
 
 
+class AdapterFacts(Record):
+    """The tensors of an adapter, and the base model's that they were made from."""
+
+    tensors: dict[str, WrittenTensor]
+    base_sha256: dict[str, str]
+
+
 class Bundle(Record):
     """What `reproduce.json` holds."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     kind: Literal["merged", "adapter"]
     base: BaseFacts
     trial: int
@@ -89,42 +106,56 @@ class Bundle(Record):
     recipe: dict[str, Any]
     prompts: dict[str, PromptFacts]
     directions: DirectionFacts
-    searched: dict[str, Any] = Field(description="Versions, device and dtype of the search.")
+    searched: dict[str, Any] = Field(description="Model, versions, device and dtype of the search.")
     written: Computed
     tensors: dict[str, TensorRecord]
+    """Those of the whole model that were edited."""
     files: dict[str, str] = Field(description="SHA-256 of an adapter's files.")
+    adapter: AdapterFacts | None = None
+
+    @property
+    def made(self) -> Mapping[str, WrittenTensor]:
+        """What a rebuilt export must hold."""
+        return self.tensors if self.adapter is None else self.adapter.tensors
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """SHA-256 of the base model's tensors that were edited."""
+        if self.adapter is not None:
+            return self.adapter.base_sha256
+        return {name: record.base_sha256 for name, record in self.tensors.items()}
 
 
 def write_bundle(
-    directory: RunDirectory, trial: Trial, source: Path, folder: Path, kind: Kind = "merged"
+    directory: RunDirectory,
+    trial: Trial,
+    original: Original,
+    folder: Path,
+    adapted: Iterable[str] | None = None,
 ) -> None:
     """Write the bundle into the folder of an export.
 
     Args:
         directory: The run.
         trial: Whose plan was written.
-        source: Folder of the base model.
+        original: The base model.
         folder: Of the export, whose weights are written already.
-        kind: What was written.
+        adapted: Of an adapter, the base model's tensors that it edits; None of a whole model.
     """
     data = directory.directions_file()
     assert data is not None and trial.scorecard is not None
     recipe, baseline = directory.recipe, directory.baseline()
-    tensors, files = {}, {}
-    if kind == "merged":
-        tensors = edited_tensors(Checkpoint.open(source), Checkpoint.open(folder))
-    else:
-        files = {ADAPTER: file_sha256(folder / ADAPTER)}
+    source, file = Checkpoint.open(original.folder), folder / ADAPTER
     bundle = Bundle(
         format=FORMAT,
-        kind=kind,
-        base=_base(directory),
+        kind="merged" if adapted is None else "adapter",
+        base=_base(directory, original.base),
         trial=trial.number,
         plan=json.loads(trial.plan.to_json()),
         scores=tuple(trial.scorecard.to_list()),
         base_scores=tuple(baseline.scorecard.to_list()) if baseline else (),
         seed=recipe.search.seed,
-        recipe=public_recipe(recipe, base_name(directory)),
+        recipe=public_recipe(recipe, Published.searched(directory).called),
         prompts=_prompts(directory),
         directions=DirectionFacts(
             file=DIRECTIONS,
@@ -133,12 +164,21 @@ def write_bundle(
         ),
         searched=_searched(directory),
         written=computed(recipe.model),
-        tensors=tensors,
-        files=files,
+        tensors=edited_tensors(source, Checkpoint.open(folder)) if adapted is None else {},
+        files={} if adapted is None else {ADAPTER: file_sha256(file)},
+        adapter=None if adapted is None else _adapter(source, file, adapted),
     )
     text = json.dumps(bundle.model_dump(mode="json"), indent=1, ensure_ascii=False)
     write_whole(folder / FOLDER / DIRECTIONS, data)
     write_whole(folder / FOLDER / FILE, (text + "\n").encode())
+
+
+def _adapter(source: Checkpoint, file: Path, adapted: Iterable[str]) -> AdapterFacts:
+    hashes = {name: base_sha256(source, name) for name in adapted}
+    return AdapterFacts(
+        tensors=written_tensors(Checkpoint.of_file(file)),
+        base_sha256={name: sha256 for name, sha256 in hashes.items() if sha256 is not None},
+    )
 
 
 def read_bundle(place: Path) -> tuple[Bundle, Directions, Path]:
@@ -156,9 +196,9 @@ def read_bundle(place: Path) -> tuple[Bundle, Directions, Path]:
         )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.get("format") not in (FORMAT, None):
+        if isinstance(values, dict) and values.get("format") not in (*READ, None):
             raise ReproductionError(
-                f"{file} has the format {values['format']!r}; this version reads {FORMAT}.\n"
+                f"{file} has the format {values['format']!r}; this version reads up to {FORMAT}.\n"
                 "  Install a newer ray-abliterate."
             )
         bundle = Bundle.model_validate(values)
@@ -231,13 +271,12 @@ def _public_text(key: str, text: str) -> str:
     return "not-told" if key == "folder" or ("/" in text and local) else text
 
 
-def _base(directory: RunDirectory) -> BaseFacts:
+def _base(directory: RunDirectory, base: Published) -> BaseFacts:
     facts = directory.environment["model"]
-    name = directory.recipe.model.name
     return BaseFacts(
-        name=name if name in EMBEDDED else hub_name(directory),
-        called=base_name(directory),
-        revision=facts.get("revision"),
+        name=base.name,
+        called=base.called,
+        revision=base.revision,
         model_type=facts["model_type"],
         layers=facts["layers"],
         hidden=facts["hidden"],
@@ -257,8 +296,10 @@ def _prompts(directory: RunDirectory) -> dict[str, PromptFacts]:
 
 
 def _searched(directory: RunDirectory) -> dict[str, Any]:
-    known = directory.environment
+    known, model = directory.environment, Published.searched(directory)
     return {
+        "model": model.called,
+        "revision": model.revision,
         "versions": known.get("versions", {}),
         "machine": known.get("machine", ""),
         "device": known["model"]["device"],

@@ -57,6 +57,15 @@ class Checkpoint:
             tensors |= _header(folder, file)
         return cls(folder, tensors)
 
+    @classmethod
+    def of_file(cls, file: Path) -> "Checkpoint":
+        """The tensors of one file, whatever its name.
+
+        Raises:
+            ExportError: it is damaged.
+        """
+        return cls(file.parent, _header(file.parent, file.name))
+
     @property
     def weight_files(self) -> tuple[str, ...]:
         """The files that hold tensors, and their index if there is one."""

@@ -7,6 +7,15 @@ import typer
 
 from ray_abliterate.cli_shared import RunFolder, TrialNumber, chosen_trial
 
+Originals = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or Hub name (OWNER/NAME@REVISION) of the full-precision model, after a search "
+        "on a quantized checkpoint.",
+        show_default="the run's own model",
+    ),
+]
+
 
 def export(
     run: RunFolder,
@@ -24,6 +33,7 @@ def export(
     adapter_error: Annotated[
         float, typer.Option(help="What an adapter may lack of an edit, relative to the edit.")
     ] = 0.01,
+    originals: Originals = None,
     verify: Annotated[bool, typer.Option(help="Reload, and score it again.")] = True,
 ) -> None:
     """Write the edited model, or an adapter for the original, and verify what was written."""
@@ -33,7 +43,8 @@ def export(
 
     form = ExportForm.of(kind, shard_size, adapter_error)
     directory = RunDirectory.open(run)
-    export_trial(directory, chosen_trial(directory, trial), to, LineWatch(console()), verify, form)
+    chosen, watch = chosen_trial(directory, trial), LineWatch(console())
+    export_trial(directory, chosen, to, watch, verify, form, originals)
 
 
 def reproduce(
@@ -51,7 +62,8 @@ def reproduce(
     from ray_abliterate.reproduce import reproduce as rebuild
 
     found = rebuild(file, to, LineWatch(console()), base, trust_remote_code)
-    equal = f"{found.bit_equal} of {found.tensors} edited tensors are equal bit for bit"
+    what = "edited tensors" if found.kind == "merged" else "tensors of the adapter"
+    equal = f"{found.bit_equal} of {found.tensors} {what} are equal bit for bit"
     rest = "" if found.bit_equal == found.tensors else "; the others, within rounding"
     typer.echo(f"{equal}{rest}. Written to {to}")
 
@@ -60,6 +72,7 @@ def push(
     place: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported folder.")],
     to: Annotated[str, typer.Option(help="USER/NAME of the model on the Hugging Face Hub.")],
     trial: TrialNumber = None,
+    originals: Originals = None,
     public: Annotated[bool, typer.Option("--public", help="Everybody may read it.")] = False,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Also if it was not scored again.")
@@ -69,12 +82,12 @@ def push(
     ] = False,
 ) -> None:
     """Upload an export to the Hugging Face Hub, private unless told."""
+    from ray_abliterate.exported import exported
     from ray_abliterate.live import LineWatch, console
-    from ray_abliterate.push import exported
     from ray_abliterate.push import push as upload
 
     watch = LineWatch(console())
-    folder = exported(place, trial, watch, unverified)
+    folder = exported(place, trial, watch, unverified, originals)
     revision = upload(folder, to, watch, public, unverified, with_responses)
     typer.echo(f"{to} is there, revision {revision}")
 

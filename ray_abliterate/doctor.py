@@ -274,7 +274,7 @@ def quantized(settings: ModelSettings, config: Any) -> Iterator[Check]:
         found = f"quantized as they are loaded ({settings.quantization}); exports are not"
         yield Check("weights", "ok", found)
         return
-    fix = "Can be searched, not exported: name the full-precision original to do both."
+    fix = "Can be searched; export then needs what it was made of, as --originals."
     yield Check("weights", "warn", f"the checkpoint is quantized ({method})", fix)
 
 

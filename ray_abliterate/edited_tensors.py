@@ -1,4 +1,4 @@
-"""Which tensors of an export are not the base model's, and what their bits are.
+"""Which tensors of an export are not the base model's, and what is kept of them to know them by.
 
 Reads bytes of two checkpoints, a few at a time; knows nothing about models.
 """
@@ -6,6 +6,7 @@ Reads bytes of two checkpoints, a few at a time; knows nothing about models.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -25,17 +26,27 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class TensorRecord(Record):
-    """One edited tensor, as it was and as it was written."""
+class WrittenTensor(Record):
+    """One tensor, as it was written."""
 
     dtype: str
     shape: tuple[int, ...]
-    base_sha256: str
     sha256: str
     norm: float
     """Of all its values, float64."""
     sample: tuple[float, ...]
     """Values spread over it."""
+
+
+class TensorRecord(WrittenTensor):
+    """One edited tensor, as it was and as it was written."""
+
+    base_sha256: str
+
+
+def written_tensors(written: Checkpoint) -> dict[str, WrittenTensor]:
+    """Every tensor of a checkpoint."""
+    return {name: WrittenTensor(**_facts(written, name)) for name in written.tensors}
 
 
 def edited_tensors(source: Checkpoint, written: Checkpoint) -> dict[str, TensorRecord]:
@@ -52,7 +63,9 @@ def edited_tensors(source: Checkpoint, written: Checkpoint) -> dict[str, TensorR
             f"{written.folder}"
         )
     return {
-        name: _record(source, written, name)
+        name: TensorRecord(
+            **_facts(written, name), base_sha256=_sha256(_bytes(source, source.tensors[name]))
+        )
         for name in source.tensors
         if _differ(source, written, name)
     }
@@ -69,20 +82,20 @@ def _differ(source: Checkpoint, written: Checkpoint, name: str) -> bool:
     return any(a != b for a, b in pairs)
 
 
-def _record(source: Checkpoint, written: Checkpoint, name: str) -> TensorRecord:
+def _facts(written: Checkpoint, name: str) -> dict[str, Any]:
+    """What is kept of a tensor that was written."""
     stored = written.tensors[name]
     values = _values(written, stored)
     step = -(-values.numel() // SAMPLE) | 1  # odd: an even one could stay in few columns
     parts = torch.split(values, READ_BYTES)  # type: ignore[no-untyped-call]
     squares = sum(float(part.double().square().sum()) for part in parts)
-    return TensorRecord(
-        dtype=stored.dtype,
-        shape=stored.shape,
-        base_sha256=_sha256(_bytes(source, source.tensors[name])),
-        sha256=_sha256(_bytes(written, stored)),
-        norm=squares**0.5,
-        sample=tuple(values[::step].double().tolist()),
-    )
+    return {
+        "dtype": stored.dtype,
+        "shape": stored.shape,
+        "sha256": _sha256(_bytes(written, stored)),
+        "norm": squares**0.5,
+        "sample": tuple(values[::step].double().tolist()),
+    }
 
 
 def _values(checkpoint: Checkpoint, stored: StoredTensor) -> Tensor:

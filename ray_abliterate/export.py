@@ -19,7 +19,7 @@ from torch import nn
 
 from ray_abliterate.architecture import WriterRow, hidden_size
 from ray_abliterate.bundle import write_bundle
-from ray_abliterate.checkpoint import DTYPES, Checkpoint, fetched
+from ray_abliterate.checkpoint import DTYPES, Checkpoint
 from ray_abliterate.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError, ScoreError
 from ray_abliterate.exporting.adapter import AdapterEdit, Base, write_adapter
@@ -31,12 +31,14 @@ from ray_abliterate.exporting.target import check_target, unverified_name
 from ray_abliterate.exporting.writers import StoredWriter, stored_writers
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.loading import device_for
-from ray_abliterate.model_card import base_name, hub_name, model_card
+from ray_abliterate.model_card import model_card
+from ray_abliterate.originals import find_original
 from ray_abliterate.progress import Watch
+from ray_abliterate.published import Published
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.report_exports import note_export
 from ray_abliterate.rescored import note_rescored
-from ray_abliterate.run import load_prompts, model_source
+from ray_abliterate.run import load_prompts
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.verification import Verification, Verifier
 
@@ -84,10 +86,21 @@ def export_trial(
     watch: Watch,
     verify: bool = True,
     form: ExportForm = MERGED,
+    originals: str | None = None,
 ) -> Path:
     """Write the edited model into the folder `to`, which appears when it is complete and verified.
 
     An export that was interrupted is taken up again by the next call that asks for the same.
+
+    Args:
+        directory: The run.
+        trial: Whose plan is applied.
+        to: Folder to write.
+        watch: Is told what happens.
+        verify: Reload what was written, and score it.
+        form: What is written.
+        originals: Folder or Hub name of what a quantized checkpoint was made of, after a search on
+            one.
 
     Raises:
         ExportError: it cannot be written, or the written files don't score as the trial did; these
@@ -95,12 +108,13 @@ def export_trial(
     """
     to = to.absolute()
     if verify:
-        refuse_bounded(directory, trial, to)
+        refuse_bounded(directory, trial, to, originals)
     recipe = directory.recipe
     directions = directory.directions()
     if directions is None:
         raise ExportError(f"{directory.path} has no directions; start a new run of the recipe")
-    source = Checkpoint.open(source_folder(directory, watch))
+    original = find_original(directory, originals, watch)
+    source = Checkpoint.open(original.folder)
     layout = layout_of(source, form.shard_bytes)
     identity = _identity(directory, trial, directions, source, form)
     left = _wanted(source, layout, form) - finished_bytes(to, identity)
@@ -108,6 +122,7 @@ def export_trial(
     scored = load_prompts(recipe, directory, directory.base, watch).scored if verify else {}
     with _told(to, watch), scratch(to, identity) as work, _threads(directory):
         module, targets = find_targets(recipe, source, directions, watch)
+        adapted: tuple[str, ...] | None = None
         if form.kind == "merged":
             edited = EditedTensors(targets, trial.plan, directions)
             write_merged(source, layout, edited, work, watch)
@@ -117,10 +132,11 @@ def export_trial(
             )
         else:
             edit = AdapterEdit(module, targets, trial.plan, directions)
-            write_adapter(edit, _base(directory), form.adapter_error, work.folder, watch)
-        card = model_card(directory, trial, source.folder, form.kind)
+            write_adapter(edit, _base(original.base), form.adapter_error, work.folder, watch)
+            adapted = edit.stored
+        card = model_card(directory, trial, original, form.kind)
         _write_text(work.folder / "README.md", card)
-        write_bundle(directory, trial, source.folder, work.folder, form.kind)
+        write_bundle(directory, trial, original, work.folder, adapted)
         if verify:
             check = Verifier(directory, trial, scored, source.folder, _dtype(targets), watch)
             found = _verified(check, work.folder, to)
@@ -172,9 +188,9 @@ def _dtype(targets: list[StoredWriter]) -> torch.dtype:
     return DTYPES[target.source.tensors[target.forms[0].tensors[0]].dtype]
 
 
-def _base(directory: RunDirectory) -> Base:
+def _base(model: Published) -> Base:
     """What an adapter is for: never a path of this machine."""
-    return Base(base_name(directory), directory.environment["model"].get("revision"))
+    return Base(model.called, model.revision)
 
 
 def _identity(
@@ -200,7 +216,9 @@ def _identity(
 # Before anything is loaded
 
 
-def refuse_bounded(directory: RunDirectory, trial: Trial, to: Path) -> None:
+def refuse_bounded(
+    directory: RunDirectory, trial: Trial, to: Path, originals: str | None = None
+) -> None:
     """Refuse a trial whose scores are bounds: there is nothing to verify the written files by.
 
     Raises:
@@ -215,32 +233,10 @@ def refuse_bounded(directory: RunDirectory, trial: Trial, to: Path) -> None:
     better = Frontier.of(directory.trials()).better_than(trial)
     if better is not None:
         command = f"ray-abliterate export {directory.path} --trial {better.number} --to {to}"
+        command += f" --originals {originals}" if originals else ""
         lines.append(f"Export trial {better.number}, which is better whatever came:\n    {command}")
     lines.append(f"To write trial {trial.number} unverified, add --no-verify.")
     raise ExportError("\n  ".join(lines))
-
-
-def source_folder(directory: RunDirectory, watch: Watch) -> Path:
-    """The folder of the base model; one on the Hub is looked up at the run's own revision.
-
-    Raises:
-        ExportError: the run's model was a folder, and is not there.
-    """
-    name = hub_name(directory)
-    if name is None:
-        return Path(model_source(directory.recipe.model.name, watch.note)).resolve()
-    revision = directory.environment["model"].get("revision")
-    if revision is None:
-        raise ExportError(
-            f"{name} is not there, and the run's model did not come from the Hub.\n"
-            "  A relative folder counts from where the run was started: export from there."
-        )
-    try:
-        return fetched(name, revision)
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{name} at revision {revision} cannot be read from the Hub or its cache.\n  {error}"
-        ) from error
 
 
 def _wanted(source: Checkpoint, layout: FileLayout, form: ExportForm) -> int:

@@ -62,6 +62,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
         quantization.check(source, config, settings.quantization)
         options = {**_placement(settings), **_quantizing(config, settings)}
+        unpacked = quantization.unpack(config)
         scratch = tempfile.TemporaryDirectory(prefix="ray_abliterate-")
         model, report = auto_class(config).from_pretrained(
             source,
@@ -87,6 +88,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
             "which would be random.\n  Download it again, or choose a complete checkpoint."
         )
     quantization.steady(model)
+    setattr(model, quantization.UNPACKED, unpacked)
     if "device_map" not in options:
         model.to(device_for(settings))
     else:
@@ -104,8 +106,7 @@ def refuse_quantized(source: str, config: Any) -> None:
     if method := quantization.method_of(config):
         raise ModelError(
             f"{source} is quantized ({method}), and only full-precision weights can be written.\n"
-            "  Search on its full-precision original instead, quantized as it is loaded:\n"
-            "    ray-abliterate run RECIPE model.name=ORIGINAL model.quantization=nf4"
+            "  Name the full-precision model that it was made of."
         )
 
 

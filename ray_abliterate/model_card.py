@@ -16,12 +16,12 @@ from ray_abliterate.hub import MODEL_NAME
 from ray_abliterate.live import describe_score
 from ray_abliterate.measurements import BASE, Finding, comparison_text, label
 from ray_abliterate.plan import Plan
+from ray_abliterate.published import Original, Published
 from ray_abliterate.recipe import SuiteFile
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score
 from ray_abliterate.suites import build
 
-EMBEDDED = ("demo", "planted")
 NORMS = {
     "none": "no norm of the weights is kept",
     "row": "each matrix keeps the norm of its output rows",
@@ -40,14 +40,14 @@ class Markdown(str):
 
 
 def model_card(
-    directory: RunDirectory, trial: Trial, source: Path | None = None, kind: Kind = "merged"
+    directory: RunDirectory, trial: Trial, original: Original, kind: Kind = "merged"
 ) -> str:
     """The card of the model that a trial's plan makes.
 
     Args:
         directory: The run.
         trial: Whose plan was written.
-        source: Folder of the base model, whose own card tells its licence.
+        original: The base model, whose own card tells its licence.
         kind: Whether whole weights were written, or an adapter.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -61,11 +61,12 @@ def model_card(
         keep_trailing_newline=True,
     )
     pages.filters |= {"code": code, "cell": escaped}
-    carried = front_matter_of(source / "README.md") if source is not None else {}
+    carried, quantized = front_matter_of(original.folder / "README.md"), original.quantized
     return pages.get_template("model_card.md.jinja").render(
-        front_matter=Markdown(_front_matter(directory, carried, kind)),
+        front_matter=Markdown(_front_matter(original.base, carried, kind)),
         adapter=kind == "adapter",
-        base=_base(directory),
+        base=_named(original.base),
+        searched=_named(quantized) if quantized else None,
         direction=_direction(directory, trial.plan),
         norm={"mode": trial.plan.norm, "meaning": NORMS[trial.plan.norm]},
         number=trial.number,
@@ -81,23 +82,6 @@ def model_card(
         dtype=directory.environment["model"]["dtype"],
         quantization=directory.environment["model"].get("quantization", ""),
     )
-
-
-# Names
-
-
-def hub_name(directory: RunDirectory) -> str | None:
-    """The model's name on the Hub; None for a local folder or an embedded model."""
-    name = directory.recipe.model.name
-    return None if name in EMBEDDED or Path(name).exists() else name
-
-
-def base_name(directory: RunDirectory) -> str:
-    """What to call the base model: its Hub name, or the last part of its folder's path."""
-    name = directory.recipe.model.name
-    if name in EMBEDDED:
-        return f"the {name} model of ray-abliterate"
-    return hub_name(directory) or Path(name).resolve().name
 
 
 def public_origin(origin: str) -> str | None:
@@ -139,14 +123,13 @@ def front_matter_of(readme: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _front_matter(directory: RunDirectory, carried: Mapping[str, Any], kind: Kind) -> str:
+def _front_matter(base: Published, carried: Mapping[str, Any], kind: Kind) -> str:
     import yaml
 
-    hub = hub_name(directory)
     values: dict[str, Any] = {key: carried[key] for key in CARRIED if _is_text(carried.get(key))}
-    if hub is not None:
+    if base.hub is not None:
         relation = "adapter" if kind == "adapter" else "finetune"
-        values |= {"base_model": hub, "base_model_relation": relation}
+        values |= {"base_model": base.hub, "base_model_relation": relation}
     values["library_name"] = "peft" if kind == "adapter" else "transformers"
     values["tags"] = ["abliterated", "ray-abliterate"]
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
@@ -166,12 +149,11 @@ def _one(value: Any) -> str | None:
 # What the run knows
 
 
-def _base(directory: RunDirectory) -> dict[str, Any]:
-    name, hub = base_name(directory), hub_name(directory)
+def _named(model: Published) -> dict[str, Any]:
+    name, hub = model.called, model.hub
     on_hub = hub is not None and MODEL_NAME.fullmatch(hub)
     link = f"[{escaped(name)}](https://huggingface.co/{hub})" if on_hub else f"**{escaped(name)}**"
-    revision = directory.environment["model"].get("revision")
-    return {"name": name, "link": Markdown(link), "revision": revision}
+    return {"name": name, "link": Markdown(link), "revision": model.revision}
 
 
 def _direction(directory: RunDirectory, plan: Plan) -> dict[str, Any]:

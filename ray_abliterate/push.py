@@ -80,41 +80,6 @@ def push(
     return str(found.oid)
 
 
-def exported(place: Path, trial: int | None, watch: Watch, unverified: bool) -> Path:
-    """The export to upload: the folder itself, or that of a run's trial, written if need be.
-
-    Raises:
-        PushError: the folder where the trial's export goes holds something else.
-        RayAbliterateError: there is no such trial, or it can't be exported.
-    """
-    if any((place / name).is_file() for name in CONFIGS):
-        if trial is not None:
-            raise PushError(f"--trial {trial}: {place} is an export, not a run; leave --trial out.")
-        return place
-    from ray_abliterate.bundle import read_bundle
-    from ray_abliterate.errors import TrialNotFound
-    from ray_abliterate.export import export_trial
-    from ray_abliterate.frontier import Frontier
-    from ray_abliterate.rundir import RunDirectory
-
-    directory = RunDirectory.open(place)
-    if trial is None:
-        frontier = Frontier.of(directory.trials())
-        if not frontier:
-            raise TrialNotFound(f"{place} has no finished trial to upload")
-        trial = frontier.knee.number
-        watch.note(f"no --trial given: taking trial {trial}, the frontier's knee")
-    chosen = directory.trial(trial)
-    folder = place / "exports" / f"trial-{trial}"
-    if not folder.exists():
-        return export_trial(directory, chosen, folder, watch, verify=not unverified)
-    bundle, _, file = read_bundle(folder)
-    if bundle.plan != json.loads(chosen.plan.to_json()):
-        raise PushError(f"{file} is not of trial {trial} of {place}; remove {folder} first.")
-    watch.note(f"taking the export in {folder}")
-    return folder
-
-
 # Before the Hub is asked
 
 

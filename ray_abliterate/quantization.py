@@ -26,7 +26,7 @@ PACKAGES = {
     "awq": (("gptqmodel",), "gptqmodel"),
     "auto-round": (("auto_round",), "auto-round"),
     "aqlm": (("aqlm",), "'aqlm[gpu,cpu]'"),
-    "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+    "compressed-tensors": (("compressed_tensors",), "'ray-abliterate[compressed-tensors]'"),
     "eetq": (("kernels",), "kernels"),
     "hqq": (("hqq",), "hqq"),
     "quanto": (("optimum.quanto",), "optimum-quanto"),
@@ -37,6 +37,10 @@ PACKAGES = {
 """Modules that a method needs, and what pip installs them as."""
 
 
+UNPACKED = "unpacked_from"
+"""Attribute of a model that was quantized and is not any more: how."""
+
+
 def method_of(config: Any) -> str:
     """The method that a checkpoint is quantized with; empty if it is not."""
     for own in (config, config.get_text_config(decoder=True)):
@@ -45,6 +49,13 @@ def method_of(config: Any) -> str:
             values = found if isinstance(found, dict) else found.to_dict()
             return str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
     return ""
+
+
+def forget(config: Any) -> None:
+    """Have a configuration be that of the model before it was quantized."""
+    for own in (config, config.get_text_config(decoder=True)):
+        if hasattr(own, "quantization_config"):
+            del own.quantization_config
 
 
 def check(name: str, config: Any, wanted: Quantization | None) -> None:
@@ -128,6 +139,29 @@ def configuration(wanted: Quantization, dtype: torch.dtype) -> Any:
     return transformers.TorchAoConfig(IntxWeightOnlyConfig(INT4, PerGroup(GROUP)))
 
 
+def unpack(config: Any) -> str:
+    """Have a compressed-tensors checkpoint unpacked as it is loaded, and say how it was quantized.
+
+    transformers would leave its layers without weights until the whole model has run once, and
+    unpack them then. Unpacked, they are plain linear layers: memory is the original's, and inputs
+    are not rounded where the checkpoint's scheme would have them be. Of other methods: empty.
+
+    Args:
+        config: The checkpoint's configuration; what it says of the method is changed.
+    """
+    if method_of(config) != "compressed-tensors":
+        return ""
+    found: set[str] = set()
+    for own in (config, config.get_text_config(decoder=True)):
+        values = getattr(own, "quantization_config", None)
+        if isinstance(values, dict):
+            values["dequantize"] = True
+            groups = [g for g in values.get("config_groups", {}).values() if isinstance(g, dict)]
+            weights = [group["weights"] for group in groups if group.get("weights")]
+            found |= {f"{w.get('type', '')}{w.get('num_bits', '')}" for w in weights}
+    return f"{' '.join(['compressed-tensors', *sorted(found)])}, unpacked"
+
+
 def steady(module: nn.Module) -> None:
     """Keep 4-bit layers from being packed anew by CPUs with bfloat16 units.
 
@@ -164,15 +198,19 @@ def outline(module: Any) -> nn.Module:
     from transformers.initialization import meta_device_safe_creation_ops
 
     config = copy.deepcopy(module.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    forget(config)
     with torch.device("meta"), meta_device_safe_creation_ops():
         found: nn.Module = type(module)(config)
     return found
 
 
 def described(module: Any) -> str:
-    """How a loaded model is quantized: the method, and the bits of a weight if they are known."""
+    """How a loaded model is quantized: the method, and the bits of a weight if they are known.
+
+    One that was unpacked has the numbers that quantization left of it.
+    """
+    if unpacked := getattr(module, UNPACKED, ""):
+        return str(unpacked)
     quantizer = getattr(module, "hf_quantizer", None)
     if quantizer is None:
         return ""

@@ -6,8 +6,9 @@ compared, within what rounding explains.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,31 +25,34 @@ from ray_abliterate.bundle import (
     read_bundle,
 )
 from ray_abliterate.checkpoint import DTYPES, Checkpoint, fetched
+from ray_abliterate.directions import Directions
 from ray_abliterate.edited_tensors import (
-    TensorRecord,
+    WrittenTensor,
     base_sha256,
     edited_tensors,
     file_sha256,
+    written_tensors,
 )
 from ray_abliterate.errors import ReproductionError
 from ray_abliterate.export import find_targets
+from ray_abliterate.exporting.adapter import WEIGHTS, AdapterEdit, Base, write_adapter
 from ray_abliterate.exporting.layout import headers_fingerprint, layout_of
 from ray_abliterate.exporting.merged import EditedTensors, write_merged
-from ray_abliterate.exporting.scratch import give_name, scratch
+from ray_abliterate.exporting.scratch import Scratch, give_name, scratch
 from ray_abliterate.exporting.target import check_target, unverified_name
-from ray_abliterate.frontier import Trial
-from ray_abliterate.model_card import EMBEDDED
+from ray_abliterate.model_card import Kind
 from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Watch
+from ray_abliterate.published import EMBEDDED
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.run import model_source
-from ray_abliterate.scoring import Scorecard
 
 SETTINGS = ("writers", "weight_cache", "attention", "gpus_per_replica", "max_memory")
 """Of the bundle's model that say what is edited and where it is computed."""
-ULPS = 2.0
+ULPS = {"merged": 2.0, "adapter": 64.0}
 """Units in the last place, of a value or of the tensor's typical value, that a sampled value may
-be off where bits may differ."""
+be off where bits may differ. An adapter's values are sums over a matrix, not a matrix that changed
+a little."""
 NORM = 1e-6
 """Relative difference of a tensor's norm that is allowed then."""
 
@@ -57,6 +61,7 @@ NORM = 1e-6
 class Reproduction:
     """What came of it. `reasons` say why bits may differ, if so."""
 
+    kind: Kind
     bit_equal: int
     tensors: int
     reasons: tuple[str, ...]
@@ -84,29 +89,23 @@ def reproduce(
         ExportError: the folder cannot be written.
     """
     bundle, directions, file = read_bundle(place)
-    if bundle.kind == "adapter":
+    if bundle.kind == "adapter" and bundle.adapter is None:
         raise ReproductionError(
-            f"{file} is of an adapter, and only merged models are rebuilt here.\n"
-            "  The adapter needs no rebuilding: load it on its base model."
+            f"{file} is of an adapter, and was written by a version that kept no hashes of its "
+            "tensors.\n  What is rebuilt could not be checked: export it anew."
         )
     to = to.absolute()
-    recipe = _recipe(bundle, trust_remote_code)
+    recipe, plan = _recipe(bundle, trust_remote_code), _plan(bundle)
     reasons = tuple(why_inexact(bundle.written, computed(recipe.model)))
     for reason in reasons:
         watch.note(f"bits may differ: {reason}")
     source = Checkpoint.open(base_folder(bundle, base, watch))
-    layout = layout_of(source, None)
-    check_target(to, source.folder, layout.bytes)
+    check_target(to, source.folder, 0 if bundle.adapter else layout_of(source, None).bytes)
     with watch.stage("base model"):
         refuse_other_base(bundle, source)
-    trial = Trial(bundle.trial, _plan(bundle), Scorecard.from_list(list(bundle.scores)), 0.0)
     identity = {"bundle": file_sha256(file), "files": headers_fingerprint(source)}
     with scratch(to, identity) as work, _threads(bundle.written.threads):
-        _, targets = find_targets(recipe, source, directions, watch)
-        edited = EditedTensors(targets, trial.plan, directions)
-        write_merged(source, layout, edited, work, watch)
-        with watch.stage("hashes"):
-            found = edited_tensors(source, Checkpoint.open(work.folder))
+        found = _rebuilt(bundle, recipe, plan, source, directions, work, watch)
         result, failures = compare(bundle, found, reasons)
         _complete(work.folder, file.parent, result)
         if failures:
@@ -120,6 +119,28 @@ def reproduce(
             to.rmdir()
         give_name(work.folder, to)
     return result
+
+
+def _rebuilt(
+    bundle: Bundle,
+    recipe: Recipe,
+    plan: Plan,
+    source: Checkpoint,
+    directions: Directions,
+    work: Scratch,
+    watch: Watch,
+) -> Mapping[str, WrittenTensor]:
+    """Write the whole model, or the adapter; what was written."""
+    module, targets = find_targets(recipe, source, directions, watch)
+    if bundle.adapter is None:
+        edited = EditedTensors(targets, plan, directions)
+        write_merged(source, layout_of(source, None), edited, work, watch)
+        with watch.stage("hashes"):
+            return edited_tensors(source, Checkpoint.open(work.folder))
+    edit = AdapterEdit(module, targets, plan, directions)
+    base = Base(bundle.base.called, bundle.base.revision)
+    write_adapter(edit, base, math.inf, work.folder, watch)
+    return written_tensors(Checkpoint.of_file(work.folder / WEIGHTS))
 
 
 # Before anything is written
@@ -156,16 +177,13 @@ def refuse_other_base(bundle: Bundle, source: Checkpoint) -> None:
     Raises:
         ReproductionError: they are not the same.
     """
-    other = [
-        name
-        for name, record in bundle.tensors.items()
-        if base_sha256(source, name) != record.base_sha256
-    ]
+    known = bundle.made_from
+    other = [name for name, sha256 in known.items() if base_sha256(source, name) != sha256]
     if other:
         revision = f" at revision {bundle.base.revision}" if bundle.base.revision else ""
         raise ReproductionError(
             f"{source.folder} is not the base model of the bundle ({bundle.base.called}{revision}):"
-            f"\n  {len(other)} of {len(bundle.tensors)} tensors to edit are missing or differ, "
+            f"\n  {len(other)} of {len(known)} tensors to edit are missing or differ, "
             f"{other[0]} among them.\n  Name the right model with --base."
         )
 
@@ -202,14 +220,18 @@ def _plan(bundle: Bundle) -> Plan:
 
 
 def compare(
-    bundle: Bundle, found: dict[str, TensorRecord], reasons: tuple[str, ...]
+    bundle: Bundle, found: Mapping[str, WrittenTensor], reasons: tuple[str, ...]
 ) -> tuple[Reproduction, list[str]]:
     """Hold the written tensors against the bundle's; a line for each that is not what it was."""
     failures, norms, samples, equal = [], [0.0], [0.0], 0
-    for name in sorted(bundle.tensors.keys() | found.keys()):
-        then, now = bundle.tensors.get(name), found.get(name)
+    made, ulps = bundle.made, ULPS[bundle.kind]
+    for name in sorted(made.keys() | found.keys()):
+        then, now = made.get(name), found.get(name)
         if then is None or now is None:
-            failures.append(f"{name} was {'left alone' if then is None else 'edited'}, now not")
+            failures.append(
+                f"{name} was {'not ' if then is None else ''}written, and now is"
+                f"{'' if then is None else ' not'}"
+            )
             continue
         if then.sha256 == now.sha256:
             equal += 1
@@ -219,16 +241,16 @@ def compare(
         samples.append(sample)
         if not reasons:
             failures.append(f"{name}: other bits, with the same versions and device")
-        elif norm > NORM or sample > ULPS:
+        elif norm > NORM or sample > ulps:
             failures.append(
                 f"{name}: norm {norm:.2g} off (allowed {NORM:g}), a sampled value {sample:.3g} "
-                f"units of the last place (allowed {ULPS:g})"
+                f"units of the last place (allowed {ulps:g})"
             )
-    result = Reproduction(equal, len(bundle.tensors), reasons, max(norms), max(samples))
+    result = Reproduction(bundle.kind, equal, len(made), reasons, max(norms), max(samples))
     return result, failures
 
 
-def differences(then: TensorRecord, now: TensorRecord) -> tuple[float, float]:
+def differences(then: WrittenTensor, now: WrittenTensor) -> tuple[float, float]:
     """Relative difference of the norms; largest difference of sampled values, in units of the last
     place of the value or of the tensor's root mean square, whichever is larger."""
     norm = abs(then.norm - now.norm) / max(then.norm, 1e-30)

@@ -68,6 +68,12 @@ class AdapterEdit:
         """The writers that the plan edits."""
         return [target for target, *_ in self.planned]
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The tensors that the plan edits, as the checkpoint names them."""
+        forms = (form for t in self.targets for form in (*t.forms, *t.bias_forms))
+        return tuple(name for form in forms for name in form.tensors)
+
     def __iter__(self) -> Iterator[tuple[StoredWriter, Edit]]:
         """Each writer that the plan edits, with the edit."""
         for target, blends, strength in self.planned:

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from ray_abliterate.errors import ModelError
 from ray_abliterate.loading import advice, auto_class, refuse_quantized
+from ray_abliterate.quantization import forget
 from ray_abliterate.recipe import ModelSettings
 
 
-def build_skeleton(folder: Path, settings: ModelSettings) -> Any:
+def build_skeleton(folder: Path, settings: ModelSettings, unquantized: bool = False) -> Any:
     """The transformers model of a folder, without a single weight.
 
     Args:
         folder: Has a `config.json`.
         settings: Whether code that comes with the model may run.
+        unquantized: Of a quantized model, what it was before; else such a one is refused.
 
     Raises:
         ModelError: the folder holds no model that transformers knows, or a quantized one.
@@ -30,6 +32,8 @@ def build_skeleton(folder: Path, settings: ModelSettings) -> Any:
     allowed = settings.trust_remote_code
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=allowed)
+        if unquantized:
+            forget(config)
         refuse_quantized(str(folder), config)
         with torch.device("meta"), meta_device_safe_creation_ops():
             module = auto_class(config).from_config(config, trust_remote_code=allowed)

@@ -20,8 +20,10 @@ from ray_abliterate.bundle import Bundle, public_recipe, read_bundle, write_bund
 from ray_abliterate.checkpoint import Checkpoint
 from ray_abliterate.edited_tensors import TensorRecord
 from ray_abliterate.errors import ExportError, PushError, ReproductionError, TrialNotFound
+from ray_abliterate.export import ExportForm
+from ray_abliterate.exported import exported
 from ray_abliterate.progress import Unwatched
-from ray_abliterate.push import exported
+from ray_abliterate.published import Original, Published
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.reproduce import compare, differences, reproduce
 from ray_abliterate.rundir import RunDirectory
@@ -155,14 +157,112 @@ def test_a_public_recipe_is_a_recipe_without_texts_paths_and_hosts():
     assert again.scorers[2].options == {"tokens": 7}
 
 
-def test_the_bundle_of_an_adapter_holds_its_hash_and_rebuilds_nothing(planted_run, tmp_path):
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"any bytes")
-    write_bundle(planted_run.directory, planted_run.trial, planted_run.model, tmp_path, "adapter")
-    bundle = read_bundle(tmp_path)[0]
-    sha256 = hashlib.sha256(b"any bytes").hexdigest()
-    assert bundle.files == {"adapter_model.safetensors": sha256} and bundle.tensors == {}
-    with pytest.raises(ReproductionError, match="is of an adapter"):
-        reproduce(tmp_path, tmp_path / "o", Unwatched(), str(planted_run.model))
+# Adapters
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory, request):
+    """The adapter of each run, made once and not verified: that is tested elsewhere."""
+    folder, made = tmp_path_factory.mktemp("adapters"), {}
+
+    def of(name):
+        run, form = request.getfixturevalue(name), ExportForm("adapter", adapter_error=0.9)
+        if name not in made:
+            made[name] = export.export_trial(
+                run.directory, run.trial, folder / name, Unwatched(), False, form
+            )
+        return run, made[name]
+
+    return of
+
+
+@pytest.fixture
+def copied_adapter(adapters, tmp_path):
+    """A copy of the planted model's adapter, to be changed, and its base model."""
+    run, folder = adapters("planted_run")
+    shutil.copytree(folder, tmp_path / "adapter")
+    return tmp_path / "adapter", run.model
+
+
+@pytest.mark.parametrize("name", ["planted_run", "mixtral_run", "mixtral_none_run"])
+def test_an_adapter_is_rebuilt_bit_for_bit(adapters, tmp_path, name):
+    """DoRA, LoRA that lacks something of the edit, and LoRA of stacked experts that is exact."""
+    run, folder = adapters(name)
+    watch = Notes()
+    found = reproduce(folder, tmp_path / "again", watch, run.model)
+    assert found.bit_equal == found.tensors > 0 and found.reasons == () and found.kind == "adapter"
+    for file in filter(Path.is_file, folder.rglob("*")):
+        assert (tmp_path / "again" / file.relative_to(folder)).read_bytes() == file.read_bytes()
+    assert (tmp_path / "again" / "reproduced.json").exists()
+
+
+def test_the_bundle_of_an_adapter_holds_the_hashes_of_its_tensors_and_of_what_they_edit(adapters):
+    run, folder = adapters("planted_run")
+    bundle, source = read_bundle(folder)[0], Checkpoint.open(run.model)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert bundle.adapter.tensors.keys() == tensors.keys() and bundle.tensors == {}
+    for name, record in bundle.adapter.tensors.items():
+        data = tensors[name].contiguous().numpy().tobytes()
+        assert record.sha256 == hashlib.sha256(data).hexdigest()
+        assert record.norm == pytest.approx(float(tensors[name].double().norm()), rel=1e-12)
+    merged = load_file(export_of(run, folder) / "model.safetensors")
+    edited = {n for n in source.tensors if not torch.equal(source.read(n), merged[n])}
+    assert bundle.adapter.base_sha256.keys() == edited
+    name = sorted(edited)[0]
+    data = source.read(name).numpy().tobytes()
+    assert bundle.adapter.base_sha256[name] == hashlib.sha256(data).hexdigest()
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    assert bundle.files == {"adapter_model.safetensors": hashlib.sha256(data).hexdigest()}
+
+
+def export_of(run, beside: Path) -> Path:
+    """The whole model of the same trial."""
+    to = beside.with_name("whole")
+    if not to.exists():
+        export.export_trial(run.directory, run.trial, to, Unwatched(), verify=False)
+    return to
+
+
+def test_an_adapter_of_another_base_or_with_other_values_is_refused(copied_adapter, tmp_path):
+    folder, base = copied_adapter
+    shutil.copytree(base, tmp_path / "other")
+    name = "model.layers.1.mlp.down_proj.weight"
+    moved(tmp_path / "other", name)
+    with pytest.raises(ReproductionError, match=rf"not the base model.*\s.*1 of .*{name}"):
+        reproduce(folder, tmp_path / "o", Unwatched(), str(tmp_path / "other"))
+    assert not (tmp_path / "o").exists()
+    facts = json.loads((folder / "reproduce" / "reproduce.json").read_text())["adapter"]
+    name = next(n for n in sorted(facts["tensors"]) if "lora_A" in n)
+    facts["tensors"][name]["sha256"] = "0" * 64
+    changed(folder, adapter=facts)
+    with pytest.raises(ReproductionError, match=f"{name}: other bits, with the same versions"):
+        reproduce(folder, tmp_path / "o", Unwatched(), base)
+    assert (tmp_path / "o.unverified" / "adapter_config.json").exists()
+    written = json.loads((folder / "reproduce" / "reproduce.json").read_text())["written"]
+    changed(folder, written={**written, "versions": {**written["versions"], "torch": "1.0"}})
+    found = reproduce(folder, tmp_path / "p", Unwatched(), base)
+    assert found.bit_equal == found.tensors - 1 and found.largest_sample_difference == 0
+    facts["tensors"][name]["sample"][0] += 0.01
+    changed(folder, adapter=facts)
+    with pytest.raises(ReproductionError, match=r"units of the last place \(allowed 64\)"):
+        reproduce(folder, tmp_path / "q", Unwatched(), base)
+
+
+def test_an_adapters_bundle_of_an_earlier_version_cannot_be_checked(copied_adapter, tmp_path):
+    folder, base = copied_adapter
+    changed(folder, format=1, adapter=None)
+    with pytest.raises(ReproductionError, match=r"no hashes of its tensors(?s:.*)export it anew"):
+        reproduce(folder, tmp_path / "o", Unwatched(), base)
+
+
+def test_a_merged_bundle_of_an_earlier_version_is_rebuilt(copied, tmp_path):
+    folder, base = copied
+    file = folder / "reproduce" / "reproduce.json"
+    values = json.loads(file.read_text())
+    del values["adapter"]
+    file.write_text(json.dumps({**values, "format": 1}))
+    found = reproduce(folder, tmp_path / "o", Unwatched(), base)
+    assert found.bit_equal == found.tensors > 0
 
 
 # What is not right is said
@@ -176,7 +276,7 @@ def test_a_file_that_is_damaged_or_missing_is_named(copied, tmp_path):
         (whole[:500], "damaged"),
         ("[]", "damaged"),
         (whole.replace('"norm"', '"nrom"', 1), "damaged"),
-        (whole.replace('"format": 1', '"format": 2'), "newer ray-abliterate"),
+        (whole.replace('"format": 2', '"format": 3'), "newer ray-abliterate"),
         (whole.replace('"merged"', '"adapter"'), "is of an adapter"),
     ):
         file.write_text(text)
@@ -287,9 +387,12 @@ def test_other_versions_are_warned_of_and_allow_for_rounding_only(copied, tmp_pa
         reproduce(folder, tmp_path / "p", Unwatched(), base)
 
 
-def test_other_vector_instructions_are_named_and_stay_within_rounding(copied, tmp_path):
+@pytest.mark.parametrize("kind", ["edited tensors", "tensors of the adapter"])
+def test_other_vector_instructions_are_named_and_stay_within_rounding(
+    copied, copied_adapter, tmp_path, kind
+):
     """The verb, in a process that may use none of them."""
-    folder, base = copied
+    folder, base = copied if kind == "edited tensors" else copied_adapter
     command = [sys.executable, "-m", "ray_abliterate", "reproduce", str(folder)]
     done = subprocess.run(
         [*command, "--to", str(tmp_path / "o"), "--base", str(base)],
@@ -298,7 +401,7 @@ def test_other_vector_instructions_are_named_and_stay_within_rounding(copied, tm
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "edited tensors are equal bit for bit" in done.stdout
+    assert f"{kind} are equal bit for bit" in done.stdout
     here = torch.backends.cpu.get_cpu_capability()
     if here != "DEFAULT" and not torch.cuda.is_available():
         assert f"it was written on cpu ({here}), and this is cpu (DEFAULT)" in done.stdout
@@ -328,7 +431,7 @@ def test_a_tensor_more_or_less_fails(exports):
     found["another.weight"] = found.pop(name)
     _, failures = compare(bundle, found, ("other versions",))
     assert failures == [
-        "another.weight was left alone, now not", f"{name} was edited, now not",
+        "another.weight was not written, and now is", f"{name} was written, and now is not",
     ]  # fmt: skip
 
 
@@ -356,11 +459,13 @@ def test_a_runs_trial_is_exported_once_to_be_uploaded(copied_run):
 
 def test_two_bundles_of_a_trial_are_equal_files(planted_run, tmp_path):
     """Many times: what is written in no order of its own would differ some time."""
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"any bytes")
+    save_file({"a": torch.ones(3), "b": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    names = sorted(Checkpoint.open(planted_run.model).tensors)
     found = set()
     for _ in range(16):
         directory, trial = planted_run.directory, planted_run.trial
-        write_bundle(directory, trial, planted_run.model, tmp_path, "adapter")
+        base = Original(planted_run.model, Published.searched(directory))
+        write_bundle(directory, trial, base, tmp_path, names)
         files = sorted((tmp_path / "reproduce").iterdir())
         found.add(tuple(file.read_bytes() for file in files))
     assert len(found) == 1

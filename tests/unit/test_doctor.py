@@ -277,13 +277,11 @@ def test_a_model_without_chat_template_fails(recipe, model, tmp_path):
     assert 'model.chat_template = "plain"' in text
 
 
-def test_a_quantized_checkpoint_can_be_searched_alone_if_its_package_is_there(
-    recipe, model, tmp_path
-):
+def test_a_quantized_checkpoint_can_be_searched_if_its_package_is_there(recipe, model, tmp_path):
     edited_config(model, quantization_config={"quant_method": "fp8"})
     code, text = look(recipe, tmp_path)
     assert (code, row(text, "weights")[0]) == (0, "warn")
-    assert "quantized (fp8)" in text and "not exported" in text
+    assert "quantized (fp8)" in text and "--originals" in text
     edited_config(model, quantization_config={"quant_method": "hqq"})
     code, text = look(recipe, tmp_path)
     assert (code, row(text, "weights")[0]) == (1, "FAIL")

@@ -14,6 +14,7 @@ from ray_abliterate.directions import Directions
 from ray_abliterate.frontier import Trial
 from ray_abliterate.model_card import Kind, code, escaped, front_matter_of, model_card
 from ray_abliterate.plan import Plan
+from ray_abliterate.published import Original, Published
 from ray_abliterate.recipe import Recipe, SuiteFile
 from ray_abliterate.rundir import Baseline, RunDirectory
 from ray_abliterate.scoring import Score, Scorecard
@@ -97,6 +98,11 @@ def metadata(card: str) -> dict[str, Any]:
     return values
 
 
+def base_of(directory: RunDirectory, folder: Path | None = None) -> Original:
+    """The model that a run searched on; its folder holds nothing if none is given."""
+    return Original(folder or directory.path, Published.searched(directory))
+
+
 def with_licence(folder: Path, text: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -105,7 +111,7 @@ def with_licence(folder: Path, text: str) -> Path:
 
 def test_the_card_says_what_was_edited_how_and_what_it_scored(tmp_path: Path) -> None:
     directory, trial = a_run(tmp_path / "run")
-    card = model_card(directory, trial)
+    card = model_card(directory, trial, base_of(directory))
     assert "[owner/some-model](https://huggingface.co/owner/some-model)" in card
     assert "(revision `0123abc`)" in card
     assert "Direction: `mean-difference`, one for all layers, taken at layer 2.40" in card
@@ -127,11 +133,30 @@ def test_the_card_says_what_was_edited_how_and_what_it_scored(tmp_path: Path) ->
 
 def test_the_card_keeps_paths_prompts_and_users_to_itself(tmp_path: Path) -> None:
     directory, trial = a_run(tmp_path / "run", name=str(tmp_path))
-    card = model_card(directory, trial)
+    card = model_card(directory, trial, base_of(directory))
     assert f"**{escaped(tmp_path.name)}**" in card
     for private in ("somebody", "secret-prompts", "held-out", "/home", str(tmp_path.parent)):
         assert private not in card
     assert "base_model" not in metadata(card)
+
+
+def test_the_card_of_originals_names_the_quantized_form_that_was_searched(tmp_path: Path) -> None:
+    directory, trial = a_run(tmp_path / "run", "owner/some-model-w4", quantization="gptq int4")
+    quantized = Published.searched(directory)
+    base = Published("owner/some-model", "owner/some-model", "fff111")
+    card = model_card(directory, trial, Original(tmp_path, base, quantized))
+    assert metadata(card)["base_model"] == "owner/some-model"
+    assert (
+        "weights of [owner/some-model](https://huggingface.co/owner/some-model) (revision `fff111`)"
+        in card
+    )
+    assert (
+        "[owner/some-model-w4](https://huggingface.co/owner/some-model-w4) (revision `0123abc`)"
+        in card
+    )
+    assert "on its weights (`gptq int4`)" in card and "were edited" in card
+    alone = model_card(directory, trial, Original(tmp_path, quantized))
+    assert "quantized form of the base model" not in alone and "`gptq int4`" in alone
 
 
 @pytest.mark.parametrize(
@@ -142,7 +167,7 @@ def test_metadata_name_the_base_model_and_what_became_of_it(
     tmp_path: Path, kind: Kind, relation: str, library: str
 ) -> None:
     directory, trial = a_run(tmp_path / "run")
-    card = model_card(directory, trial, kind=kind)
+    card = model_card(directory, trial, base_of(directory), kind)
     assert metadata(card) == {
         "base_model": "owner/some-model",
         "base_model_relation": relation,
@@ -158,7 +183,8 @@ def test_the_base_models_licence_is_carried_over(tmp_path: Path) -> None:
         "---\nlicense: other\nlicense_name: some-terms\nlicense_link: LICENSE\n"
         "language: [en, de]\ntags: [chat]\nextra_gated_prompt: no\n---\n# Card\n"
     )
-    card = model_card(directory, trial, with_licence(tmp_path / "base", text))
+    base = base_of(directory, with_licence(tmp_path / "base", text))
+    card = model_card(directory, trial, base)
     found = metadata(card)
     assert found["license"] == "other" and found["license_name"] == "some-terms"
     assert found["license_link"] == "LICENSE" and found["language"] == ["en", "de"]
@@ -175,7 +201,8 @@ def test_without_a_readable_licence_it_is_said_to_be_the_base_models(
     tmp_path: Path, text: str
 ) -> None:
     directory, trial = a_run(tmp_path / "run")
-    card = model_card(directory, trial, with_licence(tmp_path / "base", text))
+    base = base_of(directory, with_licence(tmp_path / "base", text))
+    card = model_card(directory, trial, base)
     assert "license" not in metadata(card)
     assert "The licence and the terms of use of the base model apply to this one." in card
     assert front_matter_of(tmp_path / "missing.md") == {}
@@ -195,7 +222,7 @@ def test_a_nasty_name_stays_a_name(tmp_path: Path, name: str) -> None:
         directory, trial = a_run(tmp_path / f"{number}", name=given, revision=given)
         scores = (Score(given, 0.5, 0.0, 1.0, unit=given),)
         readme = "---\n" + yaml.safe_dump({"license": given}) + "---\n"
-        base = with_licence(tmp_path / f"base-{number}", readme)
+        base = base_of(directory, with_licence(tmp_path / f"base-{number}", readme))
         cards.append(model_card(directory, Trial(7, trial.plan, Scorecard(scores), 1.0), base))
     found = metadata(cards[1])
     assert found["base_model"] == name and found["license"] == name
@@ -213,7 +240,7 @@ def test_escapes_are_exact() -> None:
 def test_validation_is_beside_the_base_models_with_the_paired_difference(tmp_path: Path) -> None:
     directory, trial = a_run(tmp_path / "run")
     settings = SuiteFile.of([{"kind": "over-refusal", "name": "harmless"}])
-    assert "## Validation" not in model_card(directory, trial)
+    assert "## Validation" not in model_card(directory, trial, base_of(directory))
     directory.note(suites=[setting.model_dump(mode="json") for setting in settings])
     kept = directory.measurements(settings)
     for model, values in (("base", [1.0, 1.0, 1.0, 0.0]), ("trial-7", [0.0, 0.0, 1.0, 0.0])):
@@ -222,7 +249,7 @@ def test_validation_is_beside_the_base_models_with_the_paired_difference(tmp_pat
             "harmless", "c", "fp", "", items, {"refused": tuple(values)}, {}, {}, ()
         )  # fmt: skip
         kept.add(model, chunk)
-    card = model_card(directory, trial)
+    card = model_card(directory, trial, base_of(directory))
     assert "## Validation" in card and "was not measured" not in card
     row = next(line for line in card.splitlines() if line.startswith("| harmless |"))
     assert r"| 0.25 \[0.0456" in row and r"| 0.75 \[0.301" in row and r" \* |" in row
