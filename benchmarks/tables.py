@@ -322,21 +322,25 @@ def overhead_table(figures: dict[str, Any]) -> list[str]:
 
 
 def throughput_table(figures: dict[str, Any]) -> list[str]:
-    """Trials per hour by the number of GPUs."""
+    """Trials per hour by the number of GPUs, and how many cores all processes keep busy."""
     head = (
         "GPUs",
+        "seconds a trial",
         "trials an hour",
         "ideal",
         "of ideal",
+        "cores that this takes",
         "driver, CPU ms a trial",
         "object store, bytes a trial",
     )
     rows = [
         (
             row["gpus"],
+            f"{row['trial_seconds']:g}",
             f"{row['trials_per_hour']:.0f}",
             f"{row['ideal_per_hour']:.0f}",
             f"**{100 * row['efficiency']:.1f} %**",
+            f"{sum(row['cpu_seconds_per_trial'].values()) * row['trials_per_hour'] / 3600:.2f}",
             f"{1000 * row['cpu_seconds_per_trial']['driver']:.0f}",
             row["object_store_bytes_per_trial"],
         )
