@@ -1,14 +1,11 @@
-"""The run directory: everything a run leaves behind. The only module with file names.
+"""The run directory: everything a run leaves behind. File names stand here and in `run_trials.py`.
 
-Every file is written whole (temporary name, then rename), except the append-only `trials.jsonl`
-and `study.journal`, whose torn last line is skipped on reading.
+Every file is written whole (temporary name, then rename), except the append-only `*.jsonl` and
+`study.journal`, whose torn last line is skipped on reading.
 """
 
-import contextlib
 import difflib
 import json
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,19 +20,16 @@ from ray_abliterate.errors import (
     RunDirectoryError,
     RunExists,
     RunNotFound,
-    TrialNotFound,
 )
-from ray_abliterate.files import write_whole
-from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.files import append_line, json_lines, write_whole
 from ray_abliterate.grid import Tuning
 from ray_abliterate.measurements import Measurements
 from ray_abliterate.recipe import Recipe, SuiteSettings
 from ray_abliterate.residuals import Residuals, join
+from ray_abliterate.run_trials import TrialFiles
 from ray_abliterate.scoring import Scorecard
 from ray_abliterate.shard_files import ShardFolder
 from ray_abliterate.shards import DamagedShard
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,10 +43,8 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class RunDirectory:
+class RunDirectory(TrialFiles):
     """A folder that holds one run."""
-
-    path: Path
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, recipe_text: str) -> "RunDirectory":
@@ -234,11 +226,11 @@ class RunDirectory:
 
     def append_verdicts(self, line: Mapping[str, Any]) -> None:
         """Add what the base model's answers to a batch of prompts show to `verdicts.jsonl`."""
-        _append(self.path / "verdicts.jsonl", json.dumps(line))
+        append_line(self.path / "verdicts.jsonl", json.dumps(line))
 
     def verdicts(self) -> tuple[dict[str, Any], ...]:
         """All of these, in order; a torn line is skipped."""
-        return _objects(self.path / "verdicts.jsonl")
+        return json_lines(self.path / "verdicts.jsonl")
 
     def save_directions(self, directions: Directions) -> None:
         """Keep the directions."""
@@ -282,107 +274,10 @@ class RunDirectory:
         file = self.path / "layers.json"
         return Selection.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None
 
-    # Trials
-
-    @property
-    def journal(self) -> Path:
-        """Optuna's journal: the one source of truth for resuming; optuna-dashboard opens it."""
-        return self.path / "study.journal"
-
-    def append(self, trial: Trial) -> None:
-        """Add one finished or failed trial to `trials.jsonl`."""
-        _append(self.path / "trials.jsonl", trial.to_json())
-
-    def append_event(self, event: Mapping[str, Any]) -> None:
-        """Add something that happened to `events.jsonl`."""
-        _append(self.path / "events.jsonl", json.dumps(event, ensure_ascii=False))
-
-    def events(self) -> tuple[dict[str, Any], ...]:
-        """All that happened to the run's replicas and files, in order; a torn line is skipped."""
-        return _objects(self.path / "events.jsonl")
-
     def tuning(self) -> Tuning | None:
         """How the run's replicas compute; None in a directory of an older version."""
         known = self.environment.get("tuning")
         return Tuning(**known) if known else None
-
-    def trials(self) -> tuple[Trial, ...]:
-        """All trials in order of number; a torn line is skipped, a repeated number counts once."""
-        file = self.path / "trials.jsonl"
-        found: dict[int, Trial] = {}
-        lines = file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []
-        for position, line in enumerate(lines, start=1):
-            try:
-                trial = Trial.from_json(line)
-            except (ValueError, KeyError, TypeError):
-                if line.strip():
-                    log.warning("%s: line %d is torn and was skipped", file, position)
-                continue
-            found[trial.number] = trial
-        return tuple(found[number] for number in sorted(found))
-
-    def trial(self, number: int) -> Trial:
-        """One finished trial.
-
-        Raises:
-            TrialNotFound: there is none with this number, or it failed.
-        """
-        trials = {trial.number: trial for trial in self.trials()}
-        if number not in trials:
-            span = f"0 to {max(trials)}" if trials else "none yet"
-            members = ", ".join(str(t.number) for t in Frontier.of(trials.values()).members)
-            hint = f"\n  On the frontier: {members}" if members else ""
-            raise TrialNotFound(f"{self.path} has no trial {number} (it has {span}).{hint}")
-        if trials[number].scorecard is None:
-            raise TrialNotFound(f"trial {number} failed: {trials[number].error}")
-        return trials[number]
-
-    def save_foreign(self, study: Mapping[str, Any]) -> None:
-        """Keep what another tool found of the plans that a run began with."""
-        text = json.dumps(study, indent=2, ensure_ascii=False)
-        write_whole(self.path / "imported.json", text.encode())
-
-    def foreign(self) -> dict[str, Any] | None:
-        """What another tool found of the run's first plans, if they came from one."""
-        file = self.path / "imported.json"
-        values: dict[str, Any] | None = (
-            json.loads(file.read_text("utf-8")) if file.exists() else None
-        )
-        return values
-
-    def save_responses(self, number: int, rows: list[dict[str, Any]]) -> None:
-        """Keep the answers of one trial, as a Parquet table."""
-        import io
-
-        import pyarrow
-        import pyarrow.parquet
-
-        buffer = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-        write_whole(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
-
-    def save_profile(self, table: str, trace: bytes) -> None:
-        """Keep where the time of one trial goes."""
-        write_whole(self.path / "profile" / "stages.txt", (table + "\n").encode())
-        write_whole(self.path / "profile" / "trial.json.gz", trace)
-
-    def responses(self, number: int) -> list[dict[str, Any]]:
-        """Answers of one trial.
-
-        Raises:
-            TrialNotFound: they were not recorded.
-        """
-        import pyarrow.parquet
-
-        file = self.path / "responses" / f"{number:06d}.parquet"
-        if not file.exists():
-            raise TrialNotFound(
-                f"{self.path} holds no answers of trial {number}.\n"
-                "  They are kept by runs with [run] record_responses = true; "
-                f"to see some now:  ray-abliterate chat {self.path} --trial {number}"
-            )
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
-        return rows
 
     # Other places
 
@@ -403,26 +298,3 @@ class RunDirectory:
     def save_report(self, html: str) -> None:
         """Write the report."""
         write_whole(self.report, html.encode())
-
-
-def _objects(file: Path) -> tuple[dict[str, Any], ...]:
-    """The objects of an append-only file, a line each."""
-    found = []
-    for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return tuple(found)
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line; one that was torn before it stays alone on its own."""
-    with path.open("ab+") as file:
-        if file.tell() and not _ends_line(file):
-            file.write(b"\n")
-        file.write(line.encode(errors="backslashreplace") + b"\n")
-        file.flush()
-
-
-def _ends_line(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
