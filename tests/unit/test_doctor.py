@@ -23,16 +23,12 @@ from ray_abliterate.recipe import PromptSource, Recipe
 from ray_abliterate.recipe_suites import PerplexitySuite
 from ray_abliterate.tables import TableRow
 from ray_abliterate.testing.tiny import tiny_config, tiny_model
+from tests.conftest import MODEL_AND_PROMPTS
 
 GB = 10**9
-RECIPE = """
-[model]
-name = "{model}"
-
-[prompts]
-behaviour = {{ file = "behaviour.txt" }}
-neutral = {{ file = "neutral.txt" }}
-
+RECIPE = (
+    MODEL_AND_PROMPTS
+    + """\
 [[scorers]]
 kind = "keyword-rate"
 prompts = {{ file = "scored.txt" }}
@@ -42,6 +38,7 @@ max_new_tokens = 4
 kind = "kl-divergence"
 prompts = {{ file = "neutral-scored.txt" }}
 """
+)
 
 
 @pytest.fixture(autouse=True)
