@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ray_abliterate.architecture import WriterRow, hidden_size
+from ray_abliterate.base_model import model_source
 from ray_abliterate.bundle import write_bundle
 from ray_abliterate.checkpoint import DTYPES, Checkpoint, fetched
 from ray_abliterate.directions import Directions
@@ -36,7 +37,7 @@ from ray_abliterate.progress import Watch
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.report_exports import note_export
 from ray_abliterate.rescored import note_rescored
-from ray_abliterate.run import load_prompts, model_source
+from ray_abliterate.run import load_prompts
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.verification import Verification, Verifier
 

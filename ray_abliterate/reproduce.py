@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ray_abliterate.base_model import model_source
 from ray_abliterate.bundle import (
     DIRECTIONS,
     FILE,
@@ -41,7 +42,6 @@ from ray_abliterate.model_card import EMBEDDED
 from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Watch
 from ray_abliterate.recipe import ModelSettings, Recipe
-from ray_abliterate.run import model_source
 from ray_abliterate.scoring import Scorecard
 
 SETTINGS = ("writers", "weight_cache", "attention", "gpus_per_replica", "max_memory")

@@ -31,6 +31,10 @@ from ray_abliterate.scoring import Scorecard
 from ray_abliterate.shard_files import ShardFolder
 from ray_abliterate.shards import DamagedShard
 
+OF_NO_MODEL = {"environment.json", "events.jsonl"}
+BEFORE_THE_MODEL = OF_NO_MODEL | {"recipe.toml", "recipe.resolved.json", ".lock"}
+"""What is there of a run whose prompts or model could not be found or loaded."""
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -48,26 +52,31 @@ class RunDirectory(TrialFiles):
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, recipe_text: str) -> "RunDirectory":
-        """Start a run in a folder that does not hold one.
+        """Start a run in a folder that does not hold one, or none that got as far as its model.
 
         Raises:
             RunExists: the folder already holds a run, or other files.
             RunDirectoryError: the folder cannot be written.
         """
         directory = cls(path)
-        if directory._recipe_file.exists():
-            done, wanted = len(directory.trials()), directory.recipe.search.trials
-            raise RunExists(
-                f"{path} already holds {done} of {wanted} trials.\n"
-                f"  Continue it with:  ray-abliterate resume {path}\n"
-                "  or choose another folder with --to."
-            )
+        if cls.is_one(path):
+            if directory._has_begun():
+                done, wanted = len(directory.trials()), directory.recipe.search.trials
+                raise RunExists(
+                    f"{path} already holds {done} of {wanted} trials.\n"
+                    f"  Continue it with:  ray-abliterate resume {path}\n"
+                    "  or choose another folder with --to."
+                )
+            with directory.locked():
+                for name in OF_NO_MODEL:
+                    (path / name).unlink(missing_ok=True)
+                directory._save_recipe(recipe, recipe_text)
+            return directory
         try:
             path.mkdir(parents=True, exist_ok=True)
             occupied = any(path.iterdir())
             if not occupied:
-                write_whole(directory._recipe_file, recipe.to_json().encode())
-                write_whole(path / "recipe.toml", recipe_text.encode())
+                directory._save_recipe(recipe, recipe_text)
         except OSError as error:
             raise RunDirectoryError(
                 f"{path} cannot be written ({error.strerror}).\n"
@@ -76,6 +85,15 @@ class RunDirectory(TrialFiles):
         if occupied:
             raise RunExists(f"{path} is not empty and not a run; choose another folder with --to.")
         return directory
+
+    def _save_recipe(self, recipe: Recipe, text: str) -> None:
+        write_whole(self._recipe_file, recipe.to_json().encode())
+        write_whole(self.path / "recipe.toml", text.encode())
+
+    def _has_begun(self) -> bool:
+        """Whether the run got as far as its model; if not, another recipe loses nothing."""
+        files = {file.name for file in self.path.iterdir()}
+        return not files <= BEFORE_THE_MODEL or "model" in self.environment
 
     @classmethod
     def is_one(cls, path: Path) -> bool:

@@ -264,7 +264,7 @@ def test_one_chunk_is_asked_of_a_suite_on_the_hub(monkeypatch, tmp_path):
 def test_a_model_that_is_not_there_fails(recipe, tmp_path):
     code, text = look(parsed(tmp_path / "nothing"), tmp_path)
     assert (code, row(text, "model")[0]) == (1, "FAIL")
-    assert "cannot be loaded" in text
+    assert "there is no such folder" in text
 
 
 def test_a_model_without_chat_template_fails(recipe, model, tmp_path):
