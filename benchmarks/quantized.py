@@ -64,13 +64,13 @@ def spread(count: int) -> list[dict[str, Any]]:
 
 def measured(kind: str, plans: list[dict[str, Any]], prompts: int) -> dict[str, Any]:
     """Bytes, seconds and scores of one kind."""
+    from ray_abliterate.base_model import model_source
     from ray_abliterate.directions import compute
     from ray_abliterate.plan import Plan
     from ray_abliterate.progress import Unwatched
     from ray_abliterate.recipe import Recipe
     from ray_abliterate.replica import Replica, Setup
     from ray_abliterate.residuals import join
-    from ray_abliterate.run import model_source
     from ray_abliterate.shards import ResidualShard
     from ray_abliterate.sources import load_prompt_set
 

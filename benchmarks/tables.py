@@ -72,6 +72,13 @@ def table(head: Row, rows: Sequence[Row]) -> list[str]:
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 
 
+def column_table(
+    columns: dict[str, Callable[[Any], str]], rows: Sequence[dict[str, Any]]
+) -> list[str]:
+    """A table of what each column, under its head, says of a row."""
+    return table(tuple(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
 def configured(figures: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Each configuration with each of its numbers of trials per pass."""
     return [(c, count) for c in figures["configurations"] for count in c["per_pass"]]
@@ -534,18 +541,14 @@ def exactness_table(figures: dict[str, Any]) -> list[str]:
 
 def logits_table(figures: dict[str, Any]) -> list[str]:
     """Peak memory of one chunk, with all its logits and with slices of them."""
-    head = ("vocabulary", "tokens", "all logits, MB", "slices, MB", "saved, MB")
-    rows = [
-        (
-            f"{row['vocab']:,}",
-            f"{row['tokens']:,}",
-            f"{row['plain'] / 1e6:,.0f}",
-            f"{row['sliced'] / 1e6:,.0f}",
-            f"**{(row['plain'] - row['sliced']) / 1e6:,.0f}**",
-        )
-        for row in figures["logits"]
-    ]
-    return table(head, rows)
+    columns = {
+        "vocabulary": lambda row: f"{row['vocab']:,}",
+        "tokens": lambda row: f"{row['tokens']:,}",
+        "all logits, MB": lambda row: f"{row['plain'] / 1e6:,.0f}",
+        "slices, MB": lambda row: f"{row['sliced'] / 1e6:,.0f}",
+        "saved, MB": lambda row: f"**{(row['plain'] - row['sliced']) / 1e6:,.0f}**",
+    }
+    return column_table(columns, figures["logits"])
 
 
 def evaluation_pool_table(figures: dict[str, Any]) -> list[str]:
@@ -569,18 +572,14 @@ def evaluation_pool_table(figures: dict[str, Any]) -> list[str]:
 
 def states_table(figures: dict[str, Any]) -> list[str]:
     """A text from a block on, with the states of the base model."""
-    head = ("edit begins at block", "plain, s", "recording, s", "from there, s", "states, MB")
-    rows = [
-        (
-            f"{row['block']} of {row['blocks']}",
-            f"{row['plain']:.1f}",
-            f"{row['recording']:.1f}",
-            f"**{row['from']:.1f}**",
-            f"{row['bytes'] / 1e6:.0f}",
-        )
-        for row in figures["states"]
-    ]
-    return table(head, rows)
+    columns = {
+        "edit begins at block": lambda row: f"{row['block']} of {row['blocks']}",
+        "plain, s": lambda row: f"{row['plain']:.1f}",
+        "recording, s": lambda row: f"{row['recording']:.1f}",
+        "from there, s": lambda row: f"**{row['from']:.1f}**",
+        "states, MB": lambda row: f"{row['bytes'] / 1e6:.0f}",
+    }
+    return column_table(columns, figures["states"])
 
 
 def statistics_table(figures: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TextIO
 
 from rich.console import Console
 
+from ray_abliterate.base_model import model_source
 from ray_abliterate.chat_session import BASE, Mode, Session, Speaker, refuse_taken
 from ray_abliterate.chat_view import view_for, write
 from ray_abliterate.errors import ChatError, RayAbliterateError, RunDirectoryError
@@ -22,7 +23,6 @@ from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.live import describe_score, frontier_table
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.replica import Replica, Setup
-from ray_abliterate.run import model_source
 from ray_abliterate.rundir import RunDirectory
 
 HELP = """\

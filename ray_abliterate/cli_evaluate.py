@@ -66,11 +66,12 @@ def evaluate(
             "  To compare a trial with another model, export it and evaluate the folder."
         )
     if text is not None:
+        from ray_abliterate.evaluating import Models
         from ray_abliterate.reading import Reading
 
         reading = Reading(text, carry, chunk, overlap, window, tokens, states)
-        read = _read_with_run if is_run else _read_with_models
-        read(model, trial or [], compare, reading, to, console())
+        models = None if is_run else Models(model, compare)
+        _read(model, trial or [], models, reading, to, console())
     elif is_run:
         if to is not None:
             raise RecipeError(f"--to {to}: what is found of a run is kept in the run directory")
@@ -125,48 +126,41 @@ def _suites_of_models(
     output.print(f"Kept in {save_findings(kept, built, folder).parent}")
 
 
-def _read_with_run(
+def _read(
     name: str,
     numbers: list[int],
-    compare: str | None,
+    models: Any,
     reading: Any,
     to: Path | None,
     output: Any,
 ) -> None:
-    from ray_abliterate.evaluating import read_with_run
-    from ray_abliterate.frontier import Frontier
+    """Read a text with models, or with trials of the run `name` if there are none."""
+    from ray_abliterate.evaluating import read_with_models
     from ray_abliterate.live import watching
     from ray_abliterate.long_text import text_table
+
+    run_folder = Path(name) / "evaluations" / "text"
+    folder = to or (Path("evaluation") if models else run_folder)
+    with watching(output) as watch:
+        if models:
+            found = read_with_models(models, reading, folder, watch)
+        else:
+            found = _read_with_run(name, numbers, reading, folder, watch)
+    output.print(text_table(found))
+    if models:
+        _say_who(models, output)
+    output.print(f"Chunks, totals and a plot (chunks.html): {folder}")
+
+
+def _read_with_run(name: str, numbers: list[int], reading: Any, folder: Path, watch: Any) -> Any:
+    from ray_abliterate.evaluating import read_with_run
+    from ray_abliterate.frontier import Frontier
     from ray_abliterate.rundir import RunDirectory
 
     directory = RunDirectory.open(Path(name))
     trials = [directory.trial(number) for number in numbers]
-    folder = to or directory.path / "evaluations" / "text"
-    with watching(output) as watch:
-        trials = trials or [Frontier.of(directory.trials()).knee]
-        found = read_with_run(directory, trials, reading, folder, watch)
-    output.print(text_table(found))
-    output.print(f"Chunks, totals and a plot (chunks.html): {folder}")
-
-
-def _read_with_models(
-    name: str,
-    numbers: list[int],
-    compare: str | None,
-    reading: Any,
-    to: Path | None,
-    output: Any,
-) -> None:
-    from ray_abliterate.evaluating import Models, read_with_models
-    from ray_abliterate.live import watching
-    from ray_abliterate.long_text import text_table
-
-    models, folder = Models(name, compare), to or Path("evaluation")
-    with watching(output) as watch:
-        found = read_with_models(models, reading, folder, watch)
-    output.print(text_table(found))
-    _say_who(models, output)
-    output.print(f"Chunks, totals and a plot (chunks.html): {folder}")
+    trials = trials or [Frontier.of(directory.trials()).knee]
+    return read_with_run(directory, trials, reading, folder, watch)
 
 
 def _say_who(models: Any, output: Any) -> None:

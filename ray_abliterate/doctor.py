@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ray_abliterate import demo, quantization
 from ray_abliterate.architecture import WriterRow, find_writers
+from ray_abliterate.base_model import model_source
 from ray_abliterate.chat_format import ChatFormat
 from ray_abliterate.cluster.layout import Layout, plan_layout
 from ray_abliterate.errors import ModelError, PromptSourceError, RayAbliterateError
@@ -27,7 +28,7 @@ from ray_abliterate.loading import advice as advice_on_loading
 from ray_abliterate.machine import cpu_cores, gpu_memory, ram_available, standing
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import ModelSettings, PromptSource, Recipe
-from ray_abliterate.run import LIBRARIES, model_source
+from ray_abliterate.run import LIBRARIES
 from ray_abliterate.samples import asked, read
 from ray_abliterate.scorers import build
 
@@ -240,6 +241,9 @@ def model_checks(recipe: Recipe, sets: dict[str, PromptSet], layout: Layout) -> 
         source = model_source(settings.name, notes.append)
         config = transformers.AutoConfig.from_pretrained(source, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except ModelError as error:
+        yield _failure("model", error)
+        return
     except (OSError, ValueError, KeyError, ImportError) as error:
         yield _failure("model", ModelError(advice_on_loading(settings.name, settings, error)))
         return

@@ -8,10 +8,9 @@ tokens are the ones of plain greedy decoding. Several trials share a pass as *co
 each with an edit of its own (`virtual.py`). Knows nothing about prompts or markers.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +18,17 @@ from torch.profiler import record_function
 
 from ray_abliterate.contributions import Places
 from ray_abliterate.drafts import DraftPlan
-from ray_abliterate.packed import PackedModel, Pass, Shared, Slab
+from ray_abliterate.feeding import (
+    Batch,
+    Row,
+    Tokens,
+    draft_tokens,
+    edit_of,
+    on_device,
+    prompt_tokens,
+)
+from ray_abliterate.packed import PackedModel
+from ray_abliterate.packed_attention import Pass, Slab
 from ray_abliterate.scoring import AnswerWatch
 from ray_abliterate.shared_prefix import WORTHWHILE_TOKENS, common_length
 from ray_abliterate.writing import TextFormat, Writing, Written
@@ -35,8 +44,6 @@ PROMPTS, DRAFTS, DECODE = "prompts", "drafts", "decode"
 FIRST = "drafts 0"
 """Name of the pass that feeds prompts with the first draft tokens."""
 
-Row = Sequence[int]
-
 
 @dataclass(frozen=True)
 class Techniques:
@@ -50,61 +57,6 @@ class Techniques:
     """The base model's answer is checked as a draft."""
     early_exit: bool = True
     """Answers end when they are decided."""
-
-
-@dataclass
-class Batch:
-    """Rows that are computed together, and what the base model computed for them.
-
-    Attributes:
-        rows: Token ids, at least one each.
-        prefix: How many tokens all begin with that are computed once.
-        states: Inputs of some blocks by pass, `"token hidden"`.
-        keys: Keys by layer, `"row position (head channel)"`, for prompts and drafts.
-        values: Values likewise.
-        drafts: Answers, to be checked as drafts.
-        answers: Answers as they were given.
-    """
-
-    rows: list[Row]
-    prefix: int = 0
-    states: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
-    drafts: list[list[int]] | None = None
-    answers: list[Written] | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Memory of what is known."""
-        kept = [t for layers in self.states.values() for t in layers.values()]
-        kept += [*self.keys.values(), *self.values.values()]
-        return sum(t.numel() * t.element_size() for t in kept)
-
-    def start(self, name: str, untouched: int) -> int:
-        """The block that a pass can start at when so many, from the first, are untouched."""
-        layers = self.states.get(name, {})
-        return max((layer for layer in layers if layer <= untouched), default=0)
-
-
-@dataclass
-class _Tokens:
-    """The tokens of a pass while they are collected."""
-
-    ids: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    wanted: list[int] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)
-    """Which tokens of the base model's pass these are."""
-
-    def add(self, place: int, first: int, ids: Sequence[int], wanted: int, chosen: int) -> None:
-        """Tokens of one row from a position on; logits of the last `wanted` are wanted."""
-        self.ids += ids
-        self.places += [place] * len(ids)
-        self.positions += range(first, first + len(ids))
-        self.wanted += range(len(self.ids) - wanted, len(self.ids))
-        self.chosen += range(chosen, chosen + len(ids))
 
 
 class Engine:
@@ -175,9 +127,8 @@ class Engine:
         """Every block's output at each row's last token, `"row layer hidden"`, float32; `more`
         modules' outputs come after them."""
         slab, plan = self._slab(batch, 1, 0), DraftPlan.of([()] * len(batch.rows))
-        tokens = self._prompt_tokens(batch, plan, plan, [1] * len(batch.rows), 1)
-        given = self._pass(batch, tokens, (0,), self._shared(batch, 1))
-        return self.model.residuals(given, slab, more)
+        tokens = prompt_tokens(batch, plan, plan, [1] * len(batch.rows), 1)
+        return self.model.residuals(tokens.given(self.model.device, (0,)), slab, more)
 
     @torch.inference_mode()
     def answer(
@@ -251,38 +202,11 @@ class Engine:
         """Prompts from the start, with the draft tokens that the first pass feeds."""
         learned = batch.drafts if batch.drafts and name == FIRST else None
         known = DraftPlan.of(learned) if learned else plan
-        tokens = self._prompt_tokens(batch, plan, known, wanted, len(edits))
-        return self._run(batch, slab, name, tokens, edits, self._shared(batch, len(edits)))
-
-    @staticmethod
-    def _prompt_tokens(
-        batch: Batch, plan: DraftPlan, known: DraftPlan, wanted: Sequence[int], copies: int
-    ) -> _Tokens:
-        """`known` are the drafts that the base model's pass fed, `plan` those of this one."""
-        tokens, count, prefix = _Tokens(), len(batch.rows), batch.prefix
-        for copy in range(copies):
-            spare, base = copies * count + copy, prefix
-            tokens.add(spare, 0, batch.rows[0][:prefix], 0, 0)
-            for row, ids in enumerate(batch.rows):
-                new = [*ids[prefix:], *plan.fed(row, 0)]
-                tokens.add(copy * count + row, prefix, new, wanted[row], base)
-                base += len(ids) - prefix + len(known.fed(row, 0))
-        return tokens
-
-    def _shared(self, batch: Batch, copies: int) -> Shared | None:
-        if not batch.prefix:
-            return None
-        rows = torch.arange(copies * len(batch.rows), device=self.model.device)
-        return Shared(batch.prefix, len(rows) + rows // len(batch.rows), rows)
+        tokens = prompt_tokens(batch, plan, known, wanted, len(edits))
+        return self._run(batch, slab, name, tokens, edits)
 
     def _run(
-        self,
-        batch: Batch,
-        slab: Slab,
-        name: str,
-        tokens: _Tokens,
-        edits: Sequence[int],
-        shared: Shared | None = None,
+        self, batch: Batch, slab: Slab, name: str, tokens: Tokens, edits: Sequence[int]
     ) -> Tensor:
         """One pass, begun as high as it may be."""
         start, states = 0, None
@@ -291,47 +215,14 @@ class Engine:
         if start:
             states = batch.states[name][start]
             if tokens.chosen != list(range(len(states))):
-                states = states.index_select(0, self._tensor(tokens.chosen))
-        given = self._pass(batch, tokens, edits, shared, start, states)
+                states = states.index_select(0, on_device(tokens.chosen, states.device))
+        given = tokens.given(self.model.device, edits, start, states)
         drafted = name.startswith("drafts") and name != FIRST
         with record_function(DRAFTS if drafted else PROMPTS):
             logits, inputs = self.model.run(given, slab, self.kept if self._learning else ())
         if self._learning:
             batch.states[name] = inputs
         return logits
-
-    def _pass(
-        self,
-        batch: Batch,
-        tokens: _Tokens,
-        edits: Sequence[int],
-        shared: Shared | None,
-        start: int = 0,
-        states: Tensor | None = None,
-    ) -> Pass:
-        return Pass(
-            self._tensor(tokens.ids),
-            self._tensor(tokens.places),
-            self._tensor(tokens.positions),
-            self._tensor(tokens.wanted),
-            1 + max(tokens.positions),
-            max(Counter(tokens.places).values()),
-            start,
-            states,
-            shared,
-            self._edit_of(tokens.places, len(batch.rows), edits),
-        )
-
-    def _edit_of(self, rows: Sequence[int], count: int, edits: Sequence[int]) -> Tensor:
-        """The edit of each token, by its row; rows behind all copies' hold their beginnings."""
-        last = count * len(edits)
-        return self._tensor([edits[r // count] if r < last else edits[r - last] for r in rows])
-
-    def _tensor(self, values: Sequence[int]) -> Tensor:
-        made = torch.tensor(values, dtype=torch.long)
-        if self.model.device.type == "cuda":
-            made = made.pin_memory()
-        return made.to(self.model.device, non_blocking=True)
 
     # Drafts
 
@@ -374,12 +265,7 @@ class Engine:
         edits: Sequence[int],
     ) -> Tensor:
         """The next draft tokens of the rows that agree so far."""
-        tokens, offsets = _Tokens(), plan.offsets(number)
-        for place in going:
-            row = place % len(batch.rows)
-            fed = plan.fed(row, number)
-            first = len(batch.rows[row]) + plan.begin(number)
-            tokens.add(place, first, fed, len(fed), offsets[row])
+        tokens = draft_tokens(batch, number, plan, going)
         return self._run(batch, slab, f"drafts {number}", tokens, edits)
 
     def _learn_drafts(self, batch: Batch, answers: list[list[int]], limit: int) -> None:
@@ -395,24 +281,13 @@ class Engine:
         self._keep_keys(batch, slab)
 
     def _keep_keys(self, batch: Batch, slab: Slab) -> None:
-        """Keep keys and values of what was fed, below the highest block that trials start at."""
-        drafts = batch.drafts or [[] for _ in batch.rows]
-        used = max(len(row) + len(draft) for row, draft in zip(batch.rows, drafts, strict=True))
-        for layer in range(max(self.kept, default=0)):
-            batch.keys[layer] = slab.keys[layer][:, :used].clone()
-            batch.values[layer] = slab.values[layer][:, :used].clone()
+        """Below the highest block that trials start at."""
+        batch.keep_keys(slab, max(self.kept, default=0))
 
     def _lend(self, batch: Batch, slab: Slab, copies: int) -> None:
         """Give a slab the base model's keys and values below the first edited block."""
-        if not self.techniques.layer_reuse or self._learning:
-            return
-        count = len(batch.rows)
-        for layer in range(batch.start(FIRST, self.untouched) if batch.keys else 0):
-            known = batch.keys[layer], batch.values[layer]
-            for own, base in zip(slab.layer(layer, *(k[0] for k in known)), known, strict=True):
-                used = min(own.shape[1], base.shape[1])
-                for copy in range(copies):
-                    own[copy * count : (copy + 1) * count, :used] = base[:count, :used]
+        if self.techniques.layer_reuse and not self._learning:
+            batch.lend_keys(slab, batch.start(FIRST, self.untouched), copies)
 
     # Token by token
 
@@ -441,10 +316,10 @@ class Engine:
             with record_function(DECODE):
                 said = self._steps(
                     slab,
-                    self._tensor([text[-1] for text in texts]),
+                    on_device([text[-1] for text in texts], device),
                     places[live].to(device),
                     lengths,
-                    self._edit_of(live, count, edits),
+                    edit_of(live, count, edits, device),
                     steps,
                 )
             for place, tokens in zip(live, said, strict=True):
@@ -460,7 +335,10 @@ class Engine:
         steps: int,
     ) -> list[list[int]]:
         """So many tokens of each row, one after the other."""
-        positions, every = self._tensor(lengths), torch.arange(len(lengths), device=ids.device)
+        positions, every = (
+            on_device(lengths, ids.device),
+            torch.arange(len(lengths), device=ids.device),
+        )
         found = []
         for step in range(steps):
             reach = 1 + max(lengths) + step

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_abliterate.cluster.connection import connect
+from ray_abliterate.base_model import model_source
+from ray_abliterate.cluster.connection import connect, ours
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.errors import EvaluationChanged, RecipeError, RunDirectoryError
 from ray_abliterate.files import write_whole
@@ -23,7 +24,7 @@ from ray_abliterate.progress import Watch
 from ray_abliterate.reading import Reading
 from ray_abliterate.recipe import ModelSettings, SuiteSettings
 from ray_abliterate.replica import Setup
-from ray_abliterate.run import model_source, replicas
+from ray_abliterate.run import replicas
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.searching import Record
 from ray_abliterate.suites import build
@@ -45,6 +46,19 @@ class Models:
         """Label and name of each; the one that is compared with comes first."""
         first = () if self.other is None else ((BASE, self.other),)
         return (*first, (MODEL, self.name))
+
+    def found(self, watch: Watch) -> list[tuple[str, str, str]]:
+        """Label, name and source of each; to be asked before anything is started.
+
+        Raises:
+            ModelError: one can't be there.
+        """
+        fields = {BASE: "--compare", MODEL: "MODEL"}
+        with watch.stage("model"):
+            return [
+                (title, name, model_source(name, watch.note, not ours(), fields[title]))
+                for title, name in self.labelled()
+            ]
 
 
 # A run's models
@@ -129,6 +143,7 @@ def evaluate_models(
 
     Raises:
         RecipeError: a suite needs a run.
+        ModelError: one of them can't be there.
         EvaluationChanged: the folder holds results of other models.
         RayAbliterateError: a suite can't be measured; what was measured before is kept.
     """
@@ -139,8 +154,8 @@ def evaluate_models(
                 "  Give a run directory, or choose other suites with --suite."
             )
     suites, kept = build(settings, base), Measurements(to, settings)
-    for title, name in models.labelled():
-        with _pool_of_model(name, title, to, watch) as pool:
+    for title, name, source in models.found(watch):
+        with _pool_of_model(name, source, title, to, watch) as pool:
             measurer = Measurer(pool, None, kept, watch)
             measurer.model(Subject(title, Plan.nothing()), suites, settings)
     return kept
@@ -150,12 +165,13 @@ def read_with_models(models: Models, reading: Reading, to: Path, watch: Watch) -
     """A model of no run reads a text, and perhaps another one does.
 
     Raises:
+        ModelError: one of them can't be there.
         EvaluationChanged: the folder holds results of other models.
         RayAbliterateError: the text can't be read so.
     """
     texts = []
-    for title, name in models.labelled():
-        with _pool_of_model(name, title, to, watch) as pool:
+    for title, name, source in models.found(watch):
+        with _pool_of_model(name, source, title, to, watch) as pool:
             model = {"name": name, "weights": pool.facts.fingerprint}
             subjects = (Subject(title, Plan.nothing()),)
             texts.append(read_text(pool, reading, subjects, None, model, to / title, watch))
@@ -165,10 +181,10 @@ def read_with_models(models: Models, reading: Reading, to: Path, watch: Watch) -
 
 
 @contextmanager
-def _pool_of_model(name: str, title: str, to: Path, watch: Watch) -> Iterator[ReplicaPool]:
+def _pool_of_model(
+    name: str, source: str, title: str, to: Path, watch: Watch
+) -> Iterator[ReplicaPool]:
     """Replicas of a model; the folder's results of that label are of no other."""
-    with watch.stage("model"):
-        source = model_source(name, watch.note)
     with ExitStack() as open_until_the_end:
         with watch.stage("replicas"):
             connect(dashboard=False)

@@ -1,10 +1,13 @@
-"""Files that are written whole, and the folder of those that outlive a run."""
+"""Files that are written whole or line by line, and the folder of those that outlive a run."""
 
+import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def cache_root() -> Path:
@@ -40,6 +43,29 @@ def link_whole(path: Path, source: Path) -> None:
             shutil.copyfile(source, name)
 
     _appear(path, fill)
+
+
+def json_lines(file: Path) -> tuple[dict[str, Any], ...]:
+    """The objects of an append-only file, a line each; a torn line is skipped."""
+    found = []
+    for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return tuple(found)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line; one that was torn before it stays alone on its own."""
+    with path.open("ab+") as file:
+        if file.tell() and not _ends_line(file):
+            file.write(b"\n")
+        file.write(line.encode(errors="backslashreplace") + b"\n")
+        file.flush()
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")
 
 
 def _appear(path: Path, fill: Callable[[Path], None]) -> None:

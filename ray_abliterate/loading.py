@@ -4,6 +4,7 @@ Safetensors only; code that comes with a model runs only if the recipe allows it
 """
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ from torch import nn
 
 from ray_abliterate import quantization
 from ray_abliterate.errors import ModelError
+from ray_abliterate.hub import MODEL_NAME
 from ray_abliterate.recipe import ModelSettings
 
 log = logging.getLogger(__name__)
 
 NOISY = ("accelerate.big_modeling", "bitsandbytes", "torchao", "torch.utils._pytree")
 """They warn of what is as it should be: kernels of other devices, casts, weights on disk."""
+
+
+HUB_NAME = re.compile(rf"{MODEL_NAME.pattern}|[A-Za-z0-9][\w.\-]*", re.ASCII)
+"""What may name a model to be loaded from the Hub: some old ones have no owner."""
 
 
 def device_for(settings: ModelSettings) -> str:
@@ -30,6 +36,35 @@ def device_for(settings: ModelSettings) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def refuse_missing(name: str, elsewhere: bool = False, field: str = "model.name") -> None:
+    """Refuse a name that is neither a model folder nor one that the Hub could know.
+
+    Args:
+        name: Of the model.
+        elsewhere: A whole path may be there on other machines, and is not looked for on this one.
+        field: What gave the name.
+
+    Raises:
+        ModelError: no model can be there.
+    """
+    folder, named = Path(name), f"{field} = {name!r}"
+    if folder.is_dir() and not (folder / "config.json").exists():
+        hint = "Give the folder that the model's config.json is in."
+        if (folder / "adapter_config.json").exists():
+            hint = "It holds an adapter; give the model that the adapter was merged into."
+        elif any(folder.glob("*.gguf")):
+            hint = "GGUF files can't be edited; give the model that they were made from."
+        raise ModelError(f"{named} is not a model folder: it has no config.json.\n  {hint}")
+    if folder.is_file():
+        raise ModelError(f"{named} is a file.\n  Give the folder with the model's config.json.")
+    if folder.exists() or HUB_NAME.fullmatch(name) or (elsewhere and folder.is_absolute()):
+        return
+    raise ModelError(
+        f"{named}: there is no such folder (looked for in {Path.cwd()}), and it is no Hub name.\n"
+        "  Give a folder with config.json, a Hub name such as Qwen/Qwen3-4B-Instruct-2507, or demo."
+    )
 
 
 def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
@@ -49,14 +84,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
     }
-    if source.startswith((".", "/", "~")) and not Path(source).exists():
-        where = f"model.name = {source!r} (from {Path.cwd()})"
-        raise ModelError(f"{where}: there is no such folder.")
-    if Path(source).exists() and not (Path(source) / "config.json").exists():
-        raise ModelError(
-            f"{source} is not a model folder: it has no config.json.\n"
-            "  An adapter folder can't be searched; give the model that it was merged into."
-        )
+    refuse_missing(source)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **common)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_abliterate.architecture import WriterRow, find_blocks, find_writers, hidden_size
+from ray_abliterate.base_model import model_source
 from ray_abliterate.checkpoint import Checkpoint, fetched
 from ray_abliterate.errors import ExportError
 from ray_abliterate.exporting.skeleton import build_skeleton
@@ -17,7 +18,6 @@ from ray_abliterate.hub import MODEL_NAME
 from ray_abliterate.progress import Watch
 from ray_abliterate.published import EMBEDDED, Original, Published
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.run import model_source
 from ray_abliterate.rundir import RunDirectory
 
 ROWS = 256

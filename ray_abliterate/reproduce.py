@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ray_abliterate.base_model import model_source
 from ray_abliterate.bundle import (
     DIRECTIONS,
     FILE,
@@ -45,7 +46,6 @@ from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Watch
 from ray_abliterate.published import EMBEDDED
 from ray_abliterate.recipe import ModelSettings, Recipe
-from ray_abliterate.run import model_source
 
 SETTINGS = ("writers", "weight_cache", "attention", "gpus_per_replica", "max_memory")
 """Of the bundle's model that say what is edited and where it is computed."""

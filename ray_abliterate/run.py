@@ -6,7 +6,7 @@ Everything is left in the run directory as it comes; a run that was stopped goes
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_abliterate import directions as direction_methods
-from ray_abliterate.cluster.connection import connect
+from ray_abliterate.base_model import model_source
+from ray_abliterate.cluster.connection import connect, ours
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.errors import ModelError, PromptSourceError
@@ -109,7 +110,7 @@ def replicas(
 ) -> Iterator[tuple[ReplicaPool, str]]:
     """A run's replicas, as soon as one can be used, and the source of their model; to be closed."""
     with watch.stage("model"):
-        source = model_source(recipe.model.name, partial(warn, directory, watch))
+        source = model_source(recipe.model.name, partial(warn, directory, watch), not ours())
     with ExitStack() as open_until_the_end:
         with watch.stage("replicas"):
             dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
@@ -152,23 +153,6 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
         places = {"base": str(base.resolve()), "base_given": str(base)}
         directory.note(prompts=sets.facts(), warnings=overlaps, **places)
     return sets
-
-
-def model_source(name: str, note: Callable[[str], None]) -> str:
-    """The folder or Hub name behind `model.name`; `demo` and `planted` are built if need be."""
-    from ray_abliterate import demo
-    from ray_abliterate.demo import planted
-
-    if name == "demo":
-        try:
-            return str(demo.build_demo_model(demo.default_folder()))
-        except demo.DemoUnavailable as error:
-            note(str(error))
-            note("the tiny planted model stands in for the demo's; its scores mean nothing")
-            return str(planted.build_planted_model(planted.default_folder()))
-    if name == "planted":
-        return str(planted.build_planted_model(planted.default_folder()))
-    return name
 
 
 def describe(

@@ -1,14 +1,11 @@
-"""The run directory: everything a run leaves behind. The only module with file names.
+"""The run directory: everything a run leaves behind. File names stand here and in `run_trials.py`.
 
-Every file is written whole (temporary name, then rename), except the append-only `trials.jsonl`
-and `study.journal`, whose torn last line is skipped on reading.
+Every file is written whole (temporary name, then rename), except the append-only `*.jsonl` and
+`study.journal`, whose torn last line is skipped on reading.
 """
 
-import contextlib
 import difflib
 import json
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,19 +20,20 @@ from ray_abliterate.errors import (
     RunDirectoryError,
     RunExists,
     RunNotFound,
-    TrialNotFound,
 )
-from ray_abliterate.files import write_whole
-from ray_abliterate.frontier import Frontier, Trial
+from ray_abliterate.files import append_line, json_lines, write_whole
 from ray_abliterate.grid import Tuning
 from ray_abliterate.measurements import Measurements
 from ray_abliterate.recipe import Recipe, SuiteSettings
 from ray_abliterate.residuals import Residuals, join
+from ray_abliterate.run_trials import TrialFiles
 from ray_abliterate.scoring import Scorecard
 from ray_abliterate.shard_files import ShardFolder
 from ray_abliterate.shards import DamagedShard
 
-log = logging.getLogger(__name__)
+OF_NO_MODEL = {"environment.json", "events.jsonl"}
+BEFORE_THE_MODEL = OF_NO_MODEL | {"recipe.toml", "recipe.resolved.json", ".lock"}
+"""What is there of a run whose prompts or model could not be found or loaded."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +47,36 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class RunDirectory:
+class RunDirectory(TrialFiles):
     """A folder that holds one run."""
-
-    path: Path
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, recipe_text: str) -> "RunDirectory":
-        """Start a run in a folder that does not hold one.
+        """Start a run in a folder that does not hold one, or none that got as far as its model.
 
         Raises:
             RunExists: the folder already holds a run, or other files.
             RunDirectoryError: the folder cannot be written.
         """
         directory = cls(path)
-        if directory._recipe_file.exists():
-            done, wanted = len(directory.trials()), directory.recipe.search.trials
-            raise RunExists(
-                f"{path} already holds {done} of {wanted} trials.\n"
-                f"  Continue it with:  ray-abliterate resume {path}\n"
-                "  or choose another folder with --to."
-            )
+        if cls.is_one(path):
+            if directory._has_begun():
+                done, wanted = len(directory.trials()), directory.recipe.search.trials
+                raise RunExists(
+                    f"{path} already holds {done} of {wanted} trials.\n"
+                    f"  Continue it with:  ray-abliterate resume {path}\n"
+                    "  or choose another folder with --to."
+                )
+            with directory.locked():
+                for name in OF_NO_MODEL:
+                    (path / name).unlink(missing_ok=True)
+                directory._save_recipe(recipe, recipe_text)
+            return directory
         try:
             path.mkdir(parents=True, exist_ok=True)
             occupied = any(path.iterdir())
             if not occupied:
-                write_whole(directory._recipe_file, recipe.to_json().encode())
-                write_whole(path / "recipe.toml", recipe_text.encode())
+                directory._save_recipe(recipe, recipe_text)
         except OSError as error:
             raise RunDirectoryError(
                 f"{path} cannot be written ({error.strerror}).\n"
@@ -84,6 +85,15 @@ class RunDirectory:
         if occupied:
             raise RunExists(f"{path} is not empty and not a run; choose another folder with --to.")
         return directory
+
+    def _save_recipe(self, recipe: Recipe, text: str) -> None:
+        write_whole(self._recipe_file, recipe.to_json().encode())
+        write_whole(self.path / "recipe.toml", text.encode())
+
+    def _has_begun(self) -> bool:
+        """Whether the run got as far as its model; if not, another recipe loses nothing."""
+        files = {file.name for file in self.path.iterdir()}
+        return not files <= BEFORE_THE_MODEL or "model" in self.environment
 
     @classmethod
     def is_one(cls, path: Path) -> bool:
@@ -234,11 +244,11 @@ class RunDirectory:
 
     def append_verdicts(self, line: Mapping[str, Any]) -> None:
         """Add what the base model's answers to a batch of prompts show to `verdicts.jsonl`."""
-        _append(self.path / "verdicts.jsonl", json.dumps(line))
+        append_line(self.path / "verdicts.jsonl", json.dumps(line))
 
     def verdicts(self) -> tuple[dict[str, Any], ...]:
         """All of these, in order; a torn line is skipped."""
-        return _objects(self.path / "verdicts.jsonl")
+        return json_lines(self.path / "verdicts.jsonl")
 
     def save_directions(self, directions: Directions) -> None:
         """Keep the directions."""
@@ -282,107 +292,10 @@ class RunDirectory:
         file = self.path / "layers.json"
         return Selection.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None
 
-    # Trials
-
-    @property
-    def journal(self) -> Path:
-        """Optuna's journal: the one source of truth for resuming; optuna-dashboard opens it."""
-        return self.path / "study.journal"
-
-    def append(self, trial: Trial) -> None:
-        """Add one finished or failed trial to `trials.jsonl`."""
-        _append(self.path / "trials.jsonl", trial.to_json())
-
-    def append_event(self, event: Mapping[str, Any]) -> None:
-        """Add something that happened to `events.jsonl`."""
-        _append(self.path / "events.jsonl", json.dumps(event, ensure_ascii=False))
-
-    def events(self) -> tuple[dict[str, Any], ...]:
-        """All that happened to the run's replicas and files, in order; a torn line is skipped."""
-        return _objects(self.path / "events.jsonl")
-
     def tuning(self) -> Tuning | None:
         """How the run's replicas compute; None in a directory of an older version."""
         known = self.environment.get("tuning")
         return Tuning(**known) if known else None
-
-    def trials(self) -> tuple[Trial, ...]:
-        """All trials in order of number; a torn line is skipped, a repeated number counts once."""
-        file = self.path / "trials.jsonl"
-        found: dict[int, Trial] = {}
-        lines = file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []
-        for position, line in enumerate(lines, start=1):
-            try:
-                trial = Trial.from_json(line)
-            except (ValueError, KeyError, TypeError):
-                if line.strip():
-                    log.warning("%s: line %d is torn and was skipped", file, position)
-                continue
-            found[trial.number] = trial
-        return tuple(found[number] for number in sorted(found))
-
-    def trial(self, number: int) -> Trial:
-        """One finished trial.
-
-        Raises:
-            TrialNotFound: there is none with this number, or it failed.
-        """
-        trials = {trial.number: trial for trial in self.trials()}
-        if number not in trials:
-            span = f"0 to {max(trials)}" if trials else "none yet"
-            members = ", ".join(str(t.number) for t in Frontier.of(trials.values()).members)
-            hint = f"\n  On the frontier: {members}" if members else ""
-            raise TrialNotFound(f"{self.path} has no trial {number} (it has {span}).{hint}")
-        if trials[number].scorecard is None:
-            raise TrialNotFound(f"trial {number} failed: {trials[number].error}")
-        return trials[number]
-
-    def save_foreign(self, study: Mapping[str, Any]) -> None:
-        """Keep what another tool found of the plans that a run began with."""
-        text = json.dumps(study, indent=2, ensure_ascii=False)
-        write_whole(self.path / "imported.json", text.encode())
-
-    def foreign(self) -> dict[str, Any] | None:
-        """What another tool found of the run's first plans, if they came from one."""
-        file = self.path / "imported.json"
-        values: dict[str, Any] | None = (
-            json.loads(file.read_text("utf-8")) if file.exists() else None
-        )
-        return values
-
-    def save_responses(self, number: int, rows: list[dict[str, Any]]) -> None:
-        """Keep the answers of one trial, as a Parquet table."""
-        import io
-
-        import pyarrow
-        import pyarrow.parquet
-
-        buffer = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-        write_whole(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
-
-    def save_profile(self, table: str, trace: bytes) -> None:
-        """Keep where the time of one trial goes."""
-        write_whole(self.path / "profile" / "stages.txt", (table + "\n").encode())
-        write_whole(self.path / "profile" / "trial.json.gz", trace)
-
-    def responses(self, number: int) -> list[dict[str, Any]]:
-        """Answers of one trial.
-
-        Raises:
-            TrialNotFound: they were not recorded.
-        """
-        import pyarrow.parquet
-
-        file = self.path / "responses" / f"{number:06d}.parquet"
-        if not file.exists():
-            raise TrialNotFound(
-                f"{self.path} holds no answers of trial {number}.\n"
-                "  They are kept by runs with [run] record_responses = true; "
-                f"to see some now:  ray-abliterate chat {self.path} --trial {number}"
-            )
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
-        return rows
 
     # Other places
 
@@ -403,26 +316,3 @@ class RunDirectory:
     def save_report(self, html: str) -> None:
         """Write the report."""
         write_whole(self.report, html.encode())
-
-
-def _objects(file: Path) -> tuple[dict[str, Any], ...]:
-    """The objects of an append-only file, a line each."""
-    found = []
-    for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return tuple(found)
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line; one that was torn before it stays alone on its own."""
-    with path.open("ab+") as file:
-        if file.tell() and not _ends_line(file):
-            file.write(b"\n")
-        file.write(line.encode(errors="backslashreplace") + b"\n")
-        file.flush()
-
-
-def _ends_line(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")

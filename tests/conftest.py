@@ -63,6 +63,15 @@ def neutral() -> PromptSet:
     )
 
 
+MODEL_AND_PROMPTS = """
+[model]
+name = "{model}"
+[prompts]
+behaviour = {{ file = "behaviour.txt" }}
+neutral = {{ file = "neutral.txt" }}
+"""
+"""What recipes begin with that tests write themselves."""
+
 RECIPE = """
 [model]
 name = "{model}"

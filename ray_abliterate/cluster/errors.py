@@ -24,6 +24,15 @@ DEATHS = (
 """A process has gone, or can't be reached."""
 
 
+LACKS_US = "No module named 'ray_abliterate"
+"""In what Ray says of a process that could not import this package."""
+INSTALL = (
+    "Install this version of it on every node of the cluster, or set PYTHONPATH to the whole path\n"
+    "  of a folder that holds it on all of them."
+)
+"""What to do about that."""
+
+
 class ReplicaDied(SearchError):
     """A replica died over a call that is not made again on its own."""
 
@@ -39,11 +48,20 @@ def unwrap(reference: Any) -> Any:
     except RayTaskError as error:
         raise plain(error) from None
     except DEATHS as error:
-        raise ModelError(
-            "a replica died while it loaded the model, most likely for lack of memory.\n"
-            "  Choose a smaller model or fewer replicas (model.replicas).\n"
-            f"  {str(error).splitlines()[0]}"
-        ) from None
+        raise died_while_loading(error) from None
+
+
+def died_while_loading(error: BaseException) -> ModelError:
+    """Why a replica's process ended before it had a model, and what to do about it."""
+    if LACKS_US in str(error):
+        return ModelError(
+            f"a replica's process can't import ray_abliterate on its node.\n  {INSTALL}"
+        )
+    return ModelError(
+        "a replica died while it loaded the model, most likely for lack of memory.\n"
+        "  Choose a smaller model or fewer replicas (model.replicas).\n"
+        f"  {str(error).splitlines()[0]}"
+    )
 
 
 def plain(error: RayTaskError) -> Exception:
@@ -67,6 +85,8 @@ def reason(error: BaseException) -> str:
     """One line for the trial's record."""
     if isinstance(error, RayAbliterateError):
         return f"{type(error).__name__}: {error}"
+    if LACKS_US in str(error):
+        return "its process can't import ray_abliterate"
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from ray_abliterate.cluster.connection import nodes
-from ray_abliterate.cluster.errors import DEATHS, reason
+from ray_abliterate.cluster.errors import DEATHS, died_while_loading, reason
 from ray_abliterate.cluster.host import Hosting
 from ray_abliterate.cluster.layout import (
     Layout,
@@ -311,9 +311,5 @@ def _plain(error: BaseException) -> BaseException:
     if isinstance(cause, RayAbliterateError):
         return cause
     if isinstance(error, DEATHS):
-        return ModelError(
-            "a replica died while it loaded the model, most likely for lack of memory.\n"
-            "  Choose a smaller model or fewer replicas (model.replicas).\n"
-            f"  {str(error).splitlines()[0]}"
-        )
+        return died_while_loading(error)
     return error

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy
 import pytest
+import ray
 from typer.testing import CliRunner
 
 from ray_abliterate.cli import app, main
@@ -150,10 +151,44 @@ def test_prompts_that_are_missing_are_named_before_any_model_is_loaded(
     assert "texts" in error and "text" in error
 
 
-def test_a_model_that_is_not_there_is_one_clear_error(recipe_file: Path, tmp_path: Path) -> None:
-    """Replicas look for it, so Ray is started: in a process of its own."""
-    error = refused("run", "recipe.toml", "model.name=./nowhere", folder=tmp_path, by=process)
-    assert "there is no such folder" in error
+NO_MODELS = {
+    "./nowhere": "no such folder",
+    "/no/such/model": "no such folder",
+    "one/folder/too-many": "no such folder",
+    "recipe.toml": "is a file",
+    "empty": "no config.json",
+    "adapter": "merged into",
+    "quantized": "GGUF",
+}
+
+
+def test_a_model_that_is_not_there_is_refused_before_ray_is_started(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """All in one folder: a run that has had no model is in nobody's way."""
+    for folder, file in (("empty", "notes"), ("adapter", "adapter_config.json"),
+                         ("quantized", "model.Q4.gguf")):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    for name, found in NO_MODELS.items():
+        error = refused("run", "recipe.toml", f"model.name={name}", folder=tmp_path)
+        assert f"model.name = '{name}'" in error and found in error
+        assert "Give " in error or "give " in error
+        assert not ray.is_initialized()
+
+
+def test_models_to_evaluate_that_are_not_there_are_refused_before_any_is_read(
+    planted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("a road of stars")
+    reading = ("--text", "text.txt")
+    error = refused("evaluate", "./nowhere", *reading, folder=tmp_path)
+    assert "MODEL = './nowhere': there is no such folder" in error
+    error = refused("evaluate", "./nowhere", "--compare", str(planted), *reading, folder=tmp_path)
+    assert "MODEL = './nowhere': there is no such folder" in error
+    error = refused("evaluate", str(planted), "--compare", "./nowhere", *reading, folder=tmp_path)
+    assert "--compare = './nowhere': there is no such folder" in error
+    assert not ray.is_initialized() and not (tmp_path / "evaluation").exists()
 
 
 def test_a_run_folder_that_holds_a_run_names_resume(

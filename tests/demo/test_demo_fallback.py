@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ray_abliterate import demo
-from ray_abliterate.run import model_source
+from ray_abliterate.base_model import model_source
+from ray_abliterate.errors import ModelError
 
 
 def test_without_the_wheel_the_planted_model_stands_in_visibly(
@@ -23,5 +24,12 @@ def test_without_the_wheel_the_planted_model_stands_in_visibly(
     assert "tiny planted model stands in" in notes[1]
 
 
-def test_other_names_are_left_alone() -> None:
-    assert model_source("some/model", pytest.fail) == "some/model"
+def test_names_of_the_hub_are_left_alone() -> None:
+    for name in ("some/model", "gpt2", "Qwen/Qwen3-4B-Instruct-2507"):
+        assert model_source(name, pytest.fail) == name
+
+
+def test_other_machines_may_have_a_folder_at_a_whole_path() -> None:
+    assert model_source("/no/such/model", pytest.fail, elsewhere=True) == "/no/such/model"
+    with pytest.raises(ModelError, match=r"^MODEL = '\./model': there is no such folder"):
+        model_source("./model", pytest.fail, elsewhere=True, field="MODEL")

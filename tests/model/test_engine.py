@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from ray_abliterate.architecture import find_blocks, find_writers, hidden_size
 from ray_abliterate.directions import Directions
-from ray_abliterate.engine import Batch, Engine, Techniques
+from ray_abliterate.engine import Engine, Techniques
 from ray_abliterate.errors import ModelError
+from ray_abliterate.feeding import Batch
 from ray_abliterate.packed import PackedModel
 from ray_abliterate.padded import PaddedModel, probe_rows
 from ray_abliterate.plan import Plan, Profile

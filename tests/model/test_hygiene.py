@@ -20,14 +20,12 @@ from ray_abliterate.recipe import Recipe
 from ray_abliterate.replica import Replica
 from ray_abliterate.report import build_report
 from ray_abliterate.rundir import RunDirectory
+from tests.conftest import MODEL_AND_PROMPTS
 from tests.model.conftest import FLAGGED, THINGS, InProcess
 
-RECIPE = """
-[model]
-name = "{model}"
-[prompts]
-behaviour = {{ file = "behaviour.txt" }}
-neutral = {{ file = "neutral.txt" }}
+RECIPE = (
+    MODEL_AND_PROMPTS
+    + """\
 {filter}
 [[scorers]]
 kind = "kl-divergence"
@@ -40,6 +38,7 @@ max_new_tokens = 4
 batch_size = 3
 residual_cache = false
 """
+)
 FILTER = "filter_by_behaviour = true\nleast_prompts = 4"
 BEHAVIOUR = (*FLAGGED[:3], "river", *FLAGGED[3:5], "stone")
 NEUTRAL = (*THINGS[:4], "cake", *THINGS[4:6])

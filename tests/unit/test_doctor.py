@@ -23,16 +23,12 @@ from ray_abliterate.recipe import PromptSource, Recipe
 from ray_abliterate.recipe_suites import PerplexitySuite
 from ray_abliterate.tables import TableRow
 from ray_abliterate.testing.tiny import tiny_config, tiny_model
+from tests.conftest import MODEL_AND_PROMPTS
 
 GB = 10**9
-RECIPE = """
-[model]
-name = "{model}"
-
-[prompts]
-behaviour = {{ file = "behaviour.txt" }}
-neutral = {{ file = "neutral.txt" }}
-
+RECIPE = (
+    MODEL_AND_PROMPTS
+    + """\
 [[scorers]]
 kind = "keyword-rate"
 prompts = {{ file = "scored.txt" }}
@@ -42,6 +38,7 @@ max_new_tokens = 4
 kind = "kl-divergence"
 prompts = {{ file = "neutral-scored.txt" }}
 """
+)
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +264,7 @@ def test_one_chunk_is_asked_of_a_suite_on_the_hub(monkeypatch, tmp_path):
 def test_a_model_that_is_not_there_fails(recipe, tmp_path):
     code, text = look(parsed(tmp_path / "nothing"), tmp_path)
     assert (code, row(text, "model")[0]) == (1, "FAIL")
-    assert "cannot be loaded" in text
+    assert "there is no such folder" in text
 
 
 def test_a_model_without_chat_template_fails(recipe, model, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,32 @@ def test_a_folder_with_a_run_is_refused_with_the_way_to_go_on(run):
     with pytest.raises(RunExists, match=rf"holds 1 of 20 trials(?s:.*)resume {run.path}"):
         RunDirectory.create(run.path, recipe(), TEXT)
     assert len(run.trials()) == 1
+
+
+def test_a_run_that_never_had_a_model_gives_way_to_another_recipe(run):
+    """Whose prompts or model were not there: the recipe is mended, and run again."""
+    run.note(prompts={"behaviour": {}})
+    run.append_event({"event": "replica-failed-to-start"})
+    with run.locked():
+        pass
+    mended = recipe("model.name=another/model")
+    assert RunDirectory.create(run.path, mended, "mended").recipe == mended
+    assert (run.path / "recipe.toml").read_text() == "mended"
+    assert run.environment == {} and run.events() == ()
+
+
+@pytest.mark.parametrize("kept", ["model", "imported", "in use"])
+def test_a_run_that_has_something_gives_way_to_none(run, kept):
+    with ExitStack() as held:
+        if kept == "model":
+            run.note(model={"name": "m"})
+        elif kept == "imported":
+            run.save_foreign({})
+        else:
+            held.enter_context(run.locked())
+        with pytest.raises(RunDirectoryError, match=r"already holds 0 of 20|in use"):
+            RunDirectory.create(run.path, recipe(), "another")
+    assert (run.path / "recipe.toml").read_text() == TEXT
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
