@@ -274,7 +274,7 @@ def measure_baseline(
         return known
     with watch.stage("baseline"):
         evaluation = pool.evaluate(Plan.nothing(), shared)
-    rows = shards.separation(setup.directions)
+    rows = shards.separation(setup.directions, directory.recipe.direction)
     baseline = Baseline(evaluation.scorecard, tuple(rows), direction_methods.best_layer(rows))
     directory.save_baseline(baseline)
     for score in evaluation.scorecard.scores:
@@ -302,7 +302,7 @@ def try_layers(
         if base is not None or shards is None:
             assert base is not None
             return base.separation
-        return shards.separation(setup.directions)
+        return shards.separation(setup.directions, recipe.direction)
 
     probe = probe_of(recipe, sets.scored)
     select_layer(directory, pool, probe, setup, rows, watch)

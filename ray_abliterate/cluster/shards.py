@@ -6,15 +6,18 @@ direction method that wants more than means and variances it fetches residuals, 
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from operator import add
 from typing import Any
 
+import numpy
 import torch
 
 from ray_abliterate import __version__
 from ray_abliterate import directions as direction_methods
-from ray_abliterate.directions import Directions
+from ray_abliterate.comparison import HeldOut, Sets, centred, held_out, vectors_without
+from ray_abliterate.directions import Directions, Projected, from_moments, from_sums
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import ModelFacts
 from ray_abliterate.grid import Tuning, steady
@@ -24,19 +27,19 @@ from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import DirectionSettings, Recipe
 from ray_abliterate.residuals import Residuals, join
 from ray_abliterate.shard_files import ShardFiles
-from ray_abliterate.shards import (
-    Projected,
-    ResidualShard,
-    Sums,
-    content_key,
-    projected,
-    sums_of,
-)
+from ray_abliterate.shards import ResidualShard, Sums, content_key, sums_of
+from ray_abliterate.statistics.folds import Folds, by_fold, picked_places, projected
 from ray_abliterate.statistics.moments import Moments, Pairs, moments_of, rows_of
 from ray_abliterate.statistics.space import space_of
 
 ATTEMPTS = 3
 """Times that lost shards are made again in one reduction."""
+
+REDUCED: dict[str, tuple[Callable[..., Any], Callable[..., Directions]]] = {
+    "means": (sums_of, from_sums),
+    "variances": (moments_of, from_moments),
+}
+"""Needs that are reduced where residuals are: how, and what finds directions from both sets'."""
 
 Place = tuple[str, int]
 """Prompt set, and number of the batch."""
@@ -158,7 +161,7 @@ class Shards:
         found = self._directions(settings, range(layers * self._positions))
         if self._positions == 1:
             return found
-        place = direction_methods.best_position(self.separation(found), layers)
+        place = direction_methods.best_position(self.separation(found, settings), layers)
         return found.part(place * layers, layers, position=str(-1 - place))
 
     def _directions(self, settings: DirectionSettings, columns: range) -> Directions:
@@ -171,22 +174,10 @@ class Shards:
         origin = {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint}
         quantile = settings.winsorize_quantile
         need = direction_methods.need_of(settings)
-        if need == "means":
-            return direction_methods.from_sums(
-                self.sums(behaviour.name, quantile, columns),
-                self.sums(neutral.name, quantile, columns),
-                settings,
-                origin,
-            )
-        if need == "variances":
-            found: list[Moments] = [
-                self._reduced(s.name, moments_of, quantile, columns) for s in self._sets
-            ]
-            layers = (
-                Layer(*(Summary(moments.layer(index)) for moments in found))
-                for index in range(len(found[0].mean))
-            )
-            return direction_methods.from_layers(layers, settings, origin)
+        if need in REDUCED:
+            function, find = REDUCED[need]
+            sides = [self._reduced(s.name, function, quantile, columns) for s in self._sets]
+            return find(sides[0], sides[1], settings, origin)
         space = space_of(len(behaviour) + len(neutral), self._pool.facts.shape.hidden)
         summed = need == "covariances" and space.kind == "covariance"
         how = space.reason if need == "covariances" else "layer by layer from all residuals"
@@ -212,15 +203,74 @@ class Shards:
                 values = (torch.from_numpy(part.values) for part in rows)
                 yield Layer(*(Sample(value, shape.hidden) for value in values))
 
-    def separation(self, directions: Directions) -> list[Any]:
-        """How well each layer's direction tells the two sets apart."""
-        vectors = directions.vectors.numpy()
+    def separation(self, directions: Directions, settings: DirectionSettings) -> list[Any]:
+        """How well each layer's direction tells the two sets apart, on prompts held out.
+
+        Args:
+            directions: Those of all prompts.
+            settings: How they were found; those of folds are found so, too.
+        """
         back = -1 - int(directions.origin.get("position", -1))
         first = back * directions.layers
-        sides: list[Projected] = [
-            self._reduced(s.name, projected, vectors, first) for s in self._sets
+        columns = range(first, first + directions.layers)
+        sides = self._held_out(settings, columns)
+        return direction_methods.separation(sides[0], sides[1], directions)
+
+    def _held_out(self, settings: DirectionSettings, columns: range) -> list[Projected]:
+        """Both sets, each fold along the directions of all others; zeros where there are none.
+
+        Of a method that wants residuals, no more prompts are measured than can be here at once.
+        """
+        need = direction_methods.need_of(settings)
+        places = [
+            numpy.arange(len(s)) if need in REDUCED else picked_places(len(s)) for s in self._sets
         ]
-        return direction_methods.separation(*sides)
+        both = zip(self._sets, places, strict=True)
+        folds = Folds.of(*([s.prompts[place].folded for place in own] for s, own in both))
+        if folds is None:
+            along = [numpy.zeros((len(own), len(columns))) for own in places]
+        elif need in REDUCED:
+            along = self._reduced_along(settings, columns, folds)
+        else:
+            along = self._fetched_along(settings, columns, folds, places)
+        sums = [self.sums(s.name, columns=columns) for s in self._sets]
+        return [Projected(*both) for both in zip(sums, along, strict=True)]
+
+    def _reduced_along(
+        self, settings: DirectionSettings, columns: range, folds: Folds
+    ) -> list[Any]:
+        """Coordinates of all prompts, taken where their residuals are."""
+        function, find = REDUCED[direction_methods.need_of(settings)]
+        quantile = settings.winsorize_quantile
+        sides = list(zip(self._sets, folds.sides, strict=True))
+        parts = [
+            self._reduced(s.name, by_fold, own, function, quantile, columns) for s, own in sides
+        ]
+        found = partial(find, settings=settings, origin={})
+        vectors = vectors_without(parts[0], parts[1], found, folds)
+        if vectors is None:
+            return [numpy.zeros((len(s), len(columns))) for s in self._sets]
+        rows = [
+            self._reduced(s.name, projected, vectors, own, quantile, columns.start).values
+            for s, own in sides
+        ]
+        return list(centred(rows[0], rows[1], folds))
+
+    def _fetched_along(
+        self, settings: DirectionSettings, columns: range, folds: Folds, places: list[Any]
+    ) -> list[Any]:
+        """Coordinates of the prompts at some places, whose residuals are here layer by layer."""
+        along = [numpy.zeros((len(own), len(columns))) for own in places]
+        for index, column in enumerate(columns):
+            rows = [
+                self._reduced(s.name, rows_of, column, settings.winsorize_quantile, own).values
+                for s, own in zip(self._sets, places, strict=True)
+            ]
+            sets = Sets(*map(torch.from_numpy, rows))
+            found = held_out(sets, settings, folds) if sets.differ else None
+            if isinstance(found, HeldOut):
+                along[0][:, index], along[1][:, index] = found.behaviour, found.neutral
+        return along
 
     def sums(self, name: str, quantile: float = 1.0, columns: range | None = None) -> Sums:
         """Count and sum of one set, of all columns or some."""

@@ -6,7 +6,7 @@ Pure mathematics on residuals; knows nothing about models, files or figures.
 from ray_abliterate.comparison.advice import Advice
 from ray_abliterate.comparison.compare import Comparison, Layered, best_row, compare
 from ray_abliterate.comparison.fits import Sets
-from ray_abliterate.comparison.held_out import HeldOut, held_out
+from ray_abliterate.comparison.held_out import HeldOut, centred, halves, held_out, vectors_without
 
 __all__ = [
     "Advice",
@@ -15,6 +15,9 @@ __all__ = [
     "Layered",
     "Sets",
     "best_row",
+    "centred",
     "compare",
+    "halves",
     "held_out",
+    "vectors_without",
 ]

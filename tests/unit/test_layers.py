@@ -3,7 +3,7 @@
 The pool here is this process: it hands out real shards, and its store works on them directly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -61,11 +61,11 @@ class Store:
 class Pool:
     """Makes the shards of two sets of residuals."""
 
-    def __init__(self, sets: dict[str, Residuals], store: Store) -> None:
+    def __init__(self, sets: dict[str, Residuals], store: Store, layers: int) -> None:
         self.sets, self.store, self.calls = sets, store, 0
         hidden = sets["behaviour"].values.shape[2]
         self.facts = ModelFacts(
-            ModelShape(LAYERS, hidden, ("mlp",)), 2, 10, 40, 10, "float32", "cpu", "llama", "r1"
+            ModelShape(layers, hidden, ("mlp",)), 2, 10, 40, 10, "float32", "cpu", "llama", "r1"
         )
 
     def map_by_reference(self, method: str, calls: Any) -> Iterator[tuple[int, Any]]:
@@ -88,17 +88,25 @@ def opened(
         weaker[:, 2 * LAYERS :] -= 5 * planted
         sets[0] = Residuals(weaker)
     both = [Residuals(s.values[:prompts], name) for s, name in zip(sets, "bn", strict=True)]
-    pool = Pool({"behaviour": both[0], "neutral": both[1]}, Store())
-    names = [
-        PromptSet.of(name, *(f"{name} {i}" for i in range(prompts)))
-        for name in ("behaviour", "neutral")
-    ]
-    tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
-    files = ShardFiles(None, None, pytest.fail)
-    shards = Shards(pool, files, Extraction(ROWS, (), "float32", tuning, positions), *names)
-    shards.extract(Unwatched())
+    shards, pool = of_sets(both, positions=positions)
     pool.store.lose = lose
     return shards, pool, both
+
+
+def of_sets(
+    sets: Sequence[Residuals], texts: Sequence[Sequence[str]] | None = None, positions: int = 1
+) -> tuple[Shards, Pool]:
+    """Shards of two sets, extracted; of prompts that are all different, if there are no texts."""
+    layers = sets[0].layers // positions
+    pool = Pool(dict(zip(("behaviour", "neutral"), sets, strict=True)), Store(), layers)
+    if texts is None:
+        texts = [[f"{name} {i}" for i in range(len(s.values))] for name, s in pool.sets.items()]
+    prompts = [PromptSet.of(name, *own) for name, own in zip(pool.sets, texts, strict=True)]
+    tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
+    files = ShardFiles(None, None, pytest.fail)
+    shards = Shards(pool, files, Extraction(ROWS, (), "float32", tuning, positions), *prompts)
+    shards.extract(Unwatched())
+    return shards, pool
 
 
 READS = {
@@ -176,13 +184,12 @@ def test_of_several_token_positions_the_one_that_separates_best_is_taken(method:
     assert_same(found, expected, 1e-6)
     assert found.spared is not None and expected.spared is not None
     torch.testing.assert_close(found.spared, expected.spared)
-    rows = shards.separation(found)
+    alone, _ = of_sets(own)
+    again = alone.directions(settings.model_copy(update={"positions": 1}))
+    rows = shards.separation(found, settings)
+    for row, other in zip(rows, alone.separation(again, settings), strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-7)
     assert [row["layer"] for row in rows] == list(range(LAYERS))
-    for layer, row in enumerate(rows):
-        a, b = (s.values[:, layer].double() @ found.vectors[layer].double() for s in own)
-        spread = a.var(unbiased=False) + b.var(unbiased=False)
-        assert row["fisher"] == pytest.approx(float((a.mean() - b.mean()) ** 2 / spread))
-        assert row["behaviour_norm"] == pytest.approx(float(own[0].mean()[layer].norm()))
 
 
 def test_directions_survive_the_choice_of_a_position() -> None:

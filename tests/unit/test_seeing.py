@@ -31,9 +31,10 @@ from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score, Scorecard
 from ray_abliterate.shard_files import ShardFolder
 from ray_abliterate.shards import ResidualShard
+from ray_abliterate.statistics.folds import MOST, picked_places
 from ray_abliterate.stored import StoredSet, stored_sets
 from ray_abliterate.testing.directions import planted_residuals
-from ray_abliterate.views import MOST, astray, picked, views
+from ray_abliterate.views import astray, views
 
 ROWS = 16
 
@@ -198,11 +199,10 @@ def test_a_prompt_in_the_wrong_set_is_listed(recipe: Recipe, tmp_path: Path) -> 
 
 
 def test_of_many_prompts_some_are_picked_at_even_distances() -> None:
-    values = numpy.arange(3 * MOST, dtype=numpy.float32)[:, None]
-    found = picked(values)
+    found = picked_places(3 * MOST)
     assert len(found) == MOST and (found[0], found[-1]) == (0, 3 * MOST - 1)
-    assert set(numpy.diff(found[:, 0])) <= {3, 4}
-    assert picked(values[:5]) is not None and len(picked(values[:5])) == 5
+    assert set(numpy.diff(found)) <= {3, 4}
+    assert picked_places(5).tolist() == [0, 1, 2, 3, 4]
 
 
 # Verbs
