@@ -609,12 +609,17 @@ def methods_table(figures: dict[str, Any]) -> list[str]:
         (
             f"`{name}`",
             *(f"{found[name, *size]['seconds']:.2f}" for size in sizes),
+            *(f"{found[name, *size]['held_out_seconds']:.2f}" for size in sizes),
             f"{found[name, *sizes[-1]]['cosine']:.2f}",
             f"{found[name, *sizes[-1]]['cosine_outliers']:.2f}",
         )
         for name in dict.fromkeys(name for name, _, _ in found)
     ]
-    seconds = (f"s a layer, 2 × {prompts:,} prompts × {hidden:,}" for prompts, hidden in sizes)
+    seconds = (
+        f"{what}, 2 × {prompts:,} × {hidden:,}"
+        for what in ("s a layer", "held out")
+        for prompts, hidden in sizes
+    )
     return table(("method", *seconds, "cosine", "with outliers"), rows)
 
 

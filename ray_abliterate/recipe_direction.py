@@ -60,7 +60,8 @@ class DirectionSettings(Section):
     costs another pass over the prompts."""
     per_component: bool = False
     """Find directions for each component, too, in what it alone adds to the residual stream
-    (attention, feed-forward, …), and edit each with its own. Reads as much again per component."""
+    (attention, feed-forward, …), and edit each with its own. Reads as much again per component, at
+    each of the `positions`."""
     residual_dtype: Literal["float32", "float16"] = "float32"
     """How residuals are kept; `float16` takes half the space. Sums are float64 either way."""
     skip_common_prefix: bool = True
@@ -72,12 +73,6 @@ class DirectionSettings(Section):
     @classmethod
     def _method_is_known(cls, value: str) -> str:
         return value if value == "ensemble" else _known_method(value)
-
-    @model_validator(mode="after")
-    def _components_are_read_at_one_token(self) -> "DirectionSettings":
-        if self.per_component and self.positions > 1:
-            raise ValueError("per_component reads at the last token alone; set positions = 1")
-        return self
 
     @model_validator(mode="after")
     def _ensembles_have_members(self) -> "DirectionSettings":

@@ -29,10 +29,10 @@ class ResidualShard:
     """Residuals of consecutive prompts of one set: a view of a record batch, one row a prompt.
 
     Columns: `prompt` (the prompt's place in its set), `set`, and `layer-0`, `layer-1`, …, each of
-    fixed-size lists in float32 or float16, so that a layer is read alone, and without a copy. Of
-    several token positions, all layers of the last one come first, then those of the one before.
-    What components add to the stream comes after the stream itself: all layers of the first
-    component, then of the next.
+    fixed-size lists in float32 or float16, so that a layer is read alone, and without a copy. What
+    components add to the stream comes after the stream itself: all layers of the first component,
+    then of the next. Of several token positions, all of that at the last one comes first, then all
+    at the one before.
     """
 
     batch: Any

@@ -4,20 +4,20 @@ The driver holds references. It fetches a shard only to write it to a file, one 
 direction method that wants more than means and variances it fetches residuals, one layer at a time.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from operator import add
 from typing import Any
 
-import numpy
 import torch
 
 from ray_abliterate import __version__
 from ray_abliterate import directions as direction_methods
-from ray_abliterate.comparison import HeldOut, Sets, centred, held_out, vectors_without
-from ray_abliterate.directions import Directions, Projected, from_moments, from_sums
+from ray_abliterate.comparison import along_others
+from ray_abliterate.comparison.cross_fitting import REDUCED
+from ray_abliterate.directions import Directions, NoDirection, Projected
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import ModelFacts
 from ray_abliterate.grid import Tuning, steady
@@ -28,18 +28,13 @@ from ray_abliterate.recipe import DirectionSettings, Recipe
 from ray_abliterate.residuals import Residuals, join
 from ray_abliterate.shard_files import ShardFiles
 from ray_abliterate.shards import ResidualShard, Sums, content_key, sums_of
-from ray_abliterate.statistics.folds import Folds, by_fold, picked_places, projected
-from ray_abliterate.statistics.moments import Moments, Pairs, moments_of, rows_of
+from ray_abliterate.statistics.moments import Moments, Pairs, rows_of
 from ray_abliterate.statistics.space import space_of
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Times that lost shards are made again in one reduction."""
-
-REDUCED: dict[str, tuple[Callable[..., Any], Callable[..., Directions]]] = {
-    "means": (sums_of, from_sums),
-    "variances": (moments_of, from_moments),
-}
-"""Needs that are reduced where residuals are: how, and what finds directions from both sets'."""
 
 Place = tuple[str, int]
 """Prompt set, and number of the batch."""
@@ -149,20 +144,43 @@ class Shards:
     def directions(self, settings: DirectionSettings) -> Directions:
         """The directions; of several token positions those that tell the sets apart best.
 
-        With those of components, if what these add to the stream was read.
+        With those of components at the same position, if what these add to the stream was read.
+
+        Raises:
+            NoDirection: no layer has one, at no position.
+        """
+        found = dict[int, Directions]()
+        for place in range(self._positions):
+            try:
+                own = self._directions(settings, self._columns(place))
+            except NoDirection:
+                if not found and place + 1 == self._positions:
+                    raise
+                continue
+            found[place] = own if self._positions == 1 else own.at_position(-1 - place)
+        best, components = min(found), {}
+        if len(found) > 1:
+            rows = {place: self.separation(own, settings) for place, own in found.items()}
+            best = direction_methods.best_position(rows)
+        for number, name in enumerate(self._components, start=1):
+            try:
+                components[name] = self._directions(settings, self._columns(best, number))
+            except NoDirection:
+                log.warning(
+                    "what %s adds to the stream is the same for both sets in every layer: it is "
+                    "edited with the stream's own directions",
+                    name,
+                )
+        return found[best].with_components(components)
+
+    def _columns(self, place: int, number: int = 0) -> range:
+        """Layers of the stream, or of a component by its number, at a token counted from the end.
+
+        As shards have them: of every position first the stream, then the components.
         """
         layers = self._pool.facts.shape.layers
-        if self._components:
-            found, *others = (
-                self._directions(settings, range(first, first + layers))
-                for first in range(0, layers * (1 + len(self._components)), layers)
-            )
-            return found.with_components(dict(zip(self._components, others, strict=True)))
-        found = self._directions(settings, range(layers * self._positions))
-        if self._positions == 1:
-            return found
-        place = direction_methods.best_position(self.separation(found, settings), layers)
-        return found.part(place * layers, layers, position=str(-1 - place))
+        first = layers * (place * (1 + len(self._components)) + number)
+        return range(first, first + layers)
 
     def _directions(self, settings: DirectionSettings, columns: range) -> Directions:
         """The directions of some columns of the shards, from as much as the method needs.
@@ -210,67 +228,12 @@ class Shards:
             directions: Those of all prompts.
             settings: How they were found; those of folds are found so, too.
         """
-        back = -1 - int(directions.origin.get("position", -1))
-        first = back * directions.layers
-        columns = range(first, first + directions.layers)
-        sides = self._held_out(settings, columns)
-        return direction_methods.separation(sides[0], sides[1], directions)
-
-    def _held_out(self, settings: DirectionSettings, columns: range) -> list[Projected]:
-        """Both sets, each fold along the directions of all others; zeros where there are none.
-
-        Of a method that wants residuals, no more prompts are measured than can be here at once.
-        """
-        need = direction_methods.need_of(settings)
-        places = [
-            numpy.arange(len(s)) if need in REDUCED else picked_places(len(s)) for s in self._sets
-        ]
-        both = zip(self._sets, places, strict=True)
-        folds = Folds.of(*([s.prompts[place].folded for place in own] for s, own in both))
-        if folds is None:
-            along = [numpy.zeros((len(own), len(columns))) for own in places]
-        elif need in REDUCED:
-            along = self._reduced_along(settings, columns, folds)
-        else:
-            along = self._fetched_along(settings, columns, folds, places)
+        place = -1 - int(directions.origin.get("position", -1))
+        columns = self._columns(place)
+        along = along_others(self._reduced, self._sets, settings, columns)
         sums = [self.sums(s.name, columns=columns) for s in self._sets]
-        return [Projected(*both) for both in zip(sums, along, strict=True)]
-
-    def _reduced_along(
-        self, settings: DirectionSettings, columns: range, folds: Folds
-    ) -> list[Any]:
-        """Coordinates of all prompts, taken where their residuals are."""
-        function, find = REDUCED[direction_methods.need_of(settings)]
-        quantile = settings.winsorize_quantile
-        sides = list(zip(self._sets, folds.sides, strict=True))
-        parts = [
-            self._reduced(s.name, by_fold, own, function, quantile, columns) for s, own in sides
-        ]
-        found = partial(find, settings=settings, origin={})
-        vectors = vectors_without(parts[0], parts[1], found, folds)
-        if vectors is None:
-            return [numpy.zeros((len(s), len(columns))) for s in self._sets]
-        rows = [
-            self._reduced(s.name, projected, vectors, own, quantile, columns.start).values
-            for s, own in sides
-        ]
-        return list(centred(rows[0], rows[1], folds))
-
-    def _fetched_along(
-        self, settings: DirectionSettings, columns: range, folds: Folds, places: list[Any]
-    ) -> list[Any]:
-        """Coordinates of the prompts at some places, whose residuals are here layer by layer."""
-        along = [numpy.zeros((len(own), len(columns))) for own in places]
-        for index, column in enumerate(columns):
-            rows = [
-                self._reduced(s.name, rows_of, column, settings.winsorize_quantile, own).values
-                for s, own in zip(self._sets, places, strict=True)
-            ]
-            sets = Sets(*map(torch.from_numpy, rows))
-            found = held_out(sets, settings, folds) if sets.differ else None
-            if isinstance(found, HeldOut):
-                along[0][:, index], along[1][:, index] = found.behaviour, found.neutral
-        return along
+        sides = [Projected(*both) for both in zip(sums, along, strict=True)]
+        return direction_methods.separation(sides[0], sides[1], directions)
 
     def sums(self, name: str, quantile: float = 1.0, columns: range | None = None) -> Sums:
         """Count and sum of one set, of all columns or some."""

@@ -6,7 +6,6 @@ So prompts are dealt to folds, and each fold is measured along the direction of 
 halves, whose directions share no prompt, so that their cosine says how steady the method is.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -14,13 +13,10 @@ import numpy
 import torch
 from jaxtyping import Float
 
-from ray_abliterate.comparison.fits import Choice, Found, Sets, unsaid
-from ray_abliterate.directions import Directions, NoDirection
+from ray_abliterate.comparison.fits import Choice, Found, Sets
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.separation import Numbers, Others, measures
-from ray_abliterate.statistics.folds import ByFold, Folds
-
-Vectors = Float[numpy.ndarray, "fold layer hidden"]
+from ray_abliterate.statistics.folds import Folds
 
 
 @dataclass(frozen=True)
@@ -85,33 +81,6 @@ def centred(
         for side, rows in zip(moved, own, strict=True):
             side[rows] -= 0.5 * (means[0] + means[1])
     return moved
-
-
-def vectors_without(
-    behaviour: ByFold,
-    neutral: ByFold,
-    find: Callable[[object, object], Directions],
-    folds: Folds,
-) -> Vectors | None:
-    """Unit vectors of each fold's others; zeros where one of them has none, None if all are.
-
-    Args:
-        behaviour: Statistics of the set.
-        neutral: Of the other one.
-        find: From both sets' statistics to directions.
-        folds: Which there are.
-    """
-    found = []
-    for fold in range(folds.count):
-        try:
-            with unsaid():
-                directions = find(behaviour.without(fold), neutral.without(fold))
-        except NoDirection:
-            return None
-        found.append(directions.vectors.numpy())
-    vectors: Vectors = numpy.stack(found)
-    vectors *= numpy.any(vectors, axis=-1, keepdims=True).all(axis=0)
-    return vectors
 
 
 def halves(counts: tuple[int, int], seed: int) -> Folds | None:

@@ -81,15 +81,10 @@ def _apart(row: Mapping[str, Any]) -> float:
     return row.get("direction_norm", 0.0) / lengths if lengths else 0.0
 
 
-def best_position(rows: list[Any], layers: int) -> int:
-    """Which of several token positions has the layer that separates best, counted from the end.
-
-    Of equals the last token.
+def best_position(rows: Mapping[int, list[Any]]) -> int:
+    """Which of several token positions has the layer that separates best; of equals the first.
 
     Args:
-        rows: `separation` of all layers at the last token, then at the one before it, and so on.
-        layers: How many belong to a position.
+        rows: `separation` of each.
     """
-    positions = [rows[first : first + layers] for first in range(0, len(rows), layers)]
-    best = [own[best_layer([{**r, "layer": i} for i, r in enumerate(own)])] for own in positions]
-    return max(range(len(best)), key=lambda place: (best[place]["fisher"], -place))
+    return max(rows, key=lambda place: (rows[place][best_layer(rows[place])]["fisher"], -place))

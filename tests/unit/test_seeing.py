@@ -153,6 +153,20 @@ def test_of_several_token_positions_the_one_that_the_directions_are_from_is_read
     assert numpy.array_equal(found.layer(1), values(20, 6)[:, 3])
 
 
+def test_behind_each_position_stand_the_components(recipe: Recipe, tmp_path: Path) -> None:
+    """Two positions, each of a stream and two components of two layers."""
+    direction = recipe.direction.model_copy(update={"per_component": True, "positions": 2})
+    wanted = recipe.model_copy(update={"direction": direction})
+    directory = a_run(tmp_path / "run", wanted, prompts=20, layers=12)
+    directory.note(model={"layers": 2, "components": ["attn", "mlp"]})
+    vectors = torch.nn.functional.normalize(torch.ones(2, 32), dim=1)
+    for position, first in ((-1, 0), (-2, 6)):
+        directory.save_directions(Directions(vectors, "m", {}).at_position(position))
+        for layer in (0, 1):
+            found = stored_sets(directory)[0].layer(layer)
+            assert numpy.array_equal(found, values(20, 12)[:, first + layer])
+
+
 def values(prompts: int, layers: int) -> numpy.ndarray:
     found: numpy.ndarray = planted_residuals(0, prompts=prompts, layers=layers)[0].values.numpy()
     return found
