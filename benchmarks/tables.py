@@ -623,6 +623,33 @@ def methods_table(figures: dict[str, Any]) -> list[str]:
     return table(("method", *seconds, "cosine", "with outliers"), rows)
 
 
+def components_table(figures: dict[str, Any]) -> list[str]:
+    """Rate and divergence with the stream's directions and with those of components."""
+    found = {(row["directions"], row["layer"]): row for row in figures["measured"]}
+    layers = list(dict.fromkeys(layer for _, layer in found))
+    rows = [
+        (
+            "each layer's own" if layer is None else f"layer {layer}'s in all",
+            *(
+                f"{found[which, layer]['rate']:.2f}, {found[which, layer]['divergence']:.2f} nats"
+                for which in ("stream", "own")
+            ),
+        )
+        for layer in layers
+    ]
+    alike = ", ".join(
+        f"{own['median']:.2f} ({own['least']:.2f} to {own['most']:.2f}) in `{name}`"
+        for name, own in figures["neighbours"].items()
+    )
+    rows.append(("no edit", f"{figures['base']['rate']:.2f}, 0 nats", ""))
+    return [
+        *table(("demo model, strength 1 everywhere", "the stream's", "components' own"), rows),
+        "",
+        "What is left of the behaviour (rate), and divergence. Cosines of neighbouring layers' "
+        f"directions, median and range: {alike}.",
+    ]
+
+
 def seeing_table(figures: dict[str, Any]) -> list[str]:
     """Seconds and memory of looking at residuals and of comparing methods."""
     seconds = figures["seconds"]
@@ -710,6 +737,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overhead": ("overhead", overhead_table),
     "throughput": ("scaling", throughput_table),
     "limits": ("scaling", limits_table),
+    "components": ("components", components_table),
     "sampler": ("scaling-sampler", sampler_table),
     "faults": ("faults", faults_table),
     "streaming": ("streaming", streaming_table),

@@ -255,8 +255,7 @@ class Recipe(Section):
                 "prompts.filter_by_behaviour needs a scorer that can tell of one answer whether it "
                 "shows the behaviour: a keyword-rate, refusal-judge or refusal-log-odds"
             )
-        methods = {self.direction.method, *(member.method for member in self.direction.ensemble)}
-        if "pca-paired" in methods:
+        if self.direction.pairs_prompts:
             raise ValueError(
                 "prompts.filter_by_behaviour leaves prompts out of either set, so that pairs no "
                 "longer stand beside each other, as pca-paired needs them; choose one of the two"

@@ -83,3 +83,8 @@ class DirectionSettings(Section):
         if self.method == "ensemble" and self.options:
             raise ValueError("options of an ensemble belong to its members")
         return self
+
+    @property
+    def pairs_prompts(self) -> bool:
+        """Whether prompt i of one set has to stand beside prompt i of the other."""
+        return "pca-paired" in {self.method, *(member.method for member in self.ensemble)}

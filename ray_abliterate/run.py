@@ -20,7 +20,7 @@ from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier
-from ray_abliterate.hygiene import Answering, agreeing, refuse_small
+from ray_abliterate.hygiene import Answering, agreeing, refuse_alike, refuse_small
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
 from ray_abliterate.prompts import PromptSet
@@ -130,9 +130,10 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
             resolve(scorer.kind)
     direction_methods.refuse_unknown(recipe.direction)
     with watch.stage("prompts"):
+        pairs = recipe.direction.pairs_prompts
         sets = PromptSets(
-            load_prompt_set("behaviour", recipe.prompts.behaviour, base),
-            load_prompt_set("neutral", recipe.prompts.neutral, base),
+            load_prompt_set("behaviour", recipe.prompts.behaviour, base, pairs),
+            load_prompt_set("neutral", recipe.prompts.neutral, base, pairs),
             {
                 scorer.name: load_prompt_set(scorer.name, scorer.prompts, base)
                 for scorer in recipe.scorers
@@ -140,6 +141,7 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
             },
         )
     refuse_small(recipe, (sets.behaviour, sets.neutral))
+    alike = refuse_alike(recipe, sets.behaviour, sets.neutral)
     known = directory.environment.get("prompts")
     for name, facts in sets.facts().items():
         if known is not None and known[name]["fingerprint"] != facts["fingerprint"]:
@@ -150,7 +152,7 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
     if known is None:
         overlaps = warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values()))
         places = {"base": str(base.resolve()), "base_given": str(base)}
-        directory.note(prompts=sets.facts(), warnings=overlaps, **places)
+        directory.note(prompts=sets.facts(), warnings=[*alike, *overlaps], **places)
     return sets
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.plan import Plan
 from ray_abliterate.residuals import LayerVectors
 
@@ -22,7 +23,7 @@ VANISHING = 1e-6
 """What is left of a vector below this share of its length is rounding."""
 
 
-class NoDirection(ValueError):
+class NoDirection(PromptSourceError, ValueError):
     """The sets leave the same residuals."""
 
 

@@ -247,6 +247,7 @@ def test_a_run_with_components_at_several_positions_edits_with_those_of_the_chos
         return tokens
 
     monkeypatch.setattr(run, "response_prefix", prefix)
+    more += "project_out_neutral = false\n"
     done = finish(tmp_path / "long", planted_folder, norm="none", more=more)
     directions, directory = done.directory.directions(), done.directory
     assert set(directions.components) == {"attn", "mlp"}
@@ -259,7 +260,7 @@ def test_a_run_with_components_at_several_positions_edits_with_those_of_the_chos
         for layer in (2, 3):
             if own.usable[layer]:
                 along = own.vectors[layer].double() @ gap[number, layer]
-                assert along > 0.9 * gap[number, layer].norm()
+                assert along == pytest.approx(float(gap[number, layer].norm()), rel=1e-3)
     assert directions.usable[2] and directions.of("attn").usable[2]
     stored = stored_sets(directory)[0]
     mean = torch.from_numpy(stored.layer(3)).double().mean(0)
