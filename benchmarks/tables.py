@@ -623,6 +623,23 @@ def methods_table(figures: dict[str, Any]) -> list[str]:
     return table(("method", *seconds, "cosine", "with outliers"), rows)
 
 
+def folds_table(figures: dict[str, Any]) -> list[str]:
+    """How often each number of folds finds the layer, by size."""
+    found = {(row["prompts"], row["hidden"], row["folds"]): row for row in figures["measured"]}
+    sizes = list(dict.fromkeys((prompts, hidden) for prompts, hidden, _ in found))
+    rows = []
+    for count in dict.fromkeys(folds for _, _, folds in found):
+        own = [found[*size, count] for size in sizes]
+        spreads = (f"{row['nothing_mean']:.2f} ± {row['nothing_spread']:.2f}" for row in own)
+        rows.append((count, *(f"{row['found']:.0%}" for row in own), *spreads))
+    heads = (
+        f"{what}, 2 × {prompts} × {hidden:,}"
+        for what in ("layer found", "AUROC of noise")
+        for prompts, hidden in sizes
+    )
+    return table(("folds", *heads), rows)
+
+
 def components_table(figures: dict[str, Any]) -> list[str]:
     """Rate and divergence with the stream's directions and with those of components."""
     found = {(row["directions"], row["layer"]): row for row in figures["measured"]}
@@ -738,6 +755,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "throughput": ("scaling", throughput_table),
     "limits": ("scaling", limits_table),
     "components": ("components", components_table),
+    "folds": ("folds", folds_table),
     "sampler": ("scaling-sampler", sampler_table),
     "faults": ("faults", faults_table),
     "streaming": ("streaming", streaming_table),
