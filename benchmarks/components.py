@@ -16,6 +16,8 @@ from typing import Any
 
 from benchmarks import save
 
+SCORED = 32
+"""Prompts of each set that plans are scored on."""
 LAYERS = (12, 18, 24)
 """Of the model's 30, where one direction for all of them is taken."""
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.toml"
@@ -38,7 +40,11 @@ def main() -> None:
     parts = {"stream": directions, **directions.components}
     cosines = {name: neighbours(own.vectors) for name, own in parts.items()}
     base = scores(replica, Plan.nothing(), directions)
-    print(save("components", {"base": base, "measured": rows, "neighbours": cosines}))
+    print(
+        save(
+            "components", {"scored": SCORED, "base": base, "measured": rows, "neighbours": cosines}
+        )
+    )
 
 
 def prepared() -> tuple[Any, Any]:
@@ -54,7 +60,10 @@ def prepared() -> tuple[Any, Any]:
 
     recipe = Recipe.load(RECIPE)
     given = {"behaviour": recipe.prompts.behaviour, "neutral": recipe.prompts.neutral}
-    scored = {s.name: load_prompt_set(s.name, s.prompts, RECIPE.parent) for s in recipe.scorers}
+    scored = {
+        s.name: load_prompt_set(s.name, s.prompts, RECIPE.parent).only(range(SCORED))
+        for s in recipe.scorers
+    }
     replica = Replica(recipe, str(build_demo_model(default_folder())), scored)
     replica.model.use(replica.tune())
     layers, components = len(replica.model.blocks), replica.describe().shape.components

@@ -662,8 +662,8 @@ def components_table(figures: dict[str, Any]) -> list[str]:
     return [
         *table(("demo model, strength 1 everywhere", "the stream's", "components' own"), rows),
         "",
-        "What is left of the behaviour (rate), and divergence. Cosines of neighbouring layers' "
-        f"directions, median and range: {alike}.",
+        f"What is left of the behaviour (rate, {figures['scored']} prompts), and divergence. "
+        f"Cosines of neighbouring layers' directions, median and range: {alike}.",
     ]
 
 
