@@ -148,22 +148,29 @@ class Bench:
         import torch
 
         from ray_abliterate import directions
+        from ray_abliterate.comparison import HeldOut, Sets, held_out
         from ray_abliterate.recipe import DirectionSettings
         from ray_abliterate.residuals import Residuals
-        from ray_abliterate.shards import ResidualShard, projected
+        from ray_abliterate.separation import BLIND
+        from ray_abliterate.statistics.folds import Folds
 
         drawn = [
             values[draw(len(values), self.subject.drawn, seed)]
             for values in self._residuals.values()
         ]
         sets = [Residuals(torch.from_numpy(values)) for values in drawn]
-        found = directions.compute(*sets, DirectionSettings.model_validate(settings))
-        vectors = found.vectors.numpy()
-        sides = [
-            projected(ResidualShard.of(kind, 0, values).batch, vectors)
-            for kind, values in zip(self._residuals, drawn, strict=True)
-        ]
-        return found, directions.best_layer(directions.separation(*sides))
+        wanted = DirectionSettings.model_validate(settings)
+        folds = Folds.of(
+            *([(name, i) for i in range(len(v))] for name, v in zip("bn", drawn, strict=True))
+        )
+        rows = []
+        for layer in range(sets[0].layers):
+            held = (s.winsorized(wanted.winsorize_quantile).values[:, layer] for s in sets)
+            own = Sets(*(values.contiguous() for values in held))
+            found = held_out(own, wanted, folds) if own.differ else None
+            measured = found.measures() if isinstance(found, HeldOut) else BLIND
+            rows.append({"layer": layer, **measured})
+        return directions.compute(*sets, wanted), directions.best_layer(rows)
 
     def _search(self, job: Job, setup: Any, layer: int) -> Iterator[tuple[float, ...] | None]:
         """Rate and divergence of each plan; None where it failed.

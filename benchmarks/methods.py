@@ -1,5 +1,8 @@
 """Seconds of each direction method for one layer, and how far the planted direction is found.
 
+Apart from that, the seconds in which the layer is measured on held-out prompts as a run does it:
+directions of all but one fold, each fold along its own.
+
     OMP_NUM_THREADS=1 python -m benchmarks.methods
 
 Synthetic residuals: two sets that differ along a direction by three standard deviations, among
@@ -37,6 +40,7 @@ def main() -> None:
                     "prompts": prompts,
                     "hidden": hidden,
                     "seconds": clean["seconds"],
+                    "held_out_seconds": held_out_seconds(name, prompts, hidden),
                     "cosine": clean["cosine"],
                     "cosine_outliers": wild["cosine"],
                 }
@@ -60,6 +64,39 @@ def one(name: str, prompts: int, hidden: int, outliers: bool, rounds: int) -> di
         seconds.append(time.perf_counter() - started)
     cosine = float(torch.nn.functional.normalize(found, dim=0) @ planted)
     return {"seconds": round(statistics.median(seconds), 4), "cosine": round(cosine, 4)}
+
+
+def held_out_seconds(name: str, prompts: int, hidden: int) -> float:
+    """Of one layer, in memory; of a method that wants residuals, those that a run would measure."""
+    import torch
+
+    from ray_abliterate import directions
+    from ray_abliterate.comparison import Sets, held_out
+    from ray_abliterate.comparison.cross_fitting import REDUCED, vectors_without
+    from ray_abliterate.recipe import DirectionSettings
+    from ray_abliterate.shards import ResidualShard
+    from ray_abliterate.statistics.folds import Folds, by_fold, picked_places, projected
+
+    settings = DirectionSettings(method=name)
+    sets = residuals(prompts, hidden, outliers=False)[:2]
+    need = directions.need_of(settings)
+    if need not in REDUCED:
+        places = torch.from_numpy(picked_places(prompts))
+        sets = tuple(values[places].contiguous() for values in sets)
+    folds = Folds.of(*([(kind, i) for i in range(len(v))] for kind, v in enumerate(sets)))
+    assert folds is not None
+    batches = [ResidualShard.of("s", 0, values[:, None].numpy()).batch for values in sets]
+    started = time.perf_counter()
+    if need in REDUCED:
+        function, _ = REDUCED[need]
+        sides = list(zip(batches, folds.sides, strict=True))
+        parts = [by_fold(batch, own, function) for batch, own in sides]
+        vectors = vectors_without(*parts, settings, folds)
+        for batch, own in sides:
+            projected(batch, vectors, own)
+    else:
+        held_out(Sets(*sets), settings, folds)
+    return round(time.perf_counter() - started, 4)
 
 
 def residuals(prompts: int, hidden: int, outliers: bool) -> tuple[Any, Any, Any]:

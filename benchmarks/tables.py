@@ -612,13 +612,62 @@ def methods_table(figures: dict[str, Any]) -> list[str]:
         (
             f"`{name}`",
             *(f"{found[name, *size]['seconds']:.2f}" for size in sizes),
+            *(f"{found[name, *size]['held_out_seconds']:.2f}" for size in sizes),
             f"{found[name, *sizes[-1]]['cosine']:.2f}",
             f"{found[name, *sizes[-1]]['cosine_outliers']:.2f}",
         )
         for name in dict.fromkeys(name for name, _, _ in found)
     ]
-    seconds = (f"s a layer, 2 × {prompts:,} prompts × {hidden:,}" for prompts, hidden in sizes)
+    seconds = (
+        f"{what}, 2 × {prompts:,} × {hidden:,}"
+        for what in ("s a layer", "held out")
+        for prompts, hidden in sizes
+    )
     return table(("method", *seconds, "cosine", "with outliers"), rows)
+
+
+def folds_table(figures: dict[str, Any]) -> list[str]:
+    """How often each number of folds finds the layer, by size."""
+    found = {(row["prompts"], row["hidden"], row["folds"]): row for row in figures["measured"]}
+    sizes = list(dict.fromkeys((prompts, hidden) for prompts, hidden, _ in found))
+    rows = []
+    for count in dict.fromkeys(folds for _, _, folds in found):
+        own = [found[*size, count] for size in sizes]
+        spreads = (f"{row['nothing_mean']:.2f} ± {row['nothing_spread']:.2f}" for row in own)
+        rows.append((count, *(f"{row['found']:.0%}" for row in own), *spreads))
+    heads = (
+        f"{what}, 2 × {prompts} × {hidden:,}"
+        for what in ("layer found", "AUROC of noise")
+        for prompts, hidden in sizes
+    )
+    return table(("folds", *heads), rows)
+
+
+def components_table(figures: dict[str, Any]) -> list[str]:
+    """Rate and divergence with the stream's directions and with those of components."""
+    found = {(row["directions"], row["layer"]): row for row in figures["measured"]}
+    layers = list(dict.fromkeys(layer for _, layer in found))
+    rows = [
+        (
+            "each layer's own" if layer is None else f"layer {layer}'s in all",
+            *(
+                f"{found[which, layer]['rate']:.2f}, {found[which, layer]['divergence']:.2f} nats"
+                for which in ("stream", "own")
+            ),
+        )
+        for layer in layers
+    ]
+    alike = ", ".join(
+        f"{own['median']:.2f} ({own['least']:.2f} to {own['most']:.2f}) in `{name}`"
+        for name, own in figures["neighbours"].items()
+    )
+    rows.append(("no edit", f"{figures['base']['rate']:.2f}, 0 nats", ""))
+    return [
+        *table(("demo model, strength 1 everywhere", "the stream's", "components' own"), rows),
+        "",
+        f"What is left of the behaviour (rate, {figures['scored']} prompts), and divergence. "
+        f"Cosines of neighbouring layers' directions, median and range: {alike}.",
+    ]
 
 
 def seeing_table(figures: dict[str, Any]) -> list[str]:
@@ -708,6 +757,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "overhead": ("overhead", overhead_table),
     "throughput": ("scaling", throughput_table),
     "limits": ("scaling", limits_table),
+    "components": ("components", components_table),
+    "folds": ("folds", folds_table),
     "sampler": ("scaling-sampler", sampler_table),
     "faults": ("faults", faults_table),
     "streaming": ("streaming", streaming_table),

@@ -5,6 +5,7 @@ neutral one that it declines. Which these are, the recipe's own scorer says of t
 answers, in fixed batches on all replicas; what is known is kept, so that a stopped run goes on.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from ray_abliterate.prompts import Prompt, PromptSet
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.shards import content_key
+
+log = logging.getLogger(__name__)
 
 CONTRADICTS = {
     "behaviour": "to {} the base model's answer does not show the behaviour",
@@ -125,6 +128,37 @@ def refuse_small(recipe: Recipe, sets: Sequence[PromptSet]) -> None:
                 f"{least} have to be left after filtering.\n"
                 "  Give more prompts, or set prompts.least_prompts lower."
             )
+
+
+def refuse_alike(recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> list[str]:
+    """Make sure, before a model is loaded, that there can be a direction between two sets.
+
+    Returns a sentence about prompts that are in both, if there are any.
+
+    Raises:
+        PromptSourceError: they are the same prompts, or can't be pairs as the method needs them.
+    """
+    shared = {*behaviour.prompts} & {*neutral.prompts}
+    if shared == {*behaviour.prompts, *neutral.prompts}:
+        raise PromptSourceError(
+            f"prompts.behaviour and prompts.neutral are the same {len(shared)} prompts, so there "
+            "is no direction between them.\n"
+            "  Give prompts that show the behaviour, and others that don't."
+        )
+    if recipe.direction.pairs_prompts and len(behaviour) != len(neutral):
+        raise PromptSourceError(
+            f"pca-paired needs sets of equal size, prompt by prompt; prompts.behaviour has "
+            f"{len(behaviour)}, and prompts.neutral {len(neutral)}.\n"
+            "  Give a partner to each prompt, or choose another direction.method."
+        )
+    if not shared:
+        return []
+    sentence = (
+        f"{len(shared)} prompts are in both prompts.behaviour and prompts.neutral; they say "
+        "nothing about the behaviour, and bring the means of the sets together."
+    )
+    log.warning("%s", sentence)
+    return [sentence]
 
 
 def agreeing(

@@ -16,6 +16,11 @@ class Prompt:
     user: str
     system: str | None = None
 
+    @property
+    def folded(self) -> str:
+        """What the user says, case and spacing aside."""
+        return " ".join(self.user.split()).casefold()
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -46,8 +51,8 @@ class PromptSet:
 
     def overlap(self, other: "PromptSet") -> tuple[Prompt, ...]:
         """Prompts of this set whose text is in `other` too, case and spacing aside."""
-        known = {_folded(prompt) for prompt in other.prompts}
-        return tuple(prompt for prompt in self.prompts if _folded(prompt) in known)
+        known = {prompt.folded for prompt in other.prompts}
+        return tuple(prompt for prompt in self.prompts if prompt.folded in known)
 
     def only(self, places: Iterable[int]) -> "PromptSet":
         """The prompts at some places of this set, as a set of their own; one at least."""
@@ -57,7 +62,3 @@ class PromptSet:
         """Fixed batches in order, each with its number: the unit of distributed work."""
         for index, start in enumerate(range(0, len(self.prompts), size)):
             yield index, self.prompts[start : start + size]
-
-
-def _folded(prompt: Prompt) -> str:
-    return " ".join(prompt.user.split()).casefold()

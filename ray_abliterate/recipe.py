@@ -172,9 +172,10 @@ class SearchSettings(Section):
     """Seed of the sampler."""
     seeds: Seeds = "fisher"
     """Begin with two plans: the middle of the space, and one layer's direction taken out everywhere
-    at full strength. That layer tells the prompt sets apart best by this measure; or, with
-    `log-odds`, refusals go furthest without its direction, on held-out prompts: those of the first
-    `refusal-log-odds` and `kl-divergence`. `none`: no such plans."""
+    at full strength. That layer tells the prompt sets apart best by this measure, of prompts that
+    its direction was not found from; or, with `log-odds`, refusals go furthest without its
+    direction, on the prompts of the first `refusal-log-odds` and `kl-divergence`. `none`: no such
+    plans."""
     concurrency: int | None = Field(None, ge=1)
     """Plans in evaluation at once; replicas times `trials_per_pass` if unset. One more waits."""
     batch_synchronous: bool = False
@@ -254,8 +255,7 @@ class Recipe(Section):
                 "prompts.filter_by_behaviour needs a scorer that can tell of one answer whether it "
                 "shows the behaviour: a keyword-rate, refusal-judge or refusal-log-odds"
             )
-        methods = {self.direction.method, *(member.method for member in self.direction.ensemble)}
-        if "pca-paired" in methods:
+        if self.direction.pairs_prompts:
             raise ValueError(
                 "prompts.filter_by_behaviour leaves prompts out of either set, so that pairs no "
                 "longer stand beside each other, as pca-paired needs them; choose one of the two"

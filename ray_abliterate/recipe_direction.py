@@ -60,7 +60,8 @@ class DirectionSettings(Section):
     costs another pass over the prompts."""
     per_component: bool = False
     """Find directions for each component, too, in what it alone adds to the residual stream
-    (attention, feed-forward, …), and edit each with its own. Reads as much again per component."""
+    (attention, feed-forward, …), and edit each with its own. Reads as much again per component, at
+    each of the `positions`."""
     residual_dtype: Literal["float32", "float16"] = "float32"
     """How residuals are kept; `float16` takes half the space. Sums are float64 either way."""
     skip_common_prefix: bool = True
@@ -74,12 +75,6 @@ class DirectionSettings(Section):
         return value if value == "ensemble" else _known_method(value)
 
     @model_validator(mode="after")
-    def _components_are_read_at_one_token(self) -> "DirectionSettings":
-        if self.per_component and self.positions > 1:
-            raise ValueError("per_component reads at the last token alone; set positions = 1")
-        return self
-
-    @model_validator(mode="after")
     def _ensembles_have_members(self) -> "DirectionSettings":
         if self.method == "ensemble" and not self.ensemble:
             raise ValueError('method = "ensemble" needs [[direction.ensemble]], a method each')
@@ -88,3 +83,8 @@ class DirectionSettings(Section):
         if self.method == "ensemble" and self.options:
             raise ValueError("options of an ensemble belong to its members")
         return self
+
+    @property
+    def pairs_prompts(self) -> bool:
+        """Whether prompt i of one set has to stand beside prompt i of the other."""
+        return "pca-paired" in {self.method, *(member.method for member in self.ensemble)}

@@ -90,7 +90,7 @@ class PromptSource(TableSource):
     system: str | None = None
     """System prompt of this set; the template's own default if unset."""
     deduplicate: bool = True
-    """Drop repeated prompts (the first stays)."""
+    """Drop repeated prompts (the first stays); `pca-paired` keeps them, with their pairs."""
 
     @model_validator(mode="after")
     def _has_a_column(self) -> Self:

@@ -21,7 +21,7 @@ from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.shards import Extraction, Shards
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.frontier import Frontier
-from ray_abliterate.hygiene import Answering, agreeing, refuse_small
+from ray_abliterate.hygiene import Answering, agreeing, refuse_alike, refuse_small
 from ray_abliterate.plan import Plan, Space
 from ray_abliterate.progress import Unwatched, Watch
 from ray_abliterate.prompts import PromptSet
@@ -131,9 +131,10 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
             resolve(scorer.kind)
     direction_methods.refuse_unknown(recipe.direction)
     with watch.stage("prompts"):
+        pairs = recipe.direction.pairs_prompts
         sets = PromptSets(
-            load_prompt_set("behaviour", recipe.prompts.behaviour, base),
-            load_prompt_set("neutral", recipe.prompts.neutral, base),
+            load_prompt_set("behaviour", recipe.prompts.behaviour, base, pairs),
+            load_prompt_set("neutral", recipe.prompts.neutral, base, pairs),
             {
                 scorer.name: load_prompt_set(scorer.name, scorer.prompts, base)
                 for scorer in recipe.scorers
@@ -141,6 +142,7 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
             },
         )
     refuse_small(recipe, (sets.behaviour, sets.neutral))
+    alike = refuse_alike(recipe, sets.behaviour, sets.neutral)
     known = directory.environment.get("prompts")
     for name, facts in sets.facts().items():
         if known is not None and known[name]["fingerprint"] != facts["fingerprint"]:
@@ -151,7 +153,7 @@ def load_prompts(recipe: Recipe, directory: RunDirectory, base: Path, watch: Wat
     if known is None:
         overlaps = warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values()))
         places = {"base": str(base.resolve()), "base_given": str(base)}
-        directory.note(prompts=sets.facts(), warnings=overlaps, **places)
+        directory.note(prompts=sets.facts(), warnings=[*alike, *overlaps], **places)
     return sets
 
 
@@ -258,7 +260,7 @@ def measure_baseline(
         return known
     with watch.stage("baseline"):
         evaluation = pool.evaluate(Plan.nothing(), shared)
-    rows = shards.separation(setup.directions)
+    rows = shards.separation(setup.directions, directory.recipe.direction)
     baseline = Baseline(evaluation.scorecard, tuple(rows), direction_methods.best_layer(rows))
     directory.save_baseline(baseline)
     for score in evaluation.scorecard.scores:
@@ -286,7 +288,7 @@ def try_layers(
         if base is not None or shards is None:
             assert base is not None
             return base.separation
-        return shards.separation(setup.directions)
+        return shards.separation(setup.directions, recipe.direction)
 
     probe = probe_of(recipe, sets.scored)
     select_layer(directory, pool, probe, setup, rows, watch)

@@ -1,7 +1,7 @@
 """Where a search begins: the layer whose direction its first plan takes out everywhere.
 
-By how well layers tell the prompt sets apart, which costs nothing, or by what their directions do
-to held-out prompts, tried on all replicas, a layer a call.
+By how well layers tell held-out prompts of the two sets apart, which costs no pass of the model, or
+by what their directions do to held-out prompts, tried on all replicas, a layer a call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +98,11 @@ def seed_points(
         return ()
     measure = "fisher" if by == "log-odds" else by.replace("-", "_")
     layer = best_layer(list(baseline.separation), measure)
+    if not any(row["fisher"] for row in baseline.separation):
+        warn(
+            "search.seeds: no layer could be measured on prompts that its direction was not found "
+            f"from; layer {layer} is the one whose means lie farthest apart. Give more prompts"
+        )
     if by == "log-odds":
         layer = _chosen(directory, space, layer, warn)
     first, middle = space.seeds(float(layer))

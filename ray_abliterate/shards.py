@@ -29,10 +29,10 @@ class ResidualShard:
     """Residuals of consecutive prompts of one set: a view of a record batch, one row a prompt.
 
     Columns: `prompt` (the prompt's place in its set), `set`, and `layer-0`, `layer-1`, …, each of
-    fixed-size lists in float32 or float16, so that a layer is read alone, and without a copy. Of
-    several token positions, all layers of the last one come first, then those of the one before.
-    What components add to the stream comes after the stream itself: all layers of the first
-    component, then of the next.
+    fixed-size lists in float32 or float16, so that a layer is read alone, and without a copy. What
+    components add to the stream comes after the stream itself: all layers of the first component,
+    then of the next. Of several token positions, all of that at the last one comes first, then all
+    at the one before.
     """
 
     batch: Any
@@ -172,17 +172,6 @@ class Sums:
         return self.totals / self.prompts
 
 
-@dataclass(frozen=True)
-class Projected:
-    """A set along the directions: its sums, and every prompt's coordinate after every layer."""
-
-    sums: Sums
-    along: Float[numpy.ndarray, "prompt layer"]
-
-    def __add__(self, other: "Projected") -> "Projected":
-        return Projected(self.sums + other.sums, numpy.concatenate([self.along, other.along]))
-
-
 def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> Sums:
     """The sums of one shard, every residual winsorised first (1: none is); of some columns of
     layers, all if unset."""
@@ -192,20 +181,6 @@ def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> 
         for index in (range(shard.layers) if columns is None else columns)
     ]
     return Sums(shard.prompts, numpy.stack(totals))
-
-
-def projected(
-    batch: Any, vectors: Float[numpy.ndarray, "layer hidden"], first: int = 0
-) -> Projected:
-    """One shard along unit vectors, one for each column of layers from the first one on."""
-    shard = ResidualShard(batch)
-    # a sum of products, not a matrix product, whose bits would depend on the number of threads
-    along = [
-        (shard.layer(first + index) * vector.astype(numpy.float64)).sum(axis=-1)
-        for index, vector in enumerate(vectors)
-    ]
-    own = sums_of(batch, columns=range(first, first + len(vectors)))
-    return Projected(own, numpy.stack(along, axis=-1))
 
 
 def _refuse_infinite(values: Values, first: int, what: str) -> None:

@@ -24,7 +24,7 @@ CSV_BLOCK = 1 << 24
 """Bytes of a CSV file that are parsed at once; no row may be longer."""
 
 
-def load_prompt_set(name: str, source: PromptSource, base: Path) -> PromptSet:
+def load_prompt_set(name: str, source: PromptSource, base: Path, pairs: bool = False) -> PromptSet:
     """Read the prompts that a recipe names.
 
     Lines of a text file are stripped; cells of a table stay as they are. A slice counts the
@@ -34,6 +34,7 @@ def load_prompt_set(name: str, source: PromptSource, base: Path) -> PromptSet:
         name: What the set is called, in errors and in `PromptSet.name`.
         source: Where the prompts are, and what is put around them.
         base: The recipe's folder; relative paths are looked up there, then in the working folder.
+        pairs: Prompts have partners at the same place of another set, so none is dropped.
 
     Raises:
         PromptSourceError: nothing usable is there; says what was found and what to change.
@@ -45,7 +46,7 @@ def load_prompt_set(name: str, source: PromptSource, base: Path) -> PromptSet:
         raise PromptSourceError(f"prompts {name!r}: {error}") from None
     if seen < (stop := source.bounds[1] or 0):
         log.warning("prompts %r: the slice ends at %d, but %s has %d", name, stop, origin, seen)
-    if source.deduplicate:
+    if source.deduplicate and not pairs:
         texts = _unique(name, texts)
     prompts = (Prompt(source.prefix + text + source.suffix, source.system) for text in texts)
     return PromptSet(name, tuple(prompts), origin)

@@ -83,12 +83,19 @@ def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> Sto
             layers = directory.environment["model"]["layers"]
             directions = directory.directions()
             back = -1 - int(directions.origin.get("position", -1)) if directions else 0
-            return StoredSet(shards, back * layers, layers)
+            return StoredSet(shards, back * _columns(directory), layers)
     why = "" if directory.recipe.run.save_residuals else " (run.save_residuals = false)"
     raise RunDirectoryError(
         f"{directory.path} has not kept the residuals of {name!r}{why}, and the cache does not "
         f"have them either.\n  {_again(directory)}"
     )
+
+
+def _columns(directory: RunDirectory) -> int:
+    """Columns of a token position: layers of the stream, and those of components, if kept."""
+    model = directory.environment["model"]
+    parts = len(model["components"]) if directory.recipe.direction.per_component else 0
+    return int(model["layers"]) * (1 + parts)
 
 
 def _again(directory: RunDirectory) -> str:

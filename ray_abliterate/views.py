@@ -10,14 +10,12 @@ import numpy
 import torch
 from jaxtyping import Float
 
-from ray_abliterate.comparison import HeldOut, Layered, Sets, held_out
+from ray_abliterate.comparison import HeldOut, Layered, Sets, halves, held_out
 from ray_abliterate.projections import Geometry, Plane, Scene, facing
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.separation import BLIND
 from ray_abliterate.shards import LayerValues, winsorized
-
-MOST = 1000
-"""Prompts of a set that are looked at; of more, so many at even distances."""
+from ray_abliterate.statistics.folds import picked_places
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ def views(
     before: View | None = None
     for index in range(behaviour.layers):
         rows = [
-            winsorized(picked(s.layer(index)), settings.winsorize_quantile)
-            for s in (behaviour, neutral)
+            winsorized(values[picked_places(len(values))], settings.winsorize_quantile)
+            for values in (s.layer(index) for s in (behaviour, neutral))
         ]
         before = _view(index, rows[0], rows[1], settings, seed, before)
         yield before
@@ -88,14 +86,6 @@ def astray(view: View) -> tuple[tuple[str, int, float], ...]:
     return tuple(sorted(found, key=lambda one: -one[2]))
 
 
-def picked(values: LayerValues, most: int = MOST) -> Float[numpy.ndarray, "picked hidden"]:
-    """At most so many prompts, at even distances, the first and the last among them."""
-    if len(values) <= most:
-        return values
-    found: LayerValues = values[numpy.linspace(0, len(values) - 1, most).round().astype(int)]
-    return found
-
-
 def _view(
     index: int,
     behaviour: LayerValues,
@@ -106,7 +96,7 @@ def _view(
 ) -> View:
     scene = Scene.of(behaviour, neutral)
     sets = Sets(*(torch.from_numpy(numpy.array(values)) for values in (behaviour, neutral)))
-    found = held_out(sets, settings, seed) if sets.differ else None
+    found = held_out(sets, settings, halves(sets.counts, seed)) if sets.differ else None
     known = found if isinstance(found, HeldOut) else None
     components, components_shares = scene.principal()
     gap, gap_shares = scene.along_the_gap()

@@ -4,6 +4,7 @@ The driver holds references. It fetches a shard only to write it to a file, one 
 direction method that wants more than means and variances it fetches residuals, one layer at a time.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +15,9 @@ import torch
 
 from ray_abliterate import __version__
 from ray_abliterate import directions as direction_methods
-from ray_abliterate.directions import Directions
+from ray_abliterate.comparison import along_others
+from ray_abliterate.comparison.cross_fitting import REDUCED
+from ray_abliterate.directions import Directions, NoDirection, Projected
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import ModelFacts
 from ray_abliterate.grid import Tuning, steady
@@ -24,16 +27,11 @@ from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import DirectionSettings, Recipe
 from ray_abliterate.residuals import Residuals, join
 from ray_abliterate.shard_files import ShardFiles
-from ray_abliterate.shards import (
-    Projected,
-    ResidualShard,
-    Sums,
-    content_key,
-    projected,
-    sums_of,
-)
-from ray_abliterate.statistics.moments import Moments, Pairs, moments_of, rows_of
+from ray_abliterate.shards import ResidualShard, Sums, content_key, sums_of
+from ray_abliterate.statistics.moments import Moments, Pairs, rows_of
 from ray_abliterate.statistics.space import space_of
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Times that lost shards are made again in one reduction."""
@@ -146,20 +144,43 @@ class Shards:
     def directions(self, settings: DirectionSettings) -> Directions:
         """The directions; of several token positions those that tell the sets apart best.
 
-        With those of components, if what these add to the stream was read.
+        With those of components at the same position, if what these add to the stream was read.
+
+        Raises:
+            NoDirection: no layer has one, at no position.
+        """
+        found = dict[int, Directions]()
+        for place in range(self._positions):
+            try:
+                own = self._directions(settings, self._columns(place))
+            except NoDirection:
+                if not found and place + 1 == self._positions:
+                    raise
+                continue
+            found[place] = own if self._positions == 1 else own.at_position(-1 - place)
+        best, components = min(found), {}
+        if len(found) > 1:
+            rows = {place: self.separation(own, settings) for place, own in found.items()}
+            best = direction_methods.best_position(rows)
+        for number, name in enumerate(self._components, start=1):
+            try:
+                components[name] = self._directions(settings, self._columns(best, number))
+            except NoDirection:
+                log.warning(
+                    "what %s adds to the stream is the same for both sets in every layer: it is "
+                    "edited with the stream's own directions",
+                    name,
+                )
+        return found[best].with_components(components)
+
+    def _columns(self, place: int, number: int = 0) -> range:
+        """Layers of the stream, or of a component by its number, at a token counted from the end.
+
+        As shards have them: of every position first the stream, then the components.
         """
         layers = self._pool.facts.shape.layers
-        if self._components:
-            found, *others = (
-                self._directions(settings, range(first, first + layers))
-                for first in range(0, layers * (1 + len(self._components)), layers)
-            )
-            return found.with_components(dict(zip(self._components, others, strict=True)))
-        found = self._directions(settings, range(layers * self._positions))
-        if self._positions == 1:
-            return found
-        place = direction_methods.best_position(self.separation(found), layers)
-        return found.part(place * layers, layers, position=str(-1 - place))
+        first = layers * (place * (1 + len(self._components)) + number)
+        return range(first, first + layers)
 
     def _directions(self, settings: DirectionSettings, columns: range) -> Directions:
         """The directions of some columns of the shards, from as much as the method needs.
@@ -171,22 +192,10 @@ class Shards:
         origin = {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint}
         quantile = settings.winsorize_quantile
         need = direction_methods.need_of(settings)
-        if need == "means":
-            return direction_methods.from_sums(
-                self.sums(behaviour.name, quantile, columns),
-                self.sums(neutral.name, quantile, columns),
-                settings,
-                origin,
-            )
-        if need == "variances":
-            found: list[Moments] = [
-                self._reduced(s.name, moments_of, quantile, columns) for s in self._sets
-            ]
-            layers = (
-                Layer(*(Summary(moments.layer(index)) for moments in found))
-                for index in range(len(found[0].mean))
-            )
-            return direction_methods.from_layers(layers, settings, origin)
+        if need in REDUCED:
+            function, find = REDUCED[need]
+            sides = [self._reduced(s.name, function, quantile, columns) for s in self._sets]
+            return find(sides[0], sides[1], settings, origin)
         space = space_of(len(behaviour) + len(neutral), self._pool.facts.shape.hidden)
         summed = need == "covariances" and space.kind == "covariance"
         how = space.reason if need == "covariances" else "layer by layer from all residuals"
@@ -212,15 +221,19 @@ class Shards:
                 values = (torch.from_numpy(part.values) for part in rows)
                 yield Layer(*(Sample(value, shape.hidden) for value in values))
 
-    def separation(self, directions: Directions) -> list[Any]:
-        """How well each layer's direction tells the two sets apart."""
-        vectors = directions.vectors.numpy()
-        back = -1 - int(directions.origin.get("position", -1))
-        first = back * directions.layers
-        sides: list[Projected] = [
-            self._reduced(s.name, projected, vectors, first) for s in self._sets
-        ]
-        return direction_methods.separation(*sides)
+    def separation(self, directions: Directions, settings: DirectionSettings) -> list[Any]:
+        """How well each layer's direction tells the two sets apart, on prompts held out.
+
+        Args:
+            directions: Those of all prompts.
+            settings: How they were found; those of folds are found so, too.
+        """
+        place = -1 - int(directions.origin.get("position", -1))
+        columns = self._columns(place)
+        along = along_others(self._reduced, self._sets, settings, columns)
+        sums = [self.sums(s.name, columns=columns) for s in self._sets]
+        sides = [Projected(*both) for both in zip(sums, along, strict=True)]
+        return direction_methods.separation(sides[0], sides[1], directions)
 
     def sums(self, name: str, quantile: float = 1.0, columns: range | None = None) -> Sums:
         """Count and sum of one set, of all columns or some."""

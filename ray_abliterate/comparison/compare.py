@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from ray_abliterate.comparison.advice import Advice, Standing, advise
 from ray_abliterate.comparison.fits import Sets
-from ray_abliterate.comparison.held_out import HeldOut, held_out
+from ray_abliterate.comparison.held_out import HeldOut, halves, held_out
 from ray_abliterate.comparison.stability import Stability, reliability, stability
 from ray_abliterate.directions import best_layer
 from ray_abliterate.recipe import DirectionSettings
@@ -211,12 +211,12 @@ def _one(
     if not sets.differ:
         rows[name].append(None)
         return None
-    halves, found = held_out(sets, settings, seed), sets.fit(settings)
-    if isinstance(halves, HeldOut) and found.vector is not None:
-        rows[name].append({"layer": index, **halves.measures()})
+    measured, found = held_out(sets, settings, halves(sets.counts, seed)), sets.fit(settings)
+    if isinstance(measured, HeldOut) and found.vector is not None:
+        rows[name].append({"layer": index, **measured.measures()})
         _, basis = sets.axes(settings)
         return found.vector if basis is None else basis @ found.vector
-    problems[name] = found.problem or getattr(halves, "problem", "")
+    problems[name] = found.problem or getattr(measured, "problem", "")
     rows[name].append(None)
     return None
 

@@ -109,7 +109,7 @@ class Sets:
         """The direction of the recipe's method, along `axes`, from some of the prompts."""
         axes, _ = self.axes(settings)
         try:
-            with _unsaid():
+            with unsaid():
                 found = from_layers([axes.layer(choice)], settings, {})
         except ValueError as error:
             return Found(problem=str(error).partition("\n")[0])
@@ -122,7 +122,7 @@ for _module in (finding, centres):
 
 
 @contextmanager
-def _unsaid() -> Iterator[None]:
+def unsaid() -> Iterator[None]:
     """This thread keeps warnings back: each would speak of layer 0, or of one fit of a thousand."""
     token = _keeping_quiet.set(True)
     try:

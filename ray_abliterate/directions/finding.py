@@ -22,6 +22,7 @@ from ray_abliterate.methods import (
     Need,
     Rows,
     Sample,
+    Summary,
     demand_of,
     neutral_components,
 )
@@ -30,6 +31,7 @@ from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import LayerVectors, Residuals
 from ray_abliterate.scoring import resolve
 from ray_abliterate.shards import Sums
+from ray_abliterate.statistics.moments import Moments
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +176,21 @@ def from_sums(
     """
     means = torch.from_numpy(behaviour.mean), torch.from_numpy(neutral.mean)
     return from_layers(_averages((behaviour.prompts, neutral.prompts), *means), settings, origin)
+
+
+def from_moments(
+    behaviour: Moments, neutral: Moments, settings: DirectionSettings, origin: Mapping[str, str]
+) -> Directions:
+    """The same, for a method that needs variances, from moments of winsorised residuals.
+
+    Raises:
+        ValueError: no layer has a direction.
+    """
+    layers = (
+        Layer(Summary(behaviour.layer(index)), Summary(neutral.layer(index)))
+        for index in range(len(behaviour.mean))
+    )
+    return from_layers(layers, settings, origin)
 
 
 def from_layers(

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.plan import Plan
 from ray_abliterate.residuals import LayerVectors
 
@@ -22,7 +23,7 @@ VANISHING = 1e-6
 """What is left of a vector below this share of its length is rounding."""
 
 
-class NoDirection(ValueError):
+class NoDirection(PromptSourceError, ValueError):
     """The sets leave the same residuals."""
 
 
@@ -208,20 +209,9 @@ class Directions:
         total = torch.stack(parts).sum(dim=0)
         return torch.nn.functional.normalize(total, dim=0).float()
 
-    def part(self, first: int, layers: int, **origin: str) -> "Directions":
-        """Some layers in a row as directions of their own, with more to say of their origin.
-
-        Raises:
-            ValueError: none of them has a direction.
-        """
-        own = slice(first, first + layers)
-        return Directions(
-            self.vectors[own].clone(),
-            self.method,
-            {**self.origin, **origin},
-            None if self.further is None else self.further[own].clone(),
-            None if self.spared is None else self.spared[own].clone(),
-        )
+    def at_position(self, position: int) -> "Directions":
+        """The same, said to be found at a token, counted from the end: -1 is the last."""
+        return replace(self, origin={**self.origin, "position": str(position)})
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ray_abliterate.shards import LayerValues, ResidualShard, winsorized
 
@@ -121,13 +121,28 @@ def moments_of(batch: Any, quantile: float = 1.0, columns: range | None = None) 
     return Moments(shard.prompts, mean, scatter)
 
 
-def rows_of(batch: Any, layer: int, quantile: float = 1.0) -> Rows:
+def rows_of(
+    batch: Any,
+    layer: int,
+    quantile: float = 1.0,
+    places: Int[numpy.ndarray, " chosen"] | None = None,
+) -> Rows:
     """One layer of one shard, every residual winsorised.
 
     A shard has fewer rows than the stream has units, so its rows are smaller than its scatter in
     pairs: what is to become a covariance travels as rows, and is added up where it arrives.
+
+    Args:
+        batch: The shard.
+        layer: Its column.
+        quantile: Of each residual's magnitudes; 1 clamps none.
+        places: The prompts that are wanted, by their places in their set; all if unset.
     """
-    return Rows((numpy.array(winsorized(ResidualShard(batch).layer(layer), quantile)),))
+    shard = ResidualShard(batch)
+    rows = shard.layer(layer)
+    if places is not None:
+        rows = rows[numpy.isin(numpy.arange(shard.first, shard.first + shard.prompts), places)]
+    return Rows((numpy.array(winsorized(rows, quantile)),))
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def test_directions_separation_and_scores_have_the_same_bits_on_any_number_of_re
             for _ in ("made", "from disk"):
                 shards = opened(pool, tmp_path / str(count))
                 directions = [shards.directions(each) for each in settings]
-                found.append((directions, [shards.separation(each) for each in directions]))
+                rows = [shards.separation(*each) for each in zip(directions, settings, strict=True)]
+                found.append((directions, rows))
                 facts = shards.facts()
             assert [facts[name]["reused"] for name in ("behaviour", "neutral")] == [4, 4]
             whole = [shards.gathered(s) for s in (behaviour, neutral)]
@@ -127,8 +128,8 @@ def test_the_driver_fetches_no_shard_that_it_does_not_write(
 
     monkeypatch.setattr(ObjectStore, "fetch", counted)
     shards = opened(pool)
-    shards.separation(shards.directions(recipe.direction))
-    assert set(fetched) == {"Sums", "Projected"} and len(fetched) == 16
+    shards.separation(shards.directions(recipe.direction), recipe.direction)
+    assert set(fetched) == {"Sums", "ByFold", "Rows"} and len(fetched) == 32
     fetched.clear()
     opened(pool, tmp_path / "kept")
     assert fetched == ["RecordBatch"] * 8

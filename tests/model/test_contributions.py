@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ray_abliterate import run
 from ray_abliterate.architecture import find_blocks, find_writers, oriented
 from ray_abliterate.contributions import contributing, outputs_of, stacked
 from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
@@ -18,8 +19,8 @@ from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import Plan
 from ray_abliterate.progress import Unwatched
 from ray_abliterate.prompts import Prompt, PromptSet
-from ray_abliterate.recipe import Recipe
 from ray_abliterate.replica import Replica, Setup
+from ray_abliterate.stored import stored_sets
 from ray_abliterate.testing.tiny import tiny_model
 from ray_abliterate.weights import WeightCache
 from tests.model.conftest import FLAGGED, THINGS, Finished, finish
@@ -218,8 +219,49 @@ def test_an_export_is_the_trial(kind: str, found: Finished, tmp_path: Path) -> N
                 assert (own @ weight).abs().max() < 1e-5
 
 
-def test_several_positions_are_refused(found: Finished) -> None:
-    values = found.directory.recipe.model_dump()
-    values["direction"]["positions"] = 2
-    with pytest.raises(ValueError, match="per_component reads at the last token alone"):
-        Recipe.model_validate(values)
+def test_contributions_of_every_position_stand_behind_the_stream_there(
+    planted_folder: Path, found: Finished
+) -> None:
+    """Read at the ends of shorter prompts, which the model can't tell from these."""
+    model = Replica(found.directory.recipe, str(planted_folder), {}).model
+    places = contributing(model.module, find_writers(model.module), 4)
+    more = tuple(model.chat.opening("Sorry"))
+    model.response_prefix = more * 2
+    values = model.residuals(PROMPTS, 2, places).unflatten(1, (2, 3, 4))
+    for place, shorter in enumerate((more * 2, more)):
+        model.response_prefix = shorter
+        alone = model.residuals(PROMPTS, more=places).unflatten(1, (3, 4))
+        torch.testing.assert_close(values[:, place], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_with_components_at_several_positions_edits_with_those_of_the_chosen_one(
+    planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = f"{COMPONENTS}positions = 2\n"
+    with pytest.raises(ModelError, match=r"positions = 2, but prompts end with 1 tokens"):
+        finish(tmp_path / "short", planted_folder, norm="none", more=more)
+
+    def prefix(recipe: Any, directory: Any, pool: Any, *rest: Any) -> tuple[int, ...]:
+        tokens = tuple(pool.replica.model.chat.opening("cloud"))
+        directory.note(response_prefix=list(tokens))
+        return tokens
+
+    monkeypatch.setattr(run, "response_prefix", prefix)
+    more += "project_out_neutral = false\n"
+    done = finish(tmp_path / "long", planted_folder, norm="none", more=more)
+    directions, directory = done.directory.directions(), done.directory
+    assert set(directions.components) == {"attn", "mlp"}
+    assert directory.residuals("behaviour").layers == 24
+    back = -1 - int(directions.origin["position"])
+    behaviour, neutral = (directory.residuals(name).mean() for name in ("behaviour", "neutral"))
+    gap = (behaviour - neutral).unflatten(0, (2, 3, 4))[back]
+    parts = (directions, directions.of("attn"), directions.of("mlp"))
+    for number, own in enumerate(parts):
+        for layer in (2, 3):
+            if own.usable[layer]:
+                along = own.vectors[layer].double() @ gap[number, layer]
+                assert along == pytest.approx(float(gap[number, layer].norm()), rel=1e-3)
+    assert directions.usable[2] and directions.of("attn").usable[2]
+    stored = stored_sets(directory)[0]
+    mean = torch.from_numpy(stored.layer(3)).double().mean(0)
+    torch.testing.assert_close(mean, behaviour.unflatten(0, (2, 3, 4))[back, 0, 3])

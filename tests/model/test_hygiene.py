@@ -215,7 +215,7 @@ def test_verdicts_of_another_test_are_not_taken(planted_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("behaviour", "neutral", "least", "said"),
     [
-        (THINGS[:4], THINGS[:4], 1, r"prompts.behaviour: 4 of 4 .*; none is left, and "
+        (THINGS[:4], THINGS[4:8], 1, r"prompts.behaviour: 4 of 4 .*; none is left, and "
          r"prompts.least_prompts is 1.\n  Give prompts that the model shows the behaviour on"),
         (FLAGGED[:5], (*FLAGGED[:2], *THINGS[:3]), 4,
          r"prompts.neutral: 2 of 5 .*; 3 are left[\s\S]*filter_by_behaviour = false"),

@@ -261,6 +261,22 @@ def test_without_a_layer_that_passes_the_one_that_separates_best_is_taken(
     assert first["direction_layer"] >= 0.4 * 3
 
 
+def test_where_no_layer_could_be_measured_it_is_said(tried: Started) -> None:
+    base = tried.directory.baseline()
+    rows = [{**row, "fisher": 0.0, "auroc": 0.5} for row in base.separation]
+    lengths = [row["behaviour_norm"] + row["neutral_norm"] for row in rows]
+    farthest = max(rows, key=lambda row: row["direction_norm"] / lengths[int(row["layer"])])
+    space = Space.of(tried.pool.facts.shape, tried.recipe.search.space, "none")
+    settings = tried.recipe.search.model_copy(update={"seeds": "auroc"})
+    recipe = tried.recipe.model_copy(update={"search": settings})
+    told: list[str] = []
+    seed_points(recipe, tried.directory, space, replace(base, separation=tuple(rows)), told.append)
+    assert tried.directory.environment["seeds"]["layer"] == farthest["layer"]
+    assert len(told) == 1 and f"layer {farthest['layer']} is the one whose means" in told[0]
+    seed_points(recipe, tried.directory, space, base, told.append)
+    assert len(told) == 1
+
+
 def test_a_layer_outside_the_space_is_said(tried: Started) -> None:
     narrow = tried.recipe.search.space.model_copy(update={"direction_layer": (0.0, 0.1)})
     settings = tried.recipe.search.model_copy(update={"space": narrow})

@@ -12,7 +12,7 @@ import torch
 from ray_abliterate.comparison import Sets, compare, held_out
 from ray_abliterate.comparison.advice import Standing, advise
 from ray_abliterate.comparison.fits import Choice
-from ray_abliterate.comparison.held_out import HeldOut, split
+from ray_abliterate.comparison.held_out import HeldOut, halves
 from ray_abliterate.comparison.stability import (
     Stability,
     needed,
@@ -99,36 +99,37 @@ def test_warnings_about_a_single_layer_are_kept_back(caplog):
 
 def test_each_half_is_measured_along_the_direction_of_the_other():
     sets = noise(21, 60, gap=2.0)
-    found = held_out(sets, MEAN, seed=5)
+    folds = halves(sets.counts, 5)
+    assert folds is not None
+    found = held_out(sets, MEAN, folds)
     assert isinstance(found, HeldOut)
-    one, other = split(sets.counts, 5)
+    own = [[torch.from_numpy(side == fold) for side in folds.sides] for fold in (0, 1)]
     vectors = []
-    for half in (one, other):
-        gap = sets.behaviour[half.behaviour].double().mean(0)
-        gap -= sets.neutral[half.neutral].double().mean(0)
+    for behaviour, neutral in own:
+        gap = sets.behaviour[behaviour].double().mean(0) - sets.neutral[neutral].double().mean(0)
         vectors.append((gap / gap.norm()).numpy())
-    for half, vector in ((one, vectors[1]), (other, vectors[0])):
-        a = sets.behaviour[half.behaviour].double().numpy() @ vector
-        b = sets.neutral[half.neutral].double().numpy() @ vector
+    for (behaviour, neutral), vector in zip(own, reversed(vectors), strict=True):
+        a = sets.behaviour[behaviour].double().numpy() @ vector
+        b = sets.neutral[neutral].double().numpy() @ vector
         middle = (a.mean() + b.mean()) / 2
-        assert numpy.allclose(found.behaviour[half.behaviour], a - middle, atol=1e-6)
-        assert numpy.allclose(found.neutral[half.neutral], b - middle, atol=1e-6)
+        assert numpy.allclose(found.behaviour[behaviour], a - middle, atol=1e-6)
+        assert numpy.allclose(found.neutral[neutral], b - middle, atol=1e-6)
     assert found.agreement == pytest.approx(vectors[0] @ vectors[1], abs=1e-6)
 
 
 def test_halves_hold_each_prompt_once_and_keep_pairs_together():
-    one, other = split((9, 9), 0)
-    assert sorted([*one.behaviour, *other.behaviour]) == list(range(9))
-    assert numpy.array_equal(one.behaviour, one.neutral)
-    one, other = split((9, 6), 0)
-    assert sorted([*one.neutral, *other.neutral]) == list(range(6))
+    found = halves((9, 9), 0)
+    assert sorted(numpy.bincount(found.behaviour)) == [4, 5]
+    assert numpy.array_equal(found.behaviour, found.neutral)
+    found = halves((9, 6), 0)
+    assert numpy.bincount(found.neutral).tolist() == [3, 3]
 
 
 def test_sets_that_do_not_differ_are_not_told_apart_however_many_units_there_are():
     areas = []
     for seed in range(20):
         sets = noise(40, 2000, seed)
-        found = held_out(sets, MEAN)
+        found = held_out(sets, MEAN, halves(sets.counts, seed))
         areas.append(found.measures()["auroc"])
         along = [s.double() @ (sets.fit(MEAN).vector) for s in (sets.behaviour, sets.neutral)]
         assert (
@@ -138,7 +139,8 @@ def test_sets_that_do_not_differ_are_not_told_apart_however_many_units_there_are
 
 
 def test_sets_of_one_prompt_have_no_halves():
-    found = held_out(Sets(torch.ones(1, 3), torch.zeros(1, 3)), MEAN)
+    assert halves((1, 9), 0) is None
+    found = held_out(Sets(torch.ones(1, 3), torch.zeros(1, 3)), MEAN, None)
     assert "no halves" in found.problem
 
 

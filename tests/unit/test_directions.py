@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ray_abliterate.directions import (
     Directions,
+    Projected,
     best_layer,
     compute,
     from_sums,
@@ -19,7 +20,7 @@ from ray_abliterate.directions import (
 )
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.residuals import Residuals
-from ray_abliterate.shards import Projected, ResidualShard, projected, sums_of
+from ray_abliterate.shards import ResidualShard, Sums, sums_of
 from ray_abliterate.testing.directions import planted_residuals
 
 
@@ -111,24 +112,25 @@ def test_winsorising_finds_the_direction_behind_massive_activations() -> None:
     assert float(clamped.vectors[1] @ planted) > 0.9
 
 
-def test_separation_is_perfect_for_separated_sets_and_names_the_best_layer() -> None:
-    behaviour, neutral, _ = planted_residuals(seed=5)
-    b, n = behaviour.values.clone(), neutral.values.clone()
-    b[:, 2] = torch.randn_like(b[:, 2])
-    found = compute(Residuals(b), Residuals(n), DirectionSettings())
-    rows = separation(along(found, split("behaviour", b, 7)), along(found, split("neutral", n, 7)))
-    assert rows[0]["auroc"] == 1.0
-    assert rows[0]["fisher"] > rows[2]["fisher"]
-    assert best_layer(rows) != 2
+def test_the_best_layer_is_named_and_the_last_fifth_is_left_aside() -> None:
+    rows = [{"layer": i, "fisher": f, "auroc": 1.0} for i, f in enumerate((1.0, 3.0, 2.0, 1.5, 9))]
+    assert best_layer(rows) == best_layer(rows, "auroc") == 1
+
+
+def test_where_no_prompt_can_be_held_out_the_means_that_lie_farthest_apart_decide() -> None:
+    """In their own lengths, which grow over the layers of a model."""
+    lengths = ((1.0, 0.1), (10.0, 5.0), (100.0, 20.0), (1000.0, 100.0), (1.0, 9.0))
+    rows = [
+        {"layer": i, "fisher": 0.0, "auroc": 0.5, "behaviour_norm": norm, "neutral_norm": norm,
+         "direction_norm": gap}
+        for i, (norm, gap) in enumerate(lengths)
+    ]  # fmt: skip
+    assert best_layer(rows) == best_layer(rows, "auroc") == 1
 
 
 def split(name: str, values: torch.Tensor, rows: int) -> list[ResidualShard]:
     starts = range(0, len(values), rows)
     return [ResidualShard.of(name, i, values[i : i + rows].numpy()) for i in starts]
-
-
-def along(found: Directions, shards: list[ResidualShard]) -> Projected:
-    return reduce(add, [projected(shard.batch, found.vectors.numpy()) for shard in shards])
 
 
 @given(st.integers(1, 60), st.sampled_from([1.0, 0.9]), st.booleans())
@@ -152,23 +154,26 @@ def test_directions_from_shards_are_those_of_whole_sets(
 def test_separation_is_what_its_definitions_say() -> None:
     behaviour, neutral, _ = planted_residuals(seed=6, prompts=30, strength=1.0)
     found = compute(behaviour, neutral, DirectionSettings())
-    rows = separation(
-        along(found, split("behaviour", behaviour.values, 4)),
-        along(found, split("neutral", neutral.values, 4)),
-    )
-    for layer, row in enumerate(rows):
-        v = found.vectors[layer].double()
-        a, b = (s.values[:, layer].double() @ v for s in (behaviour, neutral))
+    random = torch.Generator().manual_seed(1)
+    along = [torch.randn(30, 4, generator=random).double() + shift for shift in (0.5, 0)]
+    sides = [
+        Projected(Sums(len(s.values), s.values.double().sum(0).numpy()), one.numpy())
+        for s, one in zip((behaviour, neutral), along, strict=True)
+    ]
+    for layer, row in enumerate(separation(*sides, found)):
+        a, b = (one[:, layer] for one in along)
         wins = (a[:, None] > b[None]).double().mean()
         spread = a.var(unbiased=False) + b.var(unbiased=False)
         means = behaviour.mean()[layer], neutral.mean()[layer]
+        apart = means[0] - means[1]
         assert row["layer"] == layer
         assert row["auroc"] == pytest.approx(float(wins), abs=1e-12)
         assert row["fisher"] == pytest.approx(float((a.mean() - b.mean()) ** 2 / spread))
         assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(*means, dim=0)))
         assert row["behaviour_norm"] == pytest.approx(float(means[0].norm()))
         assert row["neutral_norm"] == pytest.approx(float(means[1].norm()))
-        assert row["direction_norm"] == pytest.approx(float((means[0] - means[1]).norm()))
+        assert row["direction_norm"] == pytest.approx(float(apart.norm()))
+        assert row["gap"] == pytest.approx(float(apart @ found.vectors[layer].double()))
 
 
 # Several directions a layer

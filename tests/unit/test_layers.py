@@ -3,7 +3,7 @@
 The pool here is this process: it hands out real shards, and its store works on them directly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from ray_abliterate import __version__
 from ray_abliterate.cluster.shards import Extraction, Shards
-from ray_abliterate.directions import Directions, compute
+from ray_abliterate.directions import Directions, NoDirection, compute
 from ray_abliterate.errors import SearchError
 from ray_abliterate.evaluation import ModelFacts
 from ray_abliterate.grid import Tuning
@@ -61,11 +61,25 @@ class Store:
 class Pool:
     """Makes the shards of two sets of residuals."""
 
-    def __init__(self, sets: dict[str, Residuals], store: Store) -> None:
+    def __init__(
+        self,
+        sets: dict[str, Residuals],
+        store: Store,
+        layers: int,
+        components: tuple[str, ...] = (),
+    ) -> None:
         self.sets, self.store, self.calls = sets, store, 0
         hidden = sets["behaviour"].values.shape[2]
         self.facts = ModelFacts(
-            ModelShape(LAYERS, hidden, ("mlp",)), 2, 10, 40, 10, "float32", "cpu", "llama", "r1"
+            ModelShape(layers, hidden, components or ("mlp",)),
+            2,
+            10,
+            40,
+            10,
+            "float32",
+            "cpu",
+            "llama",
+            "r1",
         )
 
     def map_by_reference(self, method: str, calls: Any) -> Iterator[tuple[int, Any]]:
@@ -88,17 +102,29 @@ def opened(
         weaker[:, 2 * LAYERS :] -= 5 * planted
         sets[0] = Residuals(weaker)
     both = [Residuals(s.values[:prompts], name) for s, name in zip(sets, "bn", strict=True)]
-    pool = Pool({"behaviour": both[0], "neutral": both[1]}, Store())
-    names = [
-        PromptSet.of(name, *(f"{name} {i}" for i in range(prompts)))
-        for name in ("behaviour", "neutral")
-    ]
-    tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
-    files = ShardFiles(None, None, pytest.fail)
-    shards = Shards(pool, files, Extraction(ROWS, (), "float32", tuning, positions), *names)
-    shards.extract(Unwatched())
+    shards, pool = of_sets(both, positions=positions)
     pool.store.lose = lose
     return shards, pool, both
+
+
+def of_sets(
+    sets: Sequence[Residuals],
+    texts: Sequence[Sequence[str]] | None = None,
+    positions: int = 1,
+    components: tuple[str, ...] = (),
+) -> tuple[Shards, Pool]:
+    """Shards of two sets, extracted; of prompts that are all different, if there are no texts."""
+    layers = sets[0].layers // positions // (1 + len(components))
+    pool = Pool(dict(zip(("behaviour", "neutral"), sets, strict=True)), Store(), layers, components)
+    if texts is None:
+        texts = [[f"{name} {i}" for i in range(len(s.values))] for name, s in pool.sets.items()]
+    prompts = [PromptSet.of(name, *own) for name, own in zip(pool.sets, texts, strict=True)]
+    tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
+    files = ShardFiles(None, None, pytest.fail)
+    extraction = Extraction(ROWS, (), "float32", tuning, positions, bool(components))
+    shards = Shards(pool, files, extraction, *prompts)
+    shards.extract(Unwatched())
+    return shards, pool
 
 
 READS = {
@@ -176,19 +202,75 @@ def test_of_several_token_positions_the_one_that_separates_best_is_taken(method:
     assert_same(found, expected, 1e-6)
     assert found.spared is not None and expected.spared is not None
     torch.testing.assert_close(found.spared, expected.spared)
-    rows = shards.separation(found)
+    alone, _ = of_sets(own)
+    again = alone.directions(settings.model_copy(update={"positions": 1}))
+    rows = shards.separation(found, settings)
+    for row, other in zip(rows, alone.separation(again, settings), strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-7)
     assert [row["layer"] for row in rows] == list(range(LAYERS))
-    for layer, row in enumerate(rows):
-        a, b = (s.values[:, layer].double() @ found.vectors[layer].double() for s in own)
-        spread = a.var(unbiased=False) + b.var(unbiased=False)
-        assert row["fisher"] == pytest.approx(float((a.mean() - b.mean()) ** 2 / spread))
-        assert row["behaviour_norm"] == pytest.approx(float(own[0].mean()[layer].norm()))
 
 
 def test_directions_survive_the_choice_of_a_position() -> None:
     found = opened(30, 8, positions=3)[0].directions(DirectionSettings(positions=3))
     again = Directions.from_bytes(found.to_bytes())
     assert torch.equal(again.vectors, found.vectors) and again.origin == found.origin
+
+
+PARTS = ("attn", "mlp")
+
+
+def of_components(differ: dict[tuple[int, int], int], positions: int = 2) -> list[Residuals]:
+    """Two sets of noise that differ in a unit, by position and part (0 is the stream)."""
+    random = torch.Generator().manual_seed(4)
+    shape = 20, positions, 1 + len(PARTS), LAYERS, 24
+    one, other = (torch.randn(shape, generator=random) for _ in "bn")
+    for (place, part), unit in differ.items():
+        one[:, place, part, :, unit] += 9.0
+    return [Residuals(values.flatten(1, 3)) for values in (one, other)]
+
+
+@pytest.mark.parametrize("method", ["mean-difference", "variance-scaled", "geometric-median"])
+def test_components_have_their_directions_at_the_position_that_was_chosen_for_the_stream(
+    method: str,
+) -> None:
+    sets = of_components({(1, 0): 3, (1, 1): 5, (1, 2): 7, (0, 1): 11})
+    settings = DirectionSettings(method=method, positions=2, per_component=True)
+    shards, _ = of_sets(sets, positions=2, components=PARTS)
+    found = shards.directions(settings)
+    assert found.origin["position"] == "-2" and set(found.components) == set(PARTS)
+    for name, part, unit in (("", 0, 3), ("attn", 1, 5), ("mlp", 2, 7)):
+        columns = slice(LAYERS * (3 + part), LAYERS * (4 + part))
+        own = [Residuals(s.values[:, columns].contiguous()) for s in sets]
+        expected = compute(*own, settings)
+        directions = found.of(name) if name else found
+        assert_same(directions, expected, 1e-6)
+        assert directions.vectors[:, unit].abs().min() > 0.6
+    rows = shards.separation(found, settings)
+    assert len(rows) == LAYERS and min(row["auroc"] for row in rows) > 0.99
+
+
+def test_a_position_where_the_sets_are_the_same_is_not_taken_and_nowhere_is_an_error() -> None:
+    sets = of_components({(1, 0): 3})
+    for place in (0, 1):
+        first = slice(place * 3 * LAYERS, (place * 3 + 1) * LAYERS)
+        sets[1].values[:, first] = sets[0].values[:, first]
+        if place == 0:
+            found = of_sets(sets, positions=2, components=PARTS)[0]
+            settings = DirectionSettings(positions=2, per_component=True)
+            assert found.directions(settings).origin["position"] == "-2"
+    with pytest.raises(NoDirection, match="leave the same residuals"):
+        of_sets(sets, positions=2, components=PARTS)[0].directions(settings)
+
+
+def test_a_component_that_adds_the_same_everywhere_is_edited_with_the_streams_directions(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sets = of_components({(0, 0): 3, (0, 1): 5}, positions=1)
+    sets[1].values[:, 2 * LAYERS :] = sets[0].values[:, 2 * LAYERS :]
+    settings = DirectionSettings(per_component=True)
+    found = of_sets(sets, components=PARTS)[0].directions(settings)
+    assert set(found.components) == {"attn"} and found.of("mlp") is found
+    assert "what mlp adds to the stream is the same" in caplog.text
 
 
 def test_residuals_at_one_position_keep_the_key_that_they_had() -> None:

@@ -31,9 +31,10 @@ from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score, Scorecard
 from ray_abliterate.shard_files import ShardFolder
 from ray_abliterate.shards import ResidualShard
+from ray_abliterate.statistics.folds import MOST, picked_places
 from ray_abliterate.stored import StoredSet, stored_sets
 from ray_abliterate.testing.directions import planted_residuals
-from ray_abliterate.views import MOST, astray, picked, views
+from ray_abliterate.views import astray, views
 
 ROWS = 16
 
@@ -152,6 +153,20 @@ def test_of_several_token_positions_the_one_that_the_directions_are_from_is_read
     assert numpy.array_equal(found.layer(1), values(20, 6)[:, 3])
 
 
+def test_behind_each_position_stand_the_components(recipe: Recipe, tmp_path: Path) -> None:
+    """Two positions, each of a stream and two components of two layers."""
+    direction = recipe.direction.model_copy(update={"per_component": True, "positions": 2})
+    wanted = recipe.model_copy(update={"direction": direction})
+    directory = a_run(tmp_path / "run", wanted, prompts=20, layers=12)
+    directory.note(model={"layers": 2, "components": ["attn", "mlp"]})
+    vectors = torch.nn.functional.normalize(torch.ones(2, 32), dim=1)
+    for position, first in ((-1, 0), (-2, 6)):
+        directory.save_directions(Directions(vectors, "m", {}).at_position(position))
+        for layer in (0, 1):
+            found = stored_sets(directory)[0].layer(layer)
+            assert numpy.array_equal(found, values(20, 12)[:, first + layer])
+
+
 def values(prompts: int, layers: int) -> numpy.ndarray:
     found: numpy.ndarray = planted_residuals(0, prompts=prompts, layers=layers)[0].values.numpy()
     return found
@@ -198,11 +213,10 @@ def test_a_prompt_in_the_wrong_set_is_listed(recipe: Recipe, tmp_path: Path) -> 
 
 
 def test_of_many_prompts_some_are_picked_at_even_distances() -> None:
-    values = numpy.arange(3 * MOST, dtype=numpy.float32)[:, None]
-    found = picked(values)
+    found = picked_places(3 * MOST)
     assert len(found) == MOST and (found[0], found[-1]) == (0, 3 * MOST - 1)
-    assert set(numpy.diff(found[:, 0])) <= {3, 4}
-    assert picked(values[:5]) is not None and len(picked(values[:5])) == 5
+    assert set(numpy.diff(found)) <= {3, 4}
+    assert picked_places(5).tolist() == [0, 1, 2, 3, 4]
 
 
 # Verbs
