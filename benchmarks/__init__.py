@@ -31,6 +31,13 @@ def save(name: str, figures: dict[str, Any], file: str = "") -> Path:
     return path
 
 
+def saved(file: str) -> dict[str, Any]:
+    """The figures that a file under `results/` holds."""
+    path = Path(__file__).parent / "results" / f"{file}.json"
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    return figures
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

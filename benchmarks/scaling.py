@@ -9,8 +9,9 @@ measured. The last line printed is the share of the ideal throughput with that m
 
 import argparse
 import sys
+from typing import Any
 
-from benchmarks import save
+from benchmarks import save, saved
 
 
 def sampler(options: argparse.Namespace) -> None:
@@ -32,13 +33,14 @@ def throughput(options: argparse.Namespace) -> None:
     """Trials per hour by the number of GPUs."""
     from benchmarks import throughput as measured
 
-    asked = [(count, options.seconds) for count in doublings(options.replicas)]
-    longer = [(options.replicas, seconds) for seconds in options.longer]
-    rows = measured.figures([*asked, *longer], options.rounds, report)
-    figures = {"seconds": options.seconds, "rounds": options.rounds, "gpus": rows}
+    asked = options.gpus or doublings(options.replicas)
+    rows = measured.figures(asked, options.seconds, options.rounds, report)
+    kept: list[dict[str, Any]] = []
+    if options.gpus:
+        kept = [row for row in saved("scaling")["gpus"] if row["gpus"] < asked[0]]
+    figures = {"seconds": options.seconds, "rounds": options.rounds, "gpus": [*kept, *rows]}
     print(save("scaling", figures))
-    most = rows[len(asked) - 1]
-    print(f"efficiency at {most['gpus']}: {100 * most['efficiency']:.1f} %")
+    print(f"efficiency at {rows[-1]['gpus']}: {100 * rows[-1]['efficiency']:.1f} %")
 
 
 def doublings(most: int) -> list[int]:
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=16, help="most GPUs")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a trial")
     parser.add_argument(
-        "--longer", type=float, nargs="*", default=[], help="also with trials of so many seconds"
+        "--gpus", type=int, nargs="*", help="these numbers only; smaller ones are kept as they are"
     )
     parser.add_argument("--rounds", type=int, default=12, help="trials of each GPU")
     parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000, 5000])

@@ -29,7 +29,7 @@ class TimedReplica:
     """Stands where a replica stands, and takes a fixed time."""
 
     def __init__(self, place: Any, seconds: float) -> None:
-        self._index, self._seconds = place.index, seconds
+        self._seconds = seconds
 
     def call(self, method: str, *args: Any) -> Any:
         """A scorecard out of thin air, different for each plan, that says when it was made."""
@@ -41,7 +41,7 @@ class TimedReplica:
         began = time.time()
         time.sleep(self._seconds)
         x = args[0].profiles[0][1].peak / 2
-        detail = {"replica": self._index, "began": began, "ended": time.time()}
+        detail = {"began": began, "ended": time.time()}
         scores = (Score("rate", x, x, x, detail=detail), Score("kl", 1 - x, 1 - x, 1 - x))
         return Evaluation(Scorecard(scores), self._seconds)
 
@@ -97,11 +97,11 @@ def _kind(process: psutil.Process) -> str:
 
 
 def figures(
-    asked: Sequence[tuple[int, float]], rounds: int, report: Callable[[str], None]
+    gpus: Sequence[int], seconds: float, rounds: int, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The figures of each number of GPUs and each length of trials in seconds."""
+    """The figures of each number of GPUs."""
     rows = []
-    for count, seconds in asked:
+    for count in gpus:
         with cluster(count):
             rows.append(measure(count, seconds, rounds * count))
         report(f"{count} GPUs: {rows[-1]}")
@@ -183,16 +183,14 @@ def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
 def share_of_ideal(
     details: Sequence[dict[str, float]], gpus: int, seconds: float
 ) -> dict[str, float]:
-    """Trials per hour from when the last GPU has begun its first trial to the last trial's end, and
-    what share of the ideal.
+    """Trials per hour from when most trials are in flight to the last one's end, and what share of
+    the ideal.
 
-    Ideal is that every GPU evaluates all the time. Start-up is left out: a trial counts by the part
-    of it that lies in this time. The end is not, when some GPUs have nothing left to do.
+    Ideal is that every GPU evaluates all the time. Start-up, while trial processes are still
+    coming up, is left out: a trial counts by the part of it that lies in this time. The end is not,
+    when some GPUs have nothing left to do.
     """
-    firsts: dict[float, float] = {}
-    for d in details:
-        firsts[d["replica"]] = min(d["began"], firsts.get(d["replica"], d["began"]))
-    start, end = max(firsts.values()), max(d["ended"] for d in details)
+    start, end = when_most_are_in_flight(details), max(d["ended"] for d in details)
     trials = sum(
         max(d["ended"] - max(d["began"], start), 0) / (d["ended"] - d["began"]) for d in details
     )
@@ -203,6 +201,17 @@ def share_of_ideal(
         "ideal_per_hour": round(3600 * gpus / seconds, 1),
         "efficiency": round(trials * seconds / (gpus * (end - start)), 4),
     }
+
+
+def when_most_are_in_flight(details: Sequence[dict[str, float]]) -> float:
+    """The first moment at which as many trials are evaluated as ever."""
+    moments = sorted([(d["began"], 1) for d in details] + [(d["ended"], -1) for d in details])
+    running, most, found = 0, 0, 0.0
+    for at, change in moments:
+        running += change
+        if running > most:
+            most, found = running, at
+    return found
 
 
 def per_trial(first: Tally, last: Tally, trials: int) -> dict[str, float]:

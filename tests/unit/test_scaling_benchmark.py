@@ -94,22 +94,20 @@ def test_the_most_gpus_are_measured_even_if_no_power_of_two() -> None:
     assert doublings(12) == [1, 2, 4, 8, 12]
 
 
-def trials_of(*begun: tuple[int, float]) -> list[dict[str, float]]:
-    """Trials of two seconds: replica, and when they began."""
-    return [{"replica": r, "began": 10.0 + at, "ended": 12.0 + at} for r, at in begun]
+def trials_of(*begun: float) -> list[dict[str, float]]:
+    """Trials of two seconds, by when they began."""
+    return [{"began": 10.0 + at, "ended": 12.0 + at} for at in begun]
 
 
-def test_ideal_is_every_gpu_busy_from_when_all_have_begun_to_the_last_end() -> None:
-    details = trials_of((0, 0), (1, 0), (0, 3), (1, 3))
-    found = share_of_ideal(details, gpus=2, seconds=2.0)
+def test_ideal_is_every_gpu_busy_from_when_most_are_to_the_last_end() -> None:
+    found = share_of_ideal(trials_of(0, 0, 3, 3), gpus=2, seconds=2.0)
     assert found["seconds"] == 5.0 and found["efficiency"] == pytest.approx(0.8)
     assert found["ideal_per_hour"] == 3600 and found["trials_per_hour"] == 2880
 
 
-def test_a_gpu_that_begins_late_counts_from_then_on_for_all() -> None:
-    """The first GPU has two trials behind it, and is in the middle of its third."""
-    details = trials_of((0, 0), (0, 2), (0, 4), (1, 5), (0, 6), (1, 7))
-    found = share_of_ideal(details, gpus=2, seconds=2.0)
+def test_a_trial_process_that_comes_late_counts_from_then_on_for_all() -> None:
+    """The first has two trials behind it, and is in the middle of its third."""
+    found = share_of_ideal(trials_of(0, 2, 4, 5, 6, 7), gpus=2, seconds=2.0)
     assert found["seconds"] == 4.0 and found["efficiency"] == pytest.approx(3.5 / 4)
 
 
