@@ -19,7 +19,7 @@ def save(name: str, figures: dict[str, Any], file: str = "") -> Path:
         file: Name of the JSON file without its ending; the benchmark's if unset.
     """
     record = {
-        "command": " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join([f"python -m benchmarks.{name}", *map(_shown, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": _processor(), "cores": cores(), "matrix_units": _matrix_units()},
         "versions": {p: version(p) for p in ("torch", "transformers", "ray", "optuna")},
@@ -29,6 +29,11 @@ def save(name: str, figures: dict[str, Any], file: str = "") -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _shown(argument: str) -> str:
+    """An argument as figures keep it: folders of one machine mean nothing on another."""
+    return "…" if Path(argument).is_absolute() else argument
 
 
 def saved(file: str) -> dict[str, Any]:
