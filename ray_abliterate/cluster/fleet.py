@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from ray_abliterate.cluster.connection import nodes
-from ray_abliterate.cluster.errors import DEATHS, died_while_loading, reason
+from ray_abliterate.cluster.errors import DEATHS, died_while_loading, plain, reason
 from ray_abliterate.cluster.host import Hosting
 from ray_abliterate.cluster.layout import (
     Layout,
@@ -28,7 +28,7 @@ from ray_abliterate.cluster.layout import (
     missing,
     refuse_what_is_missing,
 )
-from ray_abliterate.errors import ModelError, RayAbliterateError
+from ray_abliterate.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -307,9 +307,5 @@ async def _ready(reference: Any) -> Any:
 
 def _plain(error: BaseException) -> BaseException:
     """The error as it was raised over there."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, RayAbliterateError):
-        return cause
-    if isinstance(error, DEATHS):
-        return died_while_loading(error)
-    return error
+    found = plain(error) if isinstance(error, RayTaskError) else error
+    return died_while_loading(found) if isinstance(found, DEATHS) else found
