@@ -149,7 +149,7 @@ class Study:
         search = Search(self.folder / "study.journal", space, wanted, GOALS)  # type: ignore[arg-type]
         on_trial = lambda trial, answers: self.ended.append((time.monotonic(), trial))  # noqa: E731
         moment: list[float] = []
-        with ReplicaPool.of(hosting, self.timeout, 1, self.events.append) as self.pool:
+        with ReplicaPool.of(hosting, self.timeout, self.events.append) as self.pool:
             until(lambda: self.pool.replicas >= together)
             meddler = threading.Thread(target=self._meddle, args=(fault, after, moment))
             meddler.start()

@@ -115,7 +115,7 @@ class BatchedModel:
         states = max(1, tokens) * cost.state * len(self.blocks)
         room = min(LEARNED_SHARE * self.module.num_parameters() * cost.size, free / 4)
         every = min(max(1, math.ceil(states / room)), len(self.blocks))
-        return Tuning(read, write, every, self._drafts_pay() if tokens else False)
+        return Tuning(read, write, every, self._drafts_pay() if tokens else False, copies)
 
     def use(self, tuning: Tuning) -> None:
         """Compute so from now on."""

@@ -35,7 +35,7 @@ def facts_of(
         attention: The attention that the recipe asks for.
         extent: Tokens of the longest prompt, and of the longest answer.
     """
-    most, why = _most_per_pass(model, cache, extent)
+    most, why = most_per_pass(model, cache, extent)
     return ModelFacts(
         shape=shape,
         writers=writers,
@@ -72,7 +72,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _most_per_pass(
+def most_per_pass(
     model: LanguageModel, cache: WeightCache, extent: tuple[int, int]
 ) -> tuple[int, str]:
     """Plans that can share a pass, and why not more."""

@@ -10,6 +10,8 @@ import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_abliterate.recipe import SearchSettings
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,6 +23,11 @@ SHARE_OF_FREE = {"cpu": 0.25, "cuda": 0.7}
 """Of free memory: other replicas and programs live beside us on the CPU."""
 LEARNED_SHARE = 0.25
 """Of the model's own size that the base model's states may take, if as much memory is free."""
+TRIALS_PER_PASS = (8, 4, 2)
+"""What is tried if the run chooses how many trials share a pass."""
+LEAST_TURNS = 10
+"""A study holds what is in flight so many times, or more: the sampler learns from ended trials.
+`docs/performance.md` says what more in flight costs."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,14 @@ class Tuning:
         answer_rows: Rows of a batch that writes answers.
         state_every: Inputs of every so many blocks are kept of the base model.
         drafts: The base model's answers are checked as drafts.
+        trials_per_pass: Trials that share a pass.
     """
 
     read_rows: int
     answer_rows: int
     state_every: int
     drafts: bool
+    trials_per_pass: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,47 @@ class Cost:
         """Rows of so many tokens that fit, for so many copies of each; 0 if not even one does."""
         tokens = self.read * prompt + self.kept * (prompt + answer)
         return int(free // (copies * (tokens + self.logits)))
+
+
+def trials_per_pass(
+    search: SearchSettings,
+    replicas: int,
+    most: int,
+    device: "torch.device",
+    free: int,
+    cost: Cost,
+    rows: int,
+    prompt: int,
+    answer: int,
+) -> int:
+    """How many trials share a pass, if the run chooses: the largest of 8, 4 and 2 that may, or 1.
+
+    All their rows have to fit one batch, and the study has to hold a pass of every replica
+    `LEAST_TURNS` times. 1 on a CPU, which waits for arithmetic, so that more rows a step save
+    nothing; and where plans are judged batch by batch.
+
+    Args:
+        search: Says how many trials there are, and how many may be in flight.
+        replicas: How many there are.
+        most: Trials that can share a pass, by what the model is.
+        device: Where the model computes.
+        free: Bytes that a batch may take.
+        cost: What rows cost.
+        rows: Prompts that a trial asks about at once, in one batch.
+        prompt: Tokens of the longest prompt.
+        answer: Tokens of the longest answer.
+    """
+    if device.type == "cpu" or search.batch_synchronous:
+        return 1
+    in_flight = search.trials // LEAST_TURNS
+    if search.concurrency is not None:
+        in_flight = min(in_flight, search.concurrency)
+    for count in TRIALS_PER_PASS:
+        wanted = count <= most and count * replicas <= in_flight
+        saves = count * rows <= most_rows(device)
+        if wanted and saves and rows <= cost.rows(free, prompt, answer, count):
+            return count
+    return 1
 
 
 def free_bytes(device: "torch.device") -> int:

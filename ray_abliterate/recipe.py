@@ -182,15 +182,25 @@ class SearchSettings(Section):
     """Choose and judge plans `concurrency` at a time: the same study for the same seed, whatever
     the timing. Replicas wait for the slowest of each batch, and a second or two between
     batches."""
-    trials_per_pass: int = Field(1, ge=1)
+    trials_per_pass: int | Literal["auto"] = "auto"
     """Plans that a replica evaluates in the same passes, by edits beside the weights. Pays on GPUs,
-    where a step costs the same for more rows; the sampler knows less when it chooses."""
+    where a step costs the same for more rows; the sampler knows less when it chooses. `auto` is 1
+    on CPUs, and on GPUs the largest of 8, 4, 2 and 1 whose rows fit one batch, and of which all
+    replicas together hold no more than a tenth of `trials`, nor more than `concurrency`."""
     trial_timeout_seconds: float | None = Field(None, gt=0)
     """A trial that takes longer fails, and its replica is started anew."""
     dominance_stop: bool = True
     """End a trial once a finished one is better whatever comes; its scores are then bounds."""
     space: SpaceSettings = Field(default_factory=SpaceSettings)
     """Where the plans come from."""
+
+    @field_validator("trials_per_pass", mode="before")
+    @classmethod
+    def _one_trial_or_more(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if value != "auto" and not (number and value >= 1):
+            raise ValueError("give a whole number from 1, or `auto`")
+        return value
 
     @model_validator(mode="after")
     def _batches_have_a_size(self) -> "SearchSettings":
@@ -199,7 +209,7 @@ class SearchSettings(Section):
                 "batch_synchronous needs concurrency, the plans of a batch: without it, that would "
                 "be however many replicas there are at the time"
             )
-        if self.batch_synchronous and self.trials_per_pass > 1:
+        if self.batch_synchronous and self.trials_per_pass not in ("auto", 1):
             raise ValueError(
                 "batch_synchronous needs trials_per_pass = 1: which plans share a pass is a "
                 "matter of timing, and changes the last digits of their scores"

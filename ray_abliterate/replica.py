@@ -20,8 +20,8 @@ from ray_abliterate.directions import Directions, LayerScores
 from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
-from ray_abliterate.facts import facts_of
-from ray_abliterate.grid import Tuning
+from ray_abliterate.facts import facts_of, most_per_pass
+from ray_abliterate.grid import Tuning, free_bytes, trials_per_pass
 from ray_abliterate.loading import where_weights_rest
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
@@ -123,10 +123,25 @@ class Replica:
         components = tuple(sorted({writer.component for writer in self._writers}))
         return ModelShape(len(self.model.blocks), hidden_size(self.model.module), components)
 
-    def tune(self) -> Tuning:
-        """How this run's replicas compute: by the memory and the speed of this one."""
+    def tune(self, replicas: int = 1) -> Tuning:
+        """How this run's replicas, so many, compute: by the memory and the speed of this one."""
         prompt, answer, tokens = self._extent()
-        return self.model.tune(prompt, answer, tokens, self._recipe.search.trials_per_pass)
+        together = self._recipe.search.trials_per_pass
+        if together == "auto":
+            model, rows = self.model, max(map(len, self._prompts.values()), default=1)
+            most, _ = most_per_pass(model, self.cache, (prompt, answer))
+            together = trials_per_pass(
+                self._recipe.search,
+                replicas,
+                most,
+                model.device,
+                free_bytes(model.device),
+                model.cost,
+                min(rows, model.batch_size or rows),
+                prompt,
+                answer,
+            )
+        return self.model.tune(prompt, answer, tokens, together)
 
     def _extent(self) -> tuple[int, int, int]:
         """Tokens of the longest prompt, of the longest answer, and of all prompts."""

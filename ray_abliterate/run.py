@@ -202,7 +202,7 @@ def find_directions(
     tuning = directory.tuning()
     if tuning is None:
         with watch.stage("batch sizes"):
-            tuning = pool.call("tune")
+            tuning = pool.call("tune", pool.layout.replicas)
         directory.note(tuning=asdict(tuning))
     prefix = response_prefix(recipe, directory, pool, sets, watch)
     if recipe.prompts.filter_by_behaviour:

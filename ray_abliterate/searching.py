@@ -11,6 +11,7 @@ from ray_abliterate.cluster.metrics import SearchMetrics
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.cluster.search import Search
 from ray_abliterate.errors import ModelError
+from ray_abliterate.evaluation import ModelFacts
 from ray_abliterate.frontier import Frontier, Trial
 from ray_abliterate.plan import Space
 from ray_abliterate.progress import Watch
@@ -64,15 +65,12 @@ def search(
     on_frontier: Callable[[Frontier], None] = lambda frontier: None,
 ) -> None:
     """Try plans until the run has as many as the recipe wants."""
-    if recipe.search.trials_per_pass > pool.facts.most_per_pass:
-        raise ModelError(
-            f"search.trials_per_pass = {recipe.search.trials_per_pass} is more than the "
-            f"{pool.facts.most_per_pass} that can share a pass: {pool.facts.why_not_more}.\n"
-            f"  Set search.trials_per_pass = {pool.facts.most_per_pass} or less."
-        )
+    together = trials_per_pass(recipe, directory, pool.facts)
+    if together > 1:
+        watch.note(f"{together} trials share each pass")
     space = Space.of(pool.facts.shape, recipe.search.space, recipe.edit.norm)
     goals = [(scorer.name, scorer.goal) for scorer in recipe.scorers if scorer.goal != "report"]
-    study = Search(directory.journal, space, recipe.search, goals, record.writer.submit)
+    study = Search(directory.journal, space, recipe.search, goals, record.writer.submit, together)
     listed = {trial.number: trial for trial in directory.trials()}
     for trial in study.finished:
         known = listed.get(trial.number)
@@ -96,6 +94,24 @@ def search(
         study.run(pool, shared, seeds, on_trial, directory.tune, record.tell)
         record.writer.flush()
     score_members_alone(directory, pool, shared, watch)
+
+
+def trials_per_pass(recipe: Recipe, directory: RunDirectory, facts: ModelFacts) -> int:
+    """Trials that share a pass in this run: as the recipe says, or as was chosen when it began.
+
+    Raises:
+        ModelError: the recipe asks for more than can.
+    """
+    given, most = recipe.search.trials_per_pass, facts.most_per_pass
+    if given == "auto":
+        tuning = directory.tuning()
+        return min(tuning.trials_per_pass, most) if tuning is not None else 1
+    if given > most:
+        raise ModelError(
+            f"search.trials_per_pass = {given} is more than the {most} that can share a pass: "
+            f"{facts.why_not_more}.\n  Set search.trials_per_pass = {most} or less."
+        )
+    return given
 
 
 def score_members_alone(

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_abliterate.cluster.connection import nodes
@@ -140,7 +140,8 @@ class FarJudge:
 
     def _ask(self, exchange: Exchange) -> Any:
         with self._turn:
-            if exchange not in self._asked:
+            known = self._asked.get(exchange)
+            if known is None or _has_failed(known):
                 self._asked[exchange] = self._handle.judge.remote(exchange)
             self._asked.move_to_end(exchange)
             while len(self._asked) > REMEMBERED:
@@ -162,6 +163,17 @@ class FarJudge:
             raise ScoreError(
                 f"{why}.\n  Choose a smaller classifier, or give it more room (gpus)."
             ) from None
+
+
+def _has_failed(asked: Any) -> bool:
+    """Whether a judgement has failed by now: it may have been a trial's that never asked for it."""
+    if not ray.wait([asked], timeout=0)[0]:
+        return False
+    try:
+        ray.get(asked)
+    except RayError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)

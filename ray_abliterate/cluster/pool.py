@@ -74,9 +74,7 @@ class ReplicaPool:
                 patient=not ours(),
                 share=partial(_beside, bench.left, recipe),
             )
-            search = recipe.search
-            limits = search.trial_timeout_seconds, search.trials_per_pass
-            with cls.of(hosting, *limits, on_event) as pool:
+            with cls.of(hosting, recipe.search.trial_timeout_seconds, on_event) as pool:
                 pool._left = bench.left
                 yield pool
 
@@ -108,7 +106,6 @@ class ReplicaPool:
         cls,
         hosting: Hosting,
         timeout_seconds: float | None = None,
-        trials_per_pass: int = 1,
         on_event: OnEvent = lambda event: None,
         go_on: Callable[[], bool] = lambda: True,
     ) -> Iterator["ReplicaPool"]:
@@ -117,7 +114,6 @@ class ReplicaPool:
         Args:
             hosting: What replicas are made from.
             timeout_seconds: A trial that takes longer fails, and its replica with it.
-            trials_per_pass: Plans that a replica gets at once.
             on_event: Told what happens to the fleet, in a thread of its own.
             go_on: Asked now and then whether a replica is still waited for.
 
@@ -136,7 +132,7 @@ class ReplicaPool:
                 max_task_retries=-1,
                 scheduling_strategy=here,
             )
-            .remote(hosting, timeout_seconds, trials_per_pass)
+            .remote(hosting, timeout_seconds)
         )
         pool = cls(actor, on_event)
         try:

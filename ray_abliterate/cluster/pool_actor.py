@@ -41,17 +41,15 @@ class _Waiting:
 
     plan: Any
     setup: list[Any]
+    together: int
     result: "asyncio.Future[Evaluation]"
 
 
 class PoolActor:
     """Hands calls to free replicas, in the order they come."""
 
-    def __init__(
-        self, hosting: Hosting, timeout_seconds: float | None, trials_per_pass: int = 1
-    ) -> None:
+    def __init__(self, hosting: Hosting, timeout_seconds: float | None) -> None:
         self._timeout = timeout_seconds
-        self._per_pass = trials_per_pass
         self._free: asyncio.Queue[Member] = asyncio.Queue()
         self._events = Events()
         self._metrics = PoolMetrics(hosting.role)
@@ -244,17 +242,18 @@ class PoolActor:
 
     # Trials
 
-    async def trial(self, plan: Any, setup: list[Any]) -> Evaluation:
+    async def trial(self, plan: Any, setup: list[Any], together: int = 1) -> Evaluation:
         """Evaluate a plan of the search: against the bar, in passes shared with other plans.
 
         Args:
             plan: The plan.
             setup: One reference, in a list so that it is not resolved here.
+            together: Plans that may share a pass, this one among them; the same for all.
         """
-        own = _Waiting(plan, setup, asyncio.get_running_loop().create_future())
+        own = _Waiting(plan, setup, together, asyncio.get_running_loop().create_future())
         self._waiting.append(own)
         self._changed.set()
-        if self._per_pass == 1 or len(self._waiting) == 1:
+        if together == 1 or len(self._waiting) == 1:
             self._start(self._hand_out())
         try:
             found = await own.result
@@ -274,11 +273,11 @@ class PoolActor:
                 own.result.set_exception(error)
             return
         await self._gather()
-        group = self._waiting[: self._per_pass]
-        self._waiting = self._waiting[self._per_pass :]
-        if not group:
+        if not self._waiting:
             self._give_back(member)
             return
+        together = self._waiting[0].together
+        group, self._waiting = self._waiting[:together], self._waiting[together:]
         self._in_service += len(group)
         if self._waiting:
             self._start(self._hand_out())
@@ -304,7 +303,9 @@ class PoolActor:
     async def _gather(self) -> None:
         """Wait until a pass is full, or all trials are here or in service, or for a moment."""
         end = asyncio.get_running_loop().time() + GATHER_SECONDS
-        while len(self._waiting) < min(self._per_pass, self._slots - self._in_service):
+        while self._waiting and len(self._waiting) < min(
+            self._waiting[0].together, self._slots - self._in_service
+        ):
             self._changed.clear()
             left = end - asyncio.get_running_loop().time()
             try:

@@ -92,6 +92,7 @@ class Search:
         settings: SearchSettings,
         goals: Sequence[tuple[str, Goal]],
         submit: Submit = at_once,
+        trials_per_pass: int = 1,
     ) -> None:
         """Open or make the study; trials that a killed driver left running are told failed.
 
@@ -101,7 +102,9 @@ class Search:
             settings: How many plans, and how they are chosen.
             goals: Names and goals of the objectives, in the recipe's order.
             submit: Takes the writes to the journal; in the foreground if unset.
+            trials_per_pass: Plans that a replica gets at once.
         """
+        self._trials_per_pass = trials_per_pass
         self._space, self._settings, self._submit = space, settings, submit
         self._goals = list(goals)
         self._storage = journal.open_storage(path, submit)
@@ -163,8 +166,7 @@ class Search:
     ) -> bool:
         """Try plans in slots for so many replicas; whether another round has to follow: because
         there are more replicas now, or processes of trials died."""
-        together = replicas * self._settings.trials_per_pass
-        concurrency = self._settings.concurrency or together
+        concurrency = self._settings.concurrency or replicas * self._trials_per_pass
         batch = concurrency if self._settings.batch_synchronous else None
 
         def raise_bar(losses: tuple[float, ...]) -> None:
@@ -186,7 +188,9 @@ class Search:
             study_name=journal.STUDY_NAME,
             storage=self._storage,
         )
-        trainable = tune.with_parameters(PlanTrial, pool=pool.actor, setup=[setup])
+        trainable = tune.with_parameters(
+            PlanTrial, pool=pool.actor, setup=[setup], together=self._trials_per_pass
+        )
         slot = int(10_000 / concurrency) / 10_000
         trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
         trainable.__qualname__ = PlanTrial.__qualname__  # what dashboard and `ps` call the process

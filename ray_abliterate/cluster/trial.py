@@ -21,13 +21,16 @@ SCORES, SECONDS, ERROR, SHARED, REPLICA = "scores", "seconds", "error", "shared"
 class PlanTrial(tune.Trainable):  # type: ignore[misc]
     """One slot of the search. Tune reuses it for one plan after the other."""
 
-    def setup(self, config: dict[str, Any], pool: Any = None, setup: Any = None) -> None:
+    def setup(
+        self, config: dict[str, Any], pool: Any = None, setup: Any = None, together: int = 1
+    ) -> None:
         """Keep the handles, and wait until the other slots are there.
 
         Tune would otherwise give the first slot's process all plans that come while the others
         are still starting, and stop those.
         """
         self._pool, self._setup, self._point = pool, setup, config
+        self._together = together
         ray.get(pool.join.remote())
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -39,7 +42,9 @@ class PlanTrial(tune.Trainable):  # type: ignore[misc]
         """Evaluate. What goes wrong with a plan is reported, so that the process lives on."""
         plan = Plan.from_json(self._point["plan"])
         try:
-            evaluation: Evaluation = unwrap(self._pool.trial.remote(plan, self._setup))
+            evaluation: Evaluation = unwrap(
+                self._pool.trial.remote(plan, self._setup, self._together)
+            )
         except (RayAbliterateError, ray.exceptions.RayTaskError) as error:
             return {ERROR: reason(error), "done": True}
         if evaluation.answers:

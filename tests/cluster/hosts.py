@@ -177,7 +177,6 @@ def pool_of(
     seconds: float = 0.0,
     timeout: float | None = None,
     kind: type[Host] = Host,
-    trials_per_pass: int = 1,
     events: list[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> ReplicaPool:
@@ -186,7 +185,7 @@ def pool_of(
     chosen = {"name": "stand-in", **own, **settings}
     hosting = Hosting(kind, (str(folder), seconds), ModelSettings.model_validate(chosen))
     hear = events.append if events is not None else lambda event: None
-    pool = OPEN.enter_context(ReplicaPool.of(hosting, timeout, trials_per_pass, hear))
+    pool = OPEN.enter_context(ReplicaPool.of(hosting, timeout, hear))
     deadline = time.monotonic() + 60
     while pool.replicas < count and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -63,23 +63,23 @@ def test_the_bar_goes_with_trials_alone_and_rises(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("trials", "passes"), [(1, 1), (4, 1), (6, 2), (9, 3)])
 def test_plans_that_wait_share_passes(tmp_path: Path, trials: int, passes: int) -> None:
-    pool = pool_of(tmp_path, 1, seconds=0.2, trials_per_pass=4)
+    pool = pool_of(tmp_path, 1, seconds=0.2)
     ray.get(pool.actor.expect.remote(trials, None))
     plans = [
         Plan.uniform(ModelShape(8, 32, ("attn",)), 3.0, "none", 0.1 * i) for i in range(trials)
     ]
-    found = [unwrap(r) for r in [pool.actor.trial.remote(plan, [None]) for plan in plans]]
+    found = [unwrap(r) for r in [pool.actor.trial.remote(plan, [None], 4) for plan in plans]]
     kl = [evaluation.scorecard["kl"].value for evaluation in found]
     assert kl == [plan.profiles[0][1].peak for plan in plans]
     assert (tmp_path / "passes").read_text().count("pass") == passes
 
 
 def test_a_plan_that_fails_in_a_shared_pass_fails_alone(tmp_path: Path) -> None:
-    pool = pool_of(tmp_path, 1, seconds=0.2, trials_per_pass=4)
+    pool = pool_of(tmp_path, 1, seconds=0.2)
     ray.get(pool.actor.expect.remote(3, None))
     (tmp_path / "nan-once").touch()
     rates, errors = [], []
-    for call in [pool.actor.trial.remote(PLAN, [None]) for _ in range(3)]:
+    for call in [pool.actor.trial.remote(PLAN, [None], 4) for _ in range(3)]:
         try:
             rates.append(unwrap(call).scorecard["rate"].value)
         except ScoreError as error:
@@ -90,10 +90,10 @@ def test_a_plan_that_fails_in_a_shared_pass_fails_alone(tmp_path: Path) -> None:
 
 
 def test_a_shared_pass_that_loses_its_replica_is_done_by_another(tmp_path: Path) -> None:
-    pool = pool_of(tmp_path, 2, seconds=0.2, trials_per_pass=4)
+    pool = pool_of(tmp_path, 2, seconds=0.2)
     ray.get(pool.actor.expect.remote(4, None))
     (tmp_path / "die-once").touch()
-    calls = [pool.actor.trial.remote(PLAN, [None]) for _ in range(4)]
+    calls = [pool.actor.trial.remote(PLAN, [None], 4) for _ in range(4)]
     assert [unwrap(call).scorecard["rate"].value for call in calls] == [1.0] * 4
 
 

@@ -1,6 +1,7 @@
 """Trials that share passes, memory that runs out, models that the engine does not serve."""
 
 import copy
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.replica import Replica, Setup
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score
-from ray_abliterate.searching import Record, search
+from ray_abliterate.searching import Record, search, trials_per_pass
 from ray_abliterate.testing.tiny import tiny_model
 from ray_abliterate.together import Together
 from ray_abliterate.weights import WeightCache
@@ -171,6 +172,35 @@ def test_more_trials_a_pass_than_fit_are_refused_before_the_search(
     baseline = planted_run.directory.baseline()
     with pytest.raises(ModelError, match=r"trials_per_pass = 1000000000 is more than the \d+"):
         search(greedy, directory, pool, None, baseline, Record(directory, Unwatched()), Unwatched())
+
+
+def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
+    planted_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that is taken for a GPU: what the first replica finds out is noted, resumed, and
+    makes a batch of so many trials."""
+    recipe = planted_run.directory.recipe
+    assert recipe.search.trials_per_pass == "auto"
+    assert planted_run.directory.environment["tuning"]["trials_per_pass"] == 1, "on a CPU"
+    longer = recipe.search.model_copy(update={"trials": 40})
+    own = recipe.model_copy(update={"search": longer})
+    sets = {"keyword-rate": PromptSet.of("k", *(f"tell me about the old {w}" for w in FLAGGED))}
+    replica = Replica(own, str(planted_run.model), sets)
+    assert replica.tune(1).trials_per_pass == 1
+    monkeypatch.setattr(type(replica.model), "device", torch.device("mps"))
+    monkeypatch.setattr("ray_abliterate.replica.free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr("ray_abliterate.batched.free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr("ray_abliterate.facts.free_bytes", lambda device: 1 << 30)
+    found = [replica.tune(count).trials_per_pass for count in (1, 2, 3)]
+    assert found == [4, 2, 1]
+    directory = RunDirectory.create(tmp_path / "run", own, "")
+    directory.note(tuning=asdict(replica.tune(1)))
+    facts = replica.describe()
+    again = RunDirectory.open(tmp_path / "run")
+    assert trials_per_pass(again.recipe, again, facts) == 4
+    assert trials_per_pass(again.recipe, again, replace(facts, most_per_pass=2)) == 2
+    given = own.model_copy(update={"search": longer.model_copy(update={"trials_per_pass": 3})})
+    assert trials_per_pass(given, again, facts) == 3
 
 
 def test_experts_share_no_passes_and_that_is_said(mixtral_run: Any) -> None:
