@@ -75,6 +75,23 @@ def test_what_a_judge_raises_comes_back_as_itself(tmp_path: Path) -> None:
                 bench.judges["refusal-judge"].judge(EXCHANGES)
 
 
+def test_a_failure_over_an_answer_of_a_lost_trial_is_not_told_to_the_next(
+    classifier: str, tmp_path: Path
+) -> None:
+    """A trial expects an answer, and is lost before it asks; the judge fails, and then works."""
+    place = tmp_path / "classifier"
+    with judging([settings(str(place))]) as bench:
+        judge = bench.judges["refusal-judge"]
+        judge.expect(EXCHANGES[0])
+        assert ray.wait([judge._asked[EXCHANGES[0]]], timeout=60)[0]
+        place.symlink_to(classifier)
+        expected = Classifier(classifier, label="refusal").judge(EXCHANGES[:2])
+        assert judge.judge(EXCHANGES[:2]) == pytest.approx(expected, abs=1e-5)
+        known = judge._asked[EXCHANGES[0]]
+        judge.expect(EXCHANGES[0])
+        assert judge._asked[EXCHANGES[0]] is known, "what is known is not asked again"
+
+
 class Echo(BaseHTTPRequestHandler):
     """Says REFUSAL, and keeps the key it was asked with."""
 

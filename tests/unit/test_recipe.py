@@ -276,6 +276,23 @@ def test_a_search_space_needs_a_scope():
     assert "scope" in message("search.space.scope=[]")
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "true", "many"])
+def test_trials_share_passes_by_number_or_as_the_run_chooses(value):
+    assert parse().search.trials_per_pass == "auto"
+    assert parse("search.trials_per_pass=auto") == parse()
+    assert parse("search.trials_per_pass=3").search.trials_per_pass == 3
+    said = message(f"search.trials_per_pass={value}")
+    assert "search.trials_per_pass: give a whole number from 1, or `auto` (found" in said
+
+
+def test_batches_of_plans_share_no_passes():
+    batches = "search.batch_synchronous=true", "search.concurrency=4"
+    assert parse(*batches).search.trials_per_pass == "auto"
+    assert parse(*batches, "search.trials_per_pass=1").search.batch_synchronous
+    said = message(*batches, "search.trials_per_pass=2")
+    assert "batch_synchronous needs trials_per_pass = 1" in said
+
+
 @pytest.mark.parametrize(("gpus", "accepted"), [(0, 1), (0.25, 1), (1, 1), (2, 1), (1.5, 0)])
 def test_gpus_of_a_replica_are_a_fraction_or_whole(gpus, accepted):
     if accepted:
