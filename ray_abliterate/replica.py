@@ -130,12 +130,13 @@ class Replica:
         if together == "auto":
             model, rows = self.model, max(map(len, self._prompts.values()), default=1)
             most, _ = most_per_pass(model, self.cache, (prompt, answer))
+            part_of_card = min(self._recipe.model.gpus_per_replica or 1, 1)
             together = trials_per_pass(
                 self._recipe.search,
                 replicas,
                 most,
                 model.device,
-                free_bytes(model.device),
+                int(free_bytes(model.device) * part_of_card),
                 model.cost,
                 min(rows, model.batch_size or rows),
                 prompt,

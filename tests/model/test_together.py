@@ -1,7 +1,7 @@
 """Trials that share passes, memory that runs out, models that the engine does not serve."""
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ray_abliterate.architecture import find_writers
+from ray_abliterate.cluster.shards import Shards
 from ray_abliterate.directions import Directions
 from ray_abliterate.dominance import Bar
 from ray_abliterate.errors import ModelError, ScoreError
@@ -20,6 +21,7 @@ from ray_abliterate.progress import Unwatched
 from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.replica import Replica, Setup
+from ray_abliterate.run import PromptSets, find_directions
 from ray_abliterate.rundir import RunDirectory
 from ray_abliterate.scoring import Score
 from ray_abliterate.searching import Record, search, trials_per_pass
@@ -174,6 +176,10 @@ def test_more_trials_a_pass_than_fit_are_refused_before_the_search(
         search(greedy, directory, pool, None, baseline, Record(directory, Unwatched()), Unwatched())
 
 
+def halt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
     planted_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,11 +200,15 @@ def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
     found = [replica.tune(count).trials_per_pass for count in (1, 2, 3)]
     assert found == [4, 2, 1]
     directory = RunDirectory.create(tmp_path / "run", own, "")
-    directory.note(tuning=asdict(replica.tune(1)))
-    facts = replica.describe()
-    again = RunDirectory.open(tmp_path / "run")
-    assert trials_per_pass(again.recipe, again, facts) == 4
-    assert trials_per_pass(again.recipe, again, replace(facts, most_per_pass=2)) == 2
+    pool: Any = InProcess(replica)
+    pool.layout = replace(pool.layout, replicas=2)
+    both = PromptSets(PROMPTS, PROMPTS, sets)
+    monkeypatch.setattr(Shards, "extract", halt)
+    with pytest.raises(KeyboardInterrupt):
+        find_directions(own, directory, pool, both, Unwatched())
+    facts, again = replica.describe(), RunDirectory.open(tmp_path / "run")
+    assert trials_per_pass(again.recipe, again, facts) == 2
+    assert trials_per_pass(again.recipe, again, replace(facts, most_per_pass=1)) == 1
     given = own.model_copy(update={"search": longer.model_copy(update={"trials_per_pass": 3})})
     assert trials_per_pass(given, again, facts) == 3
 
