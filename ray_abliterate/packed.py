@@ -18,11 +18,11 @@ from ray_abliterate.packed_attention import (
     ATTENTION,
     NotPackable,
     Pass,
-    Slab,
     attending,
     packed_attention,
 )
 from ray_abliterate.skipping import begun_at, recorded
+from ray_abliterate.slabs import Slab
 
 
 class PackedModel:
