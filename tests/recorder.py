@@ -9,9 +9,19 @@ from torch import Tensor
 from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Tags of operations whose result Python, or a shape, depends on."""
+
 
 class CannotBeRecorded(RuntimeError):
     """The work reads a value, which a recording can't."""
+
+
+def _depends_on_values(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Indexing is tagged for masks' sake; with numbers of places its shape is known."""
+    if operation is not torch.ops.aten.index.Tensor:
+        return True
+    return any(index is not None and index.dtype == torch.bool for index in args[1])
 
 
 class _Operations(TorchDispatchMode):
@@ -22,26 +32,21 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if operation is torch.ops.aten._local_scalar_dense.default:
-            raise CannotBeRecorded("a value is read")
+        if READS & set(operation.tags) and _depends_on_values(operation, args):
+            raise CannotBeRecorded(f"{operation} reads values")
         result = operation(*args, **(kwargs or {}))
         self.done.append((operation, args, kwargs or {}, result))
         return result
 
 
 class Recordings:
-    """A `recorded_steps.Recorder`; counts what it made and how often that was replayed."""
-
-    def __init__(self) -> None:
-        self.made = self.replayed = 0
+    """A `recorded_steps.Recorder`."""
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with _Operations() as operations:
             result = work()
-        self.made += 1
 
         def replay() -> None:
-            self.replayed += 1
             again: dict[int, Tensor] = {}
 
             def now(value: Any) -> Any:

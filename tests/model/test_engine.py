@@ -43,8 +43,8 @@ class NoText:
 class Case:
     """One tiny model, asked both ways."""
 
-    def __init__(self, family: str) -> None:
-        self.module = tiny_model(family).eval()
+    def __init__(self, family: str, device: str = "cpu") -> None:
+        self.module = tiny_model(family).eval().to(device)
         self.blocks = list(find_blocks(self.module)[1])
         self.packed = PackedModel(self.module, self.blocks)
         self.ends = [2]
