@@ -90,10 +90,10 @@ class Decoder:
             )
             steps = min(self.stride, slab.positions - max(tip.positions))
             with record_function(DECODE):
-                found = recorded.tokens(slab, tip, steps) if recorded else None
-                said = (self._tokens(slab, tip, steps) if found is None else found).tolist()
-            for place, tokens in zip(live, said, strict=True):
-                writings[place // count].take(place % count, tokens, tokens)
+                tokens = recorded.tokens if recorded else self._tokens
+                said = tokens(slab, tip, steps).tolist()
+            for place, text in zip(live, said, strict=True):
+                writings[place // count].take(place % count, text, text)
 
     def _tokens(self, slab: Slab, tip: Tip, steps: int) -> Tensor:
         """So many tokens of each row, one after the other, `"row step"`."""

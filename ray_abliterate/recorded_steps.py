@@ -8,13 +8,14 @@ weights are written in place; edits beside the weights are tensors of their own,
 earlier ones are forgotten.
 
 Whether a recording does what the model does is seen before it is used; if not, or if a model can't
-be recorded (it looks at values between two kernels, as many mixtures of experts do), steps are
-launched one by one, as elsewhere.
+be recorded (it looks at values between two kernels, as some mixtures of experts do), its kernels
+are launched one by one, as elsewhere.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ REACH_STEP = 64
 MOST_RECORDINGS = 64
 """Then all are forgotten, and made anew as they are needed."""
 
+Key = tuple[int, int, int]
+"""Rows and positions of a slab, and the positions that are looked at."""
 Replay = Callable[[], None]
 Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 """Records what a function does to tensors: what does it again, and its result, which lies where it
@@ -73,11 +76,15 @@ class Tip:
         return self.ids, self.rows, self.positions, self.edits
 
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Columns of a tip as tensors. A step replaces ids by the next ones and adds 1 to positions."""
+
+
 @dataclass(frozen=True)
 class _Recording:
-    """A step, and the tensors it reads: token ids first, which it replaces by the next ones."""
+    """A step, and the tensors it reads and writes."""
 
-    inputs: tuple[Tensor, ...]
+    inputs: Inputs
     replay: Replay
 
     def load(self, tip: Tip) -> None:
@@ -88,6 +95,9 @@ class _Recording:
 
 class RecordedSteps:
     """The recorded steps of one model.
+
+    A step is the same kernels on the same shapes whether it is replayed or not, so that a trial's
+    scores don't depend on what was recorded before it.
 
     Attributes:
         arena: Where slabs must lie whose steps are recorded; their last row is for idle tokens.
@@ -104,7 +114,8 @@ class RecordedSteps:
         self.off = ""
         self._model = model
         self._record = record or CudaGraphs()
-        self._known: dict[tuple[int, ...], _Recording] = {}
+        self._known: dict[Key, _Recording] = {}
+        self._seen: set[Key] = set()
         self._valid_for = 0, 0
 
     def room(self, live: int) -> int:
@@ -117,70 +128,71 @@ class RecordedSteps:
         self.arena.clear()
 
     @torch.inference_mode()
-    def tokens(self, slab: Slab, tip: Tip, steps: int) -> Tensor | None:
-        """So many tokens of each row, one after the other, `"row step"`; None if these steps can't
-        be replayed."""
-        if self.off:
-            return None
-        reach = -(-(1 + max(tip.positions) + steps - 1) // REACH_STEP) * REACH_STEP
+    def tokens(self, slab: Slab, tip: Tip, steps: int) -> Tensor:
+        """So many tokens of each row, one after the other, `"row step"`."""
+        reach = -(-(max(tip.positions) + steps) // REACH_STEP) * REACH_STEP
         reach, live = min(reach, slab.positions), len(tip.ids)
         tip = tip.filled(slab.rows - 1, slab.rows - 1)
         recording = self._recording(slab, tip, reach, live)
         if recording is None:
-            return None
-        recording.load(tip)
+            inputs = self._inputs(tip)
+            step: Callable[[], object] = partial(self._advance, slab, inputs, reach)
+        else:
+            recording.load(tip)
+            inputs, step = recording.inputs, recording.replay
         found = []
         for _ in range(steps):
-            recording.replay()
-            found.append(recording.inputs[0].clone())
+            step()
+            found.append(inputs[0].clone())
         return torch.stack(found, dim=1)[:live]
 
+    def _inputs(self, tip: Tip) -> Inputs:
+        ids, rows, positions, edits = (
+            on_device(values, self._model.device).clone() for values in tip.columns()
+        )
+        return ids, rows, positions, edits
+
+    def _advance(self, slab: Slab, inputs: Inputs, reach: int) -> Tensor:
+        """One step, and its logits, `"row vocab"`."""
+        ids, rows, positions, edits = inputs
+        every = torch.arange(len(ids), device=ids.device)
+        given = Pass(ids, rows, positions, every, reach, 1, edits=edits)
+        logits, _ = self._model.run(given, slab)
+        ids.copy_(logits.argmax(-1))
+        positions.add_(1)
+        return logits
+
     def _recording(self, slab: Slab, tip: Tip, reach: int, live: int) -> _Recording | None:
-        """The one for a slab of this shape, made now if there is none."""
+        """The one for a slab of this shape; made when the shape comes for the second time, since
+        one costs about three steps."""
         valid_for = self.arena.moves, EditedLayer.changes
         if valid_for != self._valid_for or len(self._known) >= MOST_RECORDINGS:
             self._known.clear()
+            self._seen.clear()
             self._valid_for = valid_for
         key = slab.rows, slab.positions, reach
-        if key not in self._known:
+        if key in self._seen and key not in self._known and not self.off:
             try:
-                made = self._make(slab, tip, reach, live)
+                self._make(key, slab, tip, live)
             except RuntimeError as error:
                 self._give_up(str(error).splitlines()[0])
-                return None
-            if made is None:
-                return None
-            self._known[key] = made
-        return self._known[key]
+        self._seen.add(key)
+        return self._known.get(key)
 
-    def _make(self, slab: Slab, tip: Tip, reach: int, live: int) -> _Recording | None:
+    def _make(self, key: Key, slab: Slab, tip: Tip, live: int) -> None:
         """Record a step, and see whether it does what the model does."""
-        device = self._model.device
-        inputs = tuple(on_device(values, device).clone() for values in tip.columns())
-        ids, rows, positions, edits = inputs
-
-        def step() -> Tensor:
-            every = torch.arange(len(ids), device=device)
-            given = Pass(ids, rows, positions, every, reach, 1, edits=edits)
-            return self._model.run(given, slab)[0]
-
-        def advance() -> Tensor:
-            logits = step()
-            ids.copy_(logits.argmax(-1))
-            positions.add_(1)
-            return logits
-
-        expected = step()[:live]
+        inputs, reach = self._inputs(tip), key[-1]
+        expected = self._advance(slab, inputs, reach)[:live]
         if not bool(expected.isfinite().all()):
-            return None  # a broken edit: nothing can be told by it
-        replay, logits = self._record(advance)
+            return  # a broken edit: nothing can be told by it
+        replay, logits = self._record(partial(self._advance, slab, inputs, reach))
         recording = _Recording(inputs, replay)
         recording.load(tip)
         replay()
-        if not same_logits(expected, logits[:live]):
+        if same_logits(expected, logits[:live]):
+            self._known[key] = recording
+        else:
             self._give_up("a recorded step gives other logits")
-            return None
-        return recording
 
     def _give_up(self, reason: str) -> None:
         self.off = reason

@@ -80,7 +80,7 @@ def test_steps_are_replayed_and_no_token_changes(family: str, device: str) -> No
     if device == "cpu" or family not in EXPERTS:
         assert not case.recorded.off
         assert case.recorder.made == 1
-        assert case.recorder.replayed >= 3 * (LIMIT - 1)
+        assert case.recorder.replayed >= 3 * (LIMIT - 2) - case.engine.decoder.stride
 
 
 @pytest.mark.parametrize("device", DEVICES)
