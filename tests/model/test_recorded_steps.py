@@ -141,14 +141,17 @@ def test_rows_that_end_leave_and_what_goes_on_is_replayed(device: str) -> None:
     case.engine.decoder.recorded = case.recorded = RecordedSteps(case.packed, case.recorder)
 
     class Ends:
-        """Row i ends after i characters; each token is one."""
+        """Each row ends after a number of characters of its own; each token is one."""
+
+        def __init__(self, limits: Sequence[int]) -> None:
+            self.limits = limits
 
         def begin(self, index: int) -> None:
             read[index] = 0
 
         def read(self, index: int, text: str) -> bool:
             read[index] += len(text)
-            return read[index] > index // 2
+            return read[index] > self.limits[index]
 
         def enough(self) -> bool:
             return False
@@ -167,8 +170,10 @@ def test_rows_that_end_leave_and_what_goes_on_is_replayed(device: str) -> None:
     case.engine._text = Dots()
     case.engine.techniques = Techniques()
     before = case.recorder.made
-    for _ in range(2):
-        written = case.engine.answer(case.engine.batch(rows), 40, [Ends()], range(len(rows)))[0]
+    upwards = [i // 2 for i in range(len(rows))]
+    for limits in (upwards, upwards[::-1]):
+        watches, every = [Ends(limits)], range(len(rows))
+        written = case.engine.answer(case.engine.batch(rows), 40, watches, every)[0]
         assert case.recorder.made - before >= 3  # sizes of the slab
         assert len({len(answer.tokens) for answer in written}) > 10
         for answer, text in zip(written, whole, strict=True):
