@@ -62,7 +62,6 @@ class Ours:
             self._find_directions(Path(options["directions"]))
         with self._part("baseline"):
             base = self.replica.evaluate(Plan.nothing(), self.setup)
-        techniques = getattr(self.replica.model, "techniques", None)
         return {
             "seconds": self._seconds,
             "layers": self.replica.describe().shape.layers,
@@ -74,7 +73,7 @@ class Ours:
             "dtype": self.replica.describe().dtype,
             "threads": torch.get_num_threads(),
             "evaluates_together": hasattr(self.replica, "evaluate_together"),
-            "techniques": _enabled(techniques),
+            "techniques": _enabled(self.replica.model),
             "peak_bytes": peak_bytes(),
             **self._work(),
         }
@@ -211,11 +210,11 @@ class Ours:
         }
 
 
-def _enabled(techniques: Any) -> list[str] | None:
-    """Names of the techniques that are on; None where the model has no switches."""
-    if techniques is None:
-        return None
-    return [f.name for f in fields(techniques) if getattr(techniques, f.name)]
+def _enabled(model: Any) -> list[str]:
+    """Names of the techniques that are on, and do something on the model's device."""
+    idle = set() if model.device.type == "cuda" else {"recorded_steps"}
+    names = (f.name for f in fields(model.techniques) if getattr(model.techniques, f.name))
+    return [name for name in names if name not in idle]
 
 
 def _linear_parameters(module: Any) -> int:

@@ -456,9 +456,7 @@ def techniques(pair: Pair, plans: list[Plan]) -> dict[str, Any] | None:
     """How many times longer a pass takes with each technique off, by trials per pass."""
     options = pair.bench.options
     names = next(iter(pair.our_facts.values()))["techniques"]
-    if names is None:
-        print(f"{pair.name}: the model has no techniques to switch off; skipped")
-    if not names or not options.ablation:
+    if not options.ablation:
         return None
     without = {name: [name] for name in names} | {EVERYTHING: list(names)}
     return {

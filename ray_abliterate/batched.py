@@ -225,6 +225,8 @@ class BatchedModel:
                 if len(indices) == 1 or not is_out_of_memory(error):
                     raise
                 log.warning("%d rows do not fit; going on with half as many", len(indices))
+                if self._engine is not None:
+                    self._engine.decoder.forget()
                 forget_garbage()
                 half = (len(indices) + 1) // 2
                 halves = indices[:half], indices[half:]

@@ -10,7 +10,7 @@ precision y is rounded once more than with edited weights. Knows nothing about p
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -71,6 +71,9 @@ class _Stacked:
 class EditedLayer:
     """A linear layer that can be edited beside its weights; until it is, nothing changes."""
 
+    changes: ClassVar[int] = 0
+    """Times that any layer's edits were opened or closed, in this process."""
+
     def __init__(
         self, linear: nn.Module, dtype: torch.dtype, bias: Tensor | None, choice: Choice
     ) -> None:
@@ -91,10 +94,12 @@ class EditedLayer:
         """Apply edits from now on, by number; of `count` numbers those that are missing leave the
         layer alone."""
         self._stacked = _stack(edits, count, self._dtype, self._bias)
+        EditedLayer.changes += 1
 
     def close(self) -> None:
         """The layer is as it was."""
         self._stacked = None
+        EditedLayer.changes += 1
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         stacked = self._stacked

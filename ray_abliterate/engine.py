@@ -17,29 +17,23 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ray_abliterate.contributions import Places
+from ray_abliterate.decoding import Decoder
 from ray_abliterate.drafts import DraftPlan
 from ray_abliterate.feeding import (
     Batch,
     Row,
     Tokens,
     draft_tokens,
-    edit_of,
     on_device,
     prompt_tokens,
 )
 from ray_abliterate.packed import PackedModel
-from ray_abliterate.packed_attention import Pass, Slab
 from ray_abliterate.scoring import AnswerWatch
 from ray_abliterate.shared_prefix import WORTHWHILE_TOKENS, common_length
+from ray_abliterate.slabs import Slab
 from ray_abliterate.writing import TextFormat, Writing, Written
 
-COMPACT_BELOW = 0.75
-"""Rows are moved together when so few of the slab's are live: a copy costs about what attention
-over dead rows costs in a step or two."""
-
-STRIDE_CUDA = 4
-"""Steps on a GPU before the host looks: rows that ended go on for two more on average."""
-PROMPTS, DRAFTS, DECODE = "prompts", "drafts", "decode"
+PROMPTS, DRAFTS = "prompts", "drafts"
 """Names of the stages in a profile."""
 FIRST = "drafts 0"
 """Name of the pass that feeds prompts with the first draft tokens."""
@@ -57,6 +51,8 @@ class Techniques:
     """The base model's answer is checked as a draft."""
     early_exit: bool = True
     """Answers end when they are decided."""
+    recorded_steps: bool = True
+    """Steps on a GPU are recorded once and replayed."""
 
 
 class Engine:
@@ -88,8 +84,7 @@ class Engine:
         self._blocks = blocks
         self.drafts = True
         """Drafts pay on this device."""
-        self.stride = STRIDE_CUDA if model.device.type == "cuda" else 1
-        """Steps between two looks at what was written."""
+        self.decoder = Decoder(model)
         self.windows: set[int] = set()
         """Attention windows that the packed passes know of."""
         self.kept_bytes = 0
@@ -159,8 +154,7 @@ class Engine:
         self._check_drafts(batch, slab, writings, edits)
         if self._learning:
             self._keep_keys(batch, slab)
-        slab.keep_first(len(batch.rows) * len(edits))
-        self._write_on(batch, slab, writings, edits)
+        self.decoder.write_on(batch, slab, writings, edits, self.techniques.recorded_steps)
         if self._learning:
             batch.answers = writings[0].answers()
             if self.drafts:
@@ -188,7 +182,7 @@ class Engine:
 
     def _slab(self, batch: Batch, copies: int, limit: int) -> Slab:
         """Room for the rows of all copies, and then for the beginning that each copy's share."""
-        return Slab(copies * (len(batch.rows) + 1), max(map(len, batch.rows)) + limit)
+        return self.decoder.slab(copies * (len(batch.rows) + 1), max(map(len, batch.rows)) + limit)
 
     def _prompt_pass(
         self,
@@ -288,63 +282,3 @@ class Engine:
         """Give a slab the base model's keys and values below the first edited block."""
         if self.techniques.layer_reuse and not self._learning:
             batch.lend_keys(slab, batch.start(FIRST, self.untouched), copies)
-
-    # Token by token
-
-    def _write_on(
-        self, batch: Batch, slab: Slab, writings: Sequence[Writing], edits: Sequence[int]
-    ) -> None:
-        """Greedy decoding of what is live; rows leave as they end.
-
-        Tokens are read every `stride` steps: reading them waits for the device.
-        """
-        count, device = len(batch.rows), self.model.device
-        places = torch.arange(count * len(edits))
-        """Where each row lies in the slab by now."""
-        while True:
-            live = [copy * count + row for copy, w in enumerate(writings) for row in w.live()]
-            if not live:
-                return
-            if len(live) < COMPACT_BELOW * slab.rows:
-                slab.keep(places[live].to(device))
-                places[live] = torch.arange(len(live))
-            texts = [writings[p // count].tokens[p % count] for p in live]
-            lengths = [
-                len(batch.rows[p % count]) + len(t) - 1 for p, t in zip(live, texts, strict=True)
-            ]
-            steps = min(self.stride, *(slab.positions - length for length in lengths))
-            with record_function(DECODE):
-                said = self._steps(
-                    slab,
-                    on_device([text[-1] for text in texts], device),
-                    places[live].to(device),
-                    lengths,
-                    edit_of(live, count, edits, device),
-                    steps,
-                )
-            for place, tokens in zip(live, said, strict=True):
-                writings[place // count].take(place % count, tokens, tokens)
-
-    def _steps(
-        self,
-        slab: Slab,
-        ids: Tensor,
-        rows: Tensor,
-        lengths: Sequence[int],
-        edits: Tensor,
-        steps: int,
-    ) -> list[list[int]]:
-        """So many tokens of each row, one after the other."""
-        positions, every = (
-            on_device(lengths, ids.device),
-            torch.arange(len(lengths), device=ids.device),
-        )
-        found = []
-        for step in range(steps):
-            reach = 1 + max(lengths) + step
-            given = Pass(ids, rows, positions + step, every, reach, 1, edits=edits)
-            logits, _ = self.model.run(given, slab)
-            ids = logits.argmax(-1)
-            found.append(ids)
-        said: list[list[int]] = torch.stack(found, dim=1).tolist()
-        return said

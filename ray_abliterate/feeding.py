@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ray_abliterate.drafts import DraftPlan
-from ray_abliterate.packed_attention import Pass, Shared, Slab
+from ray_abliterate.packed_attention import Pass, Shared
+from ray_abliterate.slabs import Slab
 from ray_abliterate.writing import Written
 
 Row = Sequence[int]

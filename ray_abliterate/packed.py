@@ -18,11 +18,11 @@ from ray_abliterate.packed_attention import (
     ATTENTION,
     NotPackable,
     Pass,
-    Slab,
     attending,
     packed_attention,
 )
 from ray_abliterate.skipping import begun_at, recorded
+from ray_abliterate.slabs import Slab
 
 
 class PackedModel:
@@ -102,12 +102,16 @@ class PackedModel:
 
     @contextmanager
     def _ours(self) -> Iterator[None]:
-        """The model attends our way in this block."""
-        before = [config._attn_implementation_internal for config in self._configs]
+        """The model attends our way in this block, and does not look its input through for padding,
+        of which there is none: that would wait for the device."""
+        names = [config._attn_implementation_internal for config in self._configs]
+        pads = [getattr(config, "pad_token_id", None) for config in self._configs]
         for config in self._configs:
             config._attn_implementation_internal = ATTENTION
+            config.pad_token_id = None
         try:
             yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
+            for config, name, pad in zip(self._configs, names, pads, strict=True):
                 config._attn_implementation_internal = name
+                config.pad_token_id = pad

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_abliterate.errors import ModelError
+from ray_abliterate.slabs import Slab
 
 ATTENTION = "ray_abliterate_packed"
 """Name under which transformers knows our attention."""
@@ -20,50 +21,6 @@ ATTENTION = "ray_abliterate_packed"
 
 class NotPackable(ModelError):
     """The model's attention needs something that the packed pass does not give it."""
-
-
-class Slab:
-    """Keys and values of rows, by layer: `"row position (head channel)"`; position is the token's.
-
-    Args:
-        rows: How many.
-        positions: Room for each.
-    """
-
-    def __init__(self, rows: int, positions: int) -> None:
-        self.rows, self.positions = rows, positions
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        self.windows: set[int] = set()
-        """Attention windows that layers have asked for."""
-
-    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values, made for tensors `"token (head channel)"` like these."""
-        if index not in self.keys:
-            shape = (self.rows, self.positions)
-            self.keys[index] = key.new_zeros(*shape, key.shape[-1])
-            self.values[index] = value.new_zeros(*shape, value.shape[-1])
-        return self.keys[index], self.values[index]
-
-    def keep_first(self, count: int) -> None:
-        """Drop the rows behind these; nothing is copied."""
-        self.rows = count
-        for store in (self.keys, self.values):
-            for index, tensor in store.items():
-                store[index] = tensor[:count]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, which become 0, 1, 2, …"""
-        self.rows = len(rows)
-        for store in (self.keys, self.values):
-            for index, tensor in store.items():
-                store[index] = tensor.index_select(0, rows)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of all layers."""
-        tensors = [*self.keys.values(), *self.values.values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ray_abliterate.ablation import Edit
 from ray_abliterate.directions import Directions
@@ -85,6 +85,7 @@ class _ByToken:
         key = products.dtype, rank
         if key not in self._one_hot:
             assert self._edit_of is not None
-            one_hot = nn.functional.one_hot(self._edit_of, self.count)
-            self._one_hot[key] = one_hot.to(products.dtype).repeat_interleave(rank, dim=1)
+            every = torch.arange(self.count, device=self._edit_of.device)
+            one_hot = self._edit_of[:, None] == every.repeat_interleave(rank)
+            self._one_hot[key] = one_hot.to(products.dtype)
         return products * self._one_hot[key]

@@ -43,8 +43,8 @@ class NoText:
 class Case:
     """One tiny model, asked both ways."""
 
-    def __init__(self, family: str) -> None:
-        self.module = tiny_model(family).eval()
+    def __init__(self, family: str, device: str = "cpu") -> None:
+        self.module = tiny_model(family).eval().to(device)
         self.blocks = list(find_blocks(self.module)[1])
         self.packed = PackedModel(self.module, self.blocks)
         self.ends = [2]
@@ -145,11 +145,11 @@ def test_each_technique_is_only_faster(case: Case, off: str) -> None:
 
 
 def test_looking_every_few_steps_changes_no_token(case: Case) -> None:
-    case.engine.stride = 5
+    case.engine.decoder.stride = 5
     try:
         assert case.answers(case.engine.batch(case.rows))[0] == case.plain_answers()
     finally:
-        case.engine.stride = 1
+        case.engine.decoder.stride = 1
 
 
 def test_what_the_base_model_computed_is_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
