@@ -63,6 +63,7 @@ class BatchedModel:
         pad: int,
         text: TextFormat,
         batch_size: int | None = None,
+        share: float = 1.0,
     ) -> None:
         """
         Args:
@@ -71,10 +72,12 @@ class BatchedModel:
             pad: Token that fills rows up; it is masked.
             text: Turns tokens into text.
             batch_size: Rows of a batch; by memory if None.
+            share: Of an accelerator, what is for this model: others compute beside it.
         """
         self.module: Any = module
         self.end_tokens = end_tokens
         self.batch_size = batch_size
+        self._share = share
         self.upcast = Upcast(module) if faster_in_float32(module) else None
         self.blocks: Any = find_blocks(module)[1]
         self.padded = PaddedModel(module, list(self.blocks), end_tokens, pad)
@@ -88,6 +91,12 @@ class BatchedModel:
     def device(self) -> torch.device:
         """Where token ids go."""
         return self.padded.device
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that batches may take."""
+        free = free_bytes(self.device)
+        return free if self.device.type == "cpu" else int(free * self._share)
 
     # How it computes
 
@@ -103,7 +112,7 @@ class BatchedModel:
         Raises:
             ModelError: not even one row fits.
         """
-        free, cost, most = free_bytes(self.device), self.cost, most_rows(self.device)
+        free, cost, most = self.free_bytes, self.cost, most_rows(self.device)
         read = min(most, self.batch_size or cost.rows(free, prompt, 0, 1))
         write = min(most, self.batch_size or cost.rows(free, prompt, answer, copies))
         if not read or not write:

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from ray_abliterate.evaluation import ModelFacts
-from ray_abliterate.grid import free_bytes
 from ray_abliterate.loading import where_weights_rest
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape
@@ -80,7 +79,7 @@ def most_per_pass(
         return 1, f"the engine does not serve this model ({model.not_packable})"
     if cache.experts:
         return 1, f"{cache.experts} stacks experts, and is no linear layer"
-    free = free_bytes(model.device)
+    free = model.free_bytes
     most = model.cost.rows(free, *extent, 1)
     return max(most, 1), f"{free / 1e9:.1f} GB are free for their keys and values"
 

@@ -55,7 +55,8 @@ class LanguageModel(BatchedModel):
         self._encoded: dict[Any, list[Row]] = {}
         ends = _end_tokens(module, tokenizer)
         pad = _pad_token(tokenizer, ends)
-        super().__init__(module, ends, pad, self.chat, batch_size)
+        share = min(settings.gpus_per_replica or 1.0, 1.0)
+        super().__init__(module, ends, pad, self.chat, batch_size, share)
 
     @classmethod
     def load(

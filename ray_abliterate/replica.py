@@ -20,8 +20,8 @@ from ray_abliterate.directions import Directions, LayerScores
 from ray_abliterate.dominance import Bar, score_all
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation import Evaluation, ModelFacts
-from ray_abliterate.facts import facts_of, most_per_pass
-from ray_abliterate.grid import Tuning, free_bytes, trials_per_pass
+from ray_abliterate.facts import facts_of
+from ray_abliterate.grid import Tuning
 from ray_abliterate.loading import where_weights_rest
 from ray_abliterate.model import LanguageModel
 from ray_abliterate.plan import ModelShape, Plan
@@ -35,6 +35,7 @@ from ray_abliterate.scorers import Judges, build, shown
 from ray_abliterate.scoring import Recorder, Scorecard, Scorer, TextModel
 from ray_abliterate.shards import ResidualShard
 from ray_abliterate.shared_answers import sharing
+from ray_abliterate.sizing import extent_of, tuning_of
 from ray_abliterate.streaming import ChunkResult
 from ray_abliterate.suites import Chunk, Suite, SuiteChunk, measure
 from ray_abliterate.together import Together
@@ -109,14 +110,13 @@ class Replica:
 
     def describe(self) -> ModelFacts:
         """The model's shape and sizes."""
-        prompt, answer, _ = self._extent()
         return facts_of(
             self.model,
             self.cache,
             self._shape(),
             len(self._writers),
             self._recipe.model.attention,
-            (prompt, answer),
+            extent_of(self.model, self._recipe, self._prompts),
         )
 
     def _shape(self) -> ModelShape:
@@ -124,36 +124,8 @@ class Replica:
         return ModelShape(len(self.model.blocks), hidden_size(self.model.module), components)
 
     def tune(self, replicas: int = 1) -> Tuning:
-        """How this run's replicas, so many, compute: by the memory and the speed of this one."""
-        prompt, answer, tokens = self._extent()
-        together = self._recipe.search.trials_per_pass
-        if together == "auto":
-            model, rows = self.model, max(map(len, self._prompts.values()), default=1)
-            most, _ = most_per_pass(model, self.cache, (prompt, answer))
-            part_of_card = min(self._recipe.model.gpus_per_replica or 1, 1)
-            together = trials_per_pass(
-                self._recipe.search,
-                replicas,
-                most,
-                model.device,
-                int(free_bytes(model.device) * part_of_card),
-                model.cost,
-                min(rows, model.batch_size or rows),
-                prompt,
-                answer,
-            )
-        return self.model.tune(prompt, answer, tokens, together)
-
-    def _extent(self) -> tuple[int, int, int]:
-        """Tokens of the longest prompt, of the longest answer, and of all prompts."""
-        rows = [row for s in self._prompts.values() for row in self.model.encode(s.prompts)]
-        lengths = [len(row) for row in rows]
-        asked = [
-            getattr(scorer, name, 0)
-            for scorer in self._recipe.scorers
-            for name in ("max_new_tokens", "tokens")
-        ]
-        return max(lengths, default=1), max([*asked, 1]), sum(lengths)
+        """How this run's replicas, so many, compute, see `sizing.tuning_of`."""
+        return tuning_of(self.model, self.cache, self._recipe, self._prompts, replicas)
 
     def response_prefix(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
         """The tokens that the base model's answers to all these prompts begin with."""

@@ -194,11 +194,12 @@ def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
     replica = Replica(own, str(planted_run.model), sets)
     assert replica.tune(1).trials_per_pass == 1
     monkeypatch.setattr(type(replica.model), "device", torch.device("mps"))
-    monkeypatch.setattr("ray_abliterate.replica.free_bytes", lambda device: 1 << 30)
     monkeypatch.setattr("ray_abliterate.batched.free_bytes", lambda device: 1 << 30)
-    monkeypatch.setattr("ray_abliterate.facts.free_bytes", lambda device: 1 << 30)
     found = [replica.tune(count).trials_per_pass for count in (1, 2, 3)]
     assert found == [4, 2, 1]
+    quarter = own.model.model_copy(update={"gpus_per_replica": 0.25})
+    beside = LanguageModel(replica.model.module, replica.model.chat.tokenizer, quarter)
+    assert (beside.free_bytes, replica.model.free_bytes) == (1 << 28, 1 << 30)
     directory = RunDirectory.create(tmp_path / "run", own, "")
     pool: Any = InProcess(replica)
     pool.layout = replace(pool.layout, replicas=2)
