@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,21 +203,22 @@ class CudaGraphs:
     """Records CUDA graphs, which share the memory of what they compute in between."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """See `Recorder`.
+        """See `Recorder`; caches are left alone, which `torch.cuda.graph` would empty each time.
 
         Raises:
             RuntimeError: the work does what can't be recorded.
         """
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
             # other threads may go on meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
                 result = work()
-        finally:
-            torch.cuda.set_stream(stream)  # a recording that fails leaves its own behind
+            finally:
+                graph.capture_end()
         return graph.replay, result
