@@ -21,7 +21,12 @@ def save(name: str, figures: dict[str, Any], file: str = "") -> Path:
     record = {
         "command": " ".join([f"python -m benchmarks.{name}", *map(_shown, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": _processor(), "cores": cores(), "matrix_units": _matrix_units()},
+        "machine": {
+            "cpu": _processor(),
+            "cores": cores(),
+            "matrix_units": _matrix_units(),
+            **_gpu(),
+        },
         "versions": {p: version(p) for p in ("torch", "transformers", "ray", "optuna")},
         "figures": figures,
     }
@@ -57,6 +62,13 @@ def _matrix_units() -> list[str]:
     """Instructions that bfloat16 products are fast with; they decide its ratio to float32."""
     flags = next((line.split() for line in _cpu_lines() if line.startswith("flags")), [])
     return [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+
+
+def _gpu() -> dict[str, str]:
+    """The GPU, where the benchmark has used torch and there is one."""
+    torch = sys.modules.get("torch")
+    found = torch is not None and torch.cuda.is_available()
+    return {"gpu": torch.cuda.get_device_name()} if found and torch is not None else {}
 
 
 def _cpu_lines() -> list[str]:

@@ -129,11 +129,13 @@ class Ours:
         ]
         with torch.inference_mode():
             rates = {n: max(_rate(weights, n) for _ in range(rounds)) for n in rows}
-            block = torch.ones(2**27)  # 512 MiB: no cache holds it
+            block = torch.ones(2**27, device=weights[0].device)  # 512 MiB: no cache holds it
             reading = []
             for _ in range(rounds):
+                _wait(block)
                 started = time.perf_counter()
                 block.sum()
+                _wait(block)
                 reading.append(time.perf_counter() - started)
         return {"flop_per_s": rates, "bytes_per_s": block.numel() * 4 / min(reading)}
 
@@ -230,11 +232,21 @@ def _rate(weights: list[Any], rows: int, budget: float = 3e11) -> float:
 
     whole = 2 * rows * sum(w.numel() for w in weights)
     some = weights[:: max(1, round(whole / budget))]
-    inputs = {w.shape[1]: torch.ones(rows, w.shape[1], dtype=w.dtype) for w in some}
+    inputs = {w.shape[1]: w.new_ones(rows, w.shape[1]) for w in some}
+    _wait(some[0])
     started = time.perf_counter()
     for weight in some:
         torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+    _wait(some[0])
     return 2 * rows * sum(w.numel() for w in some) / (time.perf_counter() - started)
+
+
+def _wait(tensor: Any) -> None:
+    """Until the tensor's device has done all it was told."""
+    import torch
+
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
 
 
 if __name__ == "__main__":

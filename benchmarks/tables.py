@@ -262,6 +262,29 @@ def study_table(figures: dict[str, Any]) -> list[str]:
     return [*table(head, rows), "", f"Ratio of the whole: {found['ratio']:.2f}."]
 
 
+def decode_table(figures: dict[str, Any]) -> list[str]:
+    """Decode steps by trials per pass, and their floor."""
+    ways = [n for n in ("recorded_ms", "launched_ms") if n in figures["measured"][0]]
+    titles = {"recorded_ms": "recorded step, ms", "launched_ms": "launched step, ms"}
+    head = ("trials a pass", *(titles[n] for n in ways), "floor, ms", "over floor", "ms a trial")
+    rows = [
+        (
+            row["per_pass"],
+            *(f"{row[n]:.1f}" for n in ways),
+            f"{row['floor_ms']:.1f}",
+            f"{row['over_floor']:.2f}",
+            f"{row['ms_per_trial']:.1f}",
+        )
+        for row in figures["measured"]
+    ]
+    what = (
+        f"{figures['shape']} in {figures['dtype']} with random weights on {figures['device']}: "
+        f"{figures['rows']} prompts of {figures['prompt']} tokens, answers of {figures['tokens']}; "
+        f"reads {figures['bytes_per_s'] / 1e9:.0f} GB/s."
+    )
+    return [what, "", *table(head, rows)]
+
+
 def weights_table(figures: dict[str, Any]) -> list[str]:
     """The weight cache."""
     return table(
@@ -751,6 +774,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "techniques": ("trial", technique_table),
     "start": ("trial", start_table),
     "study": ("trial-study", study_table),
+    "decode": ("decode", decode_table),
     "weight-cache": ("weight_cache", weights_table),
     "node-memory": ("node_memory", node_memory_table),
     "export": ("export", export_table),

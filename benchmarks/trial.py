@@ -73,7 +73,7 @@ def read_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--peer", choices=["heretic"], default="heretic")
     add("--peer-env", type=Path, default=peer_env.DEFAULT, help="its environment; made if absent")
-    add("--models", nargs="+", choices=["answers", "declines"], default=["answers", "declines"])
+    add("--models", nargs="+", default=["answers", "declines"], help="these, or folders")
     add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     add("--prompts", type=int, default=64, help="of each of the two scored sets")
     add("--direction-prompts", type=int, default=128, help="of each of the two sets extracted from")
@@ -93,6 +93,10 @@ def read_options() -> argparse.Namespace:
     add("--save", default="trial", help="name of the file under results/")
     options = parser.parse_args()
     uneven = [k for k in options.trials_per_pass if options.trials % k]
+    known = {"answers", "declines"}
+    absent = [m for m in options.models if m not in known and not Path(m).is_dir()]
+    if absent:
+        parser.error(f"--models {absent[0]}: neither answers nor declines, nor a folder")
     if uneven:
         parser.error(f"--trials {options.trials} is no multiple of --trials-per-pass {uneven[0]}")
     return options
@@ -182,6 +186,8 @@ def model_folder(name: str) -> Path:
     """The folder of a model, built if need be by a process that then gives its memory back."""
     from ray_abliterate import demo
 
+    if name not in ("answers", "declines"):
+        return Path(name)
     if name == "declines":
         folder, build = demo.default_folder(), "build_demo_model"
     else:
@@ -198,7 +204,7 @@ class Pair:
     def __init__(
         self, bench: Bench, model: str, dtype: str, norm: str, per_pass: list[int]
     ) -> None:
-        self.name = f"{model} {dtype}"
+        self.name = f"{Path(model).name} {dtype}"
         self.bench, self.ours, self.our_facts = bench, {}, {}
         self._stack = ExitStack()
         try:
@@ -213,7 +219,7 @@ class Pair:
         settings = bench.peer_settings(model, dtype, norm)
         self.peer_facts = self.peer.call("load", settings=settings, threads=bench.threads)
         recipe = bench.our_recipe(model, dtype, norm, self.peer_facts)
-        found = bench.folder / f"{model}-{dtype}-{norm}.safetensors"
+        found = bench.folder / f"{Path(model).name}-{dtype}-{norm}.safetensors"
         arguments = {
             "recipe": recipe,
             "prompts": bench.prompts,
@@ -311,7 +317,7 @@ def check(bench: Bench, model: str) -> dict[str, Any]:
             if not summary.same_kl(kl, peer):
                 raise SystemExit(f"{model}: the KL divergences differ; the comparison is not fair")
     return {
-        "model": model,
+        "model": Path(model).name,
         "dtype": "float32",
         "norm": "none",
         "trials": found,
@@ -335,7 +341,7 @@ def measure(bench: Bench, model: str, dtype: str) -> dict[str, Any]:
         }
         found = trials_of(plans, ours, peer)
         return {
-            "model": model,
+            "model": Path(model).name,
             "dtype": dtype,
             "norm": options.norm,
             "per_pass": per_pass,
