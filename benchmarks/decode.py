@@ -5,8 +5,8 @@
 
 The model has random weights, on a GPU if there is one. A step's time is what longer answers take
 longer, so that all it needs is in it: reading tokens back, Python, launches. On a GPU it is
-measured with recorded steps and without. The floor is the time to read the weights, and the keys and
-values of all rows, once.
+measured with recorded steps and without. The floor is the time to read the weights, and the keys
+and values of all rows, once.
 """
 
 import argparse
