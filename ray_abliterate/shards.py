@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy
 import pyarrow
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from ray_abliterate.errors import ModelError
 
 Values = Float[numpy.ndarray, "prompt layer hidden"]
+Numbers = Shaped[numpy.ndarray, " number"]
 LayerValues = Float[numpy.ndarray, "prompt hidden"]
 
 
@@ -54,11 +55,11 @@ class ResidualShard:
         _refuse_infinite(kept, first, f"is too large for {dtype}; set direction.residual_dtype")
         count, layers, hidden = kept.shape
         columns = {
-            "prompt": pyarrow.array(numpy.arange(first, first + count, dtype=numpy.int32)),
-            "set": pyarrow.array([name] * count),
+            "prompt": _array(numpy.arange(first, first + count, dtype=numpy.int32)),
+            "set": _repeated(name, count),
         }
         for layer in range(layers):
-            flat = pyarrow.array(numpy.ascontiguousarray(kept[:, layer]).reshape(-1))
+            flat = _array(numpy.ascontiguousarray(kept[:, layer]).reshape(-1))
             columns[f"layer-{layer}"] = pyarrow.FixedSizeListArray.from_arrays(flat, hidden)
         return cls(pyarrow.record_batch(columns))
 
@@ -181,6 +182,20 @@ def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> 
         for index in (range(shard.layers) if columns is None else columns)
     ]
     return Sums(shard.prompts, numpy.stack(totals))
+
+
+def _array(values: Numbers) -> Any:
+    """As Arrow has it, uncopied. `pyarrow.array` does the same, and loads pandas for it."""
+    kind = pyarrow.from_numpy_dtype(values.dtype)
+    return pyarrow.Array.from_buffers(kind, values.size, [None, pyarrow.py_buffer(values)])
+
+
+def _repeated(text: str, count: int) -> Any:
+    """So many strings."""
+    data = text.encode()
+    ends = pyarrow.py_buffer(numpy.arange(count + 1, dtype=numpy.int32) * numpy.int32(len(data)))
+    buffers = [None, ends, pyarrow.py_buffer(data * count)]
+    return pyarrow.Array.from_buffers(pyarrow.string(), count, buffers)
 
 
 def _refuse_infinite(values: Values, first: int, what: str) -> None:
