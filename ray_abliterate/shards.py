@@ -1,7 +1,7 @@
 """Residual shards: the residuals of one fixed batch of prompts, as an Arrow record batch.
 
 Knows Arrow and numpy, and nothing about models, torch or Ray: a process that reduces a shard where
-it lies has little to load. Sums are float64 and are added in the order of the shards, so that they
+it lies has little to load. Arrow's own ways to and from numpy would load pandas, if it is there. Sums are float64 and are added in the order of the shards, so that they
 have the same bits whoever made the shards, and wherever they were.
 """
 
@@ -86,7 +86,7 @@ class ResidualShard:
     def layer(self, index: int) -> LayerValues:
         """One layer, in the shard's own dtype: a read-only view."""
         column = self.batch.column(f"layer-{index}")
-        view: LayerValues = column.flatten().to_numpy().reshape(len(column), -1)
+        view: LayerValues = numpy.from_dlpack(column.flatten()).reshape(len(column), -1)
         return view
 
     def values(self) -> Values:
@@ -128,7 +128,7 @@ class ResidualShard:
     def _checksum(self, key: bytes) -> str:
         facts = [str(self.batch.schema.remove_metadata()), self.batch.column("set").to_pylist()]
         digest = hashlib.sha256(key + json.dumps(facts).encode())
-        digest.update(self.batch.column("prompt").to_numpy().tobytes())
+        digest.update(numpy.from_dlpack(self.batch.column("prompt")).tobytes())
         for index in range(self.layers):
             digest.update(self.layer(index).tobytes())
         return digest.hexdigest()
@@ -185,7 +185,7 @@ def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> 
 
 
 def _array(values: Numbers) -> Any:
-    """As Arrow has it, uncopied. `pyarrow.array` does the same, and loads pandas for it."""
+    """As Arrow has it, uncopied."""
     kind = pyarrow.from_numpy_dtype(values.dtype)
     return pyarrow.Array.from_buffers(kind, values.size, [None, pyarrow.py_buffer(values)])
 
