@@ -86,9 +86,9 @@ class Batch:
 
     @property
     def _lengths(self) -> list[int]:
-        """Tokens of each row, prompt and draft."""
+        """Tokens of each row that were fed: its prompt, and its draft but for the last."""
         drafts = self.drafts or [[] for _ in self.rows]
-        return [len(row) + len(draft) for row, draft in zip(self.rows, drafts, strict=True)]
+        return [len(r) + max(len(d) - 1, 0) for r, d in zip(self.rows, drafts, strict=True)]
 
 
 @dataclass

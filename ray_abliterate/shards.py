@@ -1,8 +1,9 @@
 """Residual shards: the residuals of one fixed batch of prompts, as an Arrow record batch.
 
 Knows Arrow and numpy, and nothing about models, torch or Ray: a process that reduces a shard where
-it lies has little to load. Arrow's own ways to and from numpy would load pandas, if it is there. Sums are float64 and are added in the order of the shards, so that they
-have the same bits whoever made the shards, and wherever they were.
+it lies has little to load (Arrow's own ways from and to numpy would load pandas). Sums are float64
+and are added in the order of the shards, so that they have the same bits whoever made the shards,
+and wherever they were.
 """
 
 import hashlib
