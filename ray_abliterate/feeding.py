@@ -70,7 +70,9 @@ class Batch:
         """Give them to each copy's rows of a slab."""
         if not (layers and self.keys):
             return
-        places, kept, own = [], [], self.prefix
+        places: list[int] = []
+        kept: list[int] = []
+        own = self.prefix
         for row, length in enumerate(self._lengths):
             places += range(row * slab.positions, row * slab.positions + length)
             kept += [*range(self.prefix), *range(own, own + length - self.prefix)]
