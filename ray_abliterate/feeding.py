@@ -28,7 +28,8 @@ class Batch:
         rows: Token ids, at least one each.
         prefix: How many tokens all begin with that are computed once.
         states: Inputs of some blocks by pass, `"token hidden"`.
-        keys: Keys by layer, `"row position (head channel)"`, for prompts and drafts.
+        keys: Keys by layer, `"token (head channel)"`: the shared beginning's, then each row's own,
+            prompt and draft.
         values: Values likewise.
         drafts: Answers, to be checked as drafts.
         answers: Answers as they were given.
@@ -56,21 +57,41 @@ class Batch:
 
     def keep_keys(self, slab: Slab, layers: int) -> None:
         """Keep keys and values of what was fed, of so many layers from the first."""
-        drafts = self.drafts or [[] for _ in self.rows]
-        used = max(len(row) + len(draft) for row, draft in zip(self.rows, drafts, strict=True))
+        spare = len(self.rows) * slab.positions
+        places = [*range(spare, spare + self.prefix)]
+        for row, length in enumerate(self._lengths):
+            first = row * slab.positions
+            places += range(first + self.prefix, first + length)
+        fed = on_device(places, slab.keys[0].device)
         for layer in range(layers):
-            self.keys[layer] = slab.keys[layer][:, :used].clone()
-            self.values[layer] = slab.values[layer][:, :used].clone()
+            self.keys[layer] = slab.keys[layer].flatten(0, 1).index_select(0, fed)
+            self.values[layer] = slab.values[layer].flatten(0, 1).index_select(0, fed)
 
     def lend_keys(self, slab: Slab, layers: int, copies: int) -> None:
         """Give them to each copy's rows of a slab."""
-        count = len(self.rows)
-        for layer in range(layers if self.keys else 0):
+        if not (layers and self.keys):
+            return
+        places: list[int] = []
+        kept: list[int] = []
+        own = self.prefix
+        for row, length in enumerate(self._lengths):
+            places += range(row * slab.positions, row * slab.positions + length)
+            kept += [*range(self.prefix), *range(own, own + length - self.prefix)]
+            own += length - self.prefix
+        device, stride = self.keys[0].device, len(self.rows) * slab.positions
+        into, what = on_device(places, device), on_device(kept, device)
+        for layer in range(layers):
             known = self.keys[layer], self.values[layer]
-            for own, base in zip(slab.layer(layer, *(k[0] for k in known)), known, strict=True):
-                used = min(own.shape[1], base.shape[1])
+            for store, base in zip(slab.layer(layer, *known), known, strict=True):
+                given, flat = base.index_select(0, what), store.flatten(0, 1)
                 for copy in range(copies):
-                    own[copy * count : (copy + 1) * count, :used] = base[:count, :used]
+                    flat.index_copy_(0, into + copy * stride, given)
+
+    @property
+    def _lengths(self) -> list[int]:
+        """Tokens of each row that were fed: its prompt, and its draft but for the last."""
+        drafts = self.drafts or [[] for _ in self.rows]
+        return [len(r) + max(len(d) - 1, 0) for r, d in zip(self.rows, drafts, strict=True)]
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """Residual shards: the residuals of one fixed batch of prompts, as an Arrow record batch.
 
 Knows Arrow and numpy, and nothing about models, torch or Ray: a process that reduces a shard where
-it lies has little to load. Sums are float64 and are added in the order of the shards, so that they
-have the same bits whoever made the shards, and wherever they were.
+it lies has little to load (Arrow's own ways from and to numpy would load pandas). Sums are float64
+and are added in the order of the shards, so that they have the same bits whoever made the shards,
+and wherever they were.
 """
 
 import hashlib
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy
 import pyarrow
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from ray_abliterate.errors import ModelError
 
 Values = Float[numpy.ndarray, "prompt layer hidden"]
+Numbers = Shaped[numpy.ndarray, " number"]
 LayerValues = Float[numpy.ndarray, "prompt hidden"]
 
 
@@ -54,11 +56,11 @@ class ResidualShard:
         _refuse_infinite(kept, first, f"is too large for {dtype}; set direction.residual_dtype")
         count, layers, hidden = kept.shape
         columns = {
-            "prompt": pyarrow.array(numpy.arange(first, first + count, dtype=numpy.int32)),
-            "set": pyarrow.array([name] * count),
+            "prompt": _array(numpy.arange(first, first + count, dtype=numpy.int32)),
+            "set": _repeated(name, count),
         }
         for layer in range(layers):
-            flat = pyarrow.array(numpy.ascontiguousarray(kept[:, layer]).reshape(-1))
+            flat = _array(numpy.ascontiguousarray(kept[:, layer]).reshape(-1))
             columns[f"layer-{layer}"] = pyarrow.FixedSizeListArray.from_arrays(flat, hidden)
         return cls(pyarrow.record_batch(columns))
 
@@ -85,7 +87,7 @@ class ResidualShard:
     def layer(self, index: int) -> LayerValues:
         """One layer, in the shard's own dtype: a read-only view."""
         column = self.batch.column(f"layer-{index}")
-        view: LayerValues = column.flatten().to_numpy().reshape(len(column), -1)
+        view: LayerValues = numpy.from_dlpack(column.flatten()).reshape(len(column), -1)
         return view
 
     def values(self) -> Values:
@@ -127,7 +129,7 @@ class ResidualShard:
     def _checksum(self, key: bytes) -> str:
         facts = [str(self.batch.schema.remove_metadata()), self.batch.column("set").to_pylist()]
         digest = hashlib.sha256(key + json.dumps(facts).encode())
-        digest.update(self.batch.column("prompt").to_numpy().tobytes())
+        digest.update(numpy.from_dlpack(self.batch.column("prompt")).tobytes())
         for index in range(self.layers):
             digest.update(self.layer(index).tobytes())
         return digest.hexdigest()
@@ -181,6 +183,20 @@ def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> 
         for index in (range(shard.layers) if columns is None else columns)
     ]
     return Sums(shard.prompts, numpy.stack(totals))
+
+
+def _array(values: Numbers) -> Any:
+    """As Arrow has it, uncopied."""
+    kind = pyarrow.from_numpy_dtype(values.dtype)
+    return pyarrow.Array.from_buffers(kind, values.size, [None, pyarrow.py_buffer(values)])
+
+
+def _repeated(text: str, count: int) -> Any:
+    """So many strings."""
+    data = text.encode()
+    ends = pyarrow.py_buffer(numpy.arange(count + 1, dtype=numpy.int32) * numpy.int32(len(data)))
+    buffers = [None, ends, pyarrow.py_buffer(data * count)]
+    return pyarrow.Array.from_buffers(pyarrow.string(), count, buffers)
 
 
 def _refuse_infinite(values: Values, first: int, what: str) -> None:

@@ -173,6 +173,14 @@ def test_what_the_base_model_computed_is_used(case: Case, monkeypatch: pytest.Mo
     assert {start for start, _ in passes} == {3}
 
 
+def test_keys_are_kept_once_for_what_rows_share_and_not_for_padding(case: Case) -> None:
+    batch = case.learned()
+    own = sum(len(row) - 9 for row in case.rows)
+    drafted = sum(len(draft) - 1 for draft in batch.drafts or [])
+    assert len(batch.keys) == len(case.blocks) - 1
+    assert {len(t) for t in [*batch.keys.values(), *batch.values.values()]} == {9 + own + drafted}
+
+
 def test_the_base_models_answers_are_not_written_again(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

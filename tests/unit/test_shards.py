@@ -1,6 +1,8 @@
 """Residual shards: Arrow and back, checksums, and sums that don't depend on who added them."""
 
 import pickle
+import subprocess
+import sys
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -165,6 +167,19 @@ def test_sums_and_projections_have_the_same_bits_from_memory_and_from_a_file(
 
 
 # Keys and files
+
+
+def test_making_reading_and_adding_shards_loads_no_pandas() -> None:
+    script = """
+import sys, numpy
+from ray_abliterate.shards import ResidualShard, sums_of
+shard = ResidualShard.of("behaviour", 0, numpy.ones((4, 3, 5)))
+back = ResidualShard.from_file(shard.to_file("key"), "key")
+assert back.values().shape == (4, 3, 5) and back.name == "behaviour"
+assert sums_of(back.batch).prompts == 4
+assert "pandas" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_a_key_depends_on_every_fact_and_on_nothing_else() -> None:
