@@ -112,7 +112,7 @@ class RecordedSteps:
         self.arena = Arena()
         self.off = ""
         self._model = model
-        self._record = record or CudaGraphs()
+        self._record = record or CudaGraphs(model.device)
         self._known: dict[Key, _Recording] = {}
         self._seen: set[Key] = set()
         self._valid_for = 0, 0
@@ -202,9 +202,9 @@ class RecordedSteps:
 class CudaGraphs:
     """Records CUDA graphs, which share the memory of what they compute in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """See `Recorder`; caches are left alone, which `torch.cuda.graph` would empty each time.
@@ -213,7 +213,7 @@ class CudaGraphs:
             RuntimeError: the work does what can't be recorded.
         """
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._stream.device)
         with torch.cuda.stream(self._stream):
             # other threads may go on meanwhile
             graph.capture_begin(self._pool, capture_error_mode="thread_local")

@@ -45,7 +45,9 @@ class Recorded(Case):
 
     def __init__(self, family: str, device: str = "cpu") -> None:
         super().__init__(family, device)
-        self.recorder = Counted(CudaGraphs() if device == "cuda" else Recordings())
+        self.recorder = Counted(
+            CudaGraphs(self.packed.device) if device == "cuda" else Recordings()
+        )
         self.recorded = RecordedSteps(self.packed, self.recorder)
         self.engine.decoder.recorded = self.recorded
         self.engine.decoder.stride = 3
