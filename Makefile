@@ -12,13 +12,14 @@ EXTRAS := .venv/extras
 PARTS := .[compressed-tensors,lm-eval]
 ONNX := .venv/onnx
 
-.PHONY: setup demo test test-ray test-rest test-extras check clean
+.PHONY: setup demo test test-ray test-rest test-extras test-gpu check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up .venv, run the demo, print the frontier"
 	@echo "make test    set up .venv, run all tests"
 	@echo "make test-extras  install compressed-tensors, lm-eval and optimum too, run their tests"
+	@echo "make test-gpu     run the tests that need a GPU, on one"
 	@echo "make check   lint, types, import contracts"
 
 setup: .venv/.ready
@@ -56,6 +57,12 @@ test-extras: setup
 	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/suites/test_lm_eval.py
 	OMP_NUM_THREADS=1 ONNX_PYTHON=$(CURDIR)/$(ONNX)/bin/python \
 		nice -n 19 $(BIN)/python -m pytest tests/model/test_onnx.py
+
+# CUDA graphs, memory that runs out on a card, replicas that share one. `python -m benchmarks.decode`
+# and `.trial` measure there what docs/performance.md says of CPUs.
+test-gpu: setup
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU here; for another build of it: make clean, then make test-gpu TORCH=..., see README.md")'
+	$(BIN)/python -m pytest -m gpu
 
 # An environment that sees what is installed in .venv, and has more: its folder, what to install.
 purelib = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
