@@ -33,8 +33,10 @@ SCORE = re.compile(r"\* KL divergence: ([\d.eE+-]+)|^\s+\* Refusals: (\d+)/\d+")
 def compare(bench: Any, model: str, dtype: str) -> dict[str, Any]:
     """One study of each."""
     trials = bench.options.study
-    peer = run_peer(bench, model, dtype, trials)
     ours = run_ours(bench, model, dtype, trials)
+    print(f"here: {ours}", flush=True)
+    peer = run_peer(bench, model, dtype, trials)
+    print(f"peer: {peer}", flush=True)
     return {
         "model": model,
         "dtype": dtype,
@@ -86,11 +88,13 @@ def run_ours(bench: Any, model: str, dtype: str, trials: int) -> dict[str, Any]:
     done = {t.number: t for t in RunDirectory.open(folder).trials() if t.scorecard is not None}
     ended = [(at, match) for at, text in lines if (match := OUR_TRIAL.match(text))]
     first = ended[0][0] - done[int(ended[0][1][1])].seconds
-    cards = [trial.scorecard for trial in done.values()]
-    found = [(refusals(c[RATE].detail), c[KL].value) for c in cards if c is not None]
+    cards = [t.scorecard for t in done.values() if t.scorecard is not None]
+    whole = [card for card in cards if not card.bounded]
+    found = [(refusals(card[RATE].detail), card[KL].value) for card in whole]
     return {
         "seconds": round(when(lines, OUR_FRONTIER), 1),
         "first_trial_seconds": round(first, 1),
+        "bounded": len(cards) - len(whole),
         "frontier": frontier(found),
     }
 

@@ -259,7 +259,9 @@ def study_table(figures: dict[str, Any]) -> list[str]:
         for title, side in (("here", found["ours"]), ("Heretic", found["peer"]))
     ]
     head = ("", "first trial begins, s", "frontier, s", "frontier: refusals at KL")
-    return [*table(head, rows), "", f"Ratio of the whole: {found['ratio']:.2f}."]
+    stopped = found["ours"].get("bounded", 0)
+    said = f"Ratio of the whole: {found['ratio']:.2f}. {stopped} of the trials here were stopped."
+    return [*table(head, rows), "", said]
 
 
 def decode_table(figures: dict[str, Any]) -> list[str]:
