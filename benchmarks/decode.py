@@ -87,6 +87,7 @@ class Case:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+        from benchmarks.rates import bandwidth
         from ray_abliterate.architecture import find_writers
         from ray_abliterate.demo import base_folder, build_base_model
         from ray_abliterate.model import LanguageModel
@@ -113,7 +114,7 @@ class Case:
         if not config.tie_word_embeddings:
             del parameters[id(table)]  # a step looks up a few rows of it
         self.weight_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
-        self.bandwidth = self._bandwidth()
+        self.bandwidth = bandwidth(device)
 
     def measure(self, count: int) -> dict[str, Any]:
         """Milliseconds of a step of so many trials, and their floor."""
@@ -160,32 +161,14 @@ class Case:
         return statistics.median(found[1:])
 
     def _answer(self, batch: Any, count: int, tokens: int) -> float:
+        from benchmarks.rates import wait
+
         every, edits = range(len(batch.rows)), tuple(range(count))
-        self._wait()
+        wait(self.device)
         started = time.perf_counter()
         self.engine.answer(batch, tokens, [None] * count, every, edits)
-        self._wait()
+        wait(self.device)
         return time.perf_counter() - started
-
-    def _bandwidth(self) -> float:
-        """Bytes read per second, of a block that no cache holds."""
-        import torch
-
-        block = torch.ones(2**28, device=self.device)  # 1 GiB
-        found = []
-        for _ in range(ROUNDS + 1):
-            self._wait()
-            started = time.perf_counter()
-            block.sum()
-            self._wait()
-            found.append(block.numel() * 4 / (time.perf_counter() - started))
-        return max(found)
-
-    def _wait(self) -> None:
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ class Ours:
         """FLOP per second of the model's own linears by rows, and bytes read per second."""
         import torch
 
+        from benchmarks.rates import bandwidth
+
         weights = [
             part.weight
             for part in self.replica.model.module.modules()
@@ -129,15 +131,7 @@ class Ours:
         ]
         with torch.inference_mode():
             rates = {n: max(_rate(weights, n) for _ in range(rounds)) for n in rows}
-            block = torch.ones(2**27, device=weights[0].device)  # 512 MiB: no cache holds it
-            reading = []
-            for _ in range(rounds):
-                _wait(block)
-                started = time.perf_counter()
-                block.sum()
-                _wait(block)
-                reading.append(time.perf_counter() - started)
-        return {"flop_per_s": rates, "bytes_per_s": block.numel() * 4 / min(reading)}
+        return {"flop_per_s": rates, "bytes_per_s": bandwidth(weights[0].device, rounds)}
 
     def _find_directions(self, file: Path) -> None:
         from ray_abliterate import directions
@@ -230,23 +224,17 @@ def _rate(weights: list[Any], rows: int, budget: float = 3e11) -> float:
     """FLOP per second of `rows` through every n-th weight, n such that it stays near `budget`."""
     import torch
 
+    from benchmarks.rates import wait
+
     whole = 2 * rows * sum(w.numel() for w in weights)
     some = weights[:: max(1, round(whole / budget))]
     inputs = {w.shape[1]: w.new_ones(rows, w.shape[1]) for w in some}
-    _wait(some[0])
+    wait(some[0].device)
     started = time.perf_counter()
     for weight in some:
         torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-    _wait(some[0])
+    wait(some[0].device)
     return 2 * rows * sum(w.numel() for w in some) / (time.perf_counter() - started)
-
-
-def _wait(tensor: Any) -> None:
-    """Until the tensor's device has done all it was told."""
-    import torch
-
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
 
 
 if __name__ == "__main__":

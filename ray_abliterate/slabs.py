@@ -21,7 +21,9 @@ class Arena:
         held = self._held.get(place)
         if held is None or held.numel() < size or held.dtype != like.dtype:
             held = None
-            self._held.pop(place, None)
+            self._held.pop(
+                place, None
+            )  # before its successor is made: there may not be room for both
             self._held[place] = held = like.new_empty(size)
             self.moves += 1
         return held[:size].view(shape).zero_()
