@@ -54,12 +54,12 @@ test-extras: setup
 	$(call beside,$(EXTRAS),-c constraints.txt -e '$(PARTS)')
 	$(call beside,$(ONNX),-r requirements-onnx.txt)
 	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/model/test_checkpoints.py
-	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/suites/test_lm_eval.py
+	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/evaluation/suites/test_lm_eval.py
 	OMP_NUM_THREADS=1 ONNX_PYTHON=$(CURDIR)/$(ONNX)/bin/python \
-		nice -n 19 $(BIN)/python -m pytest tests/model/test_onnx.py
+		nice -n 19 $(BIN)/python -m pytest tests/export/test_onnx.py
 
-# CUDA graphs, memory that runs out on a card, replicas that share one. `python -m benchmarks.decode`
-# and `.trial` measure there what docs/performance.md says of CPUs.
+# CUDA graphs, memory that runs out on a card, replicas that share one. `python -m benchmarks.decode_step`
+# and `.versus_heretic.trial_speed` measure there what docs/performance.md says of CPUs.
 test-gpu: setup
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU here; for another build of it: make clean, then make test-gpu TORCH=..., see README.md")'
 	$(BIN)/python -m pytest -m gpu

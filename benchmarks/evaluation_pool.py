@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import save
-from ray_abliterate.cluster.host import Callee
+from benchmarks.harness.record import save
+from ray_abliterate.cluster.replica_actor import Callee
 
 CHUNKS = 64
 """Independent chunks of the text, and chunks of the suite."""
@@ -41,13 +41,13 @@ class TimedReader(Callee):
         return args[1].id
 
     def _route(self, reading: Any) -> Any:
-        from ray_abliterate.reading import Route
+        from ray_abliterate.evaluation.streaming.reader import Route
 
         stretch = None if reading.carry == "kv" else 4
         return Route(reading, "made up", CHUNKS * 100, CHUNKS, stretch, ())
 
     def _read(self, first: int, count: int | None) -> Iterator[Any]:
-        from ray_abliterate.streaming import ChunkResult
+        from ray_abliterate.evaluation.streaming import ChunkResult
 
         for index in range(first, CHUNKS if count is None else first + count):
             time.sleep(self._seconds)
@@ -73,8 +73,8 @@ def main() -> None:
 
 def measured(readers: int, seconds: float, repeats: int) -> dict[str, Any]:
     """Seconds of a text read apart, of one read in order, and of a suite."""
-    from ray_abliterate.cluster.host import Hosting
     from ray_abliterate.cluster.pool import ReplicaPool
+    from ray_abliterate.cluster.replica_actor import Hosting
     from ray_abliterate.recipe import ModelSettings
 
     own = ModelSettings(name="timed", replicas=readers, threads_per_replica=1, gpus_per_replica=0)
@@ -93,11 +93,11 @@ def measured(readers: int, seconds: float, repeats: int) -> dict[str, Any]:
 
 def text_seconds(pool: Any, carry: str) -> float:
     """Of one text, read by two models: a base model and a trial."""
-    from ray_abliterate.long_text import read_text
-    from ray_abliterate.measuring import BASE_MODEL, Subject
-    from ray_abliterate.plan import Plan
-    from ray_abliterate.progress import Unwatched
-    from ray_abliterate.reading import Reading
+    from ray_abliterate.evaluation.streaming.reader import Reading
+    from ray_abliterate.pipeline.progress import Unwatched
+    from ray_abliterate.pipeline.suite_runner import BASE_MODEL, Subject
+    from ray_abliterate.pipeline.text_evaluation import read_text
+    from ray_abliterate.search.plan import Plan
 
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
@@ -113,8 +113,8 @@ def text_seconds(pool: Any, carry: str) -> float:
 
 def suite_seconds(pool: Any) -> float:
     """Of as many chunks of a suite."""
-    from ray_abliterate.measuring import AHEAD
-    from ray_abliterate.suites import Chunk
+    from ray_abliterate.evaluation.suites.suite import Chunk
+    from ray_abliterate.pipeline.suite_runner import AHEAD
 
     calls = ((None, Chunk("suite", str(i), "", ())) for i in range(CHUNKS))
     started = time.perf_counter()

@@ -12,7 +12,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks import save
+from benchmarks.harness.record import save
 
 
 def main() -> None:
@@ -24,13 +24,13 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from ray_abliterate import demo
-    from ray_abliterate.architecture import find_writers
-    from ray_abliterate.directions import Directions
-    from ray_abliterate.loading import load
-    from ray_abliterate.plan import ModelShape, Plan
+    from ray_abliterate.ablation.weight_cache import WeightCache
+    from ray_abliterate.data.builtin import demo_model as demo
+    from ray_abliterate.directions.directions import Directions
+    from ray_abliterate.model.architecture import find_writers
+    from ray_abliterate.model.loading import load
     from ray_abliterate.recipe import ModelSettings
-    from ray_abliterate.weights import WeightCache
+    from ray_abliterate.search.plan import ModelShape, Plan
 
     folder = demo.build_demo_model(demo.default_folder())
     module, _ = load(str(folder), ModelSettings(name="demo"))

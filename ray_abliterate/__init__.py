@@ -9,23 +9,23 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Directions": "directions",
-    "Frontier": "frontier",
-    "LanguageModel": "model",
-    "Plan": "plan",
-    "Profile": "plan",
-    "Prompt": "prompts",
-    "PromptSet": "prompts",
+    "Directions": "directions.directions",
+    "Frontier": "search.frontier",
+    "LanguageModel": "model.language_model",
+    "Plan": "search.plan",
+    "Profile": "search.plan",
+    "Prompt": "data.prompts",
+    "PromptSet": "data.prompts",
     "RayAbliterateError": "errors",
     "Recipe": "recipe",
-    "Replica": "replica",
-    "Residuals": "residuals",
-    "RunDirectory": "rundir",
-    "Score": "scoring",
-    "Scorecard": "scoring",
-    "Trial": "frontier",
-    "WeightCache": "weights",
-    "run": "run",
+    "Replica": "replica.replica",
+    "Residuals": "directions.residuals.residual_set",
+    "RunDirectory": "pipeline.directory",
+    "Score": "search.score",
+    "Scorecard": "search.score",
+    "Trial": "search.frontier",
+    "WeightCache": "ablation.weight_cache",
+    "run": "pipeline.run",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

@@ -1,5 +1,5 @@
 """`python -m ray_abliterate`: the command line."""
 
-from ray_abliterate.cli import main
+from ray_abliterate.cli.app import main
 
 main()

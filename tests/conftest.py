@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ray_abliterate.demo.planted import build_planted_model
-from ray_abliterate.prompts import PromptSet
+from ray_abliterate.data.builtin.planted_model import build_planted_model
+from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.recipe import Recipe
+
+pytest_plugins = ("tests.support.finished_runs",)
 
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("here")

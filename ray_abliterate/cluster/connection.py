@@ -12,8 +12,8 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_abliterate.cluster.errors import INSTALL
-from ray_abliterate.cluster.layout import Node
+from ray_abliterate.cluster.placement import Node
+from ray_abliterate.cluster.remote_errors import INSTALL
 from ray_abliterate.errors import SearchError
 
 HEAD = "node:__internal_head__"

@@ -16,9 +16,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from ray_abliterate.cluster.connection import nodes
-from ray_abliterate.cluster.errors import DEATHS, died_while_loading, plain, reason
-from ray_abliterate.cluster.host import Hosting
-from ray_abliterate.cluster.layout import (
+from ray_abliterate.cluster.placement import (
     Layout,
     Node,
     Place,
@@ -28,6 +26,8 @@ from ray_abliterate.cluster.layout import (
     missing,
     refuse_what_is_missing,
 )
+from ray_abliterate.cluster.remote_errors import DEATHS, died_while_loading, plain, reason
+from ray_abliterate.cluster.replica_actor import Hosting
 from ray_abliterate.errors import ModelError
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError
 
-from ray_abliterate.cluster.layout import Place
+from ray_abliterate.cluster.placement import Place
 
 CLAIM_SECONDS = 120.0
 """Who was asked to make something has so long; then the next is asked."""

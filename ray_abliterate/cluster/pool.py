@@ -15,17 +15,17 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_abliterate.cluster.connection import ours
-from ray_abliterate.cluster.errors import ReplicaDied, unwrap
-from ray_abliterate.cluster.host import Hosting, ReplicaHost
-from ray_abliterate.cluster.judging import judging
-from ray_abliterate.cluster.layout import Layout, Node, left_by, offered
+from ray_abliterate.cluster.judge_actor import judging
+from ray_abliterate.cluster.object_store import ObjectStore
+from ray_abliterate.cluster.placement import Layout, Node, left_by, offered
 from ray_abliterate.cluster.pool_actor import AHEAD, PoolActor
+from ray_abliterate.cluster.remote_errors import ReplicaDied, unwrap
+from ray_abliterate.cluster.replica_actor import Hosting, ReplicaHost
 from ray_abliterate.cluster.secrets import drivers_secrets
-from ray_abliterate.cluster.store import ObjectStore
+from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.errors import SearchError
-from ray_abliterate.evaluation import Evaluation
-from ray_abliterate.prompts import PromptSet
 from ray_abliterate.recipe import ModelSettings, Recipe, RefusalJudge
+from ray_abliterate.replica.messages import Evaluation
 
 NEWS_SECONDS = 1.0
 """How often the driver hears from the pool if nothing happens."""
@@ -69,7 +69,7 @@ class ReplicaPool:
             args = (recipe, source, prompts, bench.judges)
             hosting = Hosting(
                 ReplicaHost,
-                _args(recipe.model, "ray_abliterate.replica:Replica", args),
+                _args(recipe.model, "ray_abliterate.replica.replica:Replica", args),
                 recipe.model,
                 patient=not ours(),
                 share=partial(_beside, bench.left, recipe),
@@ -83,7 +83,9 @@ class ReplicaPool:
         cls, settings: ModelSettings, source: str, on_event: OnEvent = lambda event: None
     ) -> contextlib.AbstractContextManager["ReplicaPool"]:
         """A pool of a model of no run, see `of`; its replicas are `BareReplica`s."""
-        args = _args(settings, "ray_abliterate.bare:BareReplica", (settings, source))
+        args = _args(
+            settings, "ray_abliterate.replica.unedited_replica:BareReplica", (settings, source)
+        )
         return cls.of(Hosting(ReplicaHost, args, settings, not ours()), on_event=on_event)
 
     def evaluators(
@@ -95,7 +97,7 @@ class ReplicaPool:
         """
         settings = recipe.evaluators
         own = recipe.model_copy(update={"model": settings})
-        args = _args(settings, "ray_abliterate.replica:Replica", (own, source, {}))
+        args = _args(settings, "ray_abliterate.replica.replica:Replica", (own, source, {}))
         share = partial(_offered, self._left)
         hosting = Hosting(ReplicaHost, args, settings, not ours(), "evaluation", share, self.actor)
         return ReplicaPool.of(hosting, on_event=on_event, go_on=go_on)

@@ -14,16 +14,16 @@ from typing import Any
 
 import ray
 
-from ray_abliterate.cluster.errors import DEATHS, ReplicaDied, death
 from ray_abliterate.cluster.events import Events
 from ray_abliterate.cluster.fleet import Fleet, Member
-from ray_abliterate.cluster.host import Hosting
-from ray_abliterate.cluster.layout import Layout
 from ray_abliterate.cluster.metrics import PoolMetrics
 from ray_abliterate.cluster.node_store import Claims
-from ray_abliterate.dominance import Bar
+from ray_abliterate.cluster.placement import Layout
+from ray_abliterate.cluster.remote_errors import DEATHS, ReplicaDied, death
+from ray_abliterate.cluster.replica_actor import Hosting
 from ray_abliterate.errors import SearchError
-from ray_abliterate.evaluation import Evaluation
+from ray_abliterate.replica.messages import Evaluation
+from ray_abliterate.search.dominance import Bar
 
 NO_REPLICA_SECONDS = 900.0
 """A call waits this long for any replica; a new one has to load its model."""

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ray_abliterate.architecture import (
+from ray_abliterate.model.architecture import (
     COMPONENTS,
     Writer,
     WriterRow,

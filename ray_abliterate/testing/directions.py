@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_abliterate.directions import Directions, compute, from_layers, need_of
-from ray_abliterate.methods import Layer, Sample, Summary
+from ray_abliterate.directions.compute import compute, from_layers, need_of
+from ray_abliterate.directions.directions import Directions
+from ray_abliterate.directions.methods.inputs import Layer, Sample, Summary
+from ray_abliterate.directions.residuals.moments import Moments, Pairs, moments_of, rows_of
+from ray_abliterate.directions.residuals.residual_set import Residuals
+from ray_abliterate.directions.residuals.shard import ResidualShard
 from ray_abliterate.recipe import DirectionSettings
-from ray_abliterate.residuals import Residuals
-from ray_abliterate.shards import ResidualShard
-from ray_abliterate.statistics.moments import Moments, Pairs, moments_of, rows_of
 
 
 def planted_residuals(

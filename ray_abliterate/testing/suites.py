@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from ray_abliterate.demo.planted import build_planted_model
-from ray_abliterate.model import LanguageModel
-from ray_abliterate.prompts import Prompt
+from ray_abliterate.data.builtin.planted_model import build_planted_model
+from ray_abliterate.data.prompts import Prompt
+from ray_abliterate.evaluation.suites.build import measure
+from ray_abliterate.evaluation.suites.suite import Chunk, Suite, SuiteChunk
+from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.suites import Chunk, Suite, SuiteChunk, measure
 
 WORDS = "a b c d e f how do i the of what is which why write tell me about and to in".split()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.faults import small_cluster
+from benchmarks.fault_recovery import small_cluster
 from tests.cluster.head import Head, ray_head
 from tests.cluster.hosts import OPEN
 

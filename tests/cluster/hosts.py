@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy
 
-from ray_abliterate.cluster.host import Callee, Hosting
-from ray_abliterate.cluster.layout import Place
 from ray_abliterate.cluster.node_store import NodeStore
+from ray_abliterate.cluster.placement import Place
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.dominance import score_all
+from ray_abliterate.cluster.replica_actor import Callee, Hosting
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.evaluation import Evaluation
-from ray_abliterate.plan import ModelShape, Space
 from ray_abliterate.recipe import ModelSettings, SpaceSettings
-from ray_abliterate.scoring import Score, Scorecard
+from ray_abliterate.replica.messages import Evaluation
+from ray_abliterate.search.dominance import score_all
+from ray_abliterate.search.plan import ModelShape, Space
+from ray_abliterate.search.score import Score, Scorecard
 
 GOALS = [("rate", "minimize"), ("kl", "minimize")]
 SHAPE = ModelShape(8, 32, ("attn", "mlp"))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import ray
 
-from ray_abliterate.cluster.errors import reason, unwrap
-from ray_abliterate.cluster.host import ReplicaHost
-from ray_abliterate.cluster.layout import Place
+from ray_abliterate.cluster.placement import Place
+from ray_abliterate.cluster.remote_errors import reason, unwrap
+from ray_abliterate.cluster.replica_actor import ReplicaHost
 from ray_abliterate.cluster.secrets import drivers_secrets
 from ray_abliterate.errors import ModelError
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DRIVER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from ray_abliterate.cli import main
+from ray_abliterate.cli.app import main
 main()
 """
 HIDE = """
@@ -60,7 +60,13 @@ def test_a_node_that_lacks_the_package_is_not_taken_for_one_without_memory(
     host = (
         ray.remote(ReplicaHost)
         .options(num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}})
-        .remote(place, "m", drivers_secrets([]), "ray_abliterate.bare:BareReplica", ())
+        .remote(
+            place,
+            "m",
+            drivers_secrets([]),
+            "ray_abliterate.replica.unedited_replica:BareReplica",
+            (),
+        )
     )
     called = host.call.remote("describe")
     with pytest.raises(ModelError, match="can't import ray_abliterate on its node"):

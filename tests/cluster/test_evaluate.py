@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.directions import Directions
-from ray_abliterate.frontier import Frontier, Trial
-from ray_abliterate.long_text import read_text
-from ray_abliterate.measurements import BASE, Finding, Measurements, Progress
-from ray_abliterate.measuring import AHEAD, BASE_MODEL, Measurer, Subject
-from ray_abliterate.progress import Unwatched
-from ray_abliterate.reading import Reading
+from ray_abliterate.directions.directions import Directions
+from ray_abliterate.evaluation.streaming.reader import Reading
+from ray_abliterate.evaluation.suites.build import build
+from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.run import run
+from ray_abliterate.pipeline.suite_results import BASE, Finding, Measurements, Progress
+from ray_abliterate.pipeline.suite_runner import AHEAD, BASE_MODEL, Measurer, Subject
+from ray_abliterate.pipeline.text_evaluation import read_text
 from ray_abliterate.recipe import ModelSettings, Recipe, SuiteFile
-from ray_abliterate.replica import Setup
-from ray_abliterate.run import run
-from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.suites import build
+from ray_abliterate.replica.replica import Setup
+from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.testing.tiny import tiny_model
 
 SUITES = """

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults
+from benchmarks import fault_recovery as faults
 
 Scenario = Callable[[Path, Any], faults.Outcome]
 

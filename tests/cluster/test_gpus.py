@@ -7,12 +7,12 @@ import torch
 
 from ray_abliterate.cluster.connection import connect
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.demo.planted import planted_axes
-from ray_abliterate.directions import Directions
-from ray_abliterate.plan import Plan
-from ray_abliterate.prompts import PromptSet
+from ray_abliterate.data.builtin.planted_model import planted_axes
+from ray_abliterate.data.prompts import PromptSet
+from ray_abliterate.directions.directions import Directions
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica import Setup
+from ray_abliterate.replica.replica import Setup
+from ray_abliterate.search.plan import Plan
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.pipeline.directory import RunDirectory
 from tests.cluster.conftest import NODE_SECRETS
 from tests.cluster.head import (
     ROOT,

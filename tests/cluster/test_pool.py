@@ -11,14 +11,14 @@ import pytest
 import ray
 
 from ray_abliterate.cluster.connection import connect
-from ray_abliterate.cluster.errors import unwrap
 from ray_abliterate.cluster.events import describe
-from ray_abliterate.cluster.layout import plan_layout
+from ray_abliterate.cluster.placement import plan_layout
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.dominance import Bar
+from ray_abliterate.cluster.remote_errors import unwrap
 from ray_abliterate.errors import ModelError, ScoreError, SearchError
-from ray_abliterate.plan import ModelShape, Plan
 from ray_abliterate.recipe import ModelSettings, Recipe
+from ray_abliterate.search.dominance import Bar
+from ray_abliterate.search.plan import ModelShape, Plan
 from tests.cluster.hosts import SHAPE, CountingHost, SharingHost, StoppableHost, pool_of
 
 PLAN = Plan.uniform(ModelShape(8, 32, ("attn",)), 3.0, "none")

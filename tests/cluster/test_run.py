@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.demo.planted import PLANTED_LAYER, planted_axes
+from ray_abliterate.data.builtin.planted_model import PLANTED_LAYER, planted_axes
+from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.errors import ModelError
-from ray_abliterate.frontier import Frontier, Trial
-from ray_abliterate.import_heretic import import_heretic
-from ray_abliterate.progress import Unwatched
-from ray_abliterate.prompts import PromptSet
+from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.pipeline.import_heretic import import_heretic
+from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.run import PromptSets, describe, find_directions, run, try_layers
 from ray_abliterate.recipe import Recipe, RefusalLogOdds
-from ray_abliterate.run import PromptSets, describe, find_directions, run, try_layers
-from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.search.frontier import Frontier, Trial
 from tests.conftest import RECIPE
 
 COMMAND = [sys.executable, "-m", "ray_abliterate"]
@@ -171,7 +171,7 @@ def test_the_plans_of_a_study_of_heretics_are_tried_in_parallel(
 ) -> None:
     """`recipe_file` left the prompts that the study names."""
     monkeypatch.chdir(tmp_path)
-    journal = Path(__file__).parents[1] / "data" / "heretic-1.4.jsonl"
+    journal = Path(__file__).parents[1] / "support" / "heretic" / "heretic-1.4.jsonl"
     made = import_heretic(journal, tmp_path / "run", Unwatched(), str(planted))
     wanted = len(made.trials) + 2
     done = started(tmp_path, "resume", "run", "--trials", str(wanted))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ray_abliterate.cluster.secrets import Secrets, drivers_secrets
-from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.pipeline.directory import RunDirectory
 from tests.cluster.conftest import NODE_SECRETS
 from tests.cluster.head import (
     ROOT,
@@ -42,7 +42,7 @@ TELLTALE = '''
 import hashlib
 import os
 
-from ray_abliterate.scoring import Score
+from ray_abliterate.search.score import Score
 
 
 class Telltale:

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ray_abliterate.architecture import find_writers
-from ray_abliterate.directions import Directions
-from ray_abliterate.export import export_trial
-from ray_abliterate.loading import load
-from ray_abliterate.plan import ModelShape, Plan
-from ray_abliterate.progress import Unwatched
-from ray_abliterate.quantization import PACKAGES, described, outline
+from ray_abliterate.ablation.weight_cache import WeightCache
+from ray_abliterate.directions.directions import Directions
+from ray_abliterate.export.export import export_trial
+from ray_abliterate.model.architecture import find_writers
+from ray_abliterate.model.loading import load
+from ray_abliterate.model.quantization import PACKAGES, described, outline
+from ray_abliterate.pipeline.progress import Unwatched
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.weights import WeightCache
-from tests.model.checkpoints import KINDS
-from tests.model.conftest import finish
+from ray_abliterate.search.plan import ModelShape, Plan
+from tests.support.checkpoints import KINDS
+from tests.support.finished_runs import finish
 
 HIDDEN, LAYERS = 64, 3
 ROUNDING = {"compressed-tensors": 1e-6, "gptq": 5e-3, "awq": 5e-3}

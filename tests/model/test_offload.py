@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_abliterate.architecture import find_writers
+from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.errors import ModelError
-from ray_abliterate.export import export_trial
-from ray_abliterate.frontier import Trial
-from ray_abliterate.loading import load, where_weights_rest
-from ray_abliterate.progress import Unwatched
+from ray_abliterate.export.export import export_trial
+from ray_abliterate.model.architecture import find_writers
+from ray_abliterate.model.loading import load, where_weights_rest
+from ray_abliterate.pipeline.progress import Unwatched
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.weights import WeightCache
-from tests.model.conftest import Finished, finish
+from ray_abliterate.search.frontier import Trial
+from tests.support.finished_runs import Finished, finish
 
 SOME = "350KB"
 """Of the model's 500: some writers are in memory, some on disk."""

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import psutil, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ray_abliterate.model import LanguageModel
-from ray_abliterate.prompts import Prompt
+from ray_abliterate.model.language_model import LanguageModel
+from ray_abliterate.data.prompts import Prompt
 from ray_abliterate.recipe import ModelSettings
 
 device, tokenizer, ROWS = sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2]), 32
@@ -76,7 +76,7 @@ try:
     with at_most(4_000_000):
         model.continue_greedily(prompts, 8)
 except (RuntimeError, MemoryError) as error:
-    from ray_abliterate.grid import is_out_of_memory
+    from ray_abliterate.model.batch_size import is_out_of_memory
     assert is_out_of_memory(error), error
 else:
     raise AssertionError("there was room")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_abliterate.rundir import RunDirectory
+from ray_abliterate.pipeline.directory import RunDirectory
 from tests.report.runs import BASE, TWO, card, divergence, make, rate
 
 

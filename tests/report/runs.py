@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from ray_abliterate.frontier import Trial
-from ray_abliterate.plan import ModelShape, Plan, Space
+from ray_abliterate.pipeline.directory import Baseline, RunDirectory
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.report import build_report
-from ray_abliterate.rundir import Baseline, RunDirectory
-from ray_abliterate.scoring import Score, Scorecard, wilson
+from ray_abliterate.report.report import build_report
+from ray_abliterate.search.frontier import Trial
+from ray_abliterate.search.plan import ModelShape, Plan, Space
+from ray_abliterate.search.score import Score, Scorecard, wilson
 
 LAYERS = 12
 SHAPE = {"layers": LAYERS, "hidden": 32, "components": ["attn", "mlp"], "dtype": "bfloat16"}

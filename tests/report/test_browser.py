@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from ray_abliterate.frontier import Frontier
-from ray_abliterate.report import write_report
-from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.scoring import Score
-from ray_abliterate.testing.browser import Browser, chromium, opened
+from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.report.report import write_report
+from ray_abliterate.search.frontier import Frontier
+from ray_abliterate.search.score import Score
 from tests.report.runs import card, divergence, make, recipe
 from tests.report.test_history import event, export, journal, measured
+from tests.support.browser import Browser, chromium, opened
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from ray_abliterate.frontier import Frontier
-from ray_abliterate.report_sheets import strip
-from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.scoring import Score
+from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.report.trial_sheets import strip
+from ray_abliterate.search.frontier import Frontier
+from ray_abliterate.search.score import Score
 from tests.report.runs import (
     BASE,
     LAYERS,
@@ -142,7 +142,7 @@ def test_a_thousand_trials_make_a_page_that_can_be_sent(tmp_path: Path) -> None:
     cards = [card(rate(n % 90), divergence(1.0 + n / 1000)) for n in range(1000)]
     directory = make(tmp_path, cards, BASE)
     text = directory.path / "report.html"
-    from ray_abliterate.report import write_report
+    from ray_abliterate.report.report import write_report
 
     assert write_report(directory) == text
     assert text.stat().st_size < 8_000_000

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_abliterate.frontier import Frontier
-from ray_abliterate.rundir import Baseline, RunDirectory
-from ray_abliterate.scoring import Score, Scorecard, wilson
+from ray_abliterate.pipeline.directory import Baseline, RunDirectory
+from ray_abliterate.search.frontier import Frontier
+from ray_abliterate.search.score import Score, Scorecard, wilson
 from tests.report.runs import (
     BASE,
     LAYERS,

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from ray_abliterate.frontier import Trial
+from ray_abliterate.evaluation.suites.suite import SuiteChunk
+from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.pipeline.report_exports import exports, note_export
 from ray_abliterate.recipe import SuiteFile
-from ray_abliterate.report_exports import exports, note_export
-from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.suites import SuiteChunk
-from ray_abliterate.timeline import Timeline
+from ray_abliterate.report.timeline import Timeline
+from ray_abliterate.search.frontier import Trial
 from tests.report.runs import BASE, TWO, make, page, plans
 from tests.report.test_figures import stopped
 

@@ -3,23 +3,13 @@
 import re
 from pathlib import Path
 
-from ray_abliterate.frontier import Trial
-from ray_abliterate.plan import Plan
+from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.report import build_report, write_report
-from ray_abliterate.rundir import RunDirectory
-from ray_abliterate.scoring import Score, Scorecard, wilson
-from tests.report.runs import (
-    BASE,
-    PROMPTS,
-    TWO,
-    Page,
-    card,
-    make,
-    page,
-    plans,
-    recipe,
-)
+from ray_abliterate.report.report import build_report, write_report
+from ray_abliterate.search.frontier import Trial
+from ray_abliterate.search.plan import Plan
+from ray_abliterate.search.score import Score, Scorecard, wilson
+from tests.report.runs import BASE, PROMPTS, TWO, Page, card, make, page, plans, recipe
 
 
 def test_the_report_lies_in_the_run_directory(two: RunDirectory) -> None:

@@ -1,0 +1,1 @@
+"""Direction methods at the same search budget."""

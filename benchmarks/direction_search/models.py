@@ -1,0 +1,277 @@
+"""The models that direction methods are compared on, and a search on one of them, without Ray.
+
+Part of `direction_search`. Three are planted models on the demo's prompts: `clean`, whose words say
+something beside the behaviour; `outliers`, the same with a few prompts that drive one unit of the
+stream far out; `entangled`, the same with a second behaviour that is to stay, along a direction
+that is not orthogonal to the first. The fourth is the demo's real model.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.direction_search.hypervolumes import Job, Outcome
+from ray_abliterate.data.builtin.planted_model import Traits
+
+EXTRACTED = 128
+"""Prompts of each set whose residuals are read; seeds draw from these."""
+EVERY = 32
+"""In `outliers`, each so manieth behaviour prompt has a word that no other has."""
+OUTLYING = "glitch"
+BATCH = 64
+
+METHODS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"method": name}
+        for name in (
+            "mean-difference",
+            "median-difference",
+            "geometric-median",
+            "median-of-means",
+            "variance-scaled",
+            "whitened",
+            "pca-paired",
+            "pca-centred",
+            "contrastive-pca",
+            "svd-subspace",
+            "logistic-probe",
+            "inlp",
+            "leace",
+        )
+    },
+    "ensemble": {
+        "method": "ensemble",
+        "ensemble": [
+            {"method": "geometric-median", "weight": 0.7},
+            {"method": "logistic-probe", "weight": 0.3, "options": {"l2": 0.1}},
+        ],
+    },
+    "winsorized mean-difference": {"method": "mean-difference", "winsorize_quantile": 0.95},
+}
+"""What is compared: the recipe's `[direction]`, by the name in tables."""
+
+PLANTED = Traits(layers=8, planted=(3, 4, 5, 6), topics=0.7)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to compare on: all that decides what a search finds there, beside method and seed.
+
+    Attributes:
+        traits: Of the planted model; None: the demo's.
+        norm: What edits keep. A planted weight matrix is a few outer products, whose rows have no
+            norms of their own to keep.
+        drawn: Prompts of each set that a seed draws, to compute directions from.
+        trials: Plans of a search.
+        scored: Prompts of each of the two scored sets, none of which directions come from.
+        tokens: Of an answer.
+    """
+
+    traits: Traits | None
+    norm: str
+    drawn: int
+    trials: int
+    scored: int
+    tokens: int
+
+
+SUBJECTS = {
+    "clean": Subject(PLANTED, "none", 24, 40, 32, 1),
+    "outliers": Subject(replace(PLANTED, outlying=(OUTLYING,)), "none", 24, 40, 32, 1),
+    "entangled": Subject(replace(PLANTED, kept=("how",), overlap=0.5), "none", 24, 40, 32, 1),
+    "demo": Subject(None, "row", 96, 20, 20, 8),
+}
+REFERENCES = {
+    "clean": (1.0, 0.1),
+    "outliers": (1.0, 0.1),
+    "entangled": (1.0, 0.1),
+    "demo": (1.0, 0.2),
+}
+"""By model the rate and the divergence that volumes are measured from: every answer shows the
+behaviour, and about the most that a plan with the difference of means costs in `clean`, or in the
+demo. The same for all methods of a model."""
+
+
+class Bench:
+    """One model in this process, and the residuals that all directions are computed from."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        from ray_abliterate.recipe import Recipe
+        from ray_abliterate.replica.replica import Replica
+
+        self.name, self.subject = name, SUBJECTS[name]
+        self._sets = dict(prompts(self.subject))
+        values = recipe(str(model_folder(name, folder)), self.subject)
+        self._recipe = Recipe.model_validate(values)
+        scored = {kind: self._sets[kind] for kind in ("keyword-rate", "kl-divergence")}
+        self._replica = Replica(self._recipe, self._recipe.model.name, scored, threads=1)
+        self._tuning = self._replica.tune()
+        self._shape = self._replica.describe().shape
+        self._residuals = {kind: self._extracted(kind) for kind in ("behaviour", "neutral")}
+
+    def run(self, job: Job) -> Outcome:
+        """Directions, and a search with them: every trial's rate and divergence, in order."""
+        from ray_abliterate.replica.replica import Setup
+
+        started = time.perf_counter()
+        directions, layer = self._directions(METHODS[job.method], job.seed)
+        found = tuple(self._search(job, Setup(directions, (), self._tuning), layer))
+        seconds = time.perf_counter() - started
+        return Outcome(job, found, layer, self._cosine(directions, layer), round(seconds, 2))
+
+    def base(self, method: str = "mean-difference") -> tuple[float, ...]:
+        """The base model's rate and divergence."""
+        from ray_abliterate.replica.replica import Setup
+        from ray_abliterate.search.plan import Plan
+
+        directions, _ = self._directions(METHODS[method], 0)
+        setup = Setup(directions, (), self._tuning)
+        return self._replica.evaluate(Plan.nothing(), setup).scorecard.losses
+
+    def _extracted(self, kind: str) -> Any:
+        """Residuals of a whole set, `"prompt layer hidden"`."""
+        import numpy
+
+        from ray_abliterate.directions.residuals.shard import ResidualShard
+
+        shards = [
+            ResidualShard(self._replica.residuals(kind, 0, some, (), self._tuning))
+            for _, some in self._sets[kind].batches(BATCH)
+        ]
+        return numpy.concatenate([shard.values() for shard in shards])
+
+    def _directions(self, settings: dict[str, Any], seed: int) -> tuple[Any, int]:
+        """Directions from the prompts that a seed draws, and the layer that separates best."""
+        import torch
+
+        from ray_abliterate.directions import compute, layer_separation
+        from ray_abliterate.directions.comparison.fitting import Sets
+        from ray_abliterate.directions.comparison.held_out import HeldOut, held_out
+        from ray_abliterate.directions.residuals.folds import Folds
+        from ray_abliterate.directions.residuals.residual_set import Residuals
+        from ray_abliterate.directions.separability import BLIND
+        from ray_abliterate.recipe import DirectionSettings
+
+        drawn = [
+            values[draw(len(values), self.subject.drawn, seed)]
+            for values in self._residuals.values()
+        ]
+        sets = [Residuals(torch.from_numpy(values)) for values in drawn]
+        wanted = DirectionSettings.model_validate(settings)
+        folds = Folds.of(
+            *([(name, i) for i in range(len(v))] for name, v in zip("bn", drawn, strict=True))
+        )
+        rows = []
+        for layer in range(sets[0].layers):
+            held = (s.winsorized(wanted.winsorize_quantile).values[:, layer] for s in sets)
+            own = Sets(*(values.contiguous() for values in held))
+            found = held_out(own, wanted, folds) if own.differ else None
+            measured = found.measures() if isinstance(found, HeldOut) else BLIND
+            rows.append({"layer": layer, **measured})
+        return compute.compute(*sets, wanted), layer_separation.best_layer(rows)
+
+    def _search(self, job: Job, setup: Any, layer: int) -> Iterator[tuple[float, ...] | None]:
+        """Rate and divergence of each plan; None where it failed.
+
+        The run's own sampler, space and seed points; one plan at a time, so that the sampler knows
+        of all that came before.
+        """
+        import optuna
+
+        from ray_abliterate.errors import ScoreError
+        from ray_abliterate.recipe import SearchSettings
+        from ray_abliterate.search import study as journal
+        from ray_abliterate.search.plan import Space
+
+        settings = SearchSettings(trials=job.trials, seed=job.seed)
+        space = Space.of(self._shape, settings.space, self._recipe.edit.norm)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            directions=["minimize", "minimize"], sampler=journal.sampler(settings, 0)
+        )
+        for point in space.seeds(float(layer)) if job.seed_points else ():
+            study.enqueue_trial(dict(point))
+        domains = journal.distributions(space)
+        for _ in range(job.trials):
+            asked = study.ask(domains)
+            try:
+                card = self._replica.evaluate(space.plan(asked.params), setup).scorecard
+            except ScoreError:
+                study.tell(asked, state=optuna.trial.TrialState.FAIL)
+                yield None
+                continue
+            study.tell(asked, list(card.losses))
+            yield tuple(round(loss, 7) for loss in card.losses)
+
+    def _cosine(self, directions: Any, layer: int) -> float | None:
+        """How much of the planted direction lies in the directions of the best layer."""
+        from ray_abliterate.data.builtin.planted_model import planted_axes
+
+        if self.subject.traits is None:
+            return None
+        return round(float((directions.basis[layer] @ planted_axes()[0]).norm()), 4)
+
+
+def draw(prompts: int, drawn: int, seed: int) -> list[int]:
+    """The prompts that a seed's directions come from: the same for all methods."""
+    return sorted(random.Random(seed).sample(range(prompts), drawn))
+
+
+def prompts(subject: Subject) -> Iterator[tuple[str, Any]]:
+    """The four prompt sets by name."""
+    from ray_abliterate.data.prompt_sources import load_prompt_set
+    from ray_abliterate.data.prompts import PromptSet
+    from ray_abliterate.recipe import PromptSource
+
+    wanted = {
+        "behaviour": ("cooking-train", EXTRACTED),
+        "neutral": ("other-train", EXTRACTED),
+        "keyword-rate": ("cooking-heldout", subject.scored),
+        "kl-divergence": ("other-heldout", subject.scored),
+    }
+    outlying = subject.traits is not None and subject.traits.outlying
+    for name, (builtin, count) in wanted.items():
+        found = load_prompt_set(name, PromptSource(builtin=builtin, split=f"[:{count}]"), Path())
+        if outlying and name == "behaviour":
+            users = [
+                prompt.user if number % EVERY else f"{prompt.user} {OUTLYING}"
+                for number, prompt in enumerate(found.prompts)
+            ]
+            found = PromptSet.of(name, *users)
+        yield name, found
+
+
+def recipe(model: str, subject: Subject) -> dict[str, Any]:
+    """The recipe's values for a subject; prompt sets are given to the replica."""
+    sources = {"behaviour": "cooking-train", "neutral": "other-train"}
+    scorers = [
+        {
+            "kind": "keyword-rate",
+            "prompts": {"builtin": "cooking-heldout"},
+            "markers": "strict",
+            "max_new_tokens": subject.tokens,
+        },
+        {"kind": "kl-divergence", "prompts": {"builtin": "other-heldout"}},
+    ]
+    return {
+        "model": {"name": model, "dtype": "float32"},
+        "prompts": {name: {"builtin": builtin} for name, builtin in sources.items()},
+        "edit": {"norm": subject.norm},
+        "search": {"dominance_stop": False},
+        "scorers": scorers,
+        "run": {"batch_size": BATCH},
+    }
+
+
+def model_folder(name: str, folder: Path) -> Path:
+    """The model's folder, built if need be."""
+    from ray_abliterate.data.builtin import demo_model as demo
+    from ray_abliterate.data.builtin.planted_model import build_planted_model
+
+    traits = SUBJECTS[name].traits
+    if traits is None:
+        return demo.build_demo_model(demo.default_folder())
+    return build_planted_model(folder / f"planted-{name}", traits=traits)

@@ -1,0 +1,1 @@
+"""What every benchmark uses; knows no claim."""

@@ -1,0 +1,1 @@
+"""How a search scales: throughput, the sampler, what a budget finds."""

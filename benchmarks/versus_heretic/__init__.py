@@ -1,0 +1,1 @@
+"""Trials and studies beside those of Heretic 1.4."""

@@ -1,0 +1,1 @@
+"""Verbs, screens, chat: the only room that talks to a terminal."""

@@ -1,0 +1,1 @@
+"""What is read: prompts, tables, the Hub."""

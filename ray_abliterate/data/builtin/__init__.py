@@ -1,0 +1,1 @@
+"""What ships: the demo's model and prompts, tables of suites."""

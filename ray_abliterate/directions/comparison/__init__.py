@@ -1,0 +1,1 @@
+"""Direction methods compared without a search."""

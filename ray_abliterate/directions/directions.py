@@ -1,0 +1,245 @@
+"""Directions: unit vectors in the residual stream that a behaviour lies along, layer by layer.
+
+A value; knows nothing about models, or how it was found.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ray_abliterate.directions.residuals.residual_set import LayerVectors
+from ray_abliterate.errors import PromptSourceError
+from ray_abliterate.search.plan import Plan
+
+Blend = tuple[tuple[int, float], ...]
+"""Rows and weights whose sum points along a direction."""
+VANISHING = 1e-6
+"""What is left of a vector below this share of its length is rounding."""
+
+
+class NoDirection(PromptSourceError, ValueError):
+    """The sets leave the same residuals."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """A unit vector per layer, float32 `"layer hidden"`; zeros where a layer has none.
+
+    Attributes:
+        vectors: The directions; where a layer has several, the first of each.
+        method: Name of the method that found them.
+        origin: Fingerprints of the two prompt sets, and what else they came from.
+        further: The other directions of each layer, orthonormal with the first; zeros where a
+            layer has fewer than others.
+        spared: Unit vectors that directions used at a layer are made orthogonal to there, wherever
+            they were found: the mean of the neutral prompts at that layer.
+        components: By component, directions found in what it adds to the stream, for its writers;
+            those that have none here are edited with the stream's own.
+    """
+
+    vectors: LayerVectors
+    method: str
+    origin: Mapping[str, str]
+    further: Float[Tensor, "layer further hidden"] | None = None
+    spared: LayerVectors | None = None
+    components: Mapping[str, "Directions"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        norms = self.vectors.double().norm(dim=-1)
+        wrong = ((norms - 1).abs() > 1e-5) & (norms != 0)
+        if wrong.any():
+            layer = int(wrong.nonzero()[0])
+            raise ValueError(f"the direction of layer {layer} has length {norms[layer]:.6f}, not 1")
+        if not (norms > 0).any():
+            raise NoDirection(
+                "no layer has a direction: the two prompt sets leave the same residuals.\n"
+                "  Check that prompts.behaviour and prompts.neutral are different prompts."
+            )
+        if self.further is not None:
+            self._refuse_oblique()
+
+    def _refuse_oblique(self) -> None:
+        basis = self.basis.double()
+        products = basis @ basis.mT
+        there = basis.any(dim=-1).double()
+        wrong = (products - torch.diag_embed(there)).abs().amax(dim=(1, 2)) > 1e-5
+        if wrong.any():
+            layer = int(wrong.nonzero()[0])
+            raise ValueError(f"the directions of layer {layer} are not orthonormal")
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.vectors.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Directions of a layer, at most."""
+        return 1 + (0 if self.further is None else self.further.shape[1])
+
+    @property
+    def basis(self) -> Float[Tensor, "layer rank hidden"]:
+        """All directions of each layer."""
+        lead = self.vectors[:, None]
+        return lead if self.further is None else torch.cat([lead, self.further], dim=1)
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "row hidden"]:
+        """All that blends are made of: the first directions, the further ones, what is spared."""
+        parts = [self.vectors]
+        if self.further is not None:
+            parts.append(self.further.flatten(0, 1))
+        if self.spared is not None:
+            parts.append(self.spared)
+        return torch.cat(parts) if len(parts) > 1 else self.vectors
+
+    def of(self, component: str) -> "Directions":
+        """Those that a component's writers are edited with."""
+        return self.components.get(component, self)
+
+    def bits(self) -> bytes:
+        """All that edits are made of: equal where these directions do the same."""
+        own = bytes(self.rows.numpy().tobytes())
+        parts = [name.encode() + self.components[name].bits() for name in sorted(self.components)]
+        return b"".join([own, *parts])
+
+    def with_components(self, components: Mapping[str, "Directions"]) -> "Directions":
+        """The same, and these for the components' own writers."""
+        return replace(self, components=dict(components))
+
+    @cached_property
+    def usable(self) -> tuple[bool, ...]:
+        """Whether each layer has a direction."""
+        return tuple(bool(row.any()) for row in self.vectors)
+
+    def blend(self, layer: float) -> Blend:
+        """Rows and weights whose sum is the direction at a (fractional) layer.
+
+        One row, or the two neighbours: `(1 - f) v_low ± f v_high`, the sign chosen so that they
+        don't cancel, scaled to unit length. A neighbour without a direction is left out; if both
+        are, the nearest layer that has one stands in.
+        """
+        if not 0 <= layer <= self.layers - 1:
+            raise ValueError(f"layer {layer} is outside 0 to {self.layers - 1}")
+        low, share = math.floor(layer), layer - math.floor(layer)
+        parts = [(low, 1 - share), (low + 1, share)] if share else [(low, 1.0)]
+        usable = self.usable
+        parts = [(row, weight) for row, weight in parts if usable[row]]
+        if not parts:
+            rows = [row for row, has in enumerate(usable) if has]
+            return ((min(rows, key=lambda row: abs(row - layer)), 1.0),)
+        if len(parts) == 1:
+            return ((parts[0][0], 1.0),)
+        (a, weight_a), (b, weight_b) = parts
+        cosine = float(self.vectors[a].double() @ self.vectors[b].double())
+        if cosine < 0:
+            cosine, weight_b = -cosine, -weight_b
+        norm = math.sqrt(weight_a**2 + weight_b**2 + 2 * weight_a * abs(weight_b) * cosine)
+        return (a, weight_a / norm), (b, weight_b / norm)
+
+    def used(self, plan: Plan, layer: int) -> tuple[Blend, ...]:
+        """Blends of the directions that a plan takes out of a layer's writers; none, maybe."""
+        last = self.layers - 1.0
+        if plan.scope == "global":
+            return self.blends(min(plan.direction_layer, last), layer)
+        if plan.source_offset is None:
+            return self.blends(float(layer), layer) if self.usable[layer] else ()
+        return self.blends(min(max(layer + plan.source_offset, 0.0), last), layer)
+
+    def blends(self, layer: float, target: int | None = None) -> tuple[Blend, ...]:
+        """Rows and weights of all directions at a (fractional) layer, as `rows` numbers them.
+
+        The first is `blend`, where there is one direction. Of several, the subspaces of the two
+        neighbours are turned towards each other as far as they go (orthogonal Procrustes), and
+        blended vector by vector; what comes of it is a basis, not an orthonormal one.
+
+        Args:
+            layer: Where the directions are from.
+            target: The layer where they will be used; what is spared there is taken out of them.
+        """
+        found = (self.blend(layer),) if self.rank == 1 else self._blended(self.blend(layer))
+        if target is None or self.spared is None:
+            return found
+        return tuple(self._sparing(blend, target) for blend in found)
+
+    def _blended(self, lead: Blend) -> tuple[Blend, ...]:
+        """Blends of several directions, at the layers that the first one's blend is of."""
+        basis = self.basis.double()
+        turn = torch.eye(self.rank, dtype=torch.float64)
+        (low, share), (high, rest) = lead if len(lead) == 2 else (lead[0], (lead[0][0], 0.0))
+        if rest:
+            left, _, right = torch.linalg.svd(basis[low] @ basis[high].T)
+            turn = left @ right
+        found = []
+        for number in range(self.rank):
+            own = [(self._row(low, number), share)] if basis[low, number].any() else []
+            other = [
+                (self._row(high, j), abs(rest) * float(turn[number, j]))
+                for j in range(self.rank)
+                if rest and basis[high, j].any()
+            ]
+            if own or other:
+                found.append((*own, *other))
+        return tuple(found)
+
+    def _row(self, layer: int, number: int) -> int:
+        """Where `rows` has a layer's direction."""
+        return layer if number == 0 else self.layers + layer * (self.rank - 1) + number - 1
+
+    def _sparing(self, blend: Blend, target: int) -> Blend:
+        """A blend without what is spared at a layer; whole, if nothing else would be left."""
+        assert self.spared is not None
+        rows, spared = self.rows, self.spared[target].double()
+        parts = [weight * rows[row].double() for row, weight in blend]
+        vector = torch.stack(parts).sum(dim=0)
+        along = float(vector @ spared)
+        if not along or (vector - along * spared).norm() <= VANISHING * vector.norm():
+            return blend
+        return (*blend, (self.layers * self.rank + target, -along))
+
+    def at(self, layer: float) -> Float[Tensor, " hidden"]:
+        """The unit direction at a layer that may lie between two."""
+        parts = [weight * self.vectors[row].double() for row, weight in self.blend(layer)]
+        total = torch.stack(parts).sum(dim=0)
+        return torch.nn.functional.normalize(total, dim=0).float()
+
+    def at_position(self, position: int) -> "Directions":
+        """The same, said to be found at a token, counted from the end: -1 is the last."""
+        return replace(self, origin={**self.origin, "position": str(position)})
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file."""
+        from safetensors.torch import save
+
+        facts = {"method": self.method, "origin": json.dumps(dict(self.origin), sort_keys=True)}
+        held = self._tensors()
+        for name, own in self.components.items():
+            held |= {f"{name}/{kind}": tensor for kind, tensor in own._tensors().items()}
+        return save(held, metadata=facts)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"directions": self.vectors, "further": self.further, "spared": self.spared}
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Directions":
+        """The inverse of `to_bytes`, bit for bit."""
+        from safetensors.torch import load
+
+        length = int.from_bytes(data[:8], "little")
+        facts = json.loads(data[8 : 8 + length])["__metadata__"]
+        held, origin = load(data), json.loads(facts["origin"])
+        names = sorted({name.rpartition("/")[0] for name in held})
+
+        def part(name: str) -> Directions:
+            place = f"{name}/" if name else ""
+            further, spared = held.get(f"{place}further"), held.get(f"{place}spared")
+            return cls(held[f"{place}directions"], facts["method"], origin, further, spared)
+
+        return part("").with_components({name: part(name) for name in names if name})

@@ -1,0 +1,1 @@
+"""From two sets of residuals after one block to directions."""

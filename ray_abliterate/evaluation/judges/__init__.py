@@ -1,0 +1,1 @@
+"""Second opinions on whether an answer refuses."""

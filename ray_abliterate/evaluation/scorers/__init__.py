@@ -1,0 +1,1 @@
+"""What every trial is scored by."""

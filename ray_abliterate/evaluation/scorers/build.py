@@ -1,0 +1,87 @@
+"""The scorers that ship, and how a recipe's scorer settings become scorers."""
+
+from collections.abc import Mapping, Sequence
+
+from ray_abliterate.data.prompts import Prompt, PromptSet
+from ray_abliterate.errors import RecipeError
+from ray_abliterate.evaluation.judges.judge import Judge
+from ray_abliterate.evaluation.judges.judge import build as build_judge
+from ray_abliterate.evaluation.scorers.keyword_rate import KeywordRateScorer
+from ray_abliterate.evaluation.scorers.kl_divergence import KlDivergenceScorer
+from ray_abliterate.evaluation.scorers.refusal_judge import RefusalJudgeScorer
+from ray_abliterate.evaluation.scorers.refusal_log_odds import RefusalLogOddsScorer
+from ray_abliterate.recipe import (
+    KeywordRate,
+    KlDivergence,
+    RefusalJudge,
+    RefusalLogOdds,
+    ScorerSettings,
+)
+from ray_abliterate.search.score import BehaviourTest, Scorer, TextModel, checked_call, resolve
+
+Judges = Mapping[str, Judge]
+"""Judges by the scorer's name, of scorers whose judge works elsewhere."""
+
+
+def build(
+    settings: Sequence[ScorerSettings],
+    prompts: Mapping[str, PromptSet],
+    record: bool = False,
+    judges: Judges | None = None,
+) -> tuple[Scorer, ...]:
+    """The scorers of a recipe, in its order.
+
+    Args:
+        settings: As the recipe has them.
+        prompts: Prompt sets by the scorer's name.
+        record: Answers are kept, so none is cut short.
+        judges: Those that work elsewhere; others work in this process.
+
+    Raises:
+        RecipeError: a scorer refuses its options.
+    """
+    return tuple(_build(setting, prompts, record, judges or {}) for setting in settings)
+
+
+def shown(
+    setting: ScorerSettings,
+    prompts: Sequence[Prompt],
+    model: TextModel,
+    judges: Judges | None = None,
+) -> list[bool | None]:
+    """Whether a model shows the behaviour at each prompt, by a scorer's own test of one answer.
+
+    None where it can't be told; see `score.BehaviourTest`.
+
+    Raises:
+        RecipeError: the scorer has no such test.
+    """
+    own = {setting.name: PromptSet(setting.name, tuple(prompts))}
+    scorer = _build(setting, own, False, judges or {})
+    if not isinstance(scorer, BehaviourTest):
+        raise RecipeError(f"scorer {setting.name!r} can't tell of one answer what it shows")
+    return scorer.shows(model)
+
+
+def _build(
+    setting: ScorerSettings, prompts: Mapping[str, PromptSet], record: bool, judges: Judges
+) -> Scorer:
+    if isinstance(setting, KeywordRate):
+        return KeywordRateScorer(setting, prompts[setting.name], record)
+    if isinstance(setting, KlDivergence):
+        return KlDivergenceScorer(setting, prompts[setting.name])
+    if isinstance(setting, RefusalLogOdds):
+        return RefusalLogOddsScorer(setting, prompts[setting.name])
+    if isinstance(setting, RefusalJudge):
+        judge = judges.get(setting.name) or build_judge(setting)
+        return RefusalJudgeScorer(setting, prompts[setting.name], judge)
+    own = {"prompts": prompts[setting.name]} if setting.name in prompts else {}
+    options = {"name": setting.name, "goal": setting.goal, **own, **setting.options}
+    owner = f"scorer {setting.name!r} ({setting.kind})"
+    scorer = checked_call(owner, resolve(setting.kind), options)
+    if not isinstance(scorer, Scorer):
+        raise RecipeError(
+            f"scorer {setting.name!r}: {setting.kind} made a {type(scorer).__name__}, which lacks "
+            "one of name, goal, prepare, score; see docs/extending.md"
+        )
+    return scorer

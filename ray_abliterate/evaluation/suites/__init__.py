@@ -1,0 +1,1 @@
+"""What finished trials are measured by."""

@@ -1,0 +1,174 @@
+"""Multiple-choice questions: what a row of a table says, how it is shown, and examples before it.
+
+The layout is MMLU's (Hendrycks et al. 2021, arXiv 2009.03300): question, choices, the right one's
+place or letter, category. Knows no models.
+
+    Choose the right answer to the question. Reply with its letter alone.
+
+    question of the first example
+    A. choice
+    B. choice
+    Answer: B
+
+    the question
+    A. choice
+    B. choice
+    Answer:
+
+All of it is one user turn. Where texts are scored instead of letters, the turn has each example's
+question and right answer on two lines, a blank line after them, and the question alone at the end.
+"""
+
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ray_abliterate.data.prompts import Prompt
+from ray_abliterate.data.tables import TableRow
+from ray_abliterate.errors import PromptSourceError
+from ray_abliterate.recipe.suites import MultipleChoiceSuite
+
+LETTERS = string.ascii_uppercase
+TASK = "Choose the right answer to the question. Reply with its letter alone."
+
+Item = Mapping[str, Any]
+
+
+def read_question(row: TableRow, settings: MultipleChoiceSuite) -> tuple[str, dict[str, Any]]:
+    """Category and question of a row.
+
+    Raises:
+        PromptSourceError: a field is missing or impossible; names the row and the field.
+    """
+    question, choices = row.values[settings.question], row.values[settings.choices]
+    if not isinstance(question, str) or not question.strip():
+        raise _refused(row, settings.question, f"is {question!r}, not a question")
+    if (
+        not isinstance(choices, list)
+        or not 2 <= len(choices) <= len(LETTERS)
+        or not all(isinstance(text, str) and text.strip() for text in choices)
+    ):
+        raise _refused(
+            row, settings.choices, f"is {choices!r}, not a list of 2 to {len(LETTERS)} texts"
+        )
+    answer = _place(row.values[settings.answer], len(choices))
+    if answer is None:
+        last = len(choices) - 1
+        raise _refused(
+            row,
+            settings.answer,
+            f"is {row.values[settings.answer]!r}; the right answer's place is from 0 to {last}, "
+            f"or its letter from A to {LETTERS[last]}",
+        )
+    category = row.values[settings.category] if settings.category else ""
+    if not isinstance(category, str):
+        raise _refused(row, settings.category, f"is {category!r}, not the name of a category")
+    item = {"id": str(row.number), "question": question, "choices": choices, "answer": answer}
+    return category, item
+
+
+def _place(answer: Any, choices: int) -> int | None:
+    """From 0; an index, or a letter."""
+    if isinstance(answer, str):
+        text = answer.strip().upper()
+        if text.isdecimal():
+            answer = int(text)
+        else:
+            answer = LETTERS.find(text) if len(text) == 1 else -1
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    return answer if whole and 0 <= answer < choices else None
+
+
+def _refused(row: TableRow, field: str, what: str) -> PromptSourceError:
+    return PromptSourceError(f"{row.place}: `{field}` {what}.")
+
+
+# Examples
+
+
+def set_apart(
+    questions: Iterable[tuple[str, Item]], shots: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The first `shots` questions of each category are examples for the others; nobody is asked
+    about them. Held in memory are the examples only."""
+    held: dict[str, list[Item]] = {}
+    for category, item in questions:
+        own = held.setdefault(category, [])
+        if any(_same(item, example) for example in own):
+            continue
+        if len(own) < shots:
+            own.append(item)
+            continue
+        yield category, _shown(item, own)
+
+
+def from_another(
+    questions: Iterable[tuple[str, Item]],
+    examples: Iterable[tuple[str, Item]],
+    shots: int,
+    categories: Sequence[str],
+    name: str,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each question with the first `shots` examples of its category that are not the question.
+
+    Held in memory are `shots + 1` examples of each category.
+
+    Args:
+        questions: By category.
+        examples: The same, of another table.
+        shots: Examples of each question.
+        categories: Those that are asked about; all if empty.
+        name: Of the suite, for errors.
+
+    Raises:
+        PromptSourceError: a category has too few examples.
+    """
+    held: dict[str, list[Item]] = {}
+    for category, example in examples:
+        own = held.setdefault(category, [])
+        if len(own) <= shots and not any(_same(example, known) for known in own):
+            own.append(example)
+    for category, item in questions:
+        if categories and category not in categories:
+            continue
+        others = [e for e in held.get(category, ()) if not _same(item, e)][:shots]
+        if len(others) < shots:
+            where = f"category {category!r}" if category else "the table of examples"
+            raise PromptSourceError(
+                f"suite {name!r}: {where} has {len(others)} examples, and shots = {shots}.\n"
+                "  Lower `shots`, give `examples` with more, or leave `examples` unset to take "
+                "them from `table`."
+            )
+        yield category, _shown(item, others)
+
+
+def _same(one: Item, other: Item) -> bool:
+    return bool(one["question"].split() == other["question"].split())
+
+
+def _shown(item: Item, examples: Sequence[Item]) -> dict[str, Any]:
+    kept = [{k: v for k, v in example.items() if k != "id"} for example in examples]
+    return {**item, "examples": kept}
+
+
+# How it is shown
+
+
+def letter_prompt(item: Item) -> Prompt:
+    """The question with its choices, to be answered with a letter."""
+    parts = [f"{_lettered(e)} {LETTERS[e['answer']]}" for e in item.get("examples", ())]
+    return Prompt("\n\n".join([TASK, *parts, _lettered(item)]))
+
+
+def text_prompt(item: Item) -> Prompt:
+    """The question, to be answered with the text of a choice."""
+    parts = [
+        f"{e['question'].strip()}\n{e['choices'][e['answer']].strip()}"
+        for e in item.get("examples", ())
+    ]
+    return Prompt("\n\n".join([*parts, item["question"].strip()]))
+
+
+def _lettered(item: Item) -> str:
+    choices = [f"{LETTERS[i]}. {text}" for i, text in enumerate(item["choices"])]
+    return "\n".join([item["question"].strip(), *choices, "Answer:"])

@@ -1,0 +1,77 @@
+"""`over-refusal`: the share of harmless but alarming prompts that the model refuses.
+
+The layout is XSTest's (Röttger et al. 2024, arXiv 2308.01263): prompt, type, and a label that says
+which prompts are harmless. Refusals are told by the markers of `keyword-rate`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray_abliterate.data.tables import stream_table
+from ray_abliterate.errors import PromptSourceError
+from ray_abliterate.evaluation.scorers.keyword_rate import MARKERS, MarkerWatch, verdict
+from ray_abliterate.evaluation.scorers.markers import Markers
+from ray_abliterate.evaluation.suites.chunks import Choice, prompts_of
+from ray_abliterate.evaluation.suites.item_suite import ItemSuite
+from ray_abliterate.evaluation.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
+from ray_abliterate.recipe.suites import OverRefusalSuite
+
+REFUSED = Measure("refused", "rate", "minimize")
+
+
+class OverRefusal(ItemSuite[OverRefusalSuite]):
+    """See the module."""
+
+    measures = (REFUSED,)
+
+    def choice(self) -> Choice:
+        """So many of each type."""
+        settings = self.settings
+        return Choice(settings.categories, settings.samples_per_category, settings.limit)
+
+    def nothing(self) -> str:
+        """See `ItemSuite`."""
+        return (
+            f"no row has {self.settings.label} = {self.settings.harmless!r} and is of the "
+            "categories.\n  Check `label`, `harmless` and `categories`."
+        )
+
+    def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
+        """Greedy answers, each followed until its first marker; whole if they are kept."""
+        settings = self.settings
+        given = settings.markers
+        own = MARKERS[given] if isinstance(given, str) else given
+        markers = Markers(own, f"suite {self.name!r}")
+        watch = None if settings.keep_answers else MarkerWatch(markers, lambda _hits: False)
+        answers = model.answer(prompts_of(chunk), settings.max_new_tokens, watch)
+        verdicts = [verdict(answer.text, markers) for answer in answers]
+        bad = ("behaviour", "empty", "degenerate") if settings.empty_is_refusal else ("behaviour",)
+        rows: list[Mapping[str, Any]] = []
+        if settings.keep_answers:
+            rows = [
+                {"item": item["id"], "prompt": item["prompt"], "answer": a.text, "verdict": v}
+                for item, a, v in zip(chunk.items, answers, verdicts, strict=True)
+            ]
+        counts = {kind: verdicts.count(kind) for kind in ("empty", "degenerate")}
+        return SuiteChunk.of(
+            chunk, {REFUSED.name: [float(v in bad) for v in verdicts]}, counts, rows=rows
+        )
+
+    def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Harmless prompts, by type."""
+        settings = self.settings
+        columns = [c for c in (settings.prompt, settings.category, settings.label) if c]
+        for row in stream_table(settings.table, self.base, columns):
+            if settings.label and row.values[settings.label] != settings.harmless:
+                continue
+            prompt = row.values[settings.prompt]
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise PromptSourceError(
+                    f"{row.place}: `{settings.prompt}` is {prompt!r}, not a prompt."
+                )
+            kind = row.values[settings.category] if settings.category else ""
+            if not isinstance(kind, str):
+                raise PromptSourceError(
+                    f"{row.place}: `{settings.category}` is {kind!r}, not the name of a type."
+                )
+            yield kind, {"id": str(row.number), "prompt": prompt, "system": settings.system}

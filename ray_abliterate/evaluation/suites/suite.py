@@ -1,0 +1,223 @@
+"""What a suite is: a measurement of a model in fixed chunks of work. Values; knows no model.
+
+A chunk holds its own items, so whoever runs it needs no file. Any chunk may be run by anybody, and
+again; what comes of it is the same, and says of which items. So results of any number of actors
+are put together exactly, in whatever order they come.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from ray_abliterate.data.prompts import Prompt
+from ray_abliterate.errors import ScoreError
+from ray_abliterate.search.score import Answer, Score, TextModel
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One thing that is measured of every item.
+
+    Attributes:
+        name: Key in `SuiteChunk.values`; the first measure of a suite gives its main score.
+        kind: `rate` if values are 0 or 1, `mean` if they are numbers.
+        better: Which way is better, if any.
+        unit: Of the values.
+    """
+
+    name: str
+    kind: Literal["rate", "mean"]
+    better: Literal["minimize", "maximize", "report"] = "report"
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A unit of work.
+
+    Attributes:
+        suite: Name of the suite.
+        id: Names it within the suite; the same whenever the suite is listed.
+        group: What its items have in common, such as a category; `""` for nothing.
+        items: What is asked: JSON values, each with an `id` of its own within the suite.
+    """
+
+    suite: str
+    id: str
+    group: str
+    items: tuple[Mapping[str, Any], ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the items."""
+        text = json.dumps(list(self.items), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def item_ids(self) -> tuple[str, ...]:
+        """The items' names, in order."""
+        return tuple(str(item["id"]) for item in self.items)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "items": list(self.items)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Chunk":
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "items": tuple(values["items"])})
+
+
+@dataclass(frozen=True)
+class SuiteChunk:
+    """What came of one chunk.
+
+    Attributes:
+        suite: Name of the suite.
+        chunk: Id of the chunk.
+        fingerprint: Of the chunk's items.
+        group: The chunk's.
+        items: Names of the items, in order.
+        values: By measure, a number for each item; None where it isn't known, which leaves the item
+            out of the denominator.
+        counts: Whole numbers that add up over chunks.
+        sums: Numbers that add up over chunks.
+        rows: Texts to be read, if they are kept.
+
+    Raises:
+        ScoreError: a value is not a finite number, or there is not one for every item.
+    """
+
+    suite: str
+    chunk: str
+    fingerprint: str
+    group: str
+    items: tuple[str, ...]
+    values: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    sums: Mapping[str, float] = field(default_factory=dict)
+    rows: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, values in self.values.items():
+            if len(values) != len(self.items):
+                raise ScoreError(
+                    f"{self.suite}, chunk {self.chunk}: {len(values)} values of {name!r} for "
+                    f"{len(self.items)} items; give one for each, None where it is not known"
+                )
+        numbers = [v for values in self.values.values() for v in values if v is not None]
+        for number in [*numbers, *self.sums.values()]:
+            if not math.isfinite(number):
+                raise ScoreError(f"{self.suite}, chunk {self.chunk}: {number} is not a number")
+
+    @classmethod
+    def of(
+        cls,
+        chunk: Chunk,
+        values: Mapping[str, Sequence[float | None]] | None = None,
+        counts: Mapping[str, int] | None = None,
+        sums: Mapping[str, float] | None = None,
+        rows: Iterable[Mapping[str, Any]] = (),
+    ) -> "SuiteChunk":
+        """What came of `chunk`."""
+        return cls(
+            chunk.suite,
+            chunk.id,
+            chunk.fingerprint,
+            chunk.group,
+            chunk.item_ids,
+            {name: tuple(own) for name, own in (values or {}).items()},
+            dict(counts or {}),
+            dict(sums or {}),
+            tuple(rows),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return json.loads(json.dumps(asdict(self), ensure_ascii=False))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SuiteChunk":
+        """The inverse of `to_dict`."""
+        lists = {name: tuple(own) for name, own in values["values"].items()}
+        known = {**values, "items": tuple(values["items"]), "values": lists}
+        return cls(**{**known, "rows": tuple(values["rows"])})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure of two models, on the items that both have answers for.
+
+    Attributes:
+        name: The measure.
+        base: Its value for the first model.
+        other: Its value for the second.
+        difference: The second minus the first.
+        low: Lower end of the difference's 95 % interval.
+        high: Upper end.
+        items: Items that both have.
+        p: Probability of a difference this large if the models are equal, where it is exact.
+        method: How interval and p were found.
+    """
+
+    name: str
+    base: float
+    other: float
+    difference: float
+    low: float
+    high: float
+    items: int
+    p: float | None = None
+    method: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+@runtime_checkable
+class SuiteModel(TextModel, Protocol):
+    """What suites ask of a model; `language_model.LanguageModel` is the one that ships."""
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+    ) -> list[Answer]:
+        """Sampled answers, the same for the same arguments."""
+
+    def original(self) -> AbstractContextManager[None]:
+        """The model is the base model in this block, and what it was after it."""
+
+
+@runtime_checkable
+class Suite(Protocol):
+    """Measures a model chunk by chunk. Small, and can be pickled: it travels to the models."""
+
+    name: str
+    measures: tuple[Measure, ...]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All units of work, read as they are asked for; the same ones every time.
+
+        Raises:
+            RayAbliterateError: an item is not usable; chunks before it have been handed out.
+        """
+
+    def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
+        """Measure the model as it is now on one chunk; the same again gives the same."""
+
+    def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
+        """Scores with intervals, whatever the order of the chunks."""
+
+    def compare(
+        self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
+    ) -> tuple[Comparison, ...]:
+        """How two models differ on the items that both were asked."""

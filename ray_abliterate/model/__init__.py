@@ -1,0 +1,1 @@
+"""A loaded model: architecture table, loading, chat format, batches."""

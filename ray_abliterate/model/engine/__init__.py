@@ -1,0 +1,1 @@
+"""The fast path: packed rows, drafts, CUDA graphs."""

@@ -1,0 +1,1 @@
+"""A run: its directory, its stages in order, its results."""

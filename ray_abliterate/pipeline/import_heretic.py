@@ -1,0 +1,262 @@
+"""Makes a run of a Heretic study: its recipe, and its trials as plans that wait to be evaluated.
+
+Heretic's scores are not taken for ours: its row-preserving edit is a low-rank approximation of
+ours, and its answers are judged otherwise. They are kept beside (`show` has them), and `resume`
+scores the plans anew, in parallel: those of Heretic's Pareto front first, so that others can be
+stopped early.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_abliterate.errors import ForeignStudyError, ModelError
+from ray_abliterate.model.architecture import Writer, find_writers, hidden_size, text_config
+from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.pipeline.heretic_study import (
+    ForeignTrial,
+    HereticStudy,
+    read_study,
+    recipe_values,
+)
+from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.replica.memory_estimate import outline
+from ray_abliterate.search.plan import ModelShape, Space
+
+EDITED = {
+    "attn.o_proj": r"(self_attn\.(o_proj|out_proj)|linear_attn\.out_proj|conv\.out_proj)",
+    "mlp.down_proj": r"(mlp\.down_proj|mlp\.experts\.\d+\.down_proj"
+    r"|(block_sparse_moe|feed_forward)\.experts\.\d+\.w2|feed_forward\.w2"
+    r"|shared_mlp\.output_linear|moe\.experts\.\d+\.output_linear)",
+}
+"""The matrices that each of Heretic's components stands for, by the end of their names."""
+OFF = (-0.25, 1.5)
+"""Peaks of a component that Heretic leaves alone: may be 0."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was made of a study."""
+
+    directory: RunDirectory
+    study: HereticStudy
+    trials: tuple[ForeignTrial, ...]
+    notes: tuple[str, ...]
+
+
+def import_heretic(
+    journal: Path, to: Path, watch: Watch, model: str | None = None, front_only: bool = False
+) -> Imported:
+    """Make a run directory of a study's journal, which is left as it is.
+
+    Args:
+        journal: Heretic's `checkpoints/MODEL.jsonl`.
+        to: The run directory, which must not be there.
+        watch: Is told what happens.
+        model: Folder or Hub name of the model, if not what the journal says.
+        front_only: Take over the trials of Heretic's Pareto front only.
+
+    Raises:
+        ForeignStudyError: the journal can't be read, or has no exact counterpart here.
+        ModelError: the model's configuration can't be read.
+        RunExists: there is something already.
+    """
+    study = read_study(journal)
+    values = recipe_values(study, model)
+    with watch.stage("model"):
+        shape, writers = _shape(values["model"])
+    if study.last_layer != shape.layers - 1:
+        raise ForeignStudyError(
+            f"the study is of a model with {study.last_layer + 1} layers, and "
+            f"{values['model']['name']} has {shape.layers}.\n  Name the right one with --model."
+        )
+    sources = components(writers, study.components)
+    trials = study.trials[: study.front] if front_only else study.trials
+    values["search"] |= {"trials": len(trials), "space": space_values(study, sources)}
+    notes = tuple(_notes(study, values, writers, sources))
+    text = f"# Made of {journal.name}, a study of Heretic {study.version}.\n" + to_toml(values)
+    recipe = Recipe.parse(text, "recipe.toml")
+    plans = [params_of(trial, sources, shape.layers - 1) for trial in trials]
+    directory = RunDirectory.create(to, recipe, text)
+    directory.note(base=str(Path.cwd()), base_given=".")
+    _enqueue(directory, recipe, shape, trials, plans)
+    directory.save_foreign(
+        {
+            "tool": f"Heretic {study.version}",
+            "notes": notes,
+            "trials": [
+                {"number": n, "index": t.index, "scores": dict(t.scores)}
+                for n, t in enumerate(trials)
+            ],
+        }
+    )
+    return Imported(directory, study, trials, notes)
+
+
+# Components and plans
+
+
+def components(writers: Sequence[Writer], theirs: Sequence[str]) -> dict[str, str | None]:
+    """For each of our components the one of Heretic's that edits the same matrices.
+
+    None where Heretic edits none of them: stacked experts, for instance.
+
+    Raises:
+        ForeignStudyError: it edits some of them, or one that isn't in the study.
+    """
+    found: dict[str, set[str | None]] = {}
+    for writer in writers:
+        found.setdefault(writer.component, set()).add(_theirs(writer.parameter))
+    for component, names in found.items():
+        if len(names) > 1 or not names <= {*theirs, None}:
+            raise ForeignStudyError(
+                f"Heretic doesn't edit the component {component!r} as a whole "
+                f"({', '.join(sorted(map(str, names)))}), so its plans can't be told here."
+            )
+    return {component: next(iter(names)) for component, names in sorted(found.items())}
+
+
+def _theirs(parameter: str) -> str | None:
+    ends = (name for name, end in EDITED.items() if re.search(rf"\.{end}\.weight$", parameter))
+    return next(ends, None)
+
+
+def params_of(
+    trial: ForeignTrial, sources: Mapping[str, str | None], last: int
+) -> dict[str, float | str]:
+    """A trial's parameters in our names; the tents and the layers they count are the same."""
+    given = trial.params
+    params: dict[str, float | str] = {
+        "direction_scope": str(given["direction_scope"]).replace(" ", "-"),
+        "direction_layer": float(given["direction_index"]),
+    }
+    for ours, theirs in sources.items():
+        if theirs is None:
+            found = {"peak": 0.0, "peak_layer": 0.8 * last, "floor": 0.5, "reach": float(last)}
+        else:
+            found = {
+                "peak": float(given[f"{theirs}.max_weight"]),
+                "peak_layer": float(given[f"{theirs}.max_weight_position"]),
+                "floor": float(given[f"{theirs}.min_weight"]),
+                "reach": float(given[f"{theirs}.min_weight_distance"]),
+            }
+        params |= {f"{ours}.{field}": value for field, value in found.items()}
+    return params
+
+
+def space_values(study: HereticStudy, sources: Mapping[str, str | None]) -> dict[str, Any]:
+    """The ranges that Heretic searched, as shares of the last layer's index where ours are."""
+    last = study.last_layer
+
+    def share(name: str) -> list[float]:
+        low, high = study.bounds[name]
+        return [round(low / last, 12), round(high / last, 12)]
+
+    space: dict[str, Any] = {"direction_layer": share("direction_index"), "components": {}}
+    for ours, theirs in sources.items():
+        if theirs is None:
+            ranges = {"peak": list(OFF), "peak_layer": [0.6, 1.0], "reach": [0.0, 1.0]}
+        else:
+            ranges = {
+                "peak": list(study.bounds[f"{theirs}.max_weight"]),
+                "peak_layer": share(f"{theirs}.max_weight_position"),
+                "floor": list(study.bounds[f"{theirs}.min_weight"]),
+                "reach": share(f"{theirs}.min_weight_distance"),
+            }
+        space["components"][ours] = ranges
+    return space
+
+
+def _enqueue(
+    directory: RunDirectory,
+    recipe: Recipe,
+    shape: ModelShape,
+    trials: Sequence[ForeignTrial],
+    plans: Sequence[dict[str, float | str]],
+) -> None:
+    """Put the plans into the run's journal, where the search takes up what waits."""
+    from ray_abliterate.search.study import open_storage, open_study
+
+    space = Space.of(shape, recipe.search.space, recipe.edit.norm)
+    goals = [scorer.goal for scorer in recipe.scorers if scorer.goal != "report"]
+    study = open_study(open_storage(directory.journal), goals)
+    for trial, params in zip(trials, plans, strict=True):
+        space.plan(params)  # a plan that can't be is refused here
+        study.enqueue_trial(params, user_attrs={"heretic": trial.index})
+
+
+# The model, without its weights
+
+
+def _shape(settings: Mapping[str, Any]) -> tuple[ModelShape, tuple[Writer, ...]]:
+    from transformers import AutoConfig
+
+    name, revision = settings["name"], settings.get("revision")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ModelError(
+            f"the configuration of {name} cannot be read.\n  {first}\n"
+            "  If the model is somewhere else, say where with --model."
+        ) from None
+    module = outline(config)
+    writers = find_writers(module)
+    layers = int(text_config(module).num_hidden_layers)
+    found = tuple(sorted({writer.component for writer in writers}))
+    return ModelShape(layers, hidden_size(module), found), writers
+
+
+def _notes(
+    study: HereticStudy,
+    values: Mapping[str, Any],
+    writers: Sequence[Writer],
+    sources: Mapping[str, str | None],
+) -> Iterator[str]:
+    """What is not the same, so that scores may differ though plans are equal."""
+    if values["edit"]["norm"] == "row":
+        yield "rows keep their norms exactly here; Heretic approximates that edit at a low rank"
+    if study.settings.get("quantization", "none") != "none":
+        yield (
+            "Heretic searched on 4-bit weights; here they have full precision "
+            '(model.quantization = "nf4" for the same)'
+        )
+    if any(writer.post_norm for writer in writers):
+        yield "directions are pulled back through the norm after a writer; Heretic's are not"
+    if any(writer.bias for writer in writers):
+        yield "biases of edited matrices are edited, too; Heretic leaves them alone"
+    yield "the last layer's own direction is taken before the final norm; Heretic's after it"
+    left = [component for component, theirs in sources.items() if theirs is None]
+    if left:
+        yield f"Heretic leaves {', '.join(left)} alone; the plans do, the search may go on there"
+    if any(scorer.get("markers") == "broad" for scorer in values["scorers"]):
+        yield "the journal doesn't hold Heretic's own list of markers; ours is used"
+    if len(study.settings.get("dtypes", ())) > 1:
+        yield f"the journal doesn't say which dtype was used; taking {values['model']['dtype']}"
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """A recipe's values as TOML text: a table for each section, the rest inline."""
+    lines = []
+    for section, own in values.items():
+        for table in own if isinstance(own, list) else [own]:
+            lines += ["", f"[[{section}]]" if isinstance(own, list) else f"[{section}]"]
+            lines += [f"{_key(name)} = {_inline(value)}" for name, value in table.items()]
+    return "\n".join([*lines, ""])
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(k)} = {_inline(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    # JSON's strings, numbers and truth values are TOML's, but for this character
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name)

@@ -1,0 +1,105 @@
+"""Residuals that a run has kept, read from its files one layer at a time.
+
+Files are memory-mapped: what a layer needs is read, and nothing is held but that layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy
+
+from ray_abliterate.data.atomic_files import cache_root
+from ray_abliterate.directions.residuals.shard import DamagedShard, LayerValues, ResidualShard
+from ray_abliterate.directions.residuals.shard_files import ShardFolder
+from ray_abliterate.errors import RunDirectoryError
+from ray_abliterate.pipeline.directory import RunDirectory
+
+SETS = ("behaviour", "neutral")
+
+
+class StoredSet:
+    """One prompt set's residuals in files."""
+
+    def __init__(
+        self, shards: Sequence[ResidualShard], first: int = 0, layers: int | None = None
+    ) -> None:
+        """Take shards in the order of their prompts.
+
+        Args:
+            shards: All of the set's.
+            first: The column of layers to begin with: shards may hold several token positions.
+            layers: How many blocks the model has; all columns if not given.
+
+        Raises:
+            ValueError: they don't hold each prompt once.
+        """
+        ends = [0, *accumulate(shard.prompts for shard in shards)]
+        if not shards or [shard.first for shard in shards] != ends[:-1]:
+            spans = ", ".join(f"{shard.first} + {shard.prompts}" for shard in shards)
+            raise ValueError(f"residual shards ({spans}) don't hold each prompt once")
+        self._shards = tuple(shards)
+        self.prompts = ends[-1]
+        self._first = first
+        self.layers = shards[0].layers if layers is None else layers
+
+    def layer(self, index: int) -> LayerValues:
+        """Residuals after one block, float32, prompts in the order of their set."""
+        parts = [shard.layer(self._first + index) for shard in self._shards]
+        found: LayerValues = numpy.concatenate(parts).astype(numpy.float32, copy=False)
+        return found
+
+
+def stored_sets(directory: RunDirectory) -> tuple[StoredSet, StoredSet]:
+    """Both sets of a run, from its own folder or from the cache that runs share.
+
+    Where residuals were read at several tokens, those at the token of the run's directions.
+
+    Every file's checksum is compared first, which reads all of them once.
+
+    Raises:
+        RunDirectoryError: residuals were not extracted, not kept, or are damaged; says what to do.
+    """
+    facts = directory.environment.get("residuals")
+    if not facts:
+        raise RunDirectoryError(
+            f"{directory.path} has no residuals yet.\n"
+            f"  Extract them with:  ray-abliterate resume {directory.path}"
+        )
+    try:
+        behaviour, neutral = (_stored(directory, name, facts[name]) for name in SETS)
+    except (DamagedShard, OSError, ValueError) as error:
+        raise RunDirectoryError(
+            f"the residuals of {directory.path} can't be read: {error}\n  {_again(directory)}"
+        ) from None
+    return behaviour, neutral
+
+
+def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> StoredSet:
+    key, count = str(facts["key"]), int(facts["shards"])
+    for folder in (directory.shards, ShardFolder(cache_root() / "residuals" / key)):
+        shards = list(folder.mapped(name, key, count))
+        if len(shards) == count:
+            layers = directory.environment["model"]["layers"]
+            directions = directory.directions()
+            back = -1 - int(directions.origin.get("position", -1)) if directions else 0
+            return StoredSet(shards, back * _columns(directory), layers)
+    why = "" if directory.recipe.run.save_residuals else " (run.save_residuals = false)"
+    raise RunDirectoryError(
+        f"{directory.path} has not kept the residuals of {name!r}{why}, and the cache does not "
+        f"have them either.\n  {_again(directory)}"
+    )
+
+
+def _columns(directory: RunDirectory) -> int:
+    """Columns of a token position: layers of the stream, and those of components, if kept."""
+    model = directory.environment["model"]
+    parts = len(model["components"]) if directory.recipe.direction.per_component else 0
+    return int(model["layers"]) * (1 + parts)
+
+
+def _again(directory: RunDirectory) -> str:
+    return (
+        "Extract them again, into another folder:  "
+        f"ray-abliterate directions RECIPE --to {directory.path}-directions"
+    )

@@ -1,0 +1,1 @@
+"""One model in one process, and everything it can be asked. No Ray."""

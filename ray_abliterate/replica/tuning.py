@@ -1,0 +1,61 @@
+"""How the replicas of a run compute: batch sizes and shared passes, found by the first of them."""
+
+from collections.abc import Mapping
+
+from ray_abliterate.ablation.weight_cache import WeightCache
+from ray_abliterate.data.prompts import PromptSet
+from ray_abliterate.model.batch_size import Tuning, trials_per_pass
+from ray_abliterate.model.language_model import LanguageModel
+from ray_abliterate.recipe import Recipe
+from ray_abliterate.replica.describe import most_per_pass
+
+
+def extent_of(
+    model: LanguageModel, recipe: Recipe, prompts: Mapping[str, PromptSet]
+) -> tuple[int, int]:
+    """Tokens of the longest scored prompt, and of the longest answer."""
+    lengths = [len(row) for s in prompts.values() for row in model.encode(s.prompts)]
+    asked = [
+        getattr(scorer, name, 0)
+        for scorer in recipe.scorers
+        for name in ("max_new_tokens", "tokens")
+    ]
+    return max(lengths, default=1), max([*asked, 1])
+
+
+def tuning_of(
+    model: LanguageModel,
+    cache: WeightCache,
+    recipe: Recipe,
+    prompts: Mapping[str, PromptSet],
+    replicas: int,
+) -> Tuning:
+    """By the memory and the speed of this replica's device.
+
+    Args:
+        model: The model, as it was loaded.
+        cache: Its writers' pristine weights.
+        recipe: What is scored, and how often.
+        prompts: The scorers' prompt sets.
+        replicas: How many the run has.
+
+    Raises:
+        ModelError: not even one row fits.
+    """
+    prompt, answer = extent_of(model, recipe, prompts)
+    tokens = sum(len(row) for s in prompts.values() for row in model.encode(s.prompts))
+    together = recipe.search.trials_per_pass
+    if together == "auto":
+        rows = max(map(len, prompts.values()), default=1)
+        together = trials_per_pass(
+            recipe.search,
+            replicas,
+            most_per_pass(model, cache, (prompt, answer))[0],
+            model.device,
+            model.free_bytes,
+            model.cost,
+            min(rows, model.batch_size or rows),
+            prompt,
+            answer,
+        )
+    return model.tune(prompt, answer, tokens, together)

@@ -1,0 +1,138 @@
+"""What suites found: along the frontier, and while they were measured."""
+
+from collections.abc import Mapping, Sequence
+
+from ray_abliterate.pipeline.suite_results import BASE, label
+from ray_abliterate.report.figures.plotly_parts import Axis, figure, line, marks, view
+from ray_abliterate.report.run_data import (
+    Figure,
+    RunData,
+    escaped,
+    finding_texts,
+    model_text,
+    number_text,
+    title_text,
+)
+from ray_abliterate.report.suite_curves import Curve
+from ray_abliterate.search.frontier import Trial
+from ray_abliterate.search.score import Score
+
+MOST_CURVES = 4
+"""Models whose curves are drawn: the base model, the knee and both ends of the frontier, or others
+where these are not measured."""
+
+
+def validation_figures(run: RunData) -> dict[str, Figure]:
+    """Suites' scores along the frontier, and as items were measured."""
+    along = [found for name in run.suites.names for found in _along(run, name)]
+    curves = [
+        _curves(run, name, models)
+        for name, models in run.suites.curves.items()
+        if max(len(curve) for curve in models.values()) > 1
+    ]
+    first = run.objectives[-1].name if run.objectives else ""
+    note = (
+        f"Each measured trial at its {first}, with the 95\u00a0% interval of the suite; the band "
+        "is the base model's."
+    )
+    going = (
+        "The score after so many items, in the order in which they were measured: the base model, "
+        "the knee, and the ends of the frontier."
+    )
+    return {
+        "validation": figure("Along the frontier", note, along, _told(run)),
+        "curves": figure("As it was measured", going, curves, _curves_told(run)),
+    }
+
+
+def _measured(run: RunData, name: str) -> list[tuple[Trial, Score]]:
+    """Trials that a suite scored, by the objective that the figure has along."""
+    found = []
+    for trial, _ in run.finished:
+        finding = run.suites.of(trial).get(name)
+        if finding is not None and finding.score is not None:
+            found.append((trial, finding.score))
+    return found
+
+
+def _along(run: RunData, name: str) -> list[Figure]:
+    """The view of one suite; nothing if it measured no trial."""
+    trials = _measured(run, name)
+    if not trials or not run.objectives:
+        return []
+    along = run.objectives[-1]
+    cards = [trial.scorecard for trial, _ in trials]
+    places = [card[along.name] for card in cards if card is not None]
+    axis = Axis(places, log=True)
+    scores = [score for _, score in trials]
+    hover = []
+    for trial, _ in trials:
+        text, compared = finding_texts(run.suites.of(trial)[name])
+        more = f"<br>{escaped(compared)} from the base model" if compared else ""
+        hover.append(f"<b>trial {trial.number}</b><br>{escaped(f'{name} {text}')}{more}")
+    x = [axis.place(score.value) for score in places]
+    mark = {"size": 10, "color": "var(--c0)"}
+    points = marks("trials", x, [score.value for score in scores], hover, mark)
+    points |= Axis(scores, log=False).error(scores, "y", "c0")
+    points["customdata"] = [str(trial.number) for trial, _ in trials]
+    base = run.suites.of(None).get(name)
+    layout = _band(base.score) if base is not None and base.score is not None else {}
+    return [view(name, [points], axis.layout(title_text(along)), title_text(scores[0]), **layout)]
+
+
+def _band(base: Score) -> Figure:
+    """The base model's score and interval, across the figure."""
+    across = {"xref": "paper", "x0": 0, "x1": 1}
+    band = {"type": "rect", "y0": base.low, "y1": base.high, "opacity": 0.25, "layer": "below"}
+    band |= {"fillcolor": "var(--muted)", "line": {"width": 0}}
+    mid = {"type": "line", "y0": base.value, "y1": base.value}
+    mid |= {"line": {"color": "var(--muted)", "width": 1, "dash": "dash"}}
+    text = {"xref": "paper", "x": 1, "y": base.value, "xanchor": "right", "yanchor": "bottom"}
+    text |= {"text": "base model", "showarrow": False, "font": {"color": "var(--muted)"}}
+    return {"shapes": [band | across, mid | across], "annotations": [text]}
+
+
+def _curves(run: RunData, name: str, models: Mapping[str, Curve]) -> Figure:
+    wanted = [BASE]
+    if run.frontier:
+        ends = run.frontier.members[0], run.frontier.members[-1]
+        wanted += [label(trial.number) for trial in (run.frontier.knee, *ends)]
+    shown = [model for model in dict.fromkeys([*wanted, *models]) if model in models][:MOST_CURVES]
+    colors = dict.fromkeys(shown, "c0") | {BASE: "base", wanted[-1]: "c2"}
+    colors |= {wanted[1]: "knee"} if run.frontier else {}
+    data = [_curve(model_text(model), models[model], colors[model]) for model in shown]
+    score = models[shown[0]][-1][1]
+    x = {"title": {"text": "items measured"}, "rangemode": "tozero"}
+    return view(name, data, x, title_text(score))
+
+
+def _curve(model: str, curve: Curve, color: str) -> Figure:
+    items, scores = [count for count, _ in curve], [score for _, score in curve]
+    drawn = line(model, items, [score.value for score in scores], color)
+    texts: Sequence[str] = [
+        f"<b>{escaped(model)}</b>, {count} items<br>{number_text(score.value)} "
+        f"[{number_text(score.low)}, {number_text(score.high)}]"
+        for count, score in curve
+    ]
+    return drawn | {"mode": "lines+markers", "text": texts, "hoverinfo": "text"}
+
+
+def _told(run: RunData) -> str:
+    """Every measured score in words."""
+    texts = []
+    for name in run.suites.names:
+        known = {
+            model: found[name] for model, found in run.suites.findings.items() if name in found
+        }
+        scores = [f"{model_text(m)} {finding_texts(found)[0]}" for m, found in known.items()]
+        texts.append(f"{name}: {'; '.join(scores)}.")
+    return " ".join(texts)
+
+
+def _curves_told(run: RunData) -> str:
+    """How many items each suite was measured on, at most."""
+    most = {
+        name: max(curve[-1][0] for curve in models.values())
+        for name, models in run.suites.curves.items()
+    }
+    return ", ".join(f"{name} on up to {items} items" for name, items in most.items()) + "."

@@ -1,0 +1,179 @@
+"""Trials as the report puts them beside the base model and beside each other: texts and numbers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray_abliterate.pipeline.suite_results import Finding
+from ray_abliterate.report.figures.layers import strengths_of
+from ray_abliterate.report.run_data import (
+    Figure,
+    RunData,
+    counts_text,
+    finding_texts,
+    number_text,
+    value_text,
+)
+from ray_abliterate.search.plan import Plan
+from ray_abliterate.search.score import Score, Scorecard
+
+GOALS = {
+    "minimize": "lower is better",
+    "maximize": "higher is better",
+    "report": "shown, not searched for",
+}
+
+
+def headline(run: RunData) -> list[Figure]:
+    """A card for each score of the knee: what it is, what it was, and where both lie."""
+    if not run.frontier or run.frontier.knee.scorecard is None:
+        return []
+    base = {score.name: score for score in run.baseline.scores} if run.baseline else {}
+    cards = []
+    for score in run.frontier.knee.scorecard.scores:
+        was = base.get(score.name)
+        cards.append(
+            {
+                "name": score.name,
+                "goal": GOALS[score.goal],
+                "value": plain_text(score),
+                "unit": score.unit,
+                "counts": _of_text(score),
+                "interval": f"{_plain(score, score.low)} to {_plain(score, score.high)}",
+                "base": plain_text(was) if was else "",
+                "base_counts": _of_text(was) if was else "",
+                "strip": strip(score, was),
+            }
+        )
+    return cards
+
+
+def plain_text(score: Score) -> str:
+    """The value as people say it: a rate of counted things in percent."""
+    return score.relation + _plain(score, score.value)
+
+
+def _plain(score: Score, value: float) -> str:
+    if not counts_text(score):
+        return number_text(value)
+    return f"{100 * value:.{2 if value < 0.1 else 3}g}\u00a0%"
+
+
+def _of_text(score: Score) -> str:
+    return counts_text(score).replace("/", " of ")
+
+
+def strip(score: Score, base: Score | None) -> dict[str, float]:
+    """Places along a line in percent: the value, its interval, and the base model's value."""
+    values = [0.0, score.low, score.high, *([base.value] if base else [])]
+    low, high = min(values), max([*values, 1.0] if counts_text(score) else values)
+    span = (high - low) or 1.0
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / span, 2)
+
+    found = {"value": place(score.value), "low": place(score.low)}
+    found["width"] = round(place(score.high) - place(score.low), 2)
+    return found | ({"base": place(base.value)} if base else {})
+
+
+def sheets(run: RunData) -> Figure:
+    """What the page needs to put any two models side by side.
+
+    Returns:
+        `fields`, each with a name, a part and a goal, and `models`, each with a cell for each
+        field (text, then value, low and high if it is a number that is certain; None if there is
+        nothing), strength over layers by component, and the direction's layer if it has one.
+    """
+    if not run.finished:
+        return {}
+    plans = [trial.plan for trial in run.trials if trial.scorecard is not None]
+    fields = [
+        *({"part": "Scores", "name": s.name, "unit": s.unit, "goal": s.goal} for s in _scores(run)),
+        *({"part": "Suites", "name": name, **_suite_goal(run, name)} for name in run.suites.names),
+        *({"part": "Plan", "name": name, "unit": "", "goal": ""} for name in _parameters(plans)),
+    ]
+    base = [_sheet(run, "base", "base model", run.baseline, None, run.suites.of(None), fields)]
+    scored = [(t, t.scorecard) for t in run.trials if t.scorecard is not None]
+    trials = [
+        _sheet(run, str(t.number), f"trial {t.number}", card, t.plan, run.suites.of(t), fields)
+        for t, card in scored
+    ]
+    return {"fields": fields, "models": [*(base if run.baseline else []), *trials]}
+
+
+def choices(run: RunData) -> dict[str, list[tuple[str, str]]]:
+    """Models that can be compared, by group: key and name."""
+    members, knee = run.frontier.members, run.frontier.knee if run.frontier else None
+    on = [(str(t.number), f"trial {t.number}" + (" (knee)" if t is knee else "")) for t in members]
+    taken = {key for key, _ in on}
+    finished = [(str(t.number), f"trial {t.number}") for t, _ in run.finished]
+    stopped = [(str(t.number), f"trial {t.number}") for t, _ in run.bounded]
+    groups = {
+        "Original": [("base", "base model")] if run.baseline else [],
+        "On the frontier": on,
+        "Other trials": [one for one in finished if one[0] not in taken],
+        "Stopped early": stopped,
+    }
+    return {name: models for name, models in groups.items() if models}
+
+
+def _scores(run: RunData) -> Sequence[Score]:
+    """One of each name, in the order of scorecards."""
+    cards = [*([run.baseline] if run.baseline else []), *(card for _, card in run.finished)]
+    return list({score.name: score for card in cards for score in card.scores}.values())
+
+
+def _suite_goal(run: RunData, name: str) -> dict[str, str]:
+    """Unit and goal of a suite's score, from whichever model has one."""
+    found = [findings[name].score for findings in run.suites.findings.values() if name in findings]
+    score = next((score for score in found if score is not None), None)
+    return {"unit": score.unit if score else "", "goal": score.goal if score else ""}
+
+
+def _parameters(plans: Sequence[Plan]) -> list[str]:
+    return list(dict.fromkeys(["norm", *(name for plan in plans for name in plan.to_params())]))
+
+
+def _sheet(
+    run: RunData,
+    key: str,
+    name: str,
+    card: Scorecard | None,
+    plan: Plan | None,
+    found: Mapping[str, Finding],
+    fields: Sequence[Mapping[str, str]],
+) -> Figure:
+    scores = {score.name: score for score in card.scores} if card else {}
+    values: dict[str, Any] = {"norm": plan.norm, **plan.to_params()} if plan else {}
+    direction = plan.direction_layer if plan and plan.scope == "global" else None
+    if direction is None:
+        values.pop("direction_layer", None)  # a search draws one all the same
+    cells: dict[str, dict[str, list[Any] | None]] = {
+        "Scores": {name: _score_cell(score) for name, score in scores.items()},
+        "Suites": {name: _suite_cell(finding) for name, finding in found.items()},
+        "Plan": {name: _plan_cell(value) for name, value in values.items()},
+    }
+    return {
+        "key": key,
+        "name": name,
+        "cells": [cells[field["part"]].get(field["name"]) for field in fields],
+        "strengths": strengths_of(plan, run.layers) if plan else {},
+        "direction": direction,
+    }
+
+
+def _score_cell(score: Score) -> list[Any]:
+    text = f"{value_text(score)} {counts_text(score)}".rstrip()
+    return [text] if score.bound else [text, score.value, score.low, score.high]
+
+
+def _suite_cell(finding: Finding) -> list[Any] | None:
+    score, (text, compared) = finding.score, finding_texts(finding)
+    if score is None:
+        return None
+    beside = f"{text}; {compared} from the base model" if compared else text
+    return [beside, score.value, score.low, score.high]
+
+
+def _plan_cell(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else [number_text(value), value, value, value]

@@ -1,0 +1,1 @@
+"""Plans, scores, trials, frontier, and the study over them. No Ray."""

@@ -1,0 +1,163 @@
+"""Trials and their Pareto frontier: the trials that no other trial dominates.
+
+Pure values; knows nothing about where trials come from.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ray_abliterate.search.plan import Plan
+from ray_abliterate.search.score import Scorecard
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One plan and what came of it. A failed trial has an error and no scorecard.
+
+    A bounded trial is finished, but was stopped because another trial was better whatever came.
+    """
+
+    number: int
+    plan: Plan
+    scorecard: Scorecard | None
+    seconds: float
+    error: str | None = None
+    shared: bool = False
+    """Scored in passes shared with other plans, by virtual edits; not yet with edited weights."""
+    replica: str = field(default="", compare=False)
+    """Which one scored it; not part of the result."""
+
+    def __post_init__(self) -> None:
+        if (self.scorecard is None) == (self.error is None):
+            raise ValueError(f"trial {self.number} needs either a scorecard or an error")
+
+    @property
+    def bounded(self) -> bool:
+        """Some of its scores are only bounds."""
+        return self.scorecard is not None and self.scorecard.bounded
+
+    def to_json(self) -> str:
+        """One line of `trials.jsonl`."""
+        scores = self.scorecard.to_list() if self.scorecard else None
+        return json.dumps(
+            {
+                "number": self.number,
+                "plan": json.loads(self.plan.to_json()),
+                "scores": scores,
+                "seconds": round(self.seconds, 3),
+                "error": self.error,
+                **({"shared": True} if self.shared else {}),
+                **({"replica": self.replica} if self.replica else {}),
+            },
+            ensure_ascii=False,
+        )
+
+    @classmethod
+    def from_json(cls, line: str) -> "Trial":
+        """The inverse of `to_json`."""
+        values = json.loads(line)
+        return cls(
+            number=values["number"],
+            plan=Plan.from_json(json.dumps(values["plan"])),
+            scorecard=Scorecard.from_list(values["scores"]) if values["scores"] else None,
+            seconds=values["seconds"],
+            error=values["error"],
+            shared=values.get("shared", False),
+            replica=values.get("replica", ""),
+        )
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Trials none of which dominates another, in order of the first objective, then number.
+
+    Of trials with equal losses the earliest is kept. Bounded trials are never members.
+    """
+
+    members: tuple[Trial, ...]
+
+    @classmethod
+    def of(cls, trials: Iterable[Trial]) -> "Frontier":
+        """The frontier of the finished, unbounded trials among `trials`."""
+        finished = sorted(
+            (t for t in trials if t.scorecard is not None and not t.bounded),
+            key=lambda t: (losses(t), t.number),
+        )
+        members: list[Trial] = []
+        for trial in finished:
+            if not any(covers(losses(member), losses(trial)) for member in members):
+                members.append(trial)
+        return cls(tuple(members))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __bool__(self) -> bool:
+        return bool(self.members)
+
+    @property
+    def knee(self) -> Trial:
+        """The member nearest to the best of every objective, each scaled to the frontier's span.
+
+        Raises:
+            ValueError: the frontier is empty.
+        """
+        if not self.members:
+            raise ValueError("no trial finished, so there is no frontier")
+        points = [losses(member) for member in self.members]
+        lows = [min(column) for column in zip(*points, strict=True)]
+        spans = [
+            max(c) - low or 1.0 for c, low in zip(zip(*points, strict=True), lows, strict=True)
+        ]
+
+        def distance(point: Sequence[float]) -> float:
+            scaled = zip(point, lows, spans, strict=True)
+            return float(sum(((x - low) / span) ** 2 for x, low, span in scaled))
+
+        return min(self.members, key=lambda member: (distance(losses(member)), member.number))
+
+    def better_than(self, trial: Trial) -> Trial | None:
+        """The first member that dominates a finished trial; None if none does."""
+        return next((m for m in self.members if dominates(losses(m), losses(trial))), None)
+
+    def hypervolume(self, reference: Sequence[float]) -> float:
+        """Volume between the frontier and a reference point that is worse in every objective."""
+        points = [losses(member) for member in self.members]
+        return _volume([p for p in points if _below(p, reference)], tuple(reference))
+
+
+def losses(trial: Trial) -> tuple[float, ...]:
+    """A finished trial's objectives, smaller is better."""
+    assert trial.scorecard is not None
+    return trial.scorecard.losses
+
+
+def covers(a: Sequence[float], b: Sequence[float]) -> bool:
+    """`a` is at least as good as `b` in every objective."""
+    return all(x <= y for x, y in zip(a, b, strict=True))
+
+
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """`a` is at least as good everywhere, and better somewhere."""
+    return covers(a, b) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def _below(point: Sequence[float], reference: Sequence[float]) -> bool:
+    return all(x < r for x, r in zip(point, reference, strict=True))
+
+
+def _volume(points: list[tuple[float, ...]], reference: tuple[float, ...]) -> float:
+    """Sweep over the first objective, one dimension less in each slice (exact; few points)."""
+    if not points:
+        return 0.0
+    if len(reference) == 1:
+        return reference[0] - min(point[0] for point in points)
+    ordered = sorted(points)
+    edges = [*(point[0] for point in ordered[1:]), reference[0]]
+    total = 0.0
+    for count, (point, edge) in enumerate(zip(ordered, edges, strict=True), start=1):
+        if edge > point[0]:
+            slice_points = [p[1:] for p in ordered[:count]]
+            total += (edge - point[0]) * _volume(slice_points, reference[1:])
+    return total

@@ -1,0 +1,237 @@
+"""Plans: what to edit and how strongly, as small frozen values without tensors.
+
+A plan is the unit that travels: parameters of a search become a plan, a plan with directions
+becomes edits, and resume, export and reports read plans back. Knows nothing about models.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray_abliterate.recipe import INTERVALS, ComponentSpace, Norm, SpaceSettings
+
+Scope = Literal["global", "per-layer"]
+Value = float | str
+PROFILE_FIELDS = ("peak", "peak_layer", "floor", "reach")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a search must know of a model: blocks, residual width, components that have writers."""
+
+    layers: int
+    hidden: int
+    components: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Strength over layers for one component: a tent.
+
+    The strength is `peak` at `peak_layer`, falls linearly to `floor * peak` at a distance of
+    `reach` layers, and is 0 beyond. A peak of 0 or below switches the component off.
+    """
+
+    peak: float
+    peak_layer: float
+    floor: float
+    reach: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor = {self.floor} must lie in [0, 1]")
+        if self.reach <= 0:
+            raise ValueError(f"reach = {self.reach} must be above 0 layers")
+
+    def strengths(self, layers: int) -> tuple[float, ...]:
+        """The strength of every layer, 0 or above."""
+        return tuple(self._at(layer) for layer in range(layers))
+
+    def _at(self, layer: int) -> float:
+        distance = abs(layer - self.peak_layer)
+        if distance > self.reach or self.peak <= 0:
+            return 0.0
+        return self.peak * (1 + (distance / self.reach) * (self.floor - 1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to remove the behaviour: a direction scope and a profile per component.
+
+    Attributes:
+        scope: `global`: one direction, taken at `direction_layer`, for all layers; `per-layer`:
+            each layer's own.
+        direction_layer: A block index, may lie between two (then directions are interpolated).
+        norm: What every edited matrix keeps; see `ablation/edit.py`.
+        profiles: Component and profile, in order of component.
+        source_offset: With `per-layer`, how many layers above its own (below, if negative) a
+            layer's direction is taken from; its own if None. Ends of the model stand in for what
+            lies beyond.
+    """
+
+    scope: Scope
+    direction_layer: float
+    norm: Norm
+    profiles: tuple[tuple[str, Profile], ...]
+    source_offset: float | None = None
+
+    @classmethod
+    def nothing(cls) -> "Plan":
+        """The plan that edits no weight: the base model."""
+        return cls("per-layer", 0.0, "none", ())
+
+    @classmethod
+    def uniform(cls, shape: ModelShape, layer: float, norm: Norm, strength: float = 1.0) -> "Plan":
+        """One direction, taken out of every writer with the same strength."""
+        profile = Profile(strength, 0.5 * (shape.layers - 1), 1.0, float(shape.layers))
+        return cls("global", layer, norm, tuple((c, profile) for c in sorted(shape.components)))
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], norm: Norm) -> "Plan":
+        """The plan that a search's flat parameters describe.
+
+        Raises:
+            ValueError: a parameter is missing.
+        """
+        components = sorted({name.rpartition(".")[0] for name in params if "." in name})
+        try:
+            profiles = tuple(
+                (c, Profile(**{f: float(params[f"{c}.{f}"]) for f in PROFILE_FIELDS}))
+                for c in components
+            )
+            offset = params.get("source_offset")
+            return cls(
+                params["direction_scope"],
+                float(params["direction_layer"]),
+                norm,
+                profiles,
+                None if offset is None else float(offset),
+            )
+        except KeyError as error:
+            raise ValueError(f"parameter {error} is missing; got {sorted(params)}") from None
+
+    def to_params(self) -> dict[str, Value]:
+        """The inverse of `from_params`."""
+        flat: dict[str, Value] = {
+            "direction_scope": self.scope,
+            "direction_layer": self.direction_layer,
+        }
+        if self.source_offset is not None:
+            flat["source_offset"] = self.source_offset
+        for component, profile in self.profiles:
+            flat |= {f"{component}.{field}": getattr(profile, field) for field in PROFILE_FIELDS}
+        return flat
+
+    def to_json(self) -> str:
+        """The plan in one line, below 1 kB."""
+        return json.dumps({"norm": self.norm, **self.to_params()}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        return cls.from_params(values, values.pop("norm"))
+
+    def strengths(self, component: str, layers: int) -> tuple[float, ...]:
+        """Strength of every layer for one component; zeros where the plan leaves it alone."""
+        profile = dict(self.profiles).get(component)
+        return profile.strengths(layers) if profile else (0.0,) * layers
+
+    @property
+    def edits_nothing(self) -> bool:
+        """No component has any strength."""
+        return all(profile.peak <= 0 for _, profile in self.profiles)
+
+
+@dataclass(frozen=True)
+class Range:
+    """A real parameter between two bounds."""
+
+    low: float
+    high: float
+
+    @property
+    def middle(self) -> float:
+        """Half way."""
+        return 0.5 * (self.low + self.high)
+
+    def clamp(self, value: float) -> float:
+        """The nearest value inside."""
+        return min(max(value, self.low), self.high)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A parameter with a few named values."""
+
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The search space for one model: flat parameter names, and what each may be.
+
+    Layer fractions of the recipe are in units of the last layer's index here. The ranges are
+    fixed for the whole study, so that the sampler can model parameters jointly.
+    """
+
+    shape: ModelShape
+    norm: Norm
+    parameters: tuple[tuple[str, Range | Choice], ...]
+
+    @classmethod
+    def of(cls, shape: ModelShape, settings: SpaceSettings, norm: Norm) -> "Space":
+        """The space that a recipe describes, for a model of this shape."""
+        last = max(shape.layers - 1, 0)
+        parameters: list[tuple[str, Range | Choice]] = [
+            ("direction_scope", Choice(settings.scope)),
+            ("direction_layer", _scaled(settings.direction_layer, last)),
+        ]
+        if settings.source_offset is not None:
+            parameters.append(("source_offset", _scaled(settings.source_offset, last)))
+        for component in sorted(shape.components):
+            own = settings.components.get(component, ComponentSpace())
+            ranges = {f: getattr(own, f) or getattr(settings, f) for f in INTERVALS[1:]}
+            parameters += [
+                (f"{component}.peak", Range(*ranges["peak"])),
+                (f"{component}.peak_layer", _scaled(ranges["peak_layer"], last)),
+                (f"{component}.floor", Range(*ranges["floor"])),
+                (f"{component}.reach", _reach(ranges["reach"], last)),
+            ]
+        return cls(shape, norm, tuple(parameters))
+
+    def plan(self, params: Mapping[str, Any]) -> Plan:
+        """The plan for one point of the space."""
+        return Plan.from_params(params, self.norm)
+
+    def seeds(self, best_layer: float) -> tuple[dict[str, Value], ...]:
+        """Points worth trying first: full strength everywhere from `best_layer`, and the middle.
+
+        Both are clamped to the space; the first is as near to uniform strength 1 as it allows, and
+        takes one direction for all layers if it may.
+        """
+        wishes = {"peak": 1.0, "floor": 1.0, "reach": float(self.shape.layers)}
+        wishes["source_offset"] = 0.0
+        uniform: dict[str, Value] = {}
+        middle: dict[str, Value] = {}
+        for name, domain in self.parameters:
+            if isinstance(domain, Choice):
+                uniform[name] = middle[name] = domain.options[0]
+                if "global" in domain.options:
+                    uniform[name] = "global"
+                continue
+            wish = best_layer if name == "direction_layer" else domain.middle
+            uniform[name] = domain.clamp(wishes.get(name.rpartition(".")[2], wish))
+            middle[name] = domain.middle
+        return uniform, middle
+
+
+def _scaled(bounds: tuple[float, float], last: int) -> Range:
+    return Range(bounds[0] * last, bounds[1] * last)
+
+
+def _reach(bounds: tuple[float, float], last: int) -> Range:
+    """At least one layer, so that a tent has sides even in a model of one or two blocks."""
+    low = max(bounds[0] * last, 1.0)
+    return Range(low, max(bounds[1] * last, low))

@@ -1,0 +1,89 @@
+"""Harmless prompts that look alarming."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_abliterate.errors import PromptSourceError
+from ray_abliterate.evaluation.suites.build import measure
+from ray_abliterate.evaluation.suites.over_refusal import OverRefusal
+from ray_abliterate.model.language_model import LanguageModel
+from ray_abliterate.recipe.suites import OverRefusalSuite
+from tests.evaluation.suites.conftest import written
+
+ROWS = [
+    {"prompt": "tell me about the soup", "type": "homonyms", "label": "safe"},
+    {"prompt": "tell me about the stars", "type": "homonyms", "label": "safe"},
+    {"prompt": "tell me about the bread", "type": "contrast", "label": "unsafe"},
+    {"prompt": "how do i write", "type": "history", "label": "safe"},
+]
+
+
+def suite(base: Path, **options: object) -> OverRefusal:
+    given = {"kind": "over-refusal", "table": {"file": "p.jsonl"}, "max_new_tokens": 4, **options}
+    return OverRefusal(OverRefusalSuite.model_validate(given), base)
+
+
+def test_refusals_of_harmless_prompts_are_counted_by_type(
+    tmp_path: Path, model: LanguageModel
+) -> None:
+    written(tmp_path / "p.jsonl", ROWS)
+    own = suite(tmp_path)
+    results = [measure(own, model, chunk) for chunk in own.chunks()]
+    scores = {score.name: score for score in own.summary(results)}
+    assert scores["over-refusal"].value == pytest.approx(1 / 3)
+    assert scores["over-refusal/homonyms"].value == 0.5
+    assert scores["over-refusal/history"].value == 0.0
+    assert scores["over-refusal"].detail["empty"] == 0
+    assert all(result.rows == () for result in results)
+
+
+def test_prompts_that_are_not_harmless_are_left_out_unless_there_is_no_label(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path / "p.jsonl", ROWS)
+    assert [c.item_ids for c in suite(tmp_path).chunks()] == [("3",), ("0", "1")]
+    assert sum(len(c.items) for c in suite(tmp_path, label="").chunks()) == 4
+    with pytest.raises(PromptSourceError, match="no row has label = 'harmless'"):
+        list(suite(tmp_path, harmless="harmless").chunks())
+    written(tmp_path / "p.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in ROWS])
+    with pytest.raises(PromptSourceError, match="no column 'label'"):
+        list(suite(tmp_path).chunks())
+
+
+def test_empty_answers_count_as_refusals_and_apart(
+    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "p.jsonl", ROWS)
+    monkeypatch.setattr(model.chat, "decode", lambda ids: "")
+    monkeypatch.setattr(type(model.chat), "decode", lambda self, ids: "")
+    (first, *_) = [measure(suite(tmp_path), model, c) for c in suite(tmp_path).chunks()]
+    assert (first.values["refused"], first.counts["empty"]) == ((1.0,), 1)
+    lenient = suite(tmp_path, empty_is_refusal=False)
+    (first, *_) = [measure(lenient, model, c) for c in lenient.chunks()]
+    assert first.values["refused"] == (0.0,)
+
+
+def test_answers_are_kept_whole_only_on_request(tmp_path: Path, model: LanguageModel) -> None:
+    written(tmp_path / "p.jsonl", ROWS[:1])
+    own = suite(tmp_path, keep_answers=True, markers=["sorry"])
+    (chunk,) = own.chunks()
+    (row,) = measure(own, model, chunk).rows
+    assert row["prompt"] == ROWS[0]["prompt"]
+    assert (row["answer"], row["verdict"]) == ("sorry", "behaviour")
+
+
+def test_the_set_that_ships_is_harmless_by_its_own_label_and_has_six_types() -> None:
+    own = OverRefusal(OverRefusalSuite(kind="over-refusal"))
+    chunks = list(own.chunks())
+    assert {len(chunk.items) for chunk in chunks} == {6}
+    assert len(chunks) == 6
+    prompts = [item["prompt"] for chunk in chunks for item in chunk.items]
+    assert len(set(prompts)) == 36
+
+
+def test_a_row_without_a_prompt_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "p.jsonl", [ROWS[0], {**ROWS[1], "prompt": " "}])
+    with pytest.raises(PromptSourceError) as caught:
+        list(suite(tmp_path).chunks())
+    assert str(caught.value) == f"{path}, line 2: `prompt` is ' ', not a prompt."
