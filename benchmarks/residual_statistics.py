@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.harness.record import save
 
 LAYERS, HIDDEN, ROWS = 4, 1024, 64
-KINDS = ("sums", "variances", "quantiles", "covariance", "residuals")
+KINDS = ("sums", "variances", "covariance", "residuals")
 
 
 def main() -> None:
@@ -76,7 +76,6 @@ def reducer(kind: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
         moments_of,
         rows_of,
     )
-    from ray_abliterate.directions.residuals.quantiles import magnitudes_of
     from ray_abliterate.directions.residuals.shard import sums_of
 
     total: list[Any] = []
@@ -90,7 +89,7 @@ def reducer(kind: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
     if kind == "residuals":
         total.append(Rows(()))
         return lambda batch: add(rows_of(batch, 0)), lambda: total[0].values
-    of = {"sums": sums_of, "variances": moments_of, "quantiles": magnitudes_of}[kind]
+    of = {"sums": sums_of, "variances": moments_of}[kind]
     return lambda batch: add(of(batch)), lambda: total[0]
 
 

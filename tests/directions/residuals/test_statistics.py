@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_abliterate.directions.residuals.moments import Moments, Pairs, Rows, moments_of, rows_of
-from ray_abliterate.directions.residuals.quantiles import ERROR, Quantiles, magnitudes_of
 from ray_abliterate.directions.residuals.shard import ResidualShard
 from ray_abliterate.directions.residuals.subspace import space_of
 
@@ -103,31 +102,6 @@ def test_variances_have_no_covariance_and_do_not_add_to_pairs() -> None:
         _ = alone.covariance
     with pytest.raises(ValueError, match="don't add up"):
         alone + pairs
-
-
-# Quantiles
-
-
-@given(cuts, st.integers(0, 2**16), st.sampled_from([0.0, 0.01, 0.5, 0.9, 0.999, 1.0]))
-def test_quantiles_are_within_their_error_and_the_same_bits_in_any_split(
-    places: list[int], seed: int, quantile: float
-) -> None:
-    values = some(40, 7, seed)
-    values[0] = 0.0
-    whole = Quantiles.of(values)
-    merged = reduce(add, [Quantiles.of(part) for part in split(values, places, seed)])
-    assert numpy.array_equal(merged.counts, whole.counts)
-    rank = max(int(numpy.ceil(quantile * values.size)), 1)
-    exact = float(numpy.sort(numpy.abs(values), axis=None)[rank - 1])
-    assert abs(float(whole.at(quantile)[0]) - exact) <= ERROR * exact * (1 + 1e-9)
-
-
-def test_quantiles_of_a_shard_are_layer_by_layer() -> None:
-    values = numpy.stack([some(50, 6, 0), 1000 * some(50, 6, 0)], axis=1)
-    shards = [ResidualShard.of("s", i, values[i : i + 7]) for i in range(0, 50, 7)]
-    found = reduce(add, [magnitudes_of(shard.batch) for shard in shards]).at(0.99)
-    exact = numpy.quantile(numpy.abs(values), 0.99, axis=(0, 2), method="inverted_cdf")
-    numpy.testing.assert_allclose(found, exact, rtol=ERROR * (1 + 1e-9))
 
 
 # Where they are kept
