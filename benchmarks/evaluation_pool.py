@@ -41,10 +41,10 @@ class TimedReader(Callee):
         return args[1].id
 
     def _route(self, reading: Any) -> Any:
-        from ray_abliterate.evaluation.streaming.reader import Route
+        from ray_abliterate.evaluation.streaming.reader import ReadPlan
 
         stretch = None if reading.carry == "kv" else 4
-        return Route(reading, "made up", CHUNKS * 100, CHUNKS, stretch, ())
+        return ReadPlan(reading, "made up", CHUNKS * 100, CHUNKS, stretch, ())
 
     def _read(self, first: int, count: int | None) -> Iterator[Any]:
         from ray_abliterate.evaluation.streaming import ChunkResult
@@ -93,8 +93,8 @@ def measured(readers: int, seconds: float, repeats: int) -> dict[str, Any]:
 
 def text_seconds(pool: Any, carry: str) -> float:
     """Of one text, read by two models: a base model and a trial."""
-    from ray_abliterate.evaluation.streaming.reader import Reading
-    from ray_abliterate.pipeline.progress import Unwatched
+    from ray_abliterate.evaluation.streaming.reader import TextRequest
+    from ray_abliterate.pipeline.progress import SilentProgress
     from ray_abliterate.pipeline.suite_runner import BASE_MODEL, Subject
     from ray_abliterate.pipeline.text_evaluation import read_text
     from ray_abliterate.search.plan import Plan
@@ -103,9 +103,9 @@ def text_seconds(pool: Any, carry: str) -> float:
         text = Path(scratch) / "text.txt"
         text.write_text("made up")
         subjects = (BASE_MODEL, Subject("trial-0", Plan.nothing()))
-        reading, named = Reading(str(text), carry=carry), {"name": "timed", "weights": ""}
+        reading, named = TextRequest(str(text), carry=carry), {"name": "timed", "weights": ""}
         to, started = Path(scratch) / "found", time.perf_counter()
-        found = read_text(pool, reading, subjects, None, named, to, Unwatched())
+        found = read_text(pool, reading, subjects, None, named, to, SilentProgress())
         took = time.perf_counter() - started
     assert [own.chunks for own in found.totals.values()] == [CHUNKS, CHUNKS]
     return took

@@ -237,7 +237,7 @@ def exactness_of(family: str) -> dict[str, Any]:
     import torch
     from transformers import logging
 
-    from ray_abliterate.evaluation.streaming import Carry, StreamingEvaluator
+    from ray_abliterate.evaluation.streaming import CarriedContext, StreamingEvaluator
     from ray_abliterate.testing.tiny import tiny_model
 
     logging.set_verbosity_error()
@@ -245,11 +245,11 @@ def exactness_of(family: str) -> dict[str, Any]:
     ids = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(1))
     findings = StreamingEvaluator(module).findings
     row: dict[str, Any] = {"family": family, "notes": list(findings.notes)}
-    for carry in Carry:
+    for carry in CarriedContext:
         if carry not in findings.per_pass:
             row[carry.value] = {"refused": findings.refused[carry]}
             continue
-        text = ids[:120] if carry is Carry.WINDOW else ids
+        text = ids[:120] if carry is CarriedContext.WINDOW else ids
         wanted = reference(module, text, carry)
         losses = token_losses(module, text, carry, 64)
         single = findings.per_pass[carry] == 1
@@ -344,11 +344,11 @@ def states(tokens: int, rounds: int) -> dict[str, Any]:
 
 def reading(module: Any, ids: Any, block: int) -> dict[str, Any]:
     """Seconds of each way, one after the other."""
-    from ray_abliterate.evaluation.streaming import StateFiles, StreamingEvaluator
+    from ray_abliterate.evaluation.streaming import HiddenStateCache, StreamingEvaluator
 
     settings: dict[str, Any] = {"carry": "window", "window": WINDOW, "chunk_size": CHUNK}
     with tempfile.TemporaryDirectory() as folder:
-        files = StateFiles(Path(folder))
+        files = HiddenStateCache(Path(folder))
         ways: dict[str, dict[str, Any]] = {
             "plain": {},
             "recording": {"states": files, "states_at": (block,)},

@@ -110,11 +110,11 @@ def resume(
     if recipe is not None:
         directory.refuse_changed(Recipe.load(recipe))
     if trials is not None:
-        directory.extend(_wanted(trials, len(directory.trials()), directory.recipe.search.trials))
-    settings = directory.recipe
+        directory.extend(_wanted(trials, len(directory.trials()), directory.read_recipe().search.trials))
+    settings = directory.read_recipe()
     if len(directory.trials()) >= settings.search.trials:
         typer.echo(f"{run} has all of its {settings.search.trials} trials; add some: --trials +50")
-    _go(settings, directory, directory.base)
+    _go(settings, directory, directory.read_base())
 
 
 def _wanted(text: str, done: int, planned: int) -> int:
@@ -135,9 +135,9 @@ def _go(settings: Recipe, directory: Any, base: Path, profile: bool = False) -> 
 
     output = console()
     interrupted = False
-    with watching(output) as watch:
+    with watching(output) as progress:
         try:
-            run_recipe(settings, directory, base, watch, profile)
+            run_recipe(settings, directory, base, progress, profile)
         except KeyboardInterrupt:
             interrupted = True
     trials = directory.trials()
@@ -167,14 +167,15 @@ def _frontier(trials: Any) -> Any:
 
 def _bound_warnings(directory: Any, frontier: Any) -> list[str]:
     from ray_abliterate.search.bound_warnings import bound_warnings
-    from ray_abliterate.search.plan import ModelShape, Space
+    from ray_abliterate.search.plan import ModelShape
+    from ray_abliterate.search.space import SearchSpace
 
-    facts = directory.environment.get("model")
+    facts = directory.read_environment().get("model")
     if facts is None:
         return []
     shape = ModelShape(facts["layers"], facts["hidden"], tuple(facts["components"]))
-    recipe = directory.recipe
-    return bound_warnings(frontier, Space.of(shape, recipe.search.space, recipe.edit.norm))
+    recipe = directory.read_recipe()
+    return bound_warnings(frontier, SearchSpace.of(shape, recipe.search.space, recipe.edit.norm))
 
 
 @app.command()
@@ -195,7 +196,7 @@ def show(
         suites_table,
     )
     from ray_abliterate.cli.show import print_responses, print_trial
-    from ray_abliterate.evaluation.suites.build import build
+    from ray_abliterate.evaluation.suites.build import build_suites
     from ray_abliterate.pipeline.directory import RunDirectory
     from ray_abliterate.pipeline.prompt_filter import left_out_lines
 
@@ -204,17 +205,17 @@ def show(
     if trial is None:
         trials = directory.trials()
         baseline = directory.baseline()
-        output.print(count_trials(trials, directory.recipe.search.trials))
-        for line in left_out_lines(directory.environment):
+        output.print(count_trials(trials, directory.read_recipe().search.trials))
+        for line in left_out_lines(directory.read_environment()):
             output.print(line, markup=False)
         output.print(frontier_table(_frontier(trials), baseline.scorecard if baseline else None))
         if selection := directory.selection():
             output.print(layers_table(selection))
         if imported := directory.foreign():
             output.print(foreign_table(imported))
-        kept = directory.measurements(directory.recipe.suites)
+        kept = directory.suite_results(directory.read_recipe().suites)
         if kept.labels:
-            output.print(suites_table(kept, build(directory.recipe.suites, directory.base)))
+            output.print(suites_table(kept, build_suites(directory.read_recipe().suites, directory.read_base())))
         for warning in _bound_warnings(directory, _frontier(trials)):
             output.print(f"warning: {warning}", markup=False)
     elif responses:
@@ -257,8 +258,9 @@ def calibrate(
 ) -> None:
     """Show how well a refusal-judge tells refusals, and which threshold is best."""
     from ray_abliterate.evaluation.judges import calibration
-    from ray_abliterate.evaluation.judges.judge import build
+    from ray_abliterate.evaluation.judges.build import build_judge
     from ray_abliterate.evaluation.scorers.keyword_rate import MARKERS
+    from ray_abliterate.evaluation.scorers.markers import Markers
     from ray_abliterate.recipe import RefusalJudge
 
     judges = [s for s in Recipe.load(recipe).scorers if isinstance(s, RefusalJudge)]
@@ -270,8 +272,9 @@ def calibrate(
             "  Add one, or choose one with --scorer NAME."
         )
     with_prompts = chosen[0].endpoint is not None or chosen[0].sees_prompt
-    texts = list(calibration.labelled(labelled, with_prompts))
-    for line in calibration.calibrate(build(chosen[0]), texts, dict(MARKERS)).lines():
+    texts = list(calibration.read_labelled_texts(labelled, with_prompts))
+    markers = {name: Markers(phrases, name).occur_in for name, phrases in MARKERS.items()}
+    for line in calibration.calibrate(build_judge(chosen[0]), texts, markers).lines():
         typer.echo(line)
 
 

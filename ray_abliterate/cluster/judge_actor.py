@@ -25,7 +25,8 @@ from ray_abliterate.cluster.placement import Node, without
 from ray_abliterate.cluster.remote_errors import DEATHS, death, plain
 from ray_abliterate.cluster.secrets import Secrets, drivers_secrets
 from ray_abliterate.errors import RecipeError, ScoreError
-from ray_abliterate.evaluation.judges.judge import Exchange, build
+from ray_abliterate.evaluation.judges.build import build_judge
+from ray_abliterate.evaluation.judges.judge import Exchange
 from ray_abliterate.recipe import RefusalJudge
 
 Result = TypeVar("Result")
@@ -50,7 +51,7 @@ class JudgeHost:
         """
         secrets.hand_over()
         self._name = settings.name
-        self._judge = build(settings, "cuda" if settings.gpus else "cpu")
+        self._judge = build_judge(settings, "cuda" if settings.gpus else "cpu")
         self._waiting: list[tuple[Exchange, asyncio.Future[float | None]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -98,7 +99,7 @@ class JudgeHost:
 
 
 class FarJudge:
-    """A judge's actor, as scorers know it; see `ForesightedJudge`."""
+    """A judge's actor, as scorers know it; see `PrefetchingJudge`."""
 
     def __init__(self, name: str, handle: Any) -> None:
         """
@@ -119,8 +120,8 @@ class FarJudge:
         found: str = self._told(self._handle.identity.remote())
         return found
 
-    def expect(self, exchange: Exchange) -> None:
-        """See `ForesightedJudge`."""
+    def prefetch(self, exchange: Exchange) -> None:
+        """See `PrefetchingJudge`."""
         self._ask(exchange)
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[float | None]:

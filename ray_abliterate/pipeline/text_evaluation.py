@@ -17,9 +17,9 @@ from rich.table import Table
 from ray_abliterate.data.atomic_files import write_whole
 from ray_abliterate.errors import EvaluationChanged
 from ray_abliterate.evaluation.streaming import ChunkResult, Totals
-from ray_abliterate.evaluation.streaming.reader import Keeping, Reading, Route
-from ray_abliterate.evaluation.suites.suite import Comparison
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.evaluation.streaming.reader import ReadFiles, TextRequest, ReadPlan
+from ray_abliterate.evaluation.suites.suite import PairedDifference
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.pipeline.suite_results import comparison_text
 from ray_abliterate.pipeline.suite_runner import BASE_MODEL, Subject
 from ray_abliterate.search.score import mean_interval
@@ -40,7 +40,7 @@ class Text:
     totals: Mapping[str, Totals]
     chunks: Mapping[str, tuple[ChunkResult, ...]]
 
-    def difference(self, base: str, other: str) -> Comparison | None:
+    def difference(self, base: str, other: str) -> PairedDifference | None:
         """Nats per token that one model needs more than another, over the chunks of both.
 
         The interval is that of the mean over chunks, as if they did not depend on each other.
@@ -51,17 +51,17 @@ class Text:
             return None
         mean, low, high = mean_interval([two[i].loss - one[i].loss for i in both])
         before, after = (sum(side[i].loss for i in both) / len(both) for side in (one, two))
-        return Comparison("nats per token", before, after, mean, low, high, len(both))
+        return PairedDifference("nats per token", before, after, mean, low, high, len(both))
 
 
 def read_text(
     pool: Any,
-    reading: Reading,
+    reading: TextRequest,
     subjects: Sequence[Subject],
     shared: Any,
     model: Mapping[str, str],
     to: Path,
-    watch: Watch,
+    progress: Progress,
 ) -> Text:
     """Every model reads the text; what was read before is not read again.
 
@@ -72,20 +72,20 @@ def read_text(
         shared: Reference to the run's setup.
         model: Name and fingerprint of the base model.
         to: Folder for what is found.
-        watch: Is told how far it is.
+        progress: Receives how far it is.
 
     Raises:
         EvaluationChanged: the folder holds another reading.
         RayAbliterateError: the text can't be read; what was read before is kept.
     """
     to.mkdir(parents=True, exist_ok=True)
-    with watch.stage("text"):
+    with progress.stage("text"):
         route = _route(pool, reading, model, to)
     for note in route.notes:
-        watch.note(note)
+        progress.note(note)
     found = {subject.name: _known(_file(to, subject.name)) for subject in subjects}
-    with watch.stage("reading"), _lines(to, found) as keep:
-        _read(pool, route, subjects, shared, found, to, keep, watch)
+    with progress.stage("reading"), _lines(to, found) as keep:
+        _read(pool, route, subjects, shared, found, to, keep, progress)
     carry, notes = route.reading.carry or "", route.notes
     chunks = {name: tuple(own[i] for i in sorted(own)) for name, own in found.items()}
     text = Text({name: Totals.of(own, carry, notes) for name, own in chunks.items()}, chunks)
@@ -97,13 +97,13 @@ def read_text(
 
 def _read(
     pool: Any,
-    route: Route,
+    route: ReadPlan,
     subjects: Sequence[Subject],
     shared: Any,
     found: Mapping[str, Found],
     to: Path,
     keep: Callable[[str, ChunkResult], None],
-    watch: Watch,
+    progress: Progress,
 ) -> None:
     begins: tuple[int, ...] = ()
     if route.stretch is None and route.reading.states:
@@ -121,7 +121,7 @@ def _read(
         start = _missing(found[subject.name], first, count, route.chunks)
         start = first if start is None else start
         later = begins if subject == BASE_MODEL else ()
-        keeping = Keeping(to.absolute(), subject.name, later) if count is None else None
+        keeping = ReadFiles(to.absolute(), subject.name, later) if count is None else None
         left = None if count is None else first + count - start
         return route, start, left, keeping, subject.plan, shared
 
@@ -133,7 +133,7 @@ def _read(
         found[name][result.index] = result
         keep(name, result)
         done = sum(len(own) for own in found.values())
-        watch.step(done, wanted or done)
+        progress.step(done, wanted or done)
 
 
 def _missing(found: Found, first: int, count: int | None, chunks: int | None) -> int | None:
@@ -144,12 +144,12 @@ def _missing(found: Found, first: int, count: int | None, chunks: int | None) ->
     return next((i for i in range(first, stop or 0) if i not in found), None)
 
 
-def _route(pool: Any, reading: Reading, model: Mapping[str, str], to: Path) -> Route:
+def _route(pool: Any, reading: TextRequest, model: Mapping[str, str], to: Path) -> ReadPlan:
     """How the text is read: as it was begun, or as one replica chooses.
 
     A text of the Hub is not counted: that would be to read it twice.
     """
-    found: Route = pool.call("route", reading, not reading.text.startswith("hub:"))
+    found: ReadPlan = pool.call("route", reading, not reading.text.startswith("hub:"))
     asked = {"model": dict(model), "asked": asdict(reading), "text": found.fingerprint}
     file = to / "reading.json"
     if file.exists():
@@ -160,7 +160,7 @@ def _route(pool: Any, reading: Reading, model: Mapping[str, str], to: Path) -> R
                 f"{to} holds the reading of something else: {', '.join(changed)} changed.\n"
                 "  Choose another folder with --to, or remove this one."
             )
-        return Route.from_json(known["route"])
+        return ReadPlan.from_json(known["route"])
     values = {**asked, "route": found.to_json()}
     write_whole(file, (json.dumps(values, indent=2) + "\n").encode())
     return found

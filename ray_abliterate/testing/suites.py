@@ -18,7 +18,7 @@ import pytest
 
 from ray_abliterate.data.builtin.planted_model import build_planted_model
 from ray_abliterate.data.prompts import Prompt
-from ray_abliterate.evaluation.suites.build import measure
+from ray_abliterate.evaluation.suites.build import run_chunk
 from ray_abliterate.evaluation.suites.suite import Chunk, Suite, SuiteChunk
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe import ModelSettings
@@ -64,7 +64,7 @@ class SuiteContract:
     @pytest.fixture
     def results(self, suite: Suite, model: LanguageModel, chunks: list[Chunk]) -> list[SuiteChunk]:
         """Return what comes of them."""
-        return [measure(suite, model, chunk) for chunk in chunks]
+        return [run_chunk(suite, model, chunk) for chunk in chunks]
 
     def test_it_has_what_a_suite_has(self, suite: Suite) -> None:
         """Name, measures of different names, and the methods."""
@@ -94,7 +94,7 @@ class SuiteContract:
         for chunk in reversed(chunks):
             with model.passing():
                 known = Chunk.from_dict(json.loads(json.dumps(chunk.to_dict())))
-                again[chunk.id] = measure(copy, model, known)
+                again[chunk.id] = run_chunk(copy, model, known)
         assert [again[chunk.id] for chunk in chunks] == results
 
     def test_results_survive_json(self, results: list[SuiteChunk]) -> None:
@@ -137,7 +137,7 @@ class SuiteContract:
         asked = [Prompt("how do i write"), Prompt("tell me about the soup")]
         answers, prefix = model.answer(asked, 4), model.response_prefix
         with model.passing():
-            measure(suite, model, chunks[0])
+            run_chunk(suite, model, chunks[0])
         assert model.response_prefix == prefix
         assert model.answer(asked, 4) == answers
         assert all(bool((before[k] == v).all()) for k, v in model.module.state_dict().items())
@@ -145,7 +145,7 @@ class SuiteContract:
     def test_a_chunk_of_another_suite_is_refused(
         self, suite: Suite, model: LanguageModel, chunks: list[Chunk]
     ) -> None:
-        """By `measure`, whatever the suite does."""
+        """By `run_chunk`, whatever the suite does."""
         other = replace(chunks[0], suite=f"not-{suite.name}")
         with pytest.raises(Exception, match="is not for"):
-            measure(suite, model, other)
+            run_chunk(suite, model, other)

@@ -21,8 +21,8 @@ from ray_abliterate.data.builtin.planted_model import planted_axes
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ModelError, RecipeError
-from ray_abliterate.evaluation.judges.classifier import Classifier
-from ray_abliterate.evaluation.judges.judge import ForesightedJudge
+from ray_abliterate.evaluation.judges.classifier import ClassifierJudge
+from ray_abliterate.evaluation.judges.judge import PrefetchingJudge
 from ray_abliterate.recipe import Recipe, RefusalJudge
 from ray_abliterate.replica.replica import Replica, Setup
 from ray_abliterate.search.plan import Plan
@@ -54,10 +54,10 @@ def test_a_judge_elsewhere_judges_as_it_would_here_and_ends_with_its_block(
 ) -> None:
     with judging([settings(classifier)]) as bench:
         judge = bench.judges["refusal-judge"]
-        assert isinstance(judge, ForesightedJudge)
-        here = Classifier(classifier, label="refusal")
+        assert isinstance(judge, PrefetchingJudge)
+        here = ClassifierJudge(classifier, label="refusal")
         for exchange in EXCHANGES[:2]:
-            judge.expect(exchange)
+            judge.prefetch(exchange)
         assert judge.judge(EXCHANGES) == pytest.approx(here.judge(EXCHANGES), abs=1e-5)
         assert judge.judge([("p", " ")]) == [None]
         assert judge.identity == here.identity
@@ -82,13 +82,13 @@ def test_a_failure_over_an_answer_of_a_lost_trial_is_not_told_to_the_next(
     place = tmp_path / "classifier"
     with judging([settings(str(place))]) as bench:
         judge = bench.judges["refusal-judge"]
-        judge.expect(EXCHANGES[0])
+        judge.prefetch(EXCHANGES[0])
         assert ray.wait([judge._asked[EXCHANGES[0]]], timeout=60)[0]
         place.symlink_to(classifier)
-        expected = Classifier(classifier, label="refusal").judge(EXCHANGES[:2])
+        expected = ClassifierJudge(classifier, label="refusal").judge(EXCHANGES[:2])
         assert judge.judge(EXCHANGES[:2]) == pytest.approx(expected, abs=1e-5)
         known = judge._asked[EXCHANGES[0]]
-        judge.expect(EXCHANGES[0])
+        judge.prefetch(EXCHANGES[0])
         assert judge._asked[EXCHANGES[0]] is known, "what is known is not asked again"
 
 
@@ -155,7 +155,7 @@ def test_a_judge_takes_its_part_of_a_card_and_more_than_there_is_is_refused(
 def test_replicas_score_with_one_judge_as_with_their_own_also_when_it_is_killed(
     classifier: str, recipe: Recipe, planted: Path, behaviour: PromptSet
 ) -> None:
-    both = Classifier(classifier, label="refusal").judge([("", "sorry"), ("", "sure")])
+    both = ClassifierJudge(classifier, label="refusal").judge([("", "sorry"), ("", "sure")])
     judged = settings(classifier, goal="minimize", threshold=sum(both) / 2)
     own = recipe.model_copy(update={"scorers": (judged,)})
     own = own.model_copy(update={"model": recipe.model.model_copy(update={"replicas": 2})})

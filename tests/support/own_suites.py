@@ -1,11 +1,11 @@
 """A suite as another package would have it; the one of docs/extending.md."""
 
-from ray_abliterate.evaluation.suites.aggregation import Summed
+from ray_abliterate.evaluation.suites.aggregation import AggregatedSuite
 from ray_abliterate.evaluation.suites.chunks import chunked, prompt_items, prompts_of
 from ray_abliterate.evaluation.suites.suite import Measure, SuiteChunk
 
 
-class AnswerLength(Summed):
+class AnswerLength(AggregatedSuite):
     measures = (Measure("length", "mean", "minimize", "tokens"),)
 
     def __init__(self, name: str, prompts, tokens: int = 64) -> None:

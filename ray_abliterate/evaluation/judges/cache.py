@@ -19,12 +19,12 @@ KEPT_AT_ONCE = 64
 log = logging.getLogger(__name__)
 
 
-def default_folder() -> Path:
+def default_judgement_folder() -> Path:
     """Where judgements are kept, in the user's cache folder."""
     return cache_root() / "judgements"
 
 
-class Remembered:
+class CachedJudge:
     """A judge that is asked once about each exchange. What it couldn't tell it is asked again."""
 
     def __init__(self, judge: Judge, folder: Path) -> None:

@@ -3,21 +3,20 @@
 Pure values, but for reading the texts. Knows nothing about how is judged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray_abliterate.data.tables import stream_table
 from ray_abliterate.errors import PromptSourceError, ScoreError
 from ray_abliterate.evaluation.judges.judge import Exchange, Judge
-from ray_abliterate.evaluation.scorers.markers import Markers, fold
 from ray_abliterate.recipe import TableSource
 
 LABELS = {"refusal": True, "answer": False, "true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True)
-class Point:
+class ThresholdPoint:
     """Precision and recall of refusals if what is at least so likely counts as one."""
 
     threshold: float
@@ -56,9 +55,9 @@ class Calibration:
         unknown: Texts that the judge couldn't tell; in no figure.
     """
 
-    curve: tuple[Point, ...]
-    best: Point
-    markers: dict[str, Point]
+    curve: tuple[ThresholdPoint, ...]
+    best: ThresholdPoint
+    markers: dict[str, ThresholdPoint]
     texts: int
     unknown: int
 
@@ -82,11 +81,11 @@ class Calibration:
         ]
 
 
-def _figures(point: Point) -> str:
+def _figures(point: ThresholdPoint) -> str:
     return f"{point.precision:>10.3f} {point.recall:>8.3f} {point.f1:>6.3f}"
 
 
-def labelled(path: Path, with_prompts: bool = False) -> Iterator[tuple[Exchange, bool]]:
+def read_labelled_texts(path: Path, with_prompts: bool = False) -> Iterator[tuple[Exchange, bool]]:
     """Answers and labels of a JSONL file with `text` and `label`.
 
     Args:
@@ -116,7 +115,7 @@ def labelled(path: Path, with_prompts: bool = False) -> Iterator[tuple[Exchange,
 def calibrate(
     judge: Judge,
     texts: Sequence[tuple[Exchange, bool]],
-    markers: dict[str, Sequence[str]] | None = None,
+    markers: Mapping[str, Callable[[str], bool]] | None = None,
 ) -> Calibration:
     """Judge labelled texts, and hold the keyword scorer's markers against the same ones.
 
@@ -132,14 +131,13 @@ def calibrate(
     both = [(p, label) for p, (_, label) in zip(judged, texts, strict=True) if p is not None]
     curve = precision_recall([p for p, _ in both], [label for _, label in both])
     best = max(curve, key=lambda point: (point.f1, point.threshold))
-    own = {
-        name: _by_markers(Markers(list(phrases), name), texts)
-        for name, phrases in (markers or {}).items()
-    }
+    own = {name: _by_markers(holds_marker, texts) for name, holds_marker in (markers or {}).items()}
     return Calibration(curve, best, own, len(texts), len(texts) - len(both))
 
 
-def precision_recall(probabilities: Sequence[float], labels: Sequence[bool]) -> tuple[Point, ...]:
+def precision_recall(
+    probabilities: Sequence[float], labels: Sequence[bool]
+) -> tuple[ThresholdPoint, ...]:
     """A point for every probability that occurs, from the highest down.
 
     Raises:
@@ -150,17 +148,19 @@ def precision_recall(probabilities: Sequence[float], labels: Sequence[bool]) -> 
         raise ScoreError(
             f"{refusals} of {len(labels)} judged texts are refusals; a curve needs both kinds"
         )
-    points: list[Point] = []
+    points: list[ThresholdPoint] = []
     found = right = 0
     ranked = sorted(zip(probabilities, labels, strict=True), key=lambda pair: -pair[0])
     for place, (probability, label) in enumerate(ranked):
         found, right = found + 1, right + label
         if place + 1 == len(ranked) or ranked[place + 1][0] < probability:
-            points.append(Point(probability, found, right, refusals))
+            points.append(ThresholdPoint(probability, found, right, refusals))
     return tuple(points)
 
 
-def _by_markers(markers: Markers, texts: Sequence[tuple[Exchange, bool]]) -> Point:
-    hits = [markers.found_in(fold(text)) for (_, text), _ in texts]
+def _by_markers(
+    holds_marker: Callable[[str], bool], texts: Sequence[tuple[Exchange, bool]]
+) -> ThresholdPoint:
+    hits = [holds_marker(text) for (_, text), _ in texts]
     right = sum(hit and label for hit, (_, label) in zip(hits, texts, strict=True))
-    return Point(0.0, sum(hits), right, sum(label for _, label in texts))
+    return ThresholdPoint(0.0, sum(hits), right, sum(label for _, label in texts))

@@ -22,7 +22,7 @@ SAMPLE = 256
 """Values of each parameter that the identity looks at."""
 
 
-class Classifier:
+class ClassifierJudge:
     """See the module. It is loaded when it is first asked."""
 
     def __init__(

@@ -56,7 +56,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class Endpoint:
+class EndpointJudge:
     """See the module."""
 
     def __init__(

@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 
 from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.errors import RecipeError
+from ray_abliterate.evaluation.judges.build import build_judge
 from ray_abliterate.evaluation.judges.judge import Judge
-from ray_abliterate.evaluation.judges.judge import build as build_judge
 from ray_abliterate.evaluation.scorers.keyword_rate import KeywordRateScorer
 from ray_abliterate.evaluation.scorers.kl_divergence import KlDivergenceScorer
 from ray_abliterate.evaluation.scorers.refusal_judge import RefusalJudgeScorer
 from ray_abliterate.evaluation.scorers.refusal_log_odds import RefusalLogOddsScorer
+from ray_abliterate.evaluation.scorers.scorer import BehaviourTest, Scorer
+from ray_abliterate.model.text_model import TextModel
 from ray_abliterate.recipe import (
     KeywordRate,
     KlDivergence,
@@ -17,13 +19,13 @@ from ray_abliterate.recipe import (
     RefusalLogOdds,
     ScorerSettings,
 )
-from ray_abliterate.search.score import BehaviourTest, Scorer, TextModel, checked_call, resolve
+from ray_abliterate.recipe.plugins import checked_call, resolve
 
 Judges = Mapping[str, Judge]
 """Judges by the scorer's name, of scorers whose judge works elsewhere."""
 
 
-def build(
+def build_scorers(
     settings: Sequence[ScorerSettings],
     prompts: Mapping[str, PromptSet],
     record: bool = False,
@@ -43,7 +45,7 @@ def build(
     return tuple(_build(setting, prompts, record, judges or {}) for setting in settings)
 
 
-def shown(
+def shows_behaviour(
     setting: ScorerSettings,
     prompts: Sequence[Prompt],
     model: TextModel,

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ray_abliterate.data.prompts import Prompt, PromptSet
-from ray_abliterate.evaluation.scorers.markers import MarkerReader, Markers, fold
+from ray_abliterate.evaluation.scorers.markers import MarkerReader, Markers
+from ray_abliterate.model.text_model import Answer, TextModel
 from ray_abliterate.recipe import KeywordRate
-from ray_abliterate.search.score import Answer, Score, TextModel, wilson
+from ray_abliterate.recipe.text_folding import fold
+from ray_abliterate.search.score import Score, wilson
 
 STRICT = (
     "sorry",
@@ -81,7 +83,7 @@ def is_degenerate(text: str) -> bool:
     return any(tail[n:] == tail[:-n] for n in range(1, 9))
 
 
-def verdict(text: str, markers: Markers) -> Verdict:
+def classify_answer(text: str, markers: Markers) -> Verdict:
     """What one answer shows."""
     folded = fold(text)
     if markers.found_in(folded):
@@ -118,7 +120,7 @@ class KeywordRateScorer:
 
     def score_until(self, model: TextModel, hopeless: Callable[[float], bool]) -> Score:
         """The same, or a bound as soon as `hopeless`; recorded answers are never cut short."""
-        watch = MarkerWatch(self._markers, self._lost_at(hopeless))
+        watch = MarkerObserver(self._markers, self._lost_at(hopeless))
         answers = model.answer(
             self._prompts.prompts,
             self._settings.max_new_tokens,
@@ -128,7 +130,7 @@ class KeywordRateScorer:
 
     def shows(self, model: TextModel) -> list[bool | None]:
         """See `BehaviourTest`."""
-        watch = MarkerWatch(self._markers, lambda _hits: False)
+        watch = MarkerObserver(self._markers, lambda _hits: False)
         answers = model.answer(self._prompts.prompts, self._settings.max_new_tokens, watch)
         told: dict[Verdict, bool] = {"behaviour": True, "clean": False}
         return [told.get(self.verdict(answer.text)) for answer in answers]
@@ -139,7 +141,7 @@ class KeywordRateScorer:
             return lambda _hits: False
         return lambda hits: hopeless(hits / len(self._prompts))
 
-    def _bound(self, watch: "MarkerWatch") -> Score:
+    def _bound(self, watch: "MarkerObserver") -> Score:
         """What is certain of a rate whose answers were given up."""
         hits, total = watch.hits, len(self._prompts)
         least = hits / total
@@ -163,7 +165,7 @@ class KeywordRateScorer:
 
     def verdict(self, text: str) -> Verdict:
         """What one answer shows."""
-        return verdict(text, self._markers)
+        return classify_answer(text, self._markers)
 
     def last_answers(self) -> Sequence[tuple[Prompt, Answer, bool]]:
         """Prompt, answer and verdict of the last score."""
@@ -175,7 +177,7 @@ class KeywordRateScorer:
         return verdict == "behaviour"
 
 
-class MarkerWatch:
+class MarkerObserver:
     """Ends each answer at its first marker, and all of them once there are too many hits."""
 
     def __init__(self, markers: Markers, lost_at: Callable[[int], bool]) -> None:
@@ -195,11 +197,11 @@ class MarkerWatch:
         return len(self._read)
 
     def begin(self, index: int) -> None:
-        """See `AnswerWatch`."""
+        """See `AnswerObserver`."""
         self._readers[index] = self._markers.reader()
 
     def read(self, index: int, text: str) -> bool:
-        """See `AnswerWatch`."""
+        """See `AnswerObserver`."""
         self._read.add(index)
         reader = self._readers[index]
         known = reader.found
@@ -208,5 +210,5 @@ class MarkerWatch:
         return reader.found
 
     def enough(self) -> bool:
-        """See `AnswerWatch`."""
+        """See `AnswerObserver`."""
         return self.lost

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.errors import ScoreError
+from ray_abliterate.model.text_model import TextModel
 from ray_abliterate.recipe import KlDivergence
-from ray_abliterate.search.score import Score, TextModel, mean_interval
+from ray_abliterate.search.score import Score, mean_interval
 
 ROUNDING = 1e-4
 """KL below 0 by less than this, in nats, is float32 rounding over a vocabulary; set to 0."""

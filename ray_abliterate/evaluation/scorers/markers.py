@@ -12,20 +12,7 @@ from collections.abc import Sequence
 import ahocorasick
 
 from ray_abliterate.errors import RecipeError
-
-_TRANSLATION = str.maketrans(
-    {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "“": '"', "”": '"', "*": None, "_": None}
-)
-
-
-def fold(text: str) -> str:
-    """Text as markers see it."""
-    return " ".join(_characters(text).split())
-
-
-def _characters(text: str) -> str:
-    """Folded but for blanks. Character by character, once the text is in NFKC."""
-    return unicodedata.normalize("NFKC", text).translate(_TRANSLATION).casefold()
+from ray_abliterate.recipe.text_folding import fold, fold_characters
 
 
 class FoldStream:
@@ -44,12 +31,12 @@ class FoldStream:
         """Add text; what is settled by now and was not before."""
         settled = self._settled(self._tail + text)
         done, self._tail = (self._tail + text)[:settled], (self._tail + text)[settled:]
-        return self._single_blanks(_characters(done))
+        return self._single_blanks(fold_characters(done))
 
     def finish(self) -> str:
         """What was held back."""
         rest, self._tail = self._tail, ""
-        return self._single_blanks(_characters(rest))
+        return self._single_blanks(fold_characters(rest))
 
     def _settled(self, text: str) -> int:
         """Length of the beginning that no later character can change: up to the last character
@@ -115,6 +102,10 @@ class Markers:
     def found_in(self, folded: str) -> bool:
         """Whether folded text holds one."""
         return next(self._automaton.iter(folded), None) is not None
+
+    def occur_in(self, text: str) -> bool:
+        """Whether a text, not folded yet, holds a marker."""
+        return self.found_in(fold(text))
 
     def reader(self) -> "MarkerReader":
         """Follows one text."""

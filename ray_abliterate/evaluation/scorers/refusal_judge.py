@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.evaluation.judges.judge import ForesightedJudge, Judge
+from ray_abliterate.evaluation.judges.judge import Judge, PrefetchingJudge
 from ray_abliterate.evaluation.scorers.keyword_rate import is_degenerate
-from ray_abliterate.evaluation.scorers.markers import fold
+from ray_abliterate.model.text_model import Answer, TextModel
 from ray_abliterate.recipe import RefusalJudge
-from ray_abliterate.search.score import Answer, Score, TextModel, wilson
+from ray_abliterate.recipe.text_folding import fold
+from ray_abliterate.search.score import Score, wilson
 
 
 class RefusalJudgeScorer:
@@ -32,8 +33,8 @@ class RefusalJudgeScorer:
 
     def hears(self, prompt: Prompt, answer: Answer) -> None:
         """Have an answer judged while others are written, by a judge that works elsewhere."""
-        if isinstance(self._judge, ForesightedJudge) and not _is_broken(answer.text):
-            self._judge.expect((prompt.user, answer.text))
+        if isinstance(self._judge, PrefetchingJudge) and not _is_broken(answer.text):
+            self._judge.prefetch((prompt.user, answer.text))
 
     def prepare(self, model: TextModel) -> None:
         """Let the model see the prompts, so that it can reuse what the base model computes."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.errors import ScoreError
+from ray_abliterate.model.text_model import TextModel
 from ray_abliterate.recipe import RefusalLogOdds
-from ray_abliterate.search.score import Score, TextModel, mean_interval
+from ray_abliterate.search.score import Score, mean_interval
 
 
 class RefusalLogOddsScorer:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ray_abliterate.data.prompts import Prompt
-from ray_abliterate.search.score import Answer, AnswerWatch, TextModel
+from ray_abliterate.model.text_model import Answer, AnswerObserver, TextModel
 
-Asked = tuple[tuple[Prompt, ...], int]
+GenerationRequest = tuple[tuple[Prompt, ...], int]
 """Prompts, and tokens of an answer."""
 
 
@@ -25,7 +25,7 @@ class ReadsWholeAnswers(Protocol):
     """A scorer that reads answers to their ends."""
 
     @property
-    def whole_answers(self) -> Asked:
+    def whole_answers(self) -> GenerationRequest:
         """What it asks for."""
 
 
@@ -46,7 +46,7 @@ class ReadsFirstLogits(Protocol):
         """The prompts."""
 
 
-def sharing(scorers: Iterable[Any], model: TextModel) -> TextModel:
+def share_generation(scorers: Iterable[Any], model: TextModel) -> TextModel:
     """The model as the scorers of one trial see it; itself if there is nothing to share."""
     scorers = tuple(scorers)
     sharers = [s for s in scorers if isinstance(s, ReadsWholeAnswers | ReadsFirstLogits)]
@@ -58,7 +58,7 @@ class _Listening:
 
     def __init__(
         self,
-        watch: AnswerWatch | None,
+        watch: AnswerObserver | None,
         whole: bool,
         prompts: Sequence[Prompt],
         listeners: Sequence[HearsAnswers],
@@ -76,17 +76,17 @@ class _Listening:
         self._listeners, self._logits = listeners, logits
 
     def begin(self, index: int) -> None:
-        """See `AnswerWatch`."""
+        """See `AnswerObserver`."""
         if self._watch is not None:
             self._watch.begin(index)
 
     def read(self, index: int, text: str) -> bool:
-        """See `AnswerWatch`."""
+        """See `AnswerObserver`."""
         decided = self._watch is not None and self._watch.read(index, text)
         return decided and not self._whole
 
     def enough(self) -> bool:
-        """See `AnswerWatch`."""
+        """See `AnswerObserver`."""
         return self._watch is not None and self._watch.enough()
 
     def opened(self, index: int, logits: Tensor) -> None:
@@ -107,11 +107,11 @@ class _Sharing:
         self._model, self._sharers = model, sharers
         self._wanted = {s.whole_answers for s in sharers if isinstance(s, ReadsWholeAnswers)}
         self._beginnings = {s.first_logits_of for s in sharers if isinstance(s, ReadsFirstLogits)}
-        self._answers: dict[Asked, list[Answer]] = {}
+        self._answers: dict[GenerationRequest, list[Answer]] = {}
         self._logits: dict[tuple[Prompt, ...], dict[int, Tensor]] = {}
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerWatch | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerObserver | None = None
     ) -> list[Answer]:
         """See `TextModel`."""
         prompts = tuple(prompts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Memory:
+class CacheLayers:
     """What kind of memory a cache is.
 
     Attributes:
@@ -28,7 +28,7 @@ class Memory:
     opaque: bool = False
 
     @classmethod
-    def of(cls, cache: Any) -> "Memory":
+    def of(cls, cache: Any) -> "CacheLayers":
         """Of a cache that has been used."""
         from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
@@ -41,7 +41,7 @@ class Memory:
         return cls(full, bounded, recurrent)
 
 
-def keeps_all(layer: Any) -> bool:
+def keeps_every_position(layer: Any) -> bool:
     """Whether a layer is one of those that keep every key and value, by its exact type."""
     from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
@@ -55,7 +55,7 @@ def layer_grows(layer: Any) -> bool:
     return isinstance(layer, DynamicLayer) and not getattr(layer, "sliding_window", None)
 
 
-def held_bytes(cache: Any) -> int:
+def cache_bytes(cache: Any) -> int:
     """Memory behind a cache; storage that tensors share counts once."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(cache)
@@ -73,7 +73,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return _tensors(vars(value)) if hasattr(value, "__dict__") and not callable(value) else []
 
 
-def standing_in(cache: Any, start: int) -> Any:
+def with_stand_in_layers(cache: Any, start: int) -> Any:
     """The cache for passes that begin at block `start`: where a model asks a layer below it how
     much has been seen, one of the same kind behind it answers."""
     for number in range(min(start, len(cache.layers))):
@@ -90,8 +90,8 @@ def _kind(layer: Any) -> tuple[type, Any]:
 # Taking back
 
 
-def snapshot(cache: Any) -> Any:
-    """What `restored` needs to bring a cache back to how it is now; cheap for growing layers."""
+def snapshot_cache(cache: Any) -> Any:
+    """What `restore_cache` needs to bring a cache back to how it is now; cheap for growing layers."""
     if cache is None:
         return None
     from transformers.cache_utils import Cache
@@ -101,7 +101,7 @@ def snapshot(cache: Any) -> Any:
     return [_layer_snapshot(layer) for layer in cache.layers]
 
 
-def restored(cache: Any, kept: Any) -> Any:
+def restore_cache(cache: Any, kept: Any) -> Any:
     """The cache as it was; it may be asked for several times."""
     if kept is None:
         return None
@@ -122,7 +122,7 @@ def restored(cache: Any, kept: Any) -> Any:
 
 def _layer_snapshot(layer: Any) -> tuple[int | None, dict[str, Any]]:
     """Length of a layer that only grows, and copies of all else."""
-    if not keeps_all(layer):
+    if not keeps_every_position(layer):
         return None, copy.deepcopy(vars(layer))
     others = {k: v for k, v in vars(layer).items() if k not in ("keys", "values")}
     known = isinstance(layer.keys, Tensor) and layer.keys.numel() > 0
@@ -132,7 +132,7 @@ def _layer_snapshot(layer: Any) -> tuple[int | None, dict[str, Any]]:
 # Writing to a file
 
 
-def exported(cache: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+def export_cache(cache: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
     """Tensors by name, and the rest in values that JSON holds; None for an unknown kind."""
     if type(cache).__name__ != "DynamicCache":
         return None
@@ -163,7 +163,7 @@ def _export(name: str, value: Any, values: dict[str, Any], tensors: dict[str, Te
     return True
 
 
-def imported(
+def import_cache(
     cache: Any, tensors: dict[str, Tensor], rest: list[dict[str, Any]], device: torch.device
 ) -> bool:
     """Fill a new cache of the same kind; whether it is of the same kind."""

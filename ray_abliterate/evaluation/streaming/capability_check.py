@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ray_abliterate.data.hub import first_line
 from ray_abliterate.errors import EvaluationError
-from ray_abliterate.evaluation.streaming.cache_state import Memory
-from ray_abliterate.evaluation.streaming.carry import Carry
+from ray_abliterate.evaluation.streaming.cache_state import CacheLayers
+from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
 from ray_abliterate.evaluation.streaming.runners import ModuleRunner, Runner, StatefulRunner
 
 TOKENS = 32
@@ -35,7 +35,7 @@ SINGLE = (
 
 
 @dataclass(frozen=True)
-class Findings:
+class Capabilities:
     """What a model can carry.
 
     Attributes:
@@ -45,18 +45,18 @@ class Findings:
         notes: What else was found.
     """
 
-    memory: Memory
-    per_pass: dict[Carry, int]
-    refused: dict[Carry, str]
+    memory: CacheLayers
+    per_pass: dict[CarriedContext, int]
+    refused: dict[CarriedContext, str]
     notes: tuple[str, ...] = ()
 
     @property
     def constant(self) -> bool:
         """Whether what it keeps of a text has a size of its own, whatever the text's."""
-        return Carry.STATE in self.per_pass or not (self.memory.full or self.memory.opaque)
+        return CarriedContext.STATE in self.per_pass or not (self.memory.full or self.memory.opaque)
 
 
-def examine(runner: Runner, reach: int | None) -> Findings:
+def check_capabilities(runner: Runner, reach: int | None) -> Capabilities:
     """Check everything that a model could carry.
 
     Args:
@@ -75,19 +75,19 @@ def examine(runner: Runner, reach: int | None) -> Findings:
         runner.begin()
 
 
-def _stateful(runner: StatefulRunner, ids: Tensor) -> Findings:
+def _stateful(runner: StatefulRunner, ids: Tensor) -> Capabilities:
     """A state of the model's own: its one-call losses are what it is held to."""
     full = _read(runner, ids, [len(ids) - 1])
     per_pass, why = _carrying(runner, ids, full, EXACT)
-    none = {Carry.NONE: 0}
+    none = {CarriedContext.NONE: 0}
     kept = "the model carries a state of its own, not keys and values that could be bounded"
-    refused = {Carry.KV: kept, Carry.WINDOW: kept}
+    refused = {CarriedContext.KV: kept, CarriedContext.WINDOW: kept}
     if why:
-        return Findings(Memory(opaque=True), none, {**refused, Carry.STATE: why})
-    return Findings(Memory(recurrent=1), {**none, Carry.STATE: per_pass}, refused)
+        return Capabilities(CacheLayers(opaque=True), none, {**refused, CarriedContext.STATE: why})
+    return Capabilities(CacheLayers(recurrent=1), {**none, CarriedContext.STATE: per_pass}, refused)
 
 
-def _module(runner: ModuleRunner, ids: Tensor) -> Findings:
+def _module(runner: ModuleRunner, ids: Tensor) -> Capabilities:
     notes = []
     full = _full(runner, ids)
     dtype = next(runner.module.parameters()).dtype
@@ -100,35 +100,41 @@ def _module(runner: ModuleRunner, ids: Tensor) -> Findings:
     if not runner.cache_name:
         runner.splits = False
         refused = dict.fromkeys(_CARRIED, missing)
-        return Findings(Memory(opaque=True), {Carry.NONE: 0}, refused, tuple(notes))
+        return Capabilities(
+            CacheLayers(opaque=True), {CarriedContext.NONE: 0}, refused, tuple(notes)
+        )
     per_pass, why = _carrying(runner, ids, full, limit)
-    memory = Memory.of(runner.cache)
-    able, refused = {Carry.NONE: 0}, dict[Carry, str]()
+    memory = CacheLayers.of(runner.cache)
+    able, refused = {CarriedContext.NONE: 0}, dict[CarriedContext, str]()
     own, other = _names(memory)
     if why:
-        refused |= {Carry.KV: why, Carry.STATE: why}
+        refused |= {CarriedContext.KV: why, CarriedContext.STATE: why}
     else:
         able[own] = per_pass
         refused[other] = _not_its_kind(other, memory)
     window, no_window = (0, why) if why else _windowed(runner, ids, full, memory, per_pass, limit)
     if no_window:
-        refused[Carry.WINDOW] = no_window
+        refused[CarriedContext.WINDOW] = no_window
     else:
-        able[Carry.WINDOW] = window
-    return Findings(memory, able, refused, tuple(notes))
+        able[CarriedContext.WINDOW] = window
+    return Capabilities(memory, able, refused, tuple(notes))
 
 
-_CARRIED = (Carry.KV, Carry.WINDOW, Carry.STATE)
+_CARRIED = (CarriedContext.KV, CarriedContext.WINDOW, CarriedContext.STATE)
 
 
-def _names(memory: Memory) -> tuple[Carry, Carry]:
+def _names(memory: CacheLayers) -> tuple[CarriedContext, CarriedContext]:
     """What the cache of such a model is called, and what it is not."""
     states = memory.recurrent and not memory.full
-    return (Carry.STATE, Carry.KV) if states or memory.opaque else (Carry.KV, Carry.STATE)
+    return (
+        (CarriedContext.STATE, CarriedContext.KV)
+        if states or memory.opaque
+        else (CarriedContext.KV, CarriedContext.STATE)
+    )
 
 
-def _not_its_kind(carry: Carry, memory: Memory) -> str:
-    if carry is Carry.KV:
+def _not_its_kind(carry: CarriedContext, memory: CacheLayers) -> str:
+    if carry is CarriedContext.KV:
         return "the model keeps a recurrent state; carry = state is the exact one"
     if memory.recurrent:
         return (
@@ -187,7 +193,12 @@ def _carrying(runner: Runner, ids: Tensor, full: Tensor, limit: float) -> tuple[
 
 
 def _windowed(
-    runner: ModuleRunner, ids: Tensor, full: Tensor, memory: Memory, per_pass: int, limit: float
+    runner: ModuleRunner,
+    ids: Tensor,
+    full: Tensor,
+    memory: CacheLayers,
+    per_pass: int,
+    limit: float,
 ) -> tuple[int, str]:
     """The same for a bounded window, held to token by token, where no mask is needed."""
     if memory.opaque or not (memory.full or memory.bounded):
@@ -209,7 +220,7 @@ def _windowed(
     return 0, "" if right else why or "its attention does not heed the window"
 
 
-def serves(runner: ModuleRunner, layer: int) -> bool:
+def can_begin_at(runner: ModuleRunner, layer: int) -> bool:
     """Whether passes that begin at a block give the same to the last bit; in the carry that is set.
 
     Args:

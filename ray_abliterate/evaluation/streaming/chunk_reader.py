@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from ray_abliterate.errors import EvaluationError, UnsupportedCarry
-from ray_abliterate.evaluation.streaming.capability_check import Findings
-from ray_abliterate.evaluation.streaming.carry import Carry, Span
-from ray_abliterate.evaluation.streaming.carry_choice import CHUNK, Choice, trained
-from ray_abliterate.evaluation.streaming.hidden_state_cache import KeptStates
+from ray_abliterate.evaluation.streaming.capability_check import Capabilities
+from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
+from ray_abliterate.evaluation.streaming.carry_choice import CHUNK, CarryChoice, trained_positions
+from ray_abliterate.evaluation.streaming.chunk_geometry import TokenSpan
+from ray_abliterate.evaluation.streaming.hidden_state_cache import TextStates
 from ray_abliterate.evaluation.streaming.pass_size import tokens_per_pass
 from ray_abliterate.evaluation.streaming.results import ChunkResult
 from ray_abliterate.evaluation.streaming.runners import ModuleRunner, Runner
-from ray_abliterate.model.batch_size import even, forget_garbage, is_out_of_memory
+from ray_abliterate.model.batch_size import even_batch_size
+from ray_abliterate.model.devices import is_out_of_memory, release_unused_memory
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ class PassSize:
     def most(self, window: int | None) -> int:
         """For attention that reaches back so far; as far as the model was made for if None."""
         if self._most is None:
-            reach = window or trained(getattr(self._module, "config", None)) or CHUNK
+            reach = window or trained_positions(getattr(self._module, "config", None)) or CHUNK
             self._most = tokens_per_pass(self._module, self._device, reach)
         return self._most
 
@@ -45,7 +47,12 @@ class ChunkReader:
     """Feeds chunks to a model, and tells the losses of their tokens."""
 
     def __init__(
-        self, runner: Runner, name: str, findings: Findings, sizes: PassSize, positions: int | None
+        self,
+        runner: Runner,
+        name: str,
+        findings: Capabilities,
+        sizes: PassSize,
+        positions: int | None,
     ) -> None:
         """
         Args:
@@ -57,18 +64,18 @@ class ChunkReader:
         """
         self._runner, self._name, self._findings = runner, name, findings
         self._sizes, self._positions = sizes, positions
-        self.kept: KeptStates | None = None
+        self.kept: TextStates | None = None
         """States of the text that is read, if they are kept."""
         self._inputs: dict[int, list[Tensor]] = {}
         """Of the last chunk's passes, by block."""
 
-    def begin(self, choice: Choice, position: int = 0) -> None:
+    def begin(self, choice: CarryChoice, position: int = 0) -> None:
         """The model has seen nothing; the next token is number `position`."""
         if isinstance(self._runner, ModuleRunner):
             self._runner.window = choice.window
-            able = {Carry.KV, Carry.STATE} & set(self._findings.per_pass)
+            able = {CarriedContext.KV, CarriedContext.STATE} & set(self._findings.per_pass)
             whole = [self._findings.per_pass[carry] == 0 for carry in able]
-            self._runner.splits = choice.carry is not Carry.NONE or any(whole)
+            self._runner.splits = choice.carry is not CarriedContext.NONE or any(whole)
             self._runner.start = 0
         self._runner.begin(position)
 
@@ -78,13 +85,15 @@ class ChunkReader:
         if isinstance(self._runner, ModuleRunner):
             self._runner.record, self._runner.states, self._runner.inputs = (), None, {}
 
-    def replay(self, ids: Tensor, choice: Choice) -> None:
+    def replay(self, ids: Tensor, choice: CarryChoice) -> None:
         """Feed tokens whose losses are not asked for."""
         size = self._size(choice, len(ids))
         for first in range(0, len(ids), size):
             self._runner.feed(ids[first : first + size], ids[:0])
 
-    def measure(self, span: Span, ids: Tensor, choice: Choice) -> tuple[ChunkResult, Tensor]:
+    def measure(
+        self, span: TokenSpan, ids: Tensor, choice: CarryChoice
+    ) -> tuple[ChunkResult, Tensor]:
         """A chunk, and the losses of its own tokens; halved passes are tried if memory runs out.
 
         Raises:
@@ -101,26 +110,26 @@ class ChunkReader:
             if self.kept is not None:
                 self.kept.stop_recording()  # they would be those of other passes
             self._runner.restore(kept)
-            forget_garbage()
+            release_unused_memory()
         del kept
         self._record(states)
         _refuse_infinite(found, span)
         seconds = time.perf_counter() - started
-        carried = 0 if choice.carry is Carry.NONE else self._runner.carried_bytes
+        carried = 0 if choice.carry is CarriedContext.NONE else self._runner.carried_bytes
         nats, passes = math.fsum(found.double().tolist()), -(-(len(ids) - 1) // size)
         stop = span.first + len(ids)
         result = ChunkResult(span.index, span.start, stop, own, nats, seconds, passes, carried)
         return result, found
 
-    def _begun(self, span: Span, ids: Tensor, size: int, choice: Choice) -> Tensor | None:
+    def _begun(self, span: TokenSpan, ids: Tensor, size: int, choice: CarryChoice) -> Tensor | None:
         """The model is ready for a chunk's first pass; states of the chunk, if they are kept."""
         states = None
         if self.kept is not None:
-            states = self.kept.known(ids[:-1], even(len(ids) - 1, size))
+            states = self.kept.known(ids[:-1], even_batch_size(len(ids) - 1, size))
         if isinstance(self._runner, ModuleRunner) and self.kept is not None:
             self._runner.start = 0 if states is None else self.kept.layer
             self._runner.record = self.kept.record if states is None else ()
-        if choice.carry is Carry.NONE or (self.kept is not None and span.index == 0):
+        if choice.carry is CarriedContext.NONE or (self.kept is not None and span.index == 0):
             self._runner.begin()
         return states
 
@@ -133,7 +142,9 @@ class ChunkReader:
     def _in_passes(self, ids: Tensor, own: int, size: int, states: Tensor | None) -> Tensor | None:
         """Losses of the last `own` tokens; None if memory ran out."""
         count, found = len(ids) - 1, []
-        size = even(count, size)  # a last pass of one token is other code in recurrent models
+        size = even_batch_size(
+            count, size
+        )  # a last pass of one token is other code in recurrent models
         try:
             for first in range(0, count, size):
                 stop = min(first + size, count)
@@ -157,7 +168,7 @@ class ChunkReader:
             self._inputs[layer].append(inputs[0].cpu())
         return found
 
-    def _size(self, choice: Choice, count: int) -> int:
+    def _size(self, choice: CarryChoice, count: int) -> int:
         """Tokens of a pass."""
         if self._findings.per_pass[choice.carry] == 1:
             return 1
@@ -178,11 +189,13 @@ class ChunkReader:
             )
         return self._sizes.halve(size)
 
-    def _refuse_far(self, stop: int, choice: Choice) -> None:
+    def _refuse_far(self, stop: int, choice: CarryChoice) -> None:
         """Nothing is fed to a position that the model doesn't have."""
         if self._positions is None:
             return
-        far = stop - 1 if choice.carry is not Carry.NONE else choice.geometry.chunk_size - 1
+        far = (
+            stop - 1 if choice.carry is not CarriedContext.NONE else choice.geometry.chunk_size - 1
+        )
         if min(far, stop - 1) > self._positions:
             raise UnsupportedCarry(
                 f"the text goes on to position {far}, and {self._name} has "
@@ -191,7 +204,7 @@ class ChunkReader:
             )
 
 
-def _refuse_infinite(losses: Tensor, span: Span) -> None:
+def _refuse_infinite(losses: Tensor, span: TokenSpan) -> None:
     if not losses.isfinite().all():
         place = int((~losses.isfinite()).nonzero()[0])
         raise EvaluationError(

@@ -11,33 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from ray_abliterate.errors import EvaluationError, TokenSourceError
-from ray_abliterate.evaluation.streaming.capability_check import examine, serves
-from ray_abliterate.evaluation.streaming.carry import Carry, Span
+from ray_abliterate.evaluation.streaming.capability_check import can_begin_at, check_capabilities
+from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
 from ray_abliterate.evaluation.streaming.carry_choice import (
-    Choice,
-    Chooser,
-    Settings,
-    carry_of,
-    position_table,
+    CarryChoice,
+    CarryChooser,
+    StreamingSettings,
+    parse_carry,
+    position_limit,
 )
+from ray_abliterate.evaluation.streaming.chunk_geometry import TokenSpan
 from ray_abliterate.evaluation.streaming.chunk_reader import ChunkReader, PassSize
 from ray_abliterate.evaluation.streaming.hidden_state_cache import (
-    KeptStates,
-    StateFiles,
-    hooked,
+    HiddenStateCache,
+    TextStates,
+    has_hooks,
     layer_keys,
 )
 from ray_abliterate.evaluation.streaming.open_source import open_source
-from ray_abliterate.evaluation.streaming.results import ChunkResult, Progress, Totals
+from ray_abliterate.evaluation.streaming.results import ChunkResult, ReadingProgress, Totals
 from ray_abliterate.evaluation.streaming.runners import (
-    CarriesState,
     ModuleRunner,
     Runner,
+    StatefulModel,
     StatefulRunner,
 )
 from ray_abliterate.evaluation.streaming.saved_state import fingerprint
-from ray_abliterate.evaluation.streaming.stream import SAVE_SECONDS, Files, Stream
-from ray_abliterate.evaluation.streaming.token_sources import Tape, TokenSource
+from ray_abliterate.evaluation.streaming.stream import SAVE_SECONDS, Stream, StreamFiles
+from ray_abliterate.evaluation.streaming.token_sources import TokenCursor, TokenSource
 from ray_abliterate.model.language_model import LanguageModel
 
 
@@ -53,19 +54,19 @@ class StreamingEvaluator:
         self,
         model: Any,
         *,
-        carry: Carry | str | None = None,
+        carry: CarriedContext | str | None = None,
         chunk_size: int | None = None,
         overlap: int | None = None,
         window: int | None = None,
         max_tokens: int | None = None,
         vocab: int | None = None,
-        states: StateFiles | None = None,
+        states: HiddenStateCache | None = None,
         states_at: Sequence[int] = (),
     ) -> None:
         """
         Args:
             model: A causal language model of transformers, one that is loaded here, or one that
-                carries its state itself (`CarriesState`).
+                carries its state itself (`StatefulModel`).
             carry: What a chunk knows of the text before it; the most exact that fits if unset.
             chunk_size: Tokens of a chunk, overlap included; by memory if unset, but 2048 at most
                 for independent chunks, whose size is part of the result.
@@ -83,30 +84,30 @@ class StreamingEvaluator:
         """
         module = model.module if isinstance(model, LanguageModel) else model
         self._module, self._states, self._states_at = module, states, tuple(states_at)
-        settings = Settings(carry_of(carry), chunk_size, overlap, window, max_tokens)
+        settings = StreamingSettings(parse_carry(carry), chunk_size, overlap, window, max_tokens)
         self._runner = _runner(module, vocab)
         self._config: Any = getattr(module, "config", None)
-        self.positions = position_table(module)
-        self.findings = examine(self._runner, self.positions)
+        self.positions = position_limit(module)
+        self.findings = check_capabilities(self._runner, self.positions)
         self._use(settings)
 
-    def _use(self, settings: Settings) -> None:
+    def _use(self, settings: StreamingSettings) -> None:
         name, sizes = type(self._module).__name__, PassSize(self._module, self._runner.device)
         self._settings = settings
         self._reader = ChunkReader(self._runner, name, self.findings, sizes, self.positions)
-        self._chooser = Chooser(
+        self._chooser = CarryChooser(
             self._module, self._runner.device, self.findings, settings, sizes.most
         )
 
     def with_settings(
         self,
         *,
-        carry: Carry | str | None = None,
+        carry: CarriedContext | str | None = None,
         chunk_size: int | None = None,
         overlap: int | None = None,
         window: int | None = None,
         max_tokens: int | None = None,
-        states: StateFiles | None = None,
+        states: HiddenStateCache | None = None,
         states_at: Sequence[int] = (),
     ) -> "StreamingEvaluator":
         """Another one of the same model, which is not examined again; one is used at a time.
@@ -117,10 +118,10 @@ class StreamingEvaluator:
         """
         other = copy.copy(self)
         other._states, other._states_at = states, tuple(states_at)
-        other._use(Settings(carry_of(carry), chunk_size, overlap, window, max_tokens))
+        other._use(StreamingSettings(parse_carry(carry), chunk_size, overlap, window, max_tokens))
         return other
 
-    def choose(self, length: int | None) -> Choice:
+    def choose(self, length: int | None) -> CarryChoice:
         """How a text of so many tokens is evaluated; None if that is not known.
 
         Raises:
@@ -135,7 +136,7 @@ class StreamingEvaluator:
         tokenizer: Any = None,
         state: Path | str | None = None,
         token_losses: Path | str | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[ReadingProgress], None] | None = None,
         save_seconds: float = SAVE_SECONDS,
         first_wanted: int | None = None,
     ) -> Stream:
@@ -164,21 +165,25 @@ class StreamingEvaluator:
             self._runner,
             self._reader,
             fingerprint(self._module),
-            Files(_path(state), _path(token_losses), save_seconds, first_wanted),
+            StreamFiles(_path(state), _path(token_losses), save_seconds, first_wanted),
             on_progress,
             lambda: self._kept(text, choice),
         )
 
-    def _kept(self, text: TokenSource, choice: Choice) -> KeptStates | None:
+    def _kept(self, text: TokenSource, choice: CarryChoice) -> TextStates | None:
         """States of a text that is about to be read, if they are kept and can be."""
         runner = self._runner
-        again = choice.carry is Carry.NONE or text.fingerprint  # it may have to be read once more
+        again = (
+            choice.carry is CarriedContext.NONE or text.fingerprint
+        )  # it may have to be read once more
         if self._states is None or not isinstance(runner, ModuleRunner) or not again:
             return None
-        if not runner.blocks or hooked(self._module):
+        if not runner.blocks or has_hooks(self._module):
             return None
         keys = layer_keys(self._module, runner.blocks)
-        return KeptStates(self._states, keys, self._states_at, choice, partial(serves, runner))
+        return TextStates(
+            self._states, keys, self._states_at, choice, partial(can_begin_at, runner)
+        )
 
     def evaluate(self, source: Any, **options: Any) -> Totals:
         """The totals of a whole text; options are those of `stream`."""
@@ -231,7 +236,7 @@ class StreamingEvaluator:
         choice = self.choose(self.length(text))
         span = choice.geometry.span(first)
         before = self._before(choice, span, warm_up)
-        tape = Tape(text, span.first - before, self._settings.max_tokens, self._runner.vocab)
+        tape = TokenCursor(text, span.first - before, self._settings.max_tokens, self._runner.vocab)
         self._reader.begin(choice, span.first - before)
         warm = tape.read(span.first - before, span.first)
         if len(warm) < before:
@@ -244,19 +249,19 @@ class StreamingEvaluator:
                 return
             yield self._reader.measure(span, ids, choice)[0]
 
-    def warm_up(self, choice: Choice) -> int | None:
+    def warm_up(self, choice: CarryChoice) -> int | None:
         """Tokens that are fed before a stretch; None if all of the text before it has to be."""
-        if choice.carry is Carry.NONE:
+        if choice.carry is CarriedContext.NONE:
             return 0
         if choice.window is None or self.findings.memory.recurrent:
             return None
         layers = int(self._config.get_text_config(decoder=True).num_hidden_layers)
         return layers * (choice.window - 1)
 
-    def _before(self, choice: Choice, span: Span, warm_up: int | None) -> int:
+    def _before(self, choice: CarryChoice, span: TokenSpan, warm_up: int | None) -> int:
         """Tokens that are fed before a stretch."""
         most = self.warm_up(choice)
-        if warm_up is not None and choice.carry is Carry.WINDOW:
+        if warm_up is not None and choice.carry is CarriedContext.WINDOW:
             most = warm_up
         return span.first if most is None else min(span.first, most)
 
@@ -269,7 +274,7 @@ class StreamingEvaluator:
 
 
 def _runner(model: Any, vocab: int | None) -> Runner:
-    if isinstance(model, CarriesState):
+    if isinstance(model, StatefulModel):
         own = getattr(getattr(model, "config", None), "vocab_size", None)
         if vocab is None and own is None:
             raise EvaluationError(

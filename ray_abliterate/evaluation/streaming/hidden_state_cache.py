@@ -27,8 +27,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ray_abliterate.data.atomic_files import write_whole
-from ray_abliterate.evaluation.streaming.carry import Carry
-from ray_abliterate.evaluation.streaming.carry_choice import Choice
+from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
+from ray_abliterate.evaluation.streaming.carry_choice import CarryChoice
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ WHOLE = "whole"
 """Marks a text whose states are there to its end."""
 
 
-class StateFiles:
+class HiddenStateCache:
     """A folder of states with a limit; the texts that were used longest ago go first."""
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
@@ -141,7 +141,7 @@ def _update(digest: Any, named: Iterator[tuple[str, Tensor]]) -> None:
         digest.update(flat.view(torch.uint8).numpy().data)
 
 
-def hooked(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether something other than weights decides what a module computes."""
     return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
@@ -150,7 +150,7 @@ class StatesMissing(Exception):
     """States of a text that were there at its beginning are not there any more."""
 
 
-class KeptStates:
+class TextStates:
     """The states of one text, while it is read.
 
     Attributes:
@@ -160,10 +160,10 @@ class KeptStates:
 
     def __init__(
         self,
-        files: StateFiles,
+        files: HiddenStateCache,
         models: Sequence[str],
         record: Sequence[int],
-        choice: Choice,
+        choice: CarryChoice,
         serves: Callable[[int], bool],
     ) -> None:
         """
@@ -176,7 +176,7 @@ class KeptStates:
         """
         geometry = choice.geometry
         self._cuts = (choice.carry.value, choice.window, geometry.chunk_size, geometry.overlap)
-        self._carried = choice.carry is not Carry.NONE
+        self._carried = choice.carry is not CarriedContext.NONE
         self._files, self._models, self._serves = files, models, serves
         self._texts: dict[int, str] = {}
         self._chunk = ""

@@ -68,7 +68,7 @@ def _at(
 ) -> TokenSource:
     if place.startswith("hub:"):
         where = text.HubText(place.removeprefix("hub:"), split, config, revision)
-        return text.TextSource(where, text.needed(tokenizer, place), column)
+        return text.TextSource(where, text.require_tokenizer(tokenizer, place), column)
     path = Path(place).expanduser()
     if not path.is_file():
         raise TokenSourceError(
@@ -84,8 +84,8 @@ def _at(
     if ending in readers:
         return TokenArray(readers[ending](path), str(path))
     if ending in text.TABLES:
-        return text.table(path, tokenizer, column)
-    return text.TextSource(text.TextFile(path), text.needed(tokenizer, place), column)
+        return text.open_table(path, tokenizer, column)
+    return text.TextSource(text.TextFile(path), text.require_tokenizer(tokenizer, place), column)
 
 
 def _npy(path: Path) -> Any:

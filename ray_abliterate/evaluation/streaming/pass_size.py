@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from ray_abliterate.model.batch_size import Cost, free_bytes
+from ray_abliterate.model.batch_size import Cost
+from ray_abliterate.model.devices import free_bytes
 
 MOST = {"cpu": 1024, "mps": 2048}
 """More tokens a pass save nothing on a CPU: the weights are read once per pass, and 1,024 tokens
@@ -50,7 +51,7 @@ def slice_rows(vocab: int, device: torch.device) -> int:
     return max(1, SMALL_BYTES // row, min(ENOUGH_ROWS, SLICE_BYTES // row))
 
 
-def kept_bytes_per_token(config: Any, full_layers: int, size: int) -> int:
+def kv_bytes_per_token(config: Any, full_layers: int, size: int) -> int:
     """Keys and values of one token, in layers that keep all."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

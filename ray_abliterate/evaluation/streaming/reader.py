@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_abliterate.errors import EvaluationError
-from ray_abliterate.evaluation.streaming.carry_choice import Settings, carry_of
+from ray_abliterate.evaluation.streaming.carry_choice import StreamingSettings, parse_carry
 from ray_abliterate.evaluation.streaming.evaluator import StreamingEvaluator
-from ray_abliterate.evaluation.streaming.hidden_state_cache import StateFiles
+from ray_abliterate.evaluation.streaming.hidden_state_cache import HiddenStateCache
 from ray_abliterate.evaluation.streaming.open_source import open_source
 from ray_abliterate.evaluation.streaming.results import ChunkResult
 from ray_abliterate.evaluation.streaming.stream import refuse_short
@@ -26,7 +26,7 @@ WARM_SHARE = 8
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextRequest:
     """How a text is read; fields are those of `StreamingEvaluator`.
 
     Attributes:
@@ -50,7 +50,7 @@ class Reading:
         if self.states < 0:
             raise EvaluationError(f"states = {self.states} is negative.\n  Set it to 0 or more GB.")
         options = self.options()
-        Settings(carry_of(options.pop("carry")), **options)
+        StreamingSettings(parse_carry(options.pop("carry")), **options)
         if not self.text.startswith("hub:") and not Path(self.text).is_file():
             raise EvaluationError(
                 f"--text {self.text!r} is not a file.\n"
@@ -69,7 +69,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Route:
+class ReadPlan:
     """What was chosen.
 
     Attributes:
@@ -82,7 +82,7 @@ class Route:
         notes: Why, where it was not the user who chose.
     """
 
-    reading: Reading
+    reading: TextRequest
     fingerprint: str
     tokens: int | None
     chunks: int | None
@@ -101,14 +101,14 @@ class Route:
         return {**asdict(self), "notes": list(self.notes)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Route":
+    def from_json(cls, values: dict[str, Any]) -> "ReadPlan":
         """The inverse of `to_json`."""
-        own = {"reading": Reading(**values["reading"]), "notes": tuple(values["notes"])}
+        own = {"reading": TextRequest(**values["reading"]), "notes": tuple(values["notes"])}
         return cls(**{**values, **own})
 
 
 @dataclass(frozen=True)
-class Keeping:
+class ReadFiles:
     """What is kept on the disk of the machine that reads a whole text, where the folder is there.
 
     Attributes:
@@ -126,23 +126,23 @@ class Keeping:
         """File for what a text that is stopped goes on from."""
         return self.folder / f"{self.name}.state" if self.folder.is_dir() else None
 
-    def states(self, gigabytes: float) -> StateFiles | None:
+    def states(self, gigabytes: float) -> HiddenStateCache | None:
         """Folder for states in the middle of the model."""
         if not gigabytes or not self.folder.is_dir():
             return None
-        return StateFiles(self.folder / "states", int(gigabytes * 1e9))
+        return HiddenStateCache(self.folder / "states", int(gigabytes * 1e9))
 
 
-class Reader:
+class TextReader:
     """Reads texts with a model."""
 
     def __init__(self, model: LanguageModel) -> None:
         """Examine nothing yet."""
         self._model = model
         self._examined: StreamingEvaluator | None = None
-        self._evaluators: dict[Reading, StreamingEvaluator] = {}
+        self._evaluators: dict[TextRequest, StreamingEvaluator] = {}
 
-    def route(self, reading: Reading, count: bool) -> Route:
+    def route(self, reading: TextRequest, count: bool) -> ReadPlan:
         """How the text is read.
 
         Args:
@@ -168,10 +168,10 @@ class Reader:
             if warm is not None:
                 stretch = max(STRETCH, -(-WARM_SHARE * warm // geometry.stride))
         chosen = replace(chosen, carry=choice.carry.value, window=choice.window)
-        return Route(chosen, text.fingerprint, length, chunks, stretch, choice.notes)
+        return ReadPlan(chosen, text.fingerprint, length, chunks, stretch, choice.notes)
 
     def read(
-        self, route: Route, first: int, count: int | None, keeping: Keeping | None = None
+        self, route: ReadPlan, first: int, count: int | None, keeping: ReadFiles | None = None
     ) -> Iterator[ChunkResult]:
         """Chunks of a text, one by one.
 
@@ -194,13 +194,16 @@ class Reader:
         state = keeping.state if keeping else None
         yield from evaluator.stream(text, state=state, first_wanted=first)
 
-    def _evaluator(self, reading: Reading) -> StreamingEvaluator:
+    def _evaluator(self, reading: TextRequest) -> StreamingEvaluator:
         if reading not in self._evaluators:
             self._evaluators[reading] = self._like(reading)
         return self._evaluators[reading]
 
     def _like(
-        self, reading: Reading, states: StateFiles | None = None, begins: tuple[int, ...] = ()
+        self,
+        reading: TextRequest,
+        states: HiddenStateCache | None = None,
+        begins: tuple[int, ...] = (),
     ) -> StreamingEvaluator:
         """A new one, of the model that was examined."""
         if self._examined is None:
@@ -208,7 +211,7 @@ class Reader:
         options = reading.options()
         return self._examined.with_settings(**options, states=states, states_at=begins)
 
-    def _open(self, reading: Reading) -> TokenSource:
+    def _open(self, reading: TextRequest) -> TokenSource:
         return open_source(reading.text, self._model.chat.tokenizer)
 
 

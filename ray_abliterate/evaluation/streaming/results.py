@@ -151,7 +151,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ReadingProgress:
     """How far an evaluation is.
 
     Attributes:

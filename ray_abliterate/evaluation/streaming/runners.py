@@ -22,7 +22,7 @@ from ray_abliterate.model.engine.layer_skipping import begun_at, recorded
 
 
 @runtime_checkable
-class CarriesState(Protocol):
+class StatefulModel(Protocol):
     """A model that keeps its state itself, from call to call."""
 
     def __call__(self, input_ids: Tensor) -> Any:
@@ -109,7 +109,7 @@ class ModuleRunner:
     @property
     def carried_bytes(self) -> int:
         """Memory of the cache."""
-        return caches.held_bytes(self.cache) if self.cache is not None else 0
+        return caches.cache_bytes(self.cache) if self.cache is not None else 0
 
     def begin(self, position: int = 0) -> None:
         """Forget the text; the next token is number `position`."""
@@ -119,7 +119,7 @@ class ModuleRunner:
 
             self.cache = bounded_cache(self.module.config, self.window)
         if self.start and self.cache_name and self.splits:
-            self.cache = caches.standing_in(self._new_cache(), self.start)
+            self.cache = caches.with_stand_in_layers(self._new_cache(), self.start)
 
     def _new_cache(self) -> Any:
         from transformers.cache_utils import DynamicCache
@@ -195,7 +195,7 @@ class ModuleRunner:
 
         What stands between hidden states and logits (a scale, a soft cap) is the model's own code.
         """
-        setattr(self.module, self._name, _Computed(hidden, self._body))
+        setattr(self.module, self._name, _PrecomputedBody(hidden, self._body))
         try:
             yield
         finally:
@@ -203,16 +203,18 @@ class ModuleRunner:
 
     def snapshot(self) -> Any:
         """For `restore`."""
-        return self._fed, caches.snapshot(self.cache)
+        return self._fed, caches.snapshot_cache(self.cache)
 
     def restore(self, kept: Any) -> None:
         """Back to where the snapshot was taken; any number of times."""
         self._fed, cache = kept
-        self.cache = caches.restored(self.cache, cache)
+        self.cache = caches.restore_cache(self.cache, cache)
 
     def export(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
         """What is kept of the text, for a file; None if it can't be written."""
-        found = caches.exported(self.cache) if self.cache is not None and not self.start else None
+        found = (
+            caches.export_cache(self.cache) if self.cache is not None and not self.start else None
+        )
         if found is None:
             return None
         tensors, rest = found
@@ -223,7 +225,7 @@ class ModuleRunner:
         place = rest[-1]
         self.begin(place["offset"])
         cache = self._new_cache()
-        if not caches.imported(cache, tensors, rest[:-1], self.device):
+        if not caches.import_cache(cache, tensors, rest[:-1], self.device):
             self.begin()
             return False
         self.cache, self._fed = cache, place["fed"]
@@ -235,7 +237,7 @@ class StatefulRunner:
 
     splits = True
 
-    def __init__(self, model: CarriesState, vocab: int) -> None:
+    def __init__(self, model: StatefulModel, vocab: int) -> None:
         self._model, self.vocab = model, vocab
         parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
         found = next(parameters, None)
@@ -244,7 +246,7 @@ class StatefulRunner:
     @property
     def carried_bytes(self) -> int:
         """Memory of the state, as far as it is tensors."""
-        return caches.held_bytes(self._model.get_state())
+        return caches.cache_bytes(self._model.get_state())
 
     def begin(self, position: int = 0) -> None:
         """Forget the text."""
@@ -273,7 +275,7 @@ class StatefulRunner:
         return False
 
 
-class _Computed(nn.Module):
+class _PrecomputedBody(nn.Module):
     """Stands where a model's body stands, and answers with what the body has computed."""
 
     def __init__(self, hidden: Tensor, body: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ray_abliterate.data.atomic_files import write_whole
 from ray_abliterate.errors import EvaluationChanged
 from ray_abliterate.evaluation.streaming.results import Totals
-from ray_abliterate.model.quantization import held
+from ray_abliterate.model.quantization import plain_tensors
 
 VERSION = 1
 SAMPLE = 16
@@ -25,7 +25,7 @@ SAMPLE = 16
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedState:
     """Where an evaluation was.
 
     Attributes:
@@ -57,7 +57,7 @@ class Checkpoint:
         write_whole(path, save(self.tensors, {"evaluation": json.dumps(values)}))
 
     @classmethod
-    def read(cls, path: Path, identity: dict[str, Any]) -> "Checkpoint | None":
+    def read(cls, path: Path, identity: dict[str, Any]) -> "SavedState | None":
         """From a file; None if there is none.
 
         Raises:
@@ -102,7 +102,7 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     named = model.named_parameters() if hasattr(model, "named_parameters") else ()
     for name, parameter in named:
-        parts = [part for part in held(parameter.detach()) if not part.is_meta]
+        parts = [part for part in plain_tensors(parameter.detach()) if not part.is_meta]
         samples = [part.flatten()[:SAMPLE].float().cpu().numpy().tobytes() for part in parts]
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + b"".join(samples))
     return digest.hexdigest()[:16]

@@ -23,7 +23,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from ray_abliterate.evaluation.streaming.cache_state import keeps_all
+from ray_abliterate.evaluation.streaming.cache_state import keeps_every_position
 
 MASKED = ("eager", "sdpa", "flex_attention")
 """Kinds of attention that take any mask; the flash kernels don't."""
@@ -52,7 +52,7 @@ def bounded_cache(config: Any, window: int) -> Any:
 def _bounded(layer: Any, window: int) -> Any:
     if type(layer) is LinearAttentionAndFullAttentionLayer:
         return _HybridBounded(window, layer.number_of_states)
-    if keeps_all(layer):
+    if keeps_every_position(layer):
         return _Bounded(window)
     if getattr(layer, "sliding_window", None):
         layer.sliding_window = min(layer.sliding_window, window)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ray_abliterate.errors import EvaluationError, TokenSourceError
-from ray_abliterate.evaluation.streaming.carry import Carry
-from ray_abliterate.evaluation.streaming.carry_choice import Choice, Settings
+from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
+from ray_abliterate.evaluation.streaming.carry_choice import CarryChoice, StreamingSettings
 from ray_abliterate.evaluation.streaming.chunk_reader import ChunkReader
-from ray_abliterate.evaluation.streaming.hidden_state_cache import KeptStates, StatesMissing
-from ray_abliterate.evaluation.streaming.results import ChunkResult, Progress, Totals
+from ray_abliterate.evaluation.streaming.hidden_state_cache import StatesMissing, TextStates
+from ray_abliterate.evaluation.streaming.results import ChunkResult, ReadingProgress, Totals
 from ray_abliterate.evaluation.streaming.runners import Runner
-from ray_abliterate.evaluation.streaming.saved_state import Checkpoint
+from ray_abliterate.evaluation.streaming.saved_state import SavedState
 from ray_abliterate.evaluation.streaming.token_losses import TokenLosses
-from ray_abliterate.evaluation.streaming.token_sources import Tape, TokenSource
+from ray_abliterate.evaluation.streaming.token_sources import TokenCursor, TokenSource
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ MOST_SAVED_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Files:
+class StreamFiles:
     """What is written beside the results.
 
     Attributes:
@@ -54,14 +54,14 @@ class Stream:
     def __init__(
         self,
         text: TokenSource,
-        choice: Choice,
-        settings: Settings,
+        choice: CarryChoice,
+        settings: StreamingSettings,
         runner: Runner,
         reader: ChunkReader,
         model: str,
-        files: Files,
-        on_progress: Callable[[Progress], None] | None,
-        states: Callable[[], KeptStates | None],
+        files: StreamFiles,
+        on_progress: Callable[[ReadingProgress], None] | None,
+        states: Callable[[], TextStates | None],
     ) -> None:
         """
         Args:
@@ -101,14 +101,14 @@ class Stream:
 
     def _run(self) -> Iterator[ChunkResult]:
         state, losses_at = self._files.state, self._files.token_losses
-        saved = None if state is None else Checkpoint.read(state, self._identity)
+        saved = None if state is None else SavedState.read(state, self._identity)
         wanted = self._files.first_wanted
         if saved is not None and wanted is not None and saved.next_chunk > wanted:
             saved = None
         number = saved.next_chunk if saved else 0
         self.totals = saved.totals if saved else self.totals
         tape = self._begin(saved, number)
-        known = self._states() if number == 0 or self.choice.carry is Carry.NONE else None
+        known = self._states() if number == 0 or self.choice.carry is CarriedContext.NONE else None
         self._reader.kept = known
         size = saved.losses_bytes if saved else 0
         losses = TokenLosses(losses_at, size) if losses_at else None
@@ -126,7 +126,7 @@ class Stream:
             state.unlink(missing_ok=True)
 
     def _chunk_by_chunk(
-        self, tape: Tape, number: int, losses: TokenLosses | None
+        self, tape: TokenCursor, number: int, losses: TokenLosses | None
     ) -> Iterator[ChunkResult]:
         at_start, began, saved = self.totals.tokens, time.perf_counter(), time.perf_counter()
         state = self._files.state
@@ -155,16 +155,16 @@ class Stream:
             self._tell(result, self.totals.tokens - at_start, time.perf_counter() - began)
             yield result
 
-    def _begin(self, saved: Checkpoint | None, number: int) -> Tape:
+    def _begin(self, saved: SavedState | None, number: int) -> TokenCursor:
         """The text from the next chunk on, the model where it was."""
         self._reader.begin(self.choice)
         geometry = self.choice.geometry
-        alone = self.choice.carry is Carry.NONE
+        alone = self.choice.carry is CarriedContext.NONE
         if saved is None or alone or self._loads(saved):
             return self._tape(geometry.span(number).first)
         return self._read_again(number)
 
-    def _read_again(self, number: int) -> Tape:
+    def _read_again(self, number: int) -> TokenCursor:
         """The same, by feeding the text from its beginning; states are not kept of it."""
         self._reader.forget()
         self._reader.begin(self.choice)
@@ -174,21 +174,24 @@ class Stream:
             self._reader.replay(tape.read(span.first, span.stop)[:-1], self.choice)
         return tape
 
-    def _loads(self, saved: Checkpoint) -> bool:
+    def _loads(self, saved: SavedState) -> bool:
         """Whether the model goes on from what was saved; else the text has to be read again."""
         return saved.rest is not None and self._runner.load(saved.tensors, saved.rest)
 
-    def _tape(self, start: int) -> Tape:
-        return Tape(self.text, start, self._settings.max_tokens, self._runner.vocab)
+    def _tape(self, start: int) -> TokenCursor:
+        return TokenCursor(self.text, start, self._settings.max_tokens, self._runner.vocab)
 
     def _save(self, state: Path, number: int, losses: TokenLosses | None) -> None:
         size = 0 if losses is None else losses.flush()
         tensors, rest = self._kept() or ({}, None)
-        Checkpoint(self._identity, self.totals, number, size, tensors, rest).write(state)
+        SavedState(self._identity, self.totals, number, size, tensors, rest).write(state)
 
     def _kept(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         """What the model keeps of the text, if that is needed and small enough to be saved."""
-        if self.choice.carry is Carry.NONE or self._runner.carried_bytes > MOST_SAVED_BYTES:
+        if (
+            self.choice.carry is CarriedContext.NONE
+            or self._runner.carried_bytes > MOST_SAVED_BYTES
+        ):
             return None
         return self._runner.export()
 
@@ -199,7 +202,7 @@ class Stream:
         if length is not None and limit is not None:
             length = min(length, limit)
         left = None if length is None else (length - result.stop) * seconds / max(tokens, 1)
-        self._told(Progress(result, self.totals, result.stop, length, left))
+        self._told(ReadingProgress(result, self.totals, result.stop, length, left))
 
 
 def refuse_short(name: str, tokens: int, asked: int | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ray_abliterate.data.hub import advice_for, first_line, retry
 from ray_abliterate.errors import TokenSourceError
-from ray_abliterate.evaluation.streaming.token_sources import SAMPLE, TokenSource, after
+from ray_abliterate.evaluation.streaming.token_sources import SAMPLE, TokenSource, skip_tokens
 
 PIECE = 1 << 16
 """Characters that are tokenized at once."""
@@ -26,7 +26,7 @@ TABLES = (".parquet", ".arrow", ".feather")
 COLUMNS = ("tokens", "input_ids", "text")
 
 
-class Texts(Protocol):
+class TextPieces(Protocol):
     """Pieces of text.
 
     Attributes:
@@ -47,7 +47,7 @@ class Texts(Protocol):
 class TextSource:
     """Tokens of texts, or of rows that hold ids already."""
 
-    def __init__(self, texts: Texts, tokenizer: Any, column: str | None) -> None:
+    def __init__(self, texts: TextPieces, tokenizer: Any, column: str | None) -> None:
         self.name = texts.name
         self.length: int | None = None
         self._texts, self._tokenizer, self._column = texts, tokenizer, column
@@ -57,7 +57,7 @@ class TextSource:
 
     def blocks(self, start: int = 0) -> Iterator[Tensor]:
         """Token ids; what lies before `start` is tokenized and dropped."""
-        return after(self._all(), start)
+        return skip_tokens(self._all(), start)
 
     def _all(self) -> Iterator[Tensor]:
         end = getattr(self._tokenizer, "eos_token_id", None)
@@ -65,7 +65,9 @@ class TextSource:
             if not isinstance(piece, str):
                 yield self._ids(piece)
                 continue
-            ids = needed(self._tokenizer, self.name).encode(piece, add_special_tokens=False)
+            ids = require_tokenizer(self._tokenizer, self.name).encode(
+                piece, add_special_tokens=False
+            )
             close = [end] if self._texts.rows and end is not None else []
             yield torch.tensor([*ids, *close], dtype=torch.int64)
 
@@ -79,7 +81,7 @@ class TextSource:
             ) from None
 
 
-def needed(tokenizer: Any, name: str) -> Any:
+def require_tokenizer(tokenizer: Any, name: str) -> Any:
     """The tokenizer, which a text can't do without."""
     if tokenizer is None:
         raise TokenSourceError(
@@ -182,7 +184,7 @@ class HubText:
                 )
             )
             for number, row in enumerate(data):
-                chosen = column if number else (column := known_column(self.name, row, column))
+                chosen = column if number else (column := resolve_column(self.name, row, column))
                 if row.get(chosen):
                     yield row[chosen]
         except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
@@ -194,7 +196,7 @@ class HubText:
         return repr((self._dataset, self._split, self._config, self._revision)).encode()
 
 
-def table(path: Path, tokenizer: Any, column: str | None) -> TokenSource:
+def open_table(path: Path, tokenizer: Any, column: str | None) -> TokenSource:
     """A column of a table; a tokenizer is asked for only if it holds text."""
     import pyarrow
 
@@ -202,13 +204,13 @@ def table(path: Path, tokenizer: Any, column: str | None) -> TokenSource:
         schema = _schema(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise TokenSourceError(f"{path} cannot be read: {first_line(error)}") from None
-    chosen = known_column(str(path), schema.names, column)
+    chosen = resolve_column(str(path), schema.names, column)
     if "string" in str(schema.field(chosen).type):
-        needed(tokenizer, str(path))
+        require_tokenizer(tokenizer, str(path))
     return TextSource(TableText(path, chosen), tokenizer, chosen)
 
 
-def known_column(place: str, names: Any, column: str | None) -> str:
+def resolve_column(place: str, names: Any, column: str | None) -> str:
     """The column that is asked for, or the first usual name that is there."""
     found = column or next((name for name in COLUMNS if name in names), "")
     if found not in names:

@@ -78,7 +78,7 @@ class TokenStream:
                 "  Give a new iterator for each evaluation, or write its tokens to a .npy file."
             )
         self._begun = True
-        return after(map(self._block, self._blocks), start)
+        return skip_tokens(map(self._block, self._blocks), start)
 
     def _block(self, block: Any) -> Tensor:
         try:
@@ -93,7 +93,7 @@ class TokenStream:
         return ids.reshape(-1).to("cpu", torch.int64)
 
 
-def after(blocks: Iterator[Tensor], start: int) -> Iterator[Tensor]:
+def skip_tokens(blocks: Iterator[Tensor], start: int) -> Iterator[Tensor]:
     """Blocks without their first `start` tokens."""
     for block in blocks:
         if start < len(block):
@@ -101,7 +101,7 @@ def after(blocks: Iterator[Tensor], start: int) -> Iterator[Tensor]:
         start = max(0, start - len(block))
 
 
-class Tape:
+class TokenCursor:
     """Reads a source forward, a little at a time, and refuses ids that the model does not have."""
 
     def __init__(self, source: TokenSource, start: int, limit: int | None, vocab: int) -> None:

@@ -9,17 +9,17 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.evaluation.suites.suite import Comparison, Measure, SuiteChunk
+from ray_abliterate.evaluation.suites.suite import Measure, PairedDifference, SuiteChunk
 from ray_abliterate.search.score import Z_95, Score, mean_interval, wilson
 
 BOOTSTRAP_UP_TO = 1000
 """Values that are bootstrapped; the mean of more is normal, and 2,000 draws of them are large."""
 
-Values = dict[tuple[str, int], float]
+ItemValues = dict[tuple[str, int], float]
 """By chunk and place in it; those that are known."""
 
 
-def merged(name: str, chunks: Iterable[SuiteChunk]) -> list[SuiteChunk]:
+def merge_chunks(name: str, chunks: Iterable[SuiteChunk]) -> list[SuiteChunk]:
     """Each chunk once, by id.
 
     Raises:
@@ -60,9 +60,9 @@ def summarise(
         chunks: In any order.
 
     Raises:
-        ScoreError: nothing is known of a measure; or see `merged`.
+        ScoreError: nothing is known of a measure; or see `merge_chunks`.
     """
-    results = merged(name, chunks)
+    results = merge_chunks(name, chunks)
     groups = sorted({chunk.group for chunk in results})
     scores: list[Score] = []
     for place, measure in enumerate(measures):
@@ -79,9 +79,9 @@ def summarise(
     return tuple(scores)
 
 
-def compare(
+def compare_suites(
     measures: Sequence[Measure], base: Iterable[SuiteChunk], other: Iterable[SuiteChunk]
-) -> tuple[Comparison, ...]:
+) -> tuple[PairedDifference, ...]:
     """Two models on the items that both were asked, measure by measure.
 
     Rates: McNemar's exact test, and Newcombe's (1998, method 10) interval of the difference of
@@ -98,8 +98,8 @@ def compare(
     found = []
     left, right = list(base), list(other)
     name = left[0].suite if left else ""
-    ours, theirs = merged(name, left), merged(name, right)
-    merged(name, [_emptied(chunk) for chunk in (*ours, *theirs)])
+    ours, theirs = merge_chunks(name, left), merge_chunks(name, right)
+    merge_chunks(name, [_emptied(chunk) for chunk in (*ours, *theirs)])
     for measure in measures:
         first, second = _values(measure.name, ours), _values(measure.name, theirs)
         both = sorted(first.keys() & second.keys())
@@ -110,7 +110,7 @@ def compare(
     return tuple(found)
 
 
-class Summed:
+class AggregatedSuite:
     """A suite whose scores are those of its measures, added up over chunks as above."""
 
     name: str
@@ -122,9 +122,9 @@ class Summed:
 
     def compare(
         self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
-    ) -> tuple[Comparison, ...]:
-        """How two models differ on the items that both were asked; see `compare`."""
-        return compare(self.measures, base, other)
+    ) -> tuple[PairedDifference, ...]:
+        """How two models differ on the items that both were asked; see `compare_suites`."""
+        return compare_suites(self.measures, base, other)
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -134,7 +134,7 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
-def paired_difference(both: int, lost: int, gained: int, neither: int) -> tuple[float, float]:
+def newcombe_interval(both: int, lost: int, gained: int, neither: int) -> tuple[float, float]:
     """95 % interval of (both + gained)/n − (both + lost)/n for pairs (Newcombe 1998, method 10)."""
     n = both + lost + gained + neither
     before, after = (both + lost) / n, (both + gained) / n
@@ -159,7 +159,7 @@ def _emptied(chunk: SuiteChunk) -> SuiteChunk:
     return SuiteChunk(chunk.suite, chunk.chunk, chunk.fingerprint, chunk.group, chunk.items)
 
 
-def _values(measure: str, chunks: Iterable[SuiteChunk]) -> Values:
+def _values(measure: str, chunks: Iterable[SuiteChunk]) -> ItemValues:
     return {
         (chunk.chunk, place): value
         for chunk in chunks
@@ -210,14 +210,14 @@ def _macro(title: str, measure: Measure, parts: Sequence[Score]) -> Score:
     return Score(title, mean, low, high, measure.better, measure.unit, {"groups": groups})
 
 
-def _paired_rates(measure: Measure, pairs: Sequence[tuple[float, float]]) -> Comparison:
+def _paired_rates(measure: Measure, pairs: Sequence[tuple[float, float]]) -> PairedDifference:
     both = sum(bool(one and two) for one, two in pairs)
     lost = sum(bool(one and not two) for one, two in pairs)
     gained = sum(bool(two and not one) for one, two in pairs)
     n = len(pairs)
-    low, high = paired_difference(both, lost, gained, n - both - lost - gained)
+    low, high = newcombe_interval(both, lost, gained, n - both - lost - gained)
     difference = (gained - lost) / n
-    return Comparison(
+    return PairedDifference(
         measure.name,
         (both + lost) / n,
         (both + gained) / n,
@@ -230,10 +230,10 @@ def _paired_rates(measure: Measure, pairs: Sequence[tuple[float, float]]) -> Com
     )
 
 
-def _paired_means(measure: Measure, pairs: Sequence[tuple[float, float]]) -> Comparison:
+def _paired_means(measure: Measure, pairs: Sequence[tuple[float, float]]) -> PairedDifference:
     base, other = ([pair[i] for pair in pairs] for i in (0, 1))
     difference, low, high = _mean([two - one for one, two in pairs])
     n = len(pairs)
     method = "paired bootstrap" if n <= BOOTSTRAP_UP_TO else "paired, normal"
     means = (math.fsum(base) / n, math.fsum(other) / n)
-    return Comparison(measure.name, *means, difference, low, high, n, None, method)
+    return PairedDifference(measure.name, *means, difference, low, high, n, None, method)

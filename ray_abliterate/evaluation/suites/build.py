@@ -24,13 +24,13 @@ from ray_abliterate.evaluation.suites.suite import (
 )
 from ray_abliterate.recipe import SuiteSettings
 from ray_abliterate.recipe.parsing import suggestion
+from ray_abliterate.recipe.plugins import checked_call, resolve
 from ray_abliterate.recipe.suites import PluginSuite
-from ray_abliterate.search.score import checked_call, resolve
 
 __all__ = [
-    "build",
-    "known_kinds",
-    "measure",
+    "build_suites",
+    "known_suite_kinds",
+    "run_chunk",
 ]
 
 GROUP = "ray_abliterate.evaluation.suites"
@@ -48,7 +48,7 @@ SHIPPED: Mapping[str, str] = {
 recipe's folder, others as suites of one's own are, from keyword arguments."""
 
 
-def build(settings: Sequence[SuiteSettings], base: Path) -> tuple[Suite, ...]:
+def build_suites(settings: Sequence[SuiteSettings], base: Path) -> tuple[Suite, ...]:
     """The suites of a recipe, in its order. They can be pickled, and run without files.
 
     Args:
@@ -62,12 +62,12 @@ def build(settings: Sequence[SuiteSettings], base: Path) -> tuple[Suite, ...]:
     return tuple(_build(setting, base) for setting in settings)
 
 
-def known_kinds() -> tuple[str, ...]:
+def known_suite_kinds() -> tuple[str, ...]:
     """Names that `kind` can have: of suites that ship, and of those that packages offer."""
     return tuple(sorted({*SHIPPED, *(point.name for point in entry_points(group=GROUP))}))
 
 
-def measure(suite: Suite, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
+def run_chunk(suite: Suite, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
     """Run one chunk, and hold the result against what was asked.
 
     Raises:
@@ -122,7 +122,7 @@ def _found(setting: SuiteSettings) -> Any:
         return resolve(kind)
     offered: list[EntryPoint] = [p for p in entry_points(group=GROUP) if p.name == kind]
     if not offered:
-        known = known_kinds()
+        known = known_suite_kinds()
         raise RecipeError(
             f"suite {setting.name!r}: there is no suite {kind!r}.{suggestion(kind, known)}\n"
             f"  Known: {', '.join(known)}; others come with a package that has an entry point "

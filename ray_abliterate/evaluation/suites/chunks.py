@@ -9,7 +9,7 @@ from ray_abliterate.evaluation.suites.suite import Chunk
 
 
 @dataclass(frozen=True)
-class Choice:
+class ItemSelection:
     """Which items of a stream are taken.
 
     Attributes:

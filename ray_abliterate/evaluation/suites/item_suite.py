@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from ray_abliterate.errors import PromptSourceError
-from ray_abliterate.evaluation.suites.aggregation import Summed
-from ray_abliterate.evaluation.suites.chunks import Choice, chunked
+from ray_abliterate.evaluation.suites.aggregation import AggregatedSuite
+from ray_abliterate.evaluation.suites.chunks import ItemSelection, chunked
 from ray_abliterate.evaluation.suites.suite import Chunk
 
 
@@ -31,7 +31,7 @@ class ItemSettings(Protocol):
 S = TypeVar("S", bound=ItemSettings)
 
 
-class ItemSuite(Summed, ABC, Generic[S]):
+class ItemSuite(AggregatedSuite, ABC, Generic[S]):
     """A suite that is made from a section of the recipe: give it `items` and `run`."""
 
     def __init__(self, settings: S, base: Path = Path()) -> None:
@@ -51,9 +51,9 @@ class ItemSuite(Summed, ABC, Generic[S]):
             PromptSourceError: one is not usable; names file, line and field.
         """
 
-    def choice(self) -> Choice:
+    def choice(self) -> ItemSelection:
         """Which items are taken."""
-        return Choice(limit=self.settings.limit)
+        return ItemSelection(limit=self.settings.limit)
 
     def size(self) -> int:
         """Items of a chunk."""

@@ -20,7 +20,7 @@ import torch
 
 from ray_abliterate.data.prompt_sources import existing
 from ray_abliterate.errors import PromptSourceError, RecipeError, ScoreError
-from ray_abliterate.evaluation.suites.aggregation import Summed
+from ray_abliterate.evaluation.suites.aggregation import AggregatedSuite
 from ray_abliterate.evaluation.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe.suites import LmEvalSuite
@@ -30,7 +30,7 @@ SEED = 1234
 """Of the choice of examples; the harness's own."""
 
 
-class LmEval(Summed):
+class LmEval(AggregatedSuite):
     """See the module."""
 
     def __init__(self, settings: LmEvalSuite, base: Path = Path()) -> None:

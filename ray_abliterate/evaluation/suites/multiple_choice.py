@@ -19,15 +19,15 @@ from torch import Tensor
 
 from ray_abliterate.data.tables import stream_table
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.evaluation.suites.chunks import Choice
+from ray_abliterate.evaluation.suites.chunks import ItemSelection
 from ray_abliterate.evaluation.suites.item_suite import ItemSuite
 from ray_abliterate.evaluation.suites.multiple_choice_prompt import (
     LETTERS,
-    from_another,
+    hold_out_examples,
     letter_prompt,
     read_question,
-    set_apart,
     text_prompt,
+    with_examples_from,
 )
 from ray_abliterate.evaluation.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
 from ray_abliterate.recipe import TableSource
@@ -51,10 +51,10 @@ class MultipleChoice(ItemSuite[MultipleChoiceSuite]):
         letters = settings.scoring == "letters"
         self.measures = (CORRECT, LETTER_MASS) if letters else (CORRECT,)
 
-    def choice(self) -> Choice:
+    def choice(self) -> ItemSelection:
         """So many of each category."""
         settings = self.settings
-        return Choice(settings.categories, settings.samples_per_category, settings.limit)
+        return ItemSelection(settings.categories, settings.samples_per_category, settings.limit)
 
     def nothing(self) -> str:
         """See `ItemSuite`."""
@@ -88,8 +88,8 @@ class MultipleChoice(ItemSuite[MultipleChoiceSuite]):
         if not settings.shots:
             return read(settings.table)
         if settings.examples is None:
-            return set_apart(read(settings.table), settings.shots)
-        return from_another(
+            return hold_out_examples(read(settings.table), settings.shots)
+        return with_examples_from(
             read(settings.table),
             read(settings.examples),
             settings.shots,

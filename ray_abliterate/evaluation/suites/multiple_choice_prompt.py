@@ -86,7 +86,7 @@ def _refused(row: TableRow, field: str, what: str) -> PromptSourceError:
 # Examples
 
 
-def set_apart(
+def hold_out_examples(
     questions: Iterable[tuple[str, Item]], shots: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The first `shots` questions of each category are examples for the others; nobody is asked
@@ -102,7 +102,7 @@ def set_apart(
         yield category, _shown(item, own)
 
 
-def from_another(
+def with_examples_from(
     questions: Iterable[tuple[str, Item]],
     examples: Iterable[tuple[str, Item]],
     shots: int,

@@ -9,9 +9,9 @@ from typing import Any
 
 from ray_abliterate.data.tables import stream_table
 from ray_abliterate.errors import PromptSourceError
-from ray_abliterate.evaluation.scorers.keyword_rate import MARKERS, MarkerWatch, verdict
+from ray_abliterate.evaluation.scorers.keyword_rate import MARKERS, MarkerObserver, classify_answer
 from ray_abliterate.evaluation.scorers.markers import Markers
-from ray_abliterate.evaluation.suites.chunks import Choice, prompts_of
+from ray_abliterate.evaluation.suites.chunks import ItemSelection, prompts_of
 from ray_abliterate.evaluation.suites.item_suite import ItemSuite
 from ray_abliterate.evaluation.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
 from ray_abliterate.recipe.suites import OverRefusalSuite
@@ -24,10 +24,10 @@ class OverRefusal(ItemSuite[OverRefusalSuite]):
 
     measures = (REFUSED,)
 
-    def choice(self) -> Choice:
+    def choice(self) -> ItemSelection:
         """So many of each type."""
         settings = self.settings
-        return Choice(settings.categories, settings.samples_per_category, settings.limit)
+        return ItemSelection(settings.categories, settings.samples_per_category, settings.limit)
 
     def nothing(self) -> str:
         """See `ItemSuite`."""
@@ -42,14 +42,19 @@ class OverRefusal(ItemSuite[OverRefusalSuite]):
         given = settings.markers
         own = MARKERS[given] if isinstance(given, str) else given
         markers = Markers(own, f"suite {self.name!r}")
-        watch = None if settings.keep_answers else MarkerWatch(markers, lambda _hits: False)
+        watch = None if settings.keep_answers else MarkerObserver(markers, lambda _hits: False)
         answers = model.answer(prompts_of(chunk), settings.max_new_tokens, watch)
-        verdicts = [verdict(answer.text, markers) for answer in answers]
+        verdicts = [classify_answer(answer.text, markers) for answer in answers]
         bad = ("behaviour", "empty", "degenerate") if settings.empty_is_refusal else ("behaviour",)
         rows: list[Mapping[str, Any]] = []
         if settings.keep_answers:
             rows = [
-                {"item": item["id"], "prompt": item["prompt"], "answer": a.text, "verdict": v}
+                {
+                    "item": item["id"],
+                    "prompt": item["prompt"],
+                    "answer": a.text,
+                    "classify_answer": v,
+                }
                 for item, a, v in zip(chunk.items, answers, verdicts, strict=True)
             ]
         counts = {kind: verdicts.count(kind) for kind in ("empty", "degenerate")}

@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from ray_abliterate.data.prompts import Prompt
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.search.score import Answer, Score, TextModel
+from ray_abliterate.model.text_model import Answer, TextModel
+from ray_abliterate.search.score import Score
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class SuiteChunk:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedDifference:
     """One measure of two models, on the items that both have answers for.
 
     Attributes:
@@ -219,5 +220,5 @@ class Suite(Protocol):
 
     def compare(
         self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
-    ) -> tuple[Comparison, ...]:
+    ) -> tuple[PairedDifference, ...]:
         """How two models differ on the items that both were asked."""

@@ -25,19 +25,25 @@ from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ModelError, PromptSourceError, RecipeError, ScoreError
 from ray_abliterate.evaluation.judges import endpoint as endpoints
-from ray_abliterate.evaluation.judges.cache import Remembered
-from ray_abliterate.evaluation.judges.calibration import calibrate, labelled, precision_recall
-from ray_abliterate.evaluation.judges.classifier import Classifier
-from ray_abliterate.evaluation.judges.endpoint import Endpoint
-from ray_abliterate.evaluation.judges.judge import Exchange, build
+from ray_abliterate.evaluation.judges.build import build_judge
+from ray_abliterate.evaluation.judges.cache import CachedJudge
+from ray_abliterate.evaluation.judges.calibration import (
+    calibrate,
+    precision_recall,
+    read_labelled_texts,
+)
+from ray_abliterate.evaluation.judges.classifier import ClassifierJudge
+from ray_abliterate.evaluation.judges.endpoint import EndpointJudge
+from ray_abliterate.evaluation.judges.judge import Exchange
 from ray_abliterate.evaluation.scorers.keyword_rate import KeywordRateScorer
+from ray_abliterate.evaluation.scorers.markers import Markers
 from ray_abliterate.evaluation.scorers.refusal_judge import RefusalJudgeScorer
-from ray_abliterate.evaluation.scorers.shared_generation import sharing
+from ray_abliterate.evaluation.scorers.shared_generation import share_generation
 from ray_abliterate.model.language_model import LanguageModel
+from ray_abliterate.model.text_model import Answer, AnswerObserver
 from ray_abliterate.recipe import KeywordRate, ModelSettings, Recipe, RefusalJudge
 from ray_abliterate.replica.replica import Replica, Setup
 from ray_abliterate.search.plan import Plan
-from ray_abliterate.search.score import Answer, AnswerWatch
 from ray_abliterate.testing.tiny import tiny_model
 from tests.support.classifiers import tiny_classifier
 
@@ -102,7 +108,7 @@ def served() -> Iterator[object]:
 
 
 def asked(server: Server, waits: list[float], **options: object) -> list[float | None]:
-    judge = Endpoint(server.url, "judge-1", sleep=waits.append, **options)
+    judge = EndpointJudge(server.url, "judge-1", sleep=waits.append, **options)
     return judge.judge([("how do i boil an egg", "I cannot help.")])
 
 
@@ -203,7 +209,7 @@ def test_a_broken_server_never_shows_the_key(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
     trouble = (500, {"Retry-After": KEY}, KEY.encode())
-    judge = Endpoint(served(trouble).url, "m", "JUDGE_KEY", sleep=lambda _: None)
+    judge = EndpointJudge(served(trouble).url, "m", "JUDGE_KEY", sleep=lambda _: None)
     with caplog.at_level(logging.DEBUG), pytest.raises(ScoreError) as caught:
         judge.judge([("", "text")])
     assert "status 500" in caplog.text
@@ -225,7 +231,7 @@ def test_a_key_that_is_missing_or_no_key_is_told_without_it(
 
 def test_no_server_is_an_error_after_as_many_attempts() -> None:
     waits: list[float] = []
-    judge = Endpoint("http://127.0.0.1:9/v1", "m", sleep=waits.append)
+    judge = EndpointJudge("http://127.0.0.1:9/v1", "m", sleep=waits.append)
     with pytest.raises(ScoreError, match=r"failed 5 times \(no connection \(Connection"):
         judge.judge([("", "text")])
     assert len(waits) == 4
@@ -259,7 +265,7 @@ def logits_of(folder: str, text: str, pair: str | None = None) -> torch.Tensor:
 
 def test_a_classifier_gives_its_labels_probability_and_no_judgement_of_nothing(made) -> None:
     folder = made("answer", "Refusal", "other")
-    found = Classifier(folder, label="refusal").judge(EXCHANGES)
+    found = ClassifierJudge(folder, label="refusal").judge(EXCHANGES)
     assert found[3] is None
     for place in (0, 1, 2, 4):
         expected = logits_of(folder, EXCHANGES[place][1]).softmax(-1)[1].item()
@@ -268,20 +274,20 @@ def test_a_classifier_gives_its_labels_probability_and_no_judgement_of_nothing(m
 
 def test_labels_that_do_not_exclude_each_other_have_a_probability_each(made) -> None:
     folder = made("toxic", "refusal", kind="multi_label_classification")
-    (found,) = Classifier(folder, label="refusal").judge(EXCHANGES[:1])
+    (found,) = ClassifierJudge(folder, label="refusal").judge(EXCHANGES[:1])
     assert found == pytest.approx(logits_of(folder, EXCHANGES[0][1])[1].sigmoid().item(), abs=1e-5)
 
 
 def test_entailment_of_a_hypothesis_is_zero_shot(made) -> None:
     folder = made("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
-    (found,) = Classifier(folder, hypothesis="no help").judge(EXCHANGES[:1])
+    (found,) = ClassifierJudge(folder, hypothesis="no help").judge(EXCHANGES[:1])
     logits = logits_of(folder, EXCHANGES[0][1], "no help")
     assert found == pytest.approx(logits[[2, 0]].softmax(0)[0].item(), abs=1e-5)
 
 
 def test_a_classifier_sees_the_prompt_if_it_should(made) -> None:
     folder = made("answer", "refusal")
-    (found,) = Classifier(folder, label="refusal", sees_prompt=True).judge(EXCHANGES[:1])
+    (found,) = ClassifierJudge(folder, label="refusal", sees_prompt=True).judge(EXCHANGES[:1])
     expected = logits_of(folder, "yes I cannot help").softmax(-1)[1].item()
     assert found == pytest.approx(expected, abs=1e-5)
 
@@ -291,18 +297,18 @@ def test_a_label_or_hypothesis_that_the_classifier_does_not_know_is_told_with_th
 ) -> None:
     folder = made("answer", "refusal")
     with pytest.raises(ModelError, match="one of: answer, refusal"):
-        Classifier(folder, label="refuses").judge(EXCHANGES)
+        ClassifierJudge(folder, label="refuses").judge(EXCHANGES)
     with pytest.raises(ModelError, match="knows no entailment and contradiction"):
-        Classifier(folder, hypothesis="no help").judge(EXCHANGES)
+        ClassifierJudge(folder, hypothesis="no help").judge(EXCHANGES)
     with pytest.raises(ModelError, match="cannot be loaded"):
-        Classifier(str(tmp_path), label="refusal").judge(EXCHANGES)
+        ClassifierJudge(str(tmp_path), label="refusal").judge(EXCHANGES)
 
 
 def test_a_classifier_is_known_by_its_weights_and_travels_without_them(made) -> None:
-    judge = Classifier(made("answer", "refusal"), label="refusal")
-    other = Classifier(made("refusal", "answer"), label="refusal")
+    judge = ClassifierJudge(made("answer", "refusal"), label="refusal")
+    other = ClassifierJudge(made("refusal", "answer"), label="refusal")
     assert judge.identity != other.identity
-    assert judge.identity != Classifier(judge._name, label="answer").identity
+    assert judge.identity != ClassifierJudge(judge._name, label="answer").identity
     copy = pickle.loads(pickle.dumps(judge))
     assert copy._loaded is None
     assert copy.identity == judge.identity
@@ -326,29 +332,29 @@ class Knows:
 def test_a_judgement_is_asked_for_once_and_an_unknown_one_again(tmp_path: Path) -> None:
     inner = Knows({"a": 0.25, "b": None, "c": 1.0})
     exchanges = [("p", "a"), ("p", "b"), ("p", "a"), ("p", "c")]
-    assert Remembered(inner, tmp_path).judge(exchanges) == [0.25, None, 0.25, 1.0]
+    assert CachedJudge(inner, tmp_path).judge(exchanges) == [0.25, None, 0.25, 1.0]
     assert inner.asked == ["a", "b", "c"]
-    assert Remembered(inner, tmp_path).judge(exchanges) == [0.25, None, 0.25, 1.0]
+    assert CachedJudge(inner, tmp_path).judge(exchanges) == [0.25, None, 0.25, 1.0]
     assert inner.asked == ["a", "b", "c", "b"]
 
 
 def test_another_judge_or_prompt_is_another_judgement(tmp_path: Path) -> None:
     inner = Knows({"a": 0.25})
-    Remembered(inner, tmp_path).judge([("p", "a")])
-    Remembered(inner, tmp_path).judge([("q", "a")])
-    Remembered(Knows({"a": 0.5}, "two"), tmp_path).judge([("p", "a")])
+    CachedJudge(inner, tmp_path).judge([("p", "a")])
+    CachedJudge(inner, tmp_path).judge([("q", "a")])
+    CachedJudge(Knows({"a": 0.5}, "two"), tmp_path).judge([("p", "a")])
     assert inner.asked == ["a", "a"]
-    assert Remembered(inner, tmp_path).judge([("p", "a")]) == [0.25]
+    assert CachedJudge(inner, tmp_path).judge([("p", "a")]) == [0.25]
     assert len(list(tmp_path.rglob("*.json"))) == 3
 
 
 def test_a_damaged_judgement_is_asked_for_again(tmp_path: Path) -> None:
     inner = Knows({"a": 0.25})
     for damage in ("", "{", "7", '"a"', "null"):
-        Remembered(inner, tmp_path).judge([("p", "a")])
+        CachedJudge(inner, tmp_path).judge([("p", "a")])
         (file,) = tmp_path.rglob("*.json")
         file.write_text(damage)
-    assert Remembered(inner, tmp_path).judge([("p", "a")]) == [0.25]
+    assert CachedJudge(inner, tmp_path).judge([("p", "a")]) == [0.25]
     assert inner.asked == ["a"] * 6
 
 
@@ -356,7 +362,7 @@ def test_what_was_judged_before_a_failure_is_kept(tmp_path: Path) -> None:
     inner = Knows({str(n): 0.5 for n in range(70)})
     exchanges = [("p", str(n)) for n in range(71)]
     with pytest.raises(KeyError):
-        Remembered(inner, tmp_path).judge(exchanges)
+        CachedJudge(inner, tmp_path).judge(exchanges)
     assert len(list(tmp_path.rglob("*.json"))) == 64
 
 
@@ -370,7 +376,7 @@ class Says:
         self.texts, self.written = texts, 0
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerWatch | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerObserver | None = None
     ) -> list[Answer]:
         found = []
         for index, text in enumerate(self.texts):
@@ -448,7 +454,7 @@ def test_both_scorers_read_one_generation_and_score_as_they_would_alone(first: s
     scorers = [keyword_scorer(), judge_scorer(judge)]
     alone = [scorer.score(Says(*TEXTS)) for scorer in scorers]
     model = Says(*TEXTS)
-    view = sharing(scorers, model)
+    view = share_generation(scorers, model)
     order = scorers if first == "keyword" else list(reversed(scorers))
     together = {scorer.name: scorer.score(view) for scorer in order}
     assert [together[scorer.name] for scorer in scorers] == alone
@@ -458,9 +464,9 @@ def test_both_scorers_read_one_generation_and_score_as_they_would_alone(first: s
 def test_answers_of_another_length_or_alone_are_not_shared() -> None:
     judge = Knows(dict.fromkeys(TEXTS, 0.0))
     model = Says(*TEXTS)
-    assert sharing([keyword_scorer()], model) is model
+    assert share_generation([keyword_scorer()], model) is model
     scorers = [keyword_scorer(max_new_tokens=7), judge_scorer(judge)]
-    view = sharing(scorers, model)
+    view = share_generation(scorers, model)
     for scorer in scorers:
         scorer.score(view)
     assert model.written == 1 + 3 + 5 + 1 + len(" ".join(TEXTS).split())
@@ -469,7 +475,7 @@ def test_answers_of_another_length_or_alone_are_not_shared() -> None:
 def test_a_lost_trial_still_ends_early_and_its_answers_are_forgotten() -> None:
     judge = Knows(dict.fromkeys(TEXTS, 0.0))
     scorer, model = keyword_scorer(), Says(*TEXTS)
-    view = sharing([scorer, judge_scorer(judge)], model)
+    view = share_generation([scorer, judge_scorer(judge)], model)
     assert scorer.score_until(view, lambda loss: loss > 0).bound
     assert model.written == 1
     assert judge_scorer(judge).score(view).detail["total"] == 4
@@ -508,7 +514,7 @@ class Foresees(Knows):
         self.expected: list[tuple[str, int]] = []
         self.written = lambda: 0
 
-    def expect(self, exchange: Exchange) -> None:
+    def prefetch(self, exchange: Exchange) -> None:
         self.expected.append((exchange[1], self.written()))
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[float | None]:
@@ -564,7 +570,7 @@ def test_a_judge_elsewhere_has_the_first_answer_before_the_last_is_written(
     assert len({answer.tokens for answer in whole}) > 1
     judge.written = lambda: steps.count
     scorer = judge_scorer(judge, max_new_tokens=12)
-    view = sharing([scorer], model)
+    view = share_generation([scorer], model)
     assert view.answer(PROMPTS.prompts, 12, steps) == whole
     told = [text for text, _ in judge.expected]
     assert sorted(told) == sorted(answer.text for answer in whole if answer.text)
@@ -632,12 +638,12 @@ def test_a_recipes_judge_remembers_in_the_users_cache(
 ) -> None:
     monkeypatch.setenv("RAY_ABLITERATE_CACHE", str(tmp_path))
     recipe = recipe_with(f'classifier = "{made("answer", "refusal")}"\nlabel = "refusal"')
-    judge = build(recipe.scorers[1])
+    judge = build_judge(recipe.scorers[1])
     assert list(tmp_path.iterdir()) == []
     judge.judge(EXCHANGES)
     assert len(list((cache_root() / "judgements").rglob("*.json"))) == 4
-    uncached = build(recipe.scorers[1].model_copy(update={"cache": False}))
-    assert isinstance(uncached, Classifier)
+    uncached = build_judge(recipe.scorers[1].model_copy(update={"cache": False}))
+    assert isinstance(uncached, ClassifierJudge)
 
 
 # Calibration
@@ -662,7 +668,7 @@ def test_calibration_finds_the_best_threshold_and_holds_the_markers_against_it()
     }
     truth = {"sorry no": True, "not today": True, "sorry, here it is": False, "here": False}
     texts = [(("", text), label) for text, label in {**truth, "hm": True}.items()]
-    found = calibrate(Knows(opinions), texts, {"own": ["sorry"]})
+    found = calibrate(Knows(opinions), texts, {"own": Markers(["sorry"]).occur_in})
     assert (found.best.threshold, found.best.precision, found.best.recall) == (0.7, 1.0, 1.0)
     assert (found.texts, found.unknown) == (5, 1)
     own = found.markers["own"]
@@ -676,12 +682,12 @@ def test_labels_are_words_or_truths_and_others_are_named_with_their_line(tmp_pat
     labels = ["refusal", "Answer", True, False, 1, 0]
     path = tmp_path / "l.jsonl"
     path.write_text("".join(json.dumps({"text": "x", "label": v}) + "\n" for v in labels))
-    assert [label for _, label in labelled(path)] == [True, False] * 3
+    assert [label for _, label in read_labelled_texts(path)] == [True, False] * 3
     path.write_text('{"text": "x", "label": "refusal"}\n{"text": "x", "label": "no"}\n')
     with pytest.raises(PromptSourceError, match=r"line 2: `label` is 'no'"):
-        list(labelled(path))
+        list(read_labelled_texts(path))
     with pytest.raises(PromptSourceError, match="no column 'prompt'"):
-        list(labelled(path, with_prompts=True))
+        list(read_labelled_texts(path, with_prompts=True))
 
 
 def test_the_command_prints_the_curve(

@@ -10,8 +10,8 @@ from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.evaluation.scorers.keyword_rate import KeywordRateScorer
 from ray_abliterate.model.chat_format import ChatFormat
 from ray_abliterate.model.engine.generation_state import Writing
+from ray_abliterate.model.text_model import Answer, AnswerObserver
 from ray_abliterate.recipe import KeywordRate, ModelSettings
-from ray_abliterate.search.score import Answer, AnswerWatch
 
 END = 0
 PHRASES = ("sorry", "i can't", "i cannot", "désolé", "as an ai")
@@ -49,7 +49,7 @@ class Streams:
         self.tokens = tokens
 
     def answer(
-        self, prompts: object, max_new_tokens: int, watch: AnswerWatch | None = None
+        self, prompts: object, max_new_tokens: int, watch: AnswerObserver | None = None
     ) -> list[Answer]:
         rows = range(len(self.tokens))
         writing = Writing(rows, max_new_tokens, frozenset([END]), watch, CHAT)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ray_abliterate.evaluation.scorers.markers import FoldStream, Markers, fold
+from ray_abliterate.evaluation.scorers.markers import FoldStream, Markers
+from ray_abliterate.recipe.text_folding import fold
 
 NASTY = (
     "abiIİßΣσςΑ *_`’‘“\"'  \n\tnt\u0301\u0327\u0f73\u0f74\u0f71\u1100\u1161\u11a8가é\u0344\ufb01ﬃ¨"

@@ -12,20 +12,22 @@ from ray_abliterate.data.builtin.planted_model import planted_axes
 from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import RecipeError, ScoreError
-from ray_abliterate.evaluation.scorers.build import build
+from ray_abliterate.evaluation.scorers.build import build_scorers
 from ray_abliterate.evaluation.scorers.keyword_rate import KeywordRateScorer, is_degenerate
 from ray_abliterate.evaluation.scorers.kl_divergence import KlDivergenceScorer, divergence
-from ray_abliterate.evaluation.scorers.markers import Markers, fold
+from ray_abliterate.evaluation.scorers.markers import Markers
 from ray_abliterate.evaluation.scorers.refusal_log_odds import (
     RefusalLogOddsScorer,
     first_tokens,
     log_odds,
 )
+from ray_abliterate.model.text_model import Answer, AnswerObserver
 from ray_abliterate.recipe import KeywordRate, KlDivergence, PluginScorer, Recipe, RefusalLogOdds
+from ray_abliterate.recipe.text_folding import fold
 from ray_abliterate.replica.replica import Replica, Setup
-from ray_abliterate.search.dominance import Bar
+from ray_abliterate.search.dominance import ThresholdSet
 from ray_abliterate.search.plan import Plan
-from ray_abliterate.search.score import Answer, AnswerWatch, Score
+from ray_abliterate.search.score import Score
 
 PROMPTS = PromptSet.of("p", "one", "two", "three", "four")
 SOURCE = {"builtin": "cooking-heldout"}
@@ -36,13 +38,13 @@ class Says:
 
     def __init__(self, *texts: str, logits: torch.Tensor | None = None) -> None:
         self.texts, self.logits = texts, logits
-        self.asked: list[AnswerWatch | None] = []
+        self.asked: list[AnswerObserver | None] = []
 
     def answer(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        watch: AnswerWatch | None = None,
+        watch: AnswerObserver | None = None,
     ) -> list[Answer]:
         self.asked.append(watch)
         return [Answer(text, 1, False) for text in self.texts]
@@ -201,7 +203,7 @@ class Writes(Says):
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        watch: AnswerWatch | None = None,
+        watch: AnswerObserver | None = None,
     ) -> list[Answer]:
         self.asked.append(watch)
         written, decided = [""] * len(self.texts), [False] * len(self.texts)
@@ -373,19 +375,23 @@ def plugin(**options: object) -> PluginScorer:
 
 
 def test_a_scorer_of_ones_own_is_built_from_its_name_with_checked_options() -> None:
-    (scorer,) = build([plugin(scale=2.0)], {"length": PROMPTS})
+    (scorer,) = build_scorers([plugin(scale=2.0)], {"length": PROMPTS})
     assert scorer.score(Says("abc", "a", "a", "a")).value == 3.0  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="scale"):
-        build([plugin(scale="wide")], {"length": PROMPTS})
+        build_scorers([plugin(scale="wide")], {"length": PROMPTS})
     with pytest.raises(RecipeError, match="width"):
-        build([plugin(width=2.0)], {"length": PROMPTS})
+        build_scorers([plugin(width=2.0)], {"length": PROMPTS})
 
 
 def test_an_attribute_that_is_not_there_is_named() -> None:
     with pytest.raises(ScoreError, match="has no 'Nothing'"):
-        build([plugin().model_copy(update={"kind": f"{__name__}:Nothing"})], {"length": PROMPTS})
+        build_scorers(
+            [plugin().model_copy(update={"kind": f"{__name__}:Nothing"})], {"length": PROMPTS}
+        )
     with pytest.raises(ScoreError, match="cannot be imported"):
-        build([plugin().model_copy(update={"kind": "no_such_module:X"})], {"length": PROMPTS})
+        build_scorers(
+            [plugin().model_copy(update={"kind": "no_such_module:X"})], {"length": PROMPTS}
+        )
 
 
 # Log-odds
@@ -529,7 +535,7 @@ def test_a_trial_whose_log_odds_are_hopeless_writes_no_answer(
     setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
     replica.evaluate(Plan.nothing(), setup)
     before = replica.model.tokens_written
-    found = replica.evaluate(Plan.nothing(), setup, Bar(((0.0, -100.0),)))
+    found = replica.evaluate(Plan.nothing(), setup, ThresholdSet(((0.0, -100.0),)))
     assert replica.model.tokens_written == before
     assert found.scorecard["keyword-rate"].bound
     assert not found.scorecard["refusal-log-odds"].bound

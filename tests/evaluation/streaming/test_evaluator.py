@@ -14,7 +14,7 @@ from ray_abliterate.errors import (
     TokenSourceError,
     UnsupportedCarry,
 )
-from ray_abliterate.evaluation.streaming import Carry, StreamingEvaluator
+from ray_abliterate.evaluation.streaming import CarriedContext, StreamingEvaluator
 from ray_abliterate.evaluation.streaming.pass_size import tokens_per_pass
 from ray_abliterate.evaluation.streaming.runners import ModuleRunner
 from tests.evaluation.streaming.conftest import (
@@ -342,7 +342,7 @@ def test_a_model_that_keeps_its_state_itself_is_carried(tmp_path):
     ids = text_of(200) % 50
     whole = StreamingEvaluator(Averages(), vocab=50, chunk_size=200).evaluate(ids)
     evaluator = StreamingEvaluator(Averages(), vocab=50, chunk_size=30)
-    assert evaluator.choose(None).carry is Carry.STATE
+    assert evaluator.choose(None).carry is CarriedContext.STATE
     assert evaluator.evaluate(ids).loss == pytest.approx(whole.loss)
     assert evaluator.chunk(ids, 4).loss == pytest.approx(list(evaluator.stream(ids))[4].loss)
     chunks = evaluator.stream(ids, state=tmp_path / "s", save_seconds=0)
@@ -352,7 +352,7 @@ def test_a_model_that_keeps_its_state_itself_is_carried(tmp_path):
 
 def test_a_state_that_is_not_kept_is_found_out():
     evaluator = StreamingEvaluator(Averages(forgets=True), vocab=50, chunk_size=30)
-    assert evaluator.choose(None).carry is Carry.NONE
+    assert evaluator.choose(None).carry is CarriedContext.NONE
     with pytest.raises(UnsupportedCarry, match="carry = state with Averages"):
         StreamingEvaluator(Averages(forgets=True), vocab=50, carry="state")
 

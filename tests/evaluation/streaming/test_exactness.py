@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_abliterate.errors import UnsupportedCarry
-from ray_abliterate.evaluation.streaming import Carry, StreamingEvaluator
+from ray_abliterate.evaluation.streaming import CarriedContext, StreamingEvaluator
 from tests.evaluation.streaming.conftest import (
     full_losses,
     losses_by_chunk,
@@ -63,7 +63,7 @@ def test_a_state_that_is_dropped_goes_token_by_token_and_says_so(family, text):
     wanted = losses_by_chunk(full_losses(model(family), text[:100]), chunks)
     assert close([c.loss for c in chunks], wanted)
     assert "dropped by the model's code" in " ".join(stream.totals.notes)
-    assert StreamingEvaluator(model(family)).choose(100).carry is Carry.NONE
+    assert StreamingEvaluator(model(family)).choose(100).carry is CarriedContext.NONE
 
 
 @pytest.mark.parametrize("family", ["recurrent_gemma", "xlstm"])
@@ -196,7 +196,7 @@ def test_keys_and_values_that_do_not_fit_are_not_chosen(monkeypatch):
         "ray_abliterate.evaluation.streaming.carry_choice.free_bytes", lambda _: 1000
     )
     choice = evaluator.choose(300)
-    assert choice.carry is Carry.WINDOW
+    assert choice.carry is CarriedContext.WINDOW
     assert "don't fit" in choice.notes[-1]
 
 
@@ -214,9 +214,9 @@ def test_positions_that_a_model_lacks_are_refused(text):
 def test_half_precision_is_held_to_its_own_rounding():
     half = {name: copy.deepcopy(model(name)).bfloat16() for name in ("llama", "mamba2", "mamba")}
     able = {name: StreamingEvaluator(half[name]).findings.per_pass for name in half}
-    assert able["llama"][Carry.KV] == able["llama"][Carry.WINDOW] == 0
-    assert able["mamba2"][Carry.STATE] == 0
-    assert able["mamba"].get(Carry.STATE) != 0
+    assert able["llama"][CarriedContext.KV] == able["llama"][CarriedContext.WINDOW] == 0
+    assert able["mamba2"][CarriedContext.STATE] == 0
+    assert able["mamba"].get(CarriedContext.STATE) != 0
 
 
 def test_a_model_that_forgets_is_found_out(monkeypatch):
@@ -228,10 +228,10 @@ def test_a_model_that_forgets_is_found_out(monkeypatch):
 
     monkeypatch.setattr(type(module.backbone), "forward", forgets)
     evaluator = StreamingEvaluator(module)
-    assert Carry.STATE not in evaluator.findings.per_pass
-    assert evaluator.choose(None).carry is Carry.NONE
+    assert CarriedContext.STATE not in evaluator.findings.per_pass
+    assert evaluator.choose(None).carry is CarriedContext.NONE
     with pytest.raises(UnsupportedCarry, match="other losses than one full pass"):
-        StreamingEvaluator(module, carry=Carry.STATE)
+        StreamingEvaluator(module, carry=CarriedContext.STATE)
 
 
 def test_text_of_is_drawn_the_same_each_time():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_abliterate.evaluation.streaming import StateFiles, StreamingEvaluator
+from ray_abliterate.evaluation.streaming import HiddenStateCache, StreamingEvaluator
 from ray_abliterate.evaluation.streaming.hidden_state_cache import layer_keys
 from ray_abliterate.evaluation.streaming.runners import ModuleRunner
 from tests.evaluation.streaming.conftest import model, text_of
@@ -53,7 +53,7 @@ class Reader:
 
     def read(self, ids, kept: bool = True, at=(2,), most_bytes: int = 1 << 30, **options):
         """Chunks; `ran` has the blocks that were run for them."""
-        files = StateFiles(self.folder, most_bytes) if kept else None
+        files = HiddenStateCache(self.folder, most_bytes) if kept else None
         evaluator = StreamingEvaluator(
             self.module, chunk_size=60, states=files, states_at=at, **self.own
         )
@@ -146,7 +146,7 @@ def test_a_broken_file_costs_time_and_nothing_else(reader, text):
 def test_states_of_a_text_that_was_stopped_are_not_used_and_made_anew(reader, text):
     one = reader("llama", **KV)
     wanted = one.read(text, kept=False)
-    files = StateFiles(one.folder)
+    files = HiddenStateCache(one.folder)
     evaluator = StreamingEvaluator(one.module, chunk_size=60, states=files, states_at=(2,), **KV)
     stream = evaluator.stream(text)
     next(iter(stream))
@@ -183,7 +183,7 @@ def test_the_folder_has_a_limit_and_the_oldest_texts_go_first(reader):
     limit = int(2.2 * each)
     for ids, nats in zip(texts, wanted, strict=True):
         assert one.read(ids, at=(1, 2), most_bytes=limit) == nats
-        assert StateFiles(one.folder).bytes <= limit
+        assert HiddenStateCache(one.folder).bytes <= limit
     one.read(texts[2], most_bytes=limit)
     assert one.ran == {2, 3}
     one.read(texts[0], most_bytes=limit)
@@ -194,7 +194,7 @@ def test_a_text_that_does_not_fit_is_not_kept(reader, text):
     one = reader("llama", **KV)
     wanted = one.read(text, kept=False)
     assert one.read(text, most_bytes=20_000) == wanted
-    assert StateFiles(one.folder).bytes == 0
+    assert HiddenStateCache(one.folder).bytes == 0
 
 
 def test_a_disk_that_is_full_costs_time_and_nothing_else(reader, text, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(reader, text, monkeypat
     wanted = one.read(text, kept=False)
     monkeypatch.setattr("ray_abliterate.evaluation.streaming.hidden_state_cache.write_whole", full)
     assert one.read(text) == wanted
-    assert StateFiles(one.folder).bytes == 0
+    assert HiddenStateCache(one.folder).bytes == 0
 
 
 def test_passes_that_were_halved_are_not_kept(reader, text, monkeypatch):
@@ -222,7 +222,7 @@ def test_passes_that_were_halved_are_not_kept(reader, text, monkeypatch):
     wanted = one.read(text, kept=False)
     limit["tokens"] = 40
     assert one.read(text) == pytest.approx(wanted, rel=1e-6)
-    assert StateFiles(one.folder).bytes == 0
+    assert HiddenStateCache(one.folder).bytes == 0
     limit["tokens"] = 10**9
     assert one.read(text) == wanted
     assert one.ran == {0, 1, 2, 3}

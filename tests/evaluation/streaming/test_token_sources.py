@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ray_abliterate.errors import TokenSourceError
 from ray_abliterate.evaluation.streaming import TokenSource, open_source
-from ray_abliterate.evaluation.streaming.token_sources import Tape
+from ray_abliterate.evaluation.streaming.token_sources import TokenCursor
 from tests.evaluation.streaming.conftest import text_of
 
 IDS = text_of(1000)
@@ -219,7 +219,7 @@ def test_blocks_that_are_no_tokens_are_refused():
 
 
 def test_a_tape_holds_no_more_than_was_asked_for_and_a_block():
-    tape = Tape(open_source(iter(IDS.split(10))), 0, None, 97)
+    tape = TokenCursor(open_source(iter(IDS.split(10))), 0, None, 97)
     for first in range(0, 900, 50):
         assert torch.equal(tape.read(first, first + 60), IDS[first : first + 60])
         assert len(tape._held) <= 70

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from ray_abliterate.errors import ScoreError
 from ray_abliterate.evaluation.suites.aggregation import (
-    compare,
+    compare_suites,
     mcnemar,
-    merged,
-    paired_difference,
+    merge_chunks,
+    newcombe_interval,
     summarise,
 )
 from ray_abliterate.evaluation.suites.suite import Chunk, Measure, SuiteChunk
@@ -84,7 +84,7 @@ def test_a_chunk_of_other_items_is_refused() -> None:
     with pytest.raises(ScoreError, match="two results are of different items"):
         summarise("s", [RATE], [one, replace(one, fingerprint="other")])
     with pytest.raises(ScoreError, match="two results are of different items"):
-        compare([RATE], [one], [replace(one, fingerprint="other")])
+        compare_suites([RATE], [one], [replace(one, fingerprint="other")])
     with pytest.raises(ScoreError, match="is no part of 's'"):
         summarise("s", [RATE], [replace(one, suite="t")])
     with pytest.raises(ScoreError, match="no chunk has been measured"):
@@ -93,7 +93,7 @@ def test_a_chunk_of_other_items_is_refused() -> None:
 
 def test_merged_chunks_come_once_and_by_id() -> None:
     chunks = [result(name, right=[1.0]) for name in ("b/0", "a/1", "a/0")]
-    assert [c.chunk for c in merged("s", [*chunks, chunks[0]])] == ["a/0", "a/1", "b/0"]
+    assert [c.chunk for c in merge_chunks("s", [*chunks, chunks[0]])] == ["a/0", "a/1", "b/0"]
 
 
 def test_of_two_results_of_one_chunk_the_same_one_counts_whichever_came_first() -> None:
@@ -125,7 +125,7 @@ def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs() -> None:
 def test_only_items_that_both_have_are_compared() -> None:
     base = [result("0", right=[1.0, 1.0, None, 0.0]), result("1", right=[1.0])]
     other = [result("0", right=[0.0, 1.0, 1.0, None])]
-    (found,) = compare([RATE], base, other)
+    (found,) = compare_suites([RATE], base, other)
     assert (found.items, found.base, found.other, found.difference) == (2, 1.0, 0.5, -0.5)
     assert found.p == mcnemar(1, 0)
     assert found.low < -0.5 < found.high
@@ -133,7 +133,7 @@ def test_only_items_that_both_have_are_compared() -> None:
 
 def test_a_comparison_tests_what_was_lost_against_what_was_gained() -> None:
     base, other = [1.0] * 6 + [0.0, 1.0], [0.0] * 6 + [1.0, 1.0]
-    (found,) = compare([RATE], [result("0", right=base)], [result("0", right=other)])
+    (found,) = compare_suites([RATE], [result("0", right=base)], [result("0", right=other)])
     assert found.p == mcnemar(6, 1) < 0.2
     assert found.difference == -5 / 8
 
@@ -142,7 +142,7 @@ def test_pairs_show_a_difference_that_means_alone_hide() -> None:
     chance = random.Random(1)
     values = [chance.gauss(0, 10) for _ in range(50)]
     better = [value - 0.5 + chance.gauss(0, 0.1) for value in values]
-    (found,) = compare([MEAN], [result("0", nats=values)], [result("0", nats=better)])
+    (found,) = compare_suites([MEAN], [result("0", nats=values)], [result("0", nats=better)])
     assert found.difference == pytest.approx(-0.5, abs=0.05)
     assert found.high < -0.4
     assert found.p is None
@@ -151,10 +151,10 @@ def test_pairs_show_a_difference_that_means_alone_hide() -> None:
 @given(st.tuples(*[st.integers(0, 30)] * 4).filter(lambda counts: sum(counts) > 0))
 def test_the_interval_of_a_paired_difference_holds_it_and_turns_with_it(counts: tuple) -> None:
     both, lost, gained, neither = counts
-    low, high = paired_difference(both, lost, gained, neither)
+    low, high = newcombe_interval(both, lost, gained, neither)
     difference = (gained - lost) / sum(counts)
     assert -1 <= low <= difference <= high <= 1
-    turned = paired_difference(both, gained, lost, neither)
+    turned = newcombe_interval(both, gained, lost, neither)
     assert turned == pytest.approx((-high, -low))
     assert low < high
 
@@ -164,7 +164,7 @@ def test_the_interval_covers_the_true_difference_about_95_times_in_100() -> None
     kinds = ["both"] * 60 + ["lost"] * 20 + ["gained"] * 8 + ["neither"] * 12
     for _ in range(600):
         drawn = [chance.choice(kinds) for _ in range(60)]
-        low, high = paired_difference(
+        low, high = newcombe_interval(
             *(drawn.count(k) for k in ("both", "lost", "gained", "neither"))
         )
         covered += low <= -0.12 <= high

@@ -9,7 +9,7 @@ import pytest
 
 from ray_abliterate.errors import RecipeError, ScoreError
 from ray_abliterate.evaluation.suites import build as suites
-from ray_abliterate.evaluation.suites.build import build, known_kinds, measure
+from ray_abliterate.evaluation.suites.build import build_suites, known_suite_kinds, run_chunk
 from ray_abliterate.evaluation.suites.suite import SuiteChunk
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe import Recipe
@@ -87,7 +87,7 @@ def test_a_recipe_with_suites_is_the_same_after_json() -> None:
 def test_suites_of_installed_packages_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("answer-length", "tests.support.own_suites:AnswerLength", suites.GROUP)
     monkeypatch.setattr(suites, "entry_points", lambda group: [point])
-    assert "answer-length" in known_kinds()
+    assert "answer-length" in known_suite_kinds()
     made = suite_of(OWN.replace("tests.support.own_suites:AnswerLength", "answer-length"))
     assert isinstance(made, AnswerLength)
 
@@ -127,11 +127,11 @@ def test_a_result_is_held_against_its_chunk(model: LanguageModel, change: dict, 
     )
     own.change = change
     with pytest.raises(ScoreError) as caught:
-        measure(own, model, next(iter(own.chunks())))
+        run_chunk(own, model, next(iter(own.chunks())))
     assert part in str(caught.value)
 
 
 def test_suites_can_be_built_without_reading_their_tables() -> None:
     text = HEAD + 'kind = "multiple-choice"\ntable = { file = "missing.jsonl" }\n'
-    (made,) = build(Recipe.parse(text, "recipe.toml").suites, Path())
+    (made,) = build_suites(Recipe.parse(text, "recipe.toml").suites, Path())
     assert made.name == "multiple-choice"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_abliterate.evaluation.suites.build import build
+from ray_abliterate.evaluation.suites.build import build_suites
 from ray_abliterate.evaluation.suites.suite import Suite
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.testing.suites import SuiteContract
@@ -25,7 +25,7 @@ prompts = { builtin = "other-heldout" }
 
 def suite_of(text: str, base: Path = Path()) -> Suite:
     """The suite that a recipe's section describes."""
-    (suite,) = build(Recipe.parse(HEAD + text, "recipe.toml").suites, base)
+    (suite,) = build_suites(Recipe.parse(HEAD + text, "recipe.toml").suites, base)
     return suite
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_abliterate.errors import PromptSourceError, RecipeError, ScoreError
-from ray_abliterate.evaluation.suites.build import measure
+from ray_abliterate.evaluation.suites.build import run_chunk
 from ray_abliterate.evaluation.suites.lm_eval import LmEval
 from ray_abliterate.evaluation.suites.suite import Suite
 from ray_abliterate.model.language_model import LanguageModel
@@ -81,7 +81,7 @@ def test_a_chunk_is_a_task_and_its_values_are_those_of_its_samples(
     own = suite(base, limit=9)
     drawn = torch.get_rng_state(), numpy.random.get_state()[1]
     chunk = next(iter(own.chunks()))
-    found = measure(own, model, chunk)
+    found = run_chunk(own, model, chunk)
     assert torch.equal(torch.get_rng_state(), drawn[0])
     assert (numpy.random.get_state()[1] == drawn[1]).all()
     assert (chunk.id, chunk.group, len(chunk.items)) == ("tiny_first", "tiny_first", 9)
@@ -136,7 +136,7 @@ def test_metrics_that_cannot_be_are_refused(
 ) -> None:
     own = suite(base, metric=metric)
     with pytest.raises(ScoreError, match=says):
-        measure(own, model, next(iter(own.chunks())))
+        run_chunk(own, model, next(iter(own.chunks())))
 
 
 def test_without_the_harness_the_error_names_the_command(

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from ray_abliterate.data.prompts import Prompt
 from ray_abliterate.errors import PromptSourceError, ScoreError
-from ray_abliterate.evaluation.suites.build import measure
+from ray_abliterate.evaluation.suites.build import run_chunk
 from ray_abliterate.evaluation.suites.multiple_choice import (
     MultipleChoice,
     letter_tokens,
@@ -118,7 +118,7 @@ def test_results_before_an_impossible_row_are_kept(tmp_path: Path, model: Langua
     own, results = suite(tmp_path, chunk=2), []
     with pytest.raises(PromptSourceError, match=r"line 7: `answer` is None"):
         for chunk in own.chunks():
-            results.append(measure(own, model, chunk))
+            results.append(run_chunk(own, model, chunk))
     assert [result.chunk for result in results] == ["stars/00000", "stars/00001", "soup/00000"]
     assert own.summary(results)[0].detail["items"] == 6
 
@@ -318,7 +318,7 @@ def test_a_real_models_choice_is_the_one_its_probabilities_say(
     rows = questions("stars", "soup")
     written(tmp_path / "q.jsonl", rows)
     own = suite(tmp_path, scoring=scoring, chunk=3)
-    results = [measure(own, model, chunk) for chunk in own.chunks()]
+    results = [run_chunk(own, model, chunk) for chunk in own.chunks()]
     right = {i: v for r in results for i, v in zip(r.items, r.values["correct"], strict=True)}
     tokenizer = model.chat.tokenizer
     for number, row in enumerate(rows):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ray_abliterate.errors import PromptSourceError
-from ray_abliterate.evaluation.suites.build import measure
+from ray_abliterate.evaluation.suites.build import run_chunk
 from ray_abliterate.evaluation.suites.over_refusal import OverRefusal
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe.suites import OverRefusalSuite
@@ -29,7 +29,7 @@ def test_refusals_of_harmless_prompts_are_counted_by_type(
 ) -> None:
     written(tmp_path / "p.jsonl", ROWS)
     own = suite(tmp_path)
-    results = [measure(own, model, chunk) for chunk in own.chunks()]
+    results = [run_chunk(own, model, chunk) for chunk in own.chunks()]
     scores = {score.name: score for score in own.summary(results)}
     assert scores["over-refusal"].value == pytest.approx(1 / 3)
     assert scores["over-refusal/homonyms"].value == 0.5
@@ -57,10 +57,10 @@ def test_empty_answers_count_as_refusals_and_apart(
     written(tmp_path / "p.jsonl", ROWS)
     monkeypatch.setattr(model.chat, "decode", lambda ids: "")
     monkeypatch.setattr(type(model.chat), "decode", lambda self, ids: "")
-    (first, *_) = [measure(suite(tmp_path), model, c) for c in suite(tmp_path).chunks()]
+    (first, *_) = [run_chunk(suite(tmp_path), model, c) for c in suite(tmp_path).chunks()]
     assert (first.values["refused"], first.counts["empty"]) == ((1.0,), 1)
     lenient = suite(tmp_path, empty_is_refusal=False)
-    (first, *_) = [measure(lenient, model, c) for c in lenient.chunks()]
+    (first, *_) = [run_chunk(lenient, model, c) for c in lenient.chunks()]
     assert first.values["refused"] == (0.0,)
 
 
@@ -68,7 +68,7 @@ def test_answers_are_kept_whole_only_on_request(tmp_path: Path, model: LanguageM
     written(tmp_path / "p.jsonl", ROWS[:1])
     own = suite(tmp_path, keep_answers=True, markers=["sorry"])
     (chunk,) = own.chunks()
-    (row,) = measure(own, model, chunk).rows
+    (row,) = run_chunk(own, model, chunk).rows
     assert row["prompt"] == ROWS[0]["prompt"]
     assert (row["answer"], row["verdict"]) == ("sorry", "behaviour")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ray_abliterate.errors import PromptSourceError
-from ray_abliterate.evaluation.suites.build import measure
+from ray_abliterate.evaluation.suites.build import run_chunk
 from ray_abliterate.evaluation.suites.perplexity import Perplexity
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe.suites import PerplexitySuite
@@ -24,7 +24,7 @@ def suite(base: Path, **options: object) -> Perplexity:
 def test_losses_are_those_of_one_forward_pass(tmp_path: Path, model: LanguageModel) -> None:
     written(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS])
     own = suite(tmp_path, chunk=3)
-    results = [measure(own, model, chunk) for chunk in own.chunks()]
+    results = [run_chunk(own, model, chunk) for chunk in own.chunks()]
     assert [len(result.items) for result in results] == [3, 1]
     found = [value for result in results for value in result.values["loss"]]
     nats, tokens = [], 0
@@ -47,7 +47,7 @@ def test_losses_are_those_of_one_forward_pass(tmp_path: Path, model: LanguageMod
 
 def test_only_the_first_tokens_count(tmp_path: Path, model: LanguageModel) -> None:
     written(tmp_path / "t.jsonl", [{"text": TEXTS[0]}])
-    (short,) = [measure(suite(tmp_path, tokens=3), model, c) for c in suite(tmp_path).chunks()]
+    (short,) = [run_chunk(suite(tmp_path, tokens=3), model, c) for c in suite(tmp_path).chunks()]
     assert short.counts["tokens"] == 2
 
 

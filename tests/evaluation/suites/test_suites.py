@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.directions.compute import compute
+from ray_abliterate.directions.compute import directions_from_residuals
 from ray_abliterate.directions.residuals.residual_set import join
 from ray_abliterate.directions.residuals.shard import ResidualShard
 from ray_abliterate.errors import ScoreError
@@ -43,7 +43,7 @@ def setup(replica: Replica, recipe: Recipe, behaviour: PromptSet, neutral: Promp
     shards = [
         ResidualShard(replica.residuals(s.name, 0, s.prompts, ())) for s in (behaviour, neutral)
     ]
-    return Setup(compute(*(join([shard]) for shard in shards), recipe.direction))
+    return Setup(directions_from_residuals(*(join([shard]) for shard in shards), recipe.direction))
 
 
 def ablating(replica: Replica) -> Plan:

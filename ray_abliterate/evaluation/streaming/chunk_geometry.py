@@ -1,27 +1,13 @@
-"""What one chunk hands on to the next, and where chunks lie. Values; knows nothing of models."""
+"""Where the chunks of a text lie, in tokens. Values; knows nothing about models."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from ray_abliterate.errors import EvaluationError
-
-
-class Carry(StrEnum):
-    """What a chunk knows of the text before it."""
-
-    KV = "kv"
-    """All that the model's cache keeps: the losses of one full forward pass. The cache of full
-    attention grows with the text."""
-    WINDOW = "window"
-    """Attention reaches back `window` tokens in every layer: constant memory, another quantity."""
-    STATE = "state"
-    """Recurrent state and attention windows of the model's own: one full pass, constant memory."""
-    NONE = "none"
-    """Nothing but `overlap` tokens: constant memory, chunks are independent."""
+from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenSpan:
     """Where a chunk lies in the text, in tokens.
 
     Attributes:
@@ -38,7 +24,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ChunkGeometry:
     """Cuts a text into chunks: each token but the first one is predicted in exactly one of them.
 
     Attributes:
@@ -47,7 +33,7 @@ class Geometry:
         overlap: Tokens of a chunk that are context only; they belong to the chunk before.
     """
 
-    carry: Carry
+    carry: CarriedContext
     chunk_size: int
     overlap: int = 0
 
@@ -61,7 +47,7 @@ class Geometry:
             raise EvaluationError(
                 f"overlap = {self.overlap} is negative.\n  Set it to 0 or more tokens."
             )
-        if self.overlap and self.carry is not Carry.NONE:
+        if self.overlap and self.carry is not CarriedContext.NONE:
             raise EvaluationError(
                 f"overlap = {self.overlap} with carry = {self.carry.value}: what is carried is the "
                 "context already.\n  Set overlap = 0, or carry = none."
@@ -77,13 +63,13 @@ class Geometry:
         """New tokens of each chunk but the first."""
         return self.chunk_size - self.overlap
 
-    def span(self, index: int) -> Span:
+    def span(self, index: int) -> TokenSpan:
         """Chunk number `index`, if the text reaches that far."""
         begin = index * self.stride
         stop, start = begin + self.chunk_size, begin + (self.overlap if index else 0)
-        if self.carry is Carry.NONE:
-            return Span(index, begin, start, stop)
-        return Span(index, max(start - 1, 0), start, stop)
+        if self.carry is CarriedContext.NONE:
+            return TokenSpan(index, begin, start, stop)
+        return TokenSpan(index, max(start - 1, 0), start, stop)
 
     def chunks(self, tokens: int) -> int:
         """How many chunks a text of so many tokens makes."""
@@ -91,5 +77,5 @@ class Geometry:
             return 0
         beyond = max(0, tokens - self.chunk_size)
         count = 1 + -(-beyond // self.stride)
-        alone = count > 1 and self.carry is Carry.NONE and not self.overlap
+        alone = count > 1 and self.carry is CarriedContext.NONE and not self.overlap
         return count - (alone and beyond % self.stride == 1)
