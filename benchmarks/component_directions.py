@@ -51,7 +51,7 @@ def prepared() -> tuple[Any, Any]:
     """The demo's replica, and the directions of its recipe, of components too."""
     from ray_abliterate.data.builtin.demo_model import build_demo_model, default_folder
     from ray_abliterate.data.prompt_sources import load_prompt_set
-    from ray_abliterate.directions.compute import compute
+    from ray_abliterate.directions.compute import directions_from_residuals
     from ray_abliterate.directions.residuals.residual_set import Residuals
     from ray_abliterate.model.architecture import find_writers
     from ray_abliterate.model.component_outputs import contributing
@@ -73,7 +73,7 @@ def prepared() -> tuple[Any, Any]:
         for n, s in given.items()
     ]
     found = [
-        compute(
+        directions_from_residuals(
             *(Residuals(v[:, first : first + layers].contiguous()) for v in values),
             recipe.direction,
         )

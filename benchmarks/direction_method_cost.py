@@ -72,32 +72,40 @@ def held_out_seconds(name: str, prompts: int, hidden: int) -> float:
     import torch
 
     from ray_abliterate.directions import compute
-    from ray_abliterate.directions.comparison.cross_fitting import REDUCED, vectors_without
-    from ray_abliterate.directions.comparison.fitting import Sets
-    from ray_abliterate.directions.comparison.held_out import held_out
-    from ray_abliterate.directions.residuals.folds import Folds, by_fold, picked_places, projected
+    from ray_abliterate.directions.comparison.cross_fitting import (
+        REDUCIBLE_NEEDS,
+        leave_one_fold_out,
+    )
+    from ray_abliterate.directions.comparison.fitting import ContrastSets
+    from ray_abliterate.directions.comparison.held_out import measure_held_out
+    from ray_abliterate.directions.residuals.folds import (
+        Folds,
+        by_fold,
+        evenly_spaced_indices,
+        project_shard,
+    )
     from ray_abliterate.directions.residuals.shard import ResidualShard
     from ray_abliterate.recipe import DirectionSettings
 
     settings = DirectionSettings(method=name)
     sets = residuals(prompts, hidden, outliers=False)[:2]
     need = compute.need_of(settings)
-    if need not in REDUCED:
-        places = torch.from_numpy(picked_places(prompts))
+    if need not in REDUCIBLE_NEEDS:
+        places = torch.from_numpy(evenly_spaced_indices(prompts))
         sets = tuple(values[places].contiguous() for values in sets)
     folds = Folds.of(*([(kind, i) for i in range(len(v))] for kind, v in enumerate(sets)))
     assert folds is not None
     batches = [ResidualShard.of("s", 0, values[:, None].numpy()).batch for values in sets]
     started = time.perf_counter()
-    if need in REDUCED:
-        function, _ = REDUCED[need]
+    if need in REDUCIBLE_NEEDS:
+        function, _ = REDUCIBLE_NEEDS[need]
         sides = list(zip(batches, folds.sides, strict=True))
         parts = [by_fold(batch, own, function) for batch, own in sides]
-        vectors = vectors_without(*parts, settings, folds)
+        vectors = leave_one_fold_out(*parts, settings, folds)
         for batch, own in sides:
-            projected(batch, vectors, own)
+            project_shard(batch, vectors, own)
     else:
-        held_out(Sets(*sets), settings, folds)
+        measure_held_out(ContrastSets(*sets), settings, folds)
     return round(time.perf_counter() - started, 4)
 
 

@@ -65,7 +65,7 @@ def area(behaviour: Any, neutral: Any, count: int) -> float:
     """AUROC of all prompts, each along the difference of means of the other folds."""
     import numpy
 
-    from ray_abliterate.directions.comparison.held_out import centred
+    from ray_abliterate.directions.comparison.held_out import centre_folds
     from ray_abliterate.directions.residuals.folds import Folds
     from ray_abliterate.directions.separability import auroc
 
@@ -80,7 +80,7 @@ def area(behaviour: Any, neutral: Any, count: int) -> float:
         gap = others[0] - others[1]
         vector = gap / numpy.linalg.norm(gap)
         along[0][inside], along[1][inside] = behaviour[inside] @ vector, neutral[inside] @ vector
-    return auroc(*centred(along[0], along[1], Folds(count, own, own)))
+    return auroc(*centre_folds(along[0], along[1], Folds(count, own, own)))
 
 
 if __name__ == "__main__":

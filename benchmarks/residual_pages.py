@@ -63,19 +63,19 @@ def main() -> None:
 
 def measure(folder: Path, layers: int, prompts: int, compared: int) -> dict[str, Any]:
     """Seconds of each part, and peak bytes."""
-    from ray_abliterate.directions.comparison.compare import compare
-    from ray_abliterate.directions.layer_views import views
+    from ray_abliterate.directions.comparison.compare import compare_methods
+    from ray_abliterate.directions.layer_views import view_layers
     from ray_abliterate.recipe import DirectionSettings
     from ray_abliterate.report.residuals_page import residuals_page
 
     views_of = DirectionSettings()
-    list(views(*small(), views_of))  # libraries
+    list(view_layers(*small(), views_of))  # libraries
     seconds, found = {}, []
     with most_held() as held:
         started = time.perf_counter()
         sets = opened(folder, prompts)
         seconds["checksums"] = time.perf_counter() - started
-        for view in views(*sets, views_of):
+        for view in view_layers(*sets, views_of):
             found.append(view)
             print(f"\rlayer {len(found)} of {layers}", end="", flush=True, file=sys.stderr)
         seconds["residuals"] = time.perf_counter() - started
@@ -86,7 +86,7 @@ def measure(folder: Path, layers: int, prompts: int, compared: int) -> dict[str,
     methods = {name: DirectionSettings(method=name) for name in COMPARED}
     times: list[float] = []
     started = time.perf_counter()
-    compare(
+    compare_methods(
         *(Few(part, compared) for part in sets), methods, 2,
         step=lambda done, total: times.append(time.perf_counter() - started),
     )  # fmt: skip

@@ -71,8 +71,8 @@ def reducer(kind: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
     """What takes in a shard, and what gives the result."""
     from ray_abliterate.directions.residuals.moments import (
         Moments,
-        Pairs,
-        Rows,
+        PairedMoments,
+        ResidualRows,
         moments_of,
         rows_of,
     )
@@ -84,10 +84,10 @@ def reducer(kind: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
         total[:] = [total[0] + part] if total else [part]
 
     if kind == "covariance":
-        total.append(Pairs(Moments.nothing(HIDDEN)))
+        total.append(PairedMoments(Moments.nothing(HIDDEN)))
         return lambda batch: add(rows_of(batch, 0)), lambda: total[0].moments.covariance
     if kind == "residuals":
-        total.append(Rows(()))
+        total.append(ResidualRows(()))
         return lambda batch: add(rows_of(batch, 0)), lambda: total[0].values
     of = {"sums": sums_of, "variances": moments_of}[kind]
     return lambda batch: add(of(batch)), lambda: total[0]

@@ -150,7 +150,9 @@ class Ours:
                     for i, prompts in self.sets[name].batches(EXTRACTION_BATCH)
                 ]
                 found.append(join(shards, self.sets[name].fingerprint))
-            file.write_bytes(compute.compute(*found, self.recipe.direction).to_bytes())
+            file.write_bytes(
+                compute.directions_from_residuals(*found, self.recipe.direction).to_bytes()
+            )
         self.setup = Setup(Directions.from_bytes(file.read_bytes()))
 
     @contextmanager

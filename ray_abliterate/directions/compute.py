@@ -19,8 +19,8 @@ from ray_abliterate.directions.methods.inputs import (
     Average,
     Layer,
     Need,
-    Rows,
     Sample,
+    StreamVectors,
     Summary,
     demand_of,
 )
@@ -31,25 +31,25 @@ from ray_abliterate.directions.residuals.residual_set import LayerVectors, Resid
 from ray_abliterate.directions.residuals.shard import Sums
 from ray_abliterate.errors import RecipeError
 from ray_abliterate.recipe import DirectionSettings
-from ray_abliterate.search.score import resolve
+from ray_abliterate.recipe.plugins import resolve
 
 log = logging.getLogger(__name__)
 
 Stack = Float[Tensor, "layer rank hidden"]
-Member = tuple[str, float, Callable[..., Any], Mapping[str, Any]]
+WeightedMethod = tuple[str, float, Callable[..., Any], Mapping[str, Any]]
 
 
-def members_of(settings: DirectionSettings) -> list[Member]:
+def weighted_methods(settings: DirectionSettings) -> list[WeightedMethod]:
     """Name, weight, function and options of the recipe's methods: one, or those of an ensemble."""
     if settings.method != "ensemble":
-        return [(settings.method, 1.0, named(settings.method), settings.options)]
+        return [(settings.method, 1.0, find_method(settings.method), settings.options)]
     return [
-        (member.method, member.weight, named(member.method), member.options)
+        (member.method, member.weight, find_method(member.method), member.options)
         for member in settings.ensemble
     ]
 
 
-def named(method: str) -> Callable[..., Any]:
+def find_method(method: str) -> Callable[..., Any]:
     """A method of this package, or the one that `module:function` names.
 
     Raises:
@@ -65,7 +65,7 @@ def named(method: str) -> Callable[..., Any]:
 
 def need_of(settings: DirectionSettings) -> Need:
     """The most that the recipe's methods need to know of residuals."""
-    needs = [demand_of(function).need for _, _, function, _ in members_of(settings)]
+    needs = [demand_of(function).need for _, _, function, _ in weighted_methods(settings)]
     if settings.project_out_components:
         needs.append(demand_of(neutral_components).need)
     return max(needs, key=NEEDS.index)
@@ -78,13 +78,13 @@ def rows_per_layer(settings: DirectionSettings) -> int:
     """
     rank = 1
     if settings.method != "ensemble":
-        ((_, _, function, options),) = members_of(settings)
+        ((_, _, function, options),) = weighted_methods(settings)
         known = inspect.signature(function).parameters
         rank = int(options.get("rank", known["rank"].default)) if "rank" in known else 1
     return rank + settings.biproject
 
 
-def refuse_unknown(settings: DirectionSettings) -> None:
+def refuse_unknown_methods(settings: DirectionSettings) -> None:
     """Make sure, before a model is loaded, that methods exist and take the options they are given.
 
     Methods of this package are also tried, on a handful of numbers.
@@ -93,7 +93,7 @@ def refuse_unknown(settings: DirectionSettings) -> None:
         ScoreError: a module or function is not there.
         RecipeError: a method has no option of that name, or can't do with its value.
     """
-    for name, _, function, options in members_of(settings):
+    for name, _, function, options in weighted_methods(settings):
         own = _options_of(function)
         for option, value in options.items():
             if own is not None and option not in own:
@@ -134,7 +134,9 @@ def _try(name: str, function: Callable[..., Any], options: Mapping[str, Any]) ->
         raise RecipeError(f"direction.options: {name}: {error}") from None
 
 
-def compute(behaviour: Residuals, neutral: Residuals, settings: DirectionSettings) -> Directions:
+def directions_from_residuals(
+    behaviour: Residuals, neutral: Residuals, settings: DirectionSettings
+) -> Directions:
     """The directions that the recipe asks for, from whole sets.
 
     Residuals are winsorised if asked, the method gives raw vectors, what is to be spared of the
@@ -154,19 +156,21 @@ def compute(behaviour: Residuals, neutral: Residuals, settings: DirectionSetting
     origin = {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint}
     if need_of(settings) == "means":
         counts = len(behaviour.values), len(neutral.values)
-        return from_layers(_averages(counts, behaviour.mean(), neutral.mean()), settings, origin)
+        return directions_from_layers(
+            _averages(counts, behaviour.mean(), neutral.mean()), settings, origin
+        )
     hidden = behaviour.values.shape[2]
     layers = (
         Layer(*(Sample(s.values[:, index].contiguous(), hidden) for s in (behaviour, neutral)))
         for index in range(behaviour.layers)
     )
-    return from_layers(layers, settings, origin)
+    return directions_from_layers(layers, settings, origin)
 
 
-def from_sums(
+def directions_from_sums(
     behaviour: Sums, neutral: Sums, settings: DirectionSettings, origin: Mapping[str, str]
 ) -> Directions:
-    """What `compute` finds, for a method that needs means alone, from sums of winsorised residuals.
+    """What `directions_from_residuals` finds, for a method that needs means alone, from sums of winsorised residuals.
 
     The means differ from those of whole sets by float64 rounding, the directions by at most one
     rounding to float32.
@@ -175,10 +179,12 @@ def from_sums(
         ValueError: the shapes differ, or no layer has a direction.
     """
     means = torch.from_numpy(behaviour.mean), torch.from_numpy(neutral.mean)
-    return from_layers(_averages((behaviour.prompts, neutral.prompts), *means), settings, origin)
+    return directions_from_layers(
+        _averages((behaviour.prompts, neutral.prompts), *means), settings, origin
+    )
 
 
-def from_moments(
+def directions_from_moments(
     behaviour: Moments, neutral: Moments, settings: DirectionSettings, origin: Mapping[str, str]
 ) -> Directions:
     """The same, for a method that needs variances, from moments of winsorised residuals.
@@ -190,10 +196,10 @@ def from_moments(
         Layer(Summary(behaviour.layer(index)), Summary(neutral.layer(index)))
         for index in range(len(behaviour.mean))
     )
-    return from_layers(layers, settings, origin)
+    return directions_from_layers(layers, settings, origin)
 
 
-def from_layers(
+def directions_from_layers(
     layers: Iterable[Layer], settings: DirectionSettings, origin: Mapping[str, str]
 ) -> Directions:
     """The directions that the recipe asks for, from layers of which one at a time is in memory.
@@ -201,7 +207,11 @@ def from_layers(
     Raises:
         ValueError: no layer has a direction, or a method gave something else than vectors.
     """
-    raw, means, components = list[Rows](), list[tuple[Tensor, Tensor]](), list[Rows]()
+    raw, means, components = (
+        list[StreamVectors](),
+        list[tuple[Tensor, Tensor]](),
+        list[StreamVectors](),
+    )
     for layer in layers:
         raw.append(_raw(layer, settings))
         means.append((layer.behaviour.mean, layer.neutral.mean))
@@ -221,7 +231,7 @@ def from_layers(
     )
 
 
-def _components(behaviour: Any, neutral: Any, count: int) -> Rows:
+def _components(behaviour: Any, neutral: Any, count: int) -> StreamVectors:
     return neutral_components(behaviour, neutral, count=min(count, len(neutral.mean)))
 
 
@@ -235,7 +245,7 @@ def _averages(
         yield Layer(Average(counts[0], one), Average(counts[1], other))
 
 
-def _raw(layer: Layer, settings: DirectionSettings) -> Rows:
+def _raw(layer: Layer, settings: DirectionSettings) -> StreamVectors:
     """What the recipe's method finds; of an ensemble the weighted sum of unit vectors.
 
     Members may differ in sign by accident, so each is taken with the sign that it has along the
@@ -243,12 +253,12 @@ def _raw(layer: Layer, settings: DirectionSettings) -> Rows:
     """
     first, *more = (
         (weight, _sized(layer.find(function, **options), layer))
-        for _, weight, function, options in members_of(settings)
+        for _, weight, function, options in weighted_methods(settings)
     )
     if settings.method != "ensemble":
         return first[1]
     lead = first[1][:1]
-    total: Rows = first[0] * _normed(lead)
+    total: StreamVectors = first[0] * _normed(lead)
     for weight, rows in more:
         unit = _normed(rows[:1])
         total = total + weight * unit * (-1.0 if (unit * lead).sum() < 0 else 1.0)
@@ -256,7 +266,7 @@ def _raw(layer: Layer, settings: DirectionSettings) -> Rows:
     return total
 
 
-def _sized(rows: Rows, layer: Layer) -> Rows:
+def _sized(rows: StreamVectors, layer: Layer) -> StreamVectors:
     """Rows in a unit of the method's own, which may be small, brought to the stream's.
 
     So that only what is small beside the residuals, where the sets' means are the same too, counts
@@ -273,7 +283,9 @@ def _normed(vectors: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]
     return units
 
 
-def _spared(neutral: LayerVectors, mean: bool, components: list[Rows]) -> list[LayerVectors]:
+def _spared(
+    neutral: LayerVectors, mean: bool, components: list[StreamVectors]
+) -> list[LayerVectors]:
     """Orthonormal vectors, each for all layers, that directions are made orthogonal to."""
     found = [_normed(neutral)] if mean else []
     for vectors in torch.stack(components).unbind(dim=1) if components else ():

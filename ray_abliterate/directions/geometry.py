@@ -18,7 +18,7 @@ Plane = Float[numpy.ndarray, "prompt 2"]
 
 
 @dataclass(frozen=True)
-class Geometry:
+class SetGeometry:
     """How two sets lie in the residual stream, in its own units.
 
     Attributes:
@@ -42,7 +42,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Scene:
+class InnerProducts:
     """Both sets after one block, by their inner products.
 
     Attributes:
@@ -63,7 +63,7 @@ class Scene:
         cls,
         behaviour: Float[numpy.ndarray, "prompt hidden"],
         neutral: Float[numpy.ndarray, "other hidden"],
-    ) -> "Scene":
+    ) -> "InnerProducts":
         """From the residuals; in float64, since a massive activation hides what is small."""
         rows = numpy.concatenate([behaviour, neutral]).astype(numpy.float64)
         norms = numpy.sqrt(numpy.einsum("ph,ph->p", rows, rows))
@@ -86,7 +86,7 @@ class Scene:
         """Distance between the two means."""
         return math.sqrt(max(0.0, float(self._weights @ self.products @ self._weights)))
 
-    def geometry(self) -> Geometry:
+    def geometry(self) -> SetGeometry:
         """Lengths, angles and distances."""
         behaviour, neutral = numpy.split(self.norms, [self.first])
         squares = numpy.diagonal(self.products)
@@ -97,7 +97,7 @@ class Scene:
         spread = max(0.0, within - self.gap**2 / 4) ** 0.5
         one, other, product = self.means
         total, energy = float(squares.sum()), float(numpy.square(self.products).sum())
-        return Geometry(
+        return SetGeometry(
             behaviour_norm=float(behaviour.mean()),
             neutral_norm=float(neutral.mean()),
             gap=self.gap,
@@ -132,7 +132,7 @@ class Scene:
         return numpy.stack([along, leading[:, 0]], axis=1), shares
 
 
-def facing(plane: Plane, before: Plane | None) -> Plane:
+def keep_orientation(plane: Plane, before: Plane | None) -> Plane:
     """A plane with the sign of its second axis that it had in the block before, if there is one.
 
     Signs of components are arbitrary; a picture that moves over layers should not turn over.

@@ -14,7 +14,7 @@ MOST_DIVERGENCE = 0.1
 LAST_SHARE = 0.2
 """Of the layers, from the end, that aren't tried: they prepare the next token rather than carry the
 behaviour (the paper's)."""
-HEAD = ("layer", "taken out: log-odds", "added: log-odds", "divergence (nats)", "")
+TABLE_HEADER = ("layer", "taken out: log-odds", "added: log-odds", "divergence (nats)", "")
 
 
 def tried_layers(usable: Sequence[bool]) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ class LayerScores:
 
 
 @dataclass(frozen=True)
-class Selection:
+class LayerSelection:
     """The layers that were tried.
 
     Attributes:
@@ -95,7 +95,7 @@ class Selection:
         )
 
     def rows(self) -> list[list[str]]:
-        """A row of texts for the base model, and for each layer that was tried, under `HEAD`."""
+        """A row of texts for the base model, and for each layer that was tried, under `TABLE_HEADER`."""
         best = self.chosen
         base = self.scores[0].base if self.scores else (math.nan, math.nan)
         found = [["base model", f"{base[0]:.2f}", f"{base[1]:.2f}", "", ""]]
@@ -117,7 +117,7 @@ class Selection:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Selection":
+    def from_json(cls, values: Mapping[str, Any]) -> "LayerSelection":
         """The inverse of `to_json`."""
         scores = []
         for one in values["scores"]:

@@ -15,14 +15,16 @@ from ray_abliterate.directions.separability import auroc, fisher, mutual_informa
 
 
 @dataclass(frozen=True)
-class Projected:
+class ProjectedSet:
     """A set along directions: the sums of all prompts, and coordinates after every layer."""
 
     sums: Sums
     along: Float[numpy.ndarray, "prompt layer"]
 
 
-def separation(behaviour: Projected, neutral: Projected, directions: Directions) -> list[Any]:
+def measure_layer_separation(
+    behaviour: ProjectedSet, neutral: ProjectedSet, directions: Directions
+) -> list[Any]:
     """How well each layer's direction tells the two sets apart: one dictionary per layer.
 
     Of coordinates along directions that the prompts had no part in: `auroc`: chance that a
@@ -85,6 +87,6 @@ def best_position(rows: Mapping[int, list[Any]]) -> int:
     """Which of several token positions has the layer that separates best; of equals the first.
 
     Args:
-        rows: `separation` of each.
+        rows: `measure_layer_separation` of each.
     """
     return max(rows, key=lambda place: (rows[place][best_layer(rows[place])]["fisher"], -place))

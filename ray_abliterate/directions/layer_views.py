@@ -10,18 +10,18 @@ import numpy
 import torch
 from jaxtyping import Float
 
-from ray_abliterate.directions.comparison.compare import Layered
-from ray_abliterate.directions.comparison.fitting import Sets
-from ray_abliterate.directions.comparison.held_out import HeldOut, halves, held_out
-from ray_abliterate.directions.geometry import Geometry, Plane, Scene, facing
-from ray_abliterate.directions.residuals.folds import picked_places
+from ray_abliterate.directions.comparison.compare import LayerwiseResiduals
+from ray_abliterate.directions.comparison.fitting import ContrastSets
+from ray_abliterate.directions.comparison.held_out import HeldOut, measure_held_out, random_halves
+from ray_abliterate.directions.geometry import InnerProducts, Plane, SetGeometry, keep_orientation
+from ray_abliterate.directions.residuals.folds import evenly_spaced_indices
 from ray_abliterate.directions.residuals.shard import LayerValues, winsorized
-from ray_abliterate.directions.separability import BLIND
+from ray_abliterate.directions.separability import CHANCE_LEVEL
 from ray_abliterate.recipe import DirectionSettings
 
 
 @dataclass(frozen=True)
-class View:
+class LayerView:
     """Both sets after one block.
 
     Attributes:
@@ -42,14 +42,17 @@ class View:
     components_shares: tuple[float, float]
     gap: Plane
     gap_shares: tuple[float, float]
-    geometry: Geometry
+    geometry: SetGeometry
     held_out: HeldOut | None
     measures: dict[str, float]
 
 
-def views(
-    behaviour: Layered, neutral: Layered, settings: DirectionSettings, seed: int = 0
-) -> Iterator[View]:
+def view_layers(
+    behaviour: LayerwiseResiduals,
+    neutral: LayerwiseResiduals,
+    settings: DirectionSettings,
+    seed: int = 0,
+) -> Iterator[LayerView]:
     """One view a layer.
 
     Args:
@@ -58,17 +61,17 @@ def views(
         settings: The method whose direction prompts are measured along.
         seed: Decides the halves.
     """
-    before: View | None = None
+    before: LayerView | None = None
     for index in range(behaviour.layers):
         rows = [
-            winsorized(values[picked_places(len(values))], settings.winsorize_quantile)
+            winsorized(values[evenly_spaced_indices(len(values))], settings.winsorize_quantile)
             for values in (s.layer(index) for s in (behaviour, neutral))
         ]
         before = _view(index, rows[0], rows[1], settings, seed, before)
         yield before
 
 
-def astray(view: View) -> tuple[tuple[str, int, float], ...]:
+def misplaced_prompts(view: LayerView) -> tuple[tuple[str, int, float], ...]:
     """Prompts that lie nearer to the other set's mean than to their own, the farthest first.
 
     Set, number of the prompt among those that are looked at, and how far beyond the middle of the
@@ -94,22 +97,24 @@ def _view(
     neutral: Float[numpy.ndarray, "other hidden"],
     settings: DirectionSettings,
     seed: int,
-    before: View | None,
-) -> View:
-    scene = Scene.of(behaviour, neutral)
-    sets = Sets(*(torch.from_numpy(numpy.array(values)) for values in (behaviour, neutral)))
-    found = held_out(sets, settings, halves(sets.counts, seed)) if sets.differ else None
+    before: LayerView | None,
+) -> LayerView:
+    scene = InnerProducts.of(behaviour, neutral)
+    sets = ContrastSets(*(torch.from_numpy(numpy.array(values)) for values in (behaviour, neutral)))
+    found = (
+        measure_held_out(sets, settings, random_halves(sets.counts, seed)) if sets.differ else None
+    )
     known = found if isinstance(found, HeldOut) else None
     components, components_shares = scene.principal()
     gap, gap_shares = scene.along_the_gap()
-    return View(
+    return LayerView(
         layer=index,
         first=len(behaviour),
-        components=facing(components, before.components if before else None),
+        components=keep_orientation(components, before.components if before else None),
         components_shares=components_shares,
-        gap=facing(gap, before.gap if before else None),
+        gap=keep_orientation(gap, before.gap if before else None),
         gap_shares=gap_shares,
         geometry=scene.geometry(),
         held_out=known,
-        measures=known.measures() if known else {**BLIND, "agreement": 0.0},
+        measures=known.measures() if known else {**CHANCE_LEVEL, "agreement": 0.0},
     )

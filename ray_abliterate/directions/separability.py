@@ -10,12 +10,12 @@ from typing import Any
 import numpy
 from jaxtyping import Float
 
-Numbers = Float[numpy.ndarray, " prompt"]
-Others = Float[numpy.ndarray, " other"]
+BehaviourValues = Float[numpy.ndarray, " prompt"]
+NeutralValues = Float[numpy.ndarray, " other"]
 MOST_BINS = 20
 
 
-def measures(behaviour: Numbers, neutral: Others) -> dict[str, float]:
+def measure_separability(behaviour: BehaviourValues, neutral: NeutralValues) -> dict[str, float]:
     """All of them, by name."""
     return {
         "auroc": auroc(behaviour, neutral),
@@ -26,13 +26,13 @@ def measures(behaviour: Numbers, neutral: Others) -> dict[str, float]:
     }
 
 
-BLIND: Mapping[str, float] = {
+CHANCE_LEVEL: Mapping[str, float] = {
     "auroc": 0.5, "fisher": 0.0, "silhouette": 0.0, "mutual_information": 0.0, "overlap": 1.0,
 }  # fmt: skip
 """What sets measure that nothing tells apart."""
 
 
-def auroc(behaviour: Numbers, neutral: Others) -> float:
+def auroc(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
     """Chance that a behaviour prompt lies above a neutral one (0.5: not at all); ties count half.
 
     From ranks (Mann and Whitney 1947), so that memory grows with the prompts, not their square.
@@ -55,14 +55,14 @@ def auroc_error(area: float, behaviour: int, neutral: int) -> float:
     return math.sqrt(max(total, 0.0) / (behaviour * neutral))
 
 
-def fisher(behaviour: Numbers, neutral: Others) -> float:
+def fisher(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
     """Squared distance of the means over the sum of variances; 0 where nothing varies."""
     spread = float(behaviour.var() + neutral.var())
     gap = float(behaviour.mean() - neutral.mean())
     return gap * gap / spread if spread > 0 else 0.0
 
 
-def overlap(behaviour: Numbers, neutral: Others) -> float:
+def overlap(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
     """Area that the two distributions share (0: none, 1: all), as 1 less their largest difference.
 
     Kolmogorov and Smirnov's distance needs no bins. It is the shared area where the densities cross
@@ -73,7 +73,7 @@ def overlap(behaviour: Numbers, neutral: Others) -> float:
     return float(1 - numpy.abs(shares[0] - shares[1]).max())
 
 
-def mutual_information(behaviour: Numbers, neutral: Others) -> float:
+def mutual_information(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
     """Bits that the number tells about which set a prompt is from: 0 to 1.
 
     Counted in bins that hold equally many prompts, with the bias of counting taken out of each
@@ -99,7 +99,7 @@ def _entropy(shares: Float[numpy.ndarray, " bin"], variance: float) -> float:
     return float(bias - (there * numpy.log(there)).sum()) / math.log(2)
 
 
-def silhouette(behaviour: Numbers, neutral: Others) -> float:
+def silhouette(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
     """How much nearer numbers lie to their own set than to the other one: -1 to 1.
 
     Rousseeuw 1987, Journal of Computational and Applied Mathematics 20; averaged over each set, and
@@ -141,10 +141,10 @@ def _silhouette(near: list[Any], far: list[Any]) -> float:
     return sum(scores) / 2
 
 
-def _far(points: Numbers, others: Others) -> Numbers:
+def _far(points: BehaviourValues, others: NeutralValues) -> BehaviourValues:
     """Sum of each point's distances to the others."""
     ordered = numpy.sort(others)
     sums = numpy.concatenate([[0.0], ordered.cumsum()])
     below = ordered.searchsorted(points)
-    total: Numbers = points * (2 * below - len(ordered)) - 2 * sums[below] + sums[-1]
+    total: BehaviourValues = points * (2 * below - len(ordered)) - 2 * sums[below] + sums[-1]
     return total

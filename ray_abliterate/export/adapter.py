@@ -19,7 +19,7 @@ from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ExportError
 from ray_abliterate.export.checkpoint_writers import StoredWriter
 from ray_abliterate.export.low_rank_factors import Factors, factors
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.recipe import Norm
 from ray_abliterate.search.plan import Plan
 
@@ -134,7 +134,7 @@ def _is_linear(module: nn.Module, target: StoredWriter) -> bool:
 # Writing
 
 
-def write_adapter(whole: AdapterEdit, base: Base, limit: float, folder: Path, watch: Watch) -> None:
+def write_adapter(whole: AdapterEdit, base: Base, limit: float, folder: Path, progress: Progress) -> None:
     """Write `adapter_config.json`, the weights, and the error of each writer.
 
     Args:
@@ -142,7 +142,7 @@ def write_adapter(whole: AdapterEdit, base: Base, limit: float, folder: Path, wa
         base: What the adapter is for.
         limit: Most that a writer's factors may lack of its edit, relative to it.
         folder: An empty folder.
-        watch: Is told the largest error.
+        progress: Receives the largest error.
 
     Raises:
         ExportError: PEFT has no form for the edit, or a writer's error is above the limit.
@@ -150,13 +150,13 @@ def write_adapter(whole: AdapterEdit, base: Base, limit: float, folder: Path, wa
     refuse_as_adapter(whole)
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
-    with watch.stage("adapter"):
+    with progress.stage("adapter"):
         for number, (target, edit) in enumerate(whole, start=1):
             parts = _factors(target, edit, whole.norm)
             errors[target.writer.parameter] = max(part.error for part in parts)
             tensors |= _tensors(whole.module, target, parts, whole.rank)
             tensors |= _biases(target, edit)
-            watch.step(number, len(whole.planned))
+            progress.step(number, len(whole.planned))
     refuse_inexact(errors, limit)
     _save(tensors, folder / WEIGHTS)
     config = _config(whole, base)
@@ -166,7 +166,7 @@ def write_adapter(whole: AdapterEdit, base: Base, limit: float, folder: Path, wa
     lacks = "they are the edit exactly"
     if errors[worst]:
         lacks = f"the most that they lack of one is {errors[worst]:.2%} ({worst})"
-    watch.note(f"adapter: factors of the edits of {len(errors)} writers; {lacks}")
+    progress.note(f"adapter: factors of the edits of {len(errors)} writers; {lacks}")
 
 
 def refuse_inexact(errors: Mapping[str, float], limit: float) -> None:

@@ -144,7 +144,7 @@ def write_bundle(
     """
     data = directory.directions_file()
     assert data is not None and trial.scorecard is not None
-    recipe, baseline = directory.recipe, directory.baseline()
+    recipe, baseline = directory.read_recipe(), directory.baseline()
     source, file = Checkpoint.open(original.folder), folder / ADAPTER
     bundle = Bundle(
         format=FORMAT,
@@ -272,7 +272,7 @@ def _public_text(key: str, text: str) -> str:
 
 
 def _base(directory: RunDirectory, base: Published) -> BaseFacts:
-    facts = directory.environment["model"]
+    facts = directory.read_environment()["model"]
     return BaseFacts(
         name=base.name,
         called=base.called,
@@ -291,12 +291,12 @@ def _prompts(directory: RunDirectory) -> dict[str, PromptFacts]:
             fingerprint=facts["fingerprint"],
             origin=public_origin(facts["origin"]),
         )
-        for name, facts in directory.environment.get("prompts", {}).items()
+        for name, facts in directory.read_environment().get("prompts", {}).items()
     }
 
 
 def _searched(directory: RunDirectory) -> dict[str, Any]:
-    known, model = directory.environment, Published.searched(directory)
+    known, model = directory.read_environment(), Published.searched(directory)
     return {
         "model": model.called,
         "revision": model.revision,

@@ -19,7 +19,7 @@ from ray_abliterate.model.architecture import (
     oriented,
     post_norm_gain,
 )
-from ray_abliterate.model.skeleton import put
+from ray_abliterate.model.skeleton import set_tensor
 from ray_abliterate.recipe import Norm
 
 
@@ -130,7 +130,7 @@ def stored_writers(
     for name in sorted({n for w in writers for n in (w.post_norm, w.outer_norm) if n}):
         for key in dict(module.get_submodule(name).named_parameters()):
             value = stored.load(stored.of(f"{name}.{key}")[0])
-            put(module, f"{name}.{key}", value.to(device))
+            set_tensor(module, f"{name}.{key}", value.to(device))
     return [
         StoredWriter(
             writer,

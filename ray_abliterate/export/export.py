@@ -33,9 +33,9 @@ from ray_abliterate.export.target import check_target, unverified_name
 from ray_abliterate.export.verification import Verification, Verifier
 from ray_abliterate.model.architecture import WriterRow, hidden_size
 from ray_abliterate.model.loading import device_for
-from ray_abliterate.model.skeleton import build_skeleton
+from ray_abliterate.model.skeleton import skeleton_of_folder
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.pipeline.report_exports import note_export
 from ray_abliterate.pipeline.rescored import note_rescored
 from ray_abliterate.pipeline.run import load_prompts
@@ -83,7 +83,7 @@ def export_trial(
     directory: RunDirectory,
     trial: Trial,
     to: Path,
-    watch: Watch,
+    progress: Progress,
     verify: bool = True,
     form: ExportForm = MERGED,
     originals: str | None = None,
@@ -96,7 +96,7 @@ def export_trial(
         directory: The run.
         trial: Whose plan is applied.
         to: Folder to write.
-        watch: Is told what happens.
+        progress: Receives what happens.
         verify: Reload what was written, and score it.
         form: What is written.
         originals: Folder or Hub name of what a quantized checkpoint was made of, after a search on
@@ -109,57 +109,57 @@ def export_trial(
     to = to.absolute()
     if verify:
         refuse_bounded(directory, trial, to, originals)
-    recipe = directory.recipe
+    recipe = directory.read_recipe()
     directions = directory.directions()
     if directions is None:
         raise ExportError(f"{directory.path} has no directions; start a new run of the recipe")
-    original = find_original(directory, originals, watch)
+    original = find_original(directory, originals, progress)
     source = Checkpoint.open(original.folder)
     layout = layout_of(source, form.shard_bytes)
     identity = _identity(directory, trial, directions, source, form)
     left = _wanted(source, layout, form) - finished_bytes(to, identity)
     check_target(to, source.folder, left)
-    scored = load_prompts(recipe, directory, directory.base, watch).scored if verify else {}
-    with _told(to, watch), scratch(to, identity) as work, _threads(directory):
-        module, targets = find_targets(recipe, source, directions, watch)
+    scored = load_prompts(recipe, directory, directory.read_base(), progress).scored if verify else {}
+    with _told(to, progress), scratch(to, identity) as work, _threads(directory):
+        module, targets = find_targets(recipe, source, directions, progress)
         adapted: tuple[str, ...] | None = None
         if form.kind == "merged":
             edited = EditedTensors(targets, trial.plan, directions)
-            write_merged(source, layout, edited, work, watch)
+            write_merged(source, layout, edited, work, progress)
             count, stored = len(layout.files), str(_dtype(targets)).removeprefix("torch.")
-            watch.note(
+            progress.note(
                 f"weights: {layout.bytes / 1e9:.2f} GB in {count} files, writers in {stored}"
             )
         else:
             edit = AdapterEdit(module, targets, trial.plan, directions)
-            write_adapter(edit, _base(original.base), form.adapter_error, work.folder, watch)
+            write_adapter(edit, _base(original.base), form.adapter_error, work.folder, progress)
             adapted = edit.stored
         card = model_card(directory, trial, original, form.kind)
         _write_text(work.folder / "README.md", card)
         write_bundle(directory, trial, original, work.folder, adapted)
         if verify:
-            check = Verifier(directory, trial, scored, source.folder, _dtype(targets), watch)
+            check = Verifier(directory, trial, scored, source.folder, _dtype(targets), progress)
             found = _verified(check, work.folder, to)
-            _tell(found, watch)
+            _tell(found, progress)
             note_rescored(directory, trial, found)
         if to.exists():
             to.rmdir()
         give_name(work.folder, to)
-    watch.note(f"trial {trial.number} written to {to}")
-    _list(directory, to, watch)
+    progress.note(f"trial {trial.number} written to {to}")
+    _list(directory, to, progress)
     return to
 
 
-def _list(directory: RunDirectory, to: Path, watch: Watch) -> None:
+def _list(directory: RunDirectory, to: Path, progress: Progress) -> None:
     """Have the run's report list an export, if it may be."""
     try:
         note_export(directory, to)
     except OSError as error:
-        watch.note(f"the run's report won't list it: {directory.path} can't be written ({error})")
+        progress.note(f"the run's report won't list it: {directory.path} can't be written ({error})")
 
 
 def find_targets(
-    recipe: Recipe, source: Checkpoint, directions: Directions, watch: Watch
+    recipe: Recipe, source: Checkpoint, directions: Directions, progress: Progress
 ) -> tuple[nn.Module, list[StoredWriter]]:
     """The model without its weights, and the writers in the checkpoint's files.
 
@@ -167,8 +167,8 @@ def find_targets(
         ExportError: the checkpoint does not hold the writers as the model has them, or the model
             is not the one of the run.
     """
-    with watch.stage("model"):
-        module = build_skeleton(source.folder, recipe.model)
+    with progress.stage("model"):
+        module = skeleton_of_folder(source.folder, recipe.model)
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
         spread = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device_for(recipe.model).replace("auto", spread))
@@ -208,7 +208,7 @@ def _identity(
         "source": str(source.folder),
         "files": headers_fingerprint(source),
         "form": asdict(form),
-        "device": directory.environment["model"]["device"],
+        "device": directory.read_environment()["model"]["device"],
         "torch": version("torch"),
     }
 
@@ -224,7 +224,7 @@ def refuse_bounded(
     Raises:
         ExportError: it is one; names the trial that is better.
     """
-    if not trial.bounded:
+    if not trial.pruned:
         return
     lines = [
         f"trial {trial.number} was stopped early: its scores are bounds, by which no files can be "
@@ -274,29 +274,29 @@ def _unverified(folder: Path, to: Path, lines: list[str]) -> ExportError:
     )
 
 
-def _tell(found: Verification, watch: Watch) -> None:
+def _tell(found: Verification, progress: Progress) -> None:
     if found.quantization:
-        watch.note("verified: reloaded from disk, the scores are the plan's on the originals")
+        progress.note("verified: reloaded from disk, the scores are the plan's on the originals")
         for score in found.scores:
-            watch.note(
+            progress.note(
                 f"  {score.name}: {score.quantized:.4g} on {found.quantization} in the search, "
                 f"{score.reloaded:.4g} in full precision"
             )
     else:
-        watch.note("verified: reloaded from disk, the scores are the trial's")
+        progress.note("verified: reloaded from disk, the scores are the trial's")
         for score in found.scores:
-            watch.note(
+            progress.note(
                 f"  {score.name}: {score.trial:.4g} in the trial, {score.reloaded:.4g} reloaded"
             )
     for reason in found.reasons:
-        watch.note(f"  compared with a tolerance, because {reason}")
+        progress.note(f"  compared with a tolerance, because {reason}")
 
 
 # Files
 
 
 @contextmanager
-def _told(to: Path, watch: Watch) -> Iterator[None]:
+def _told(to: Path, progress: Progress) -> Iterator[None]:
     """Say where the files are that an interrupted export finished."""
     try:
         yield
@@ -307,7 +307,7 @@ def _told(to: Path, watch: Watch) -> Iterator[None]:
         ) from error
     except BaseException:
         if scratch_name(to).exists():
-            watch.note(
+            progress.note(
                 f"what is finished is kept in {scratch_name(to)}: the same command goes on from "
                 "there; remove it if you don't want that"
             )
@@ -318,7 +318,7 @@ def _told(to: Path, watch: Watch) -> Iterator[None]:
 def _threads(directory: RunDirectory) -> Iterator[None]:
     """The search's number of CPU threads: another one sums in another order."""
     before = torch.get_num_threads()
-    torch.set_num_threads(directory.environment["replicas"]["threads"] or before)
+    torch.set_num_threads(directory.read_environment()["replicas"]["threads"] or before)
     try:
         yield
     finally:

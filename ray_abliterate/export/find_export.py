@@ -9,12 +9,12 @@ from ray_abliterate.export.export import export_trial
 from ray_abliterate.export.original_model import published
 from ray_abliterate.export.push import CONFIGS
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.search.frontier import Frontier
 
 
 def exported(
-    place: Path, trial: int | None, watch: Watch, unverified: bool, originals: str | None = None
+    place: Path, trial: int | None, progress: Progress, unverified: bool, originals: str | None = None
 ) -> Path:
     """The export to upload: the folder itself, or that of a run's trial, written if need be.
 
@@ -35,12 +35,12 @@ def exported(
         if not frontier:
             raise TrialNotFound(f"{place} has no finished trial to upload")
         trial = frontier.knee.number
-        watch.note(f"no --trial given: taking trial {trial}, the frontier's knee")
+        progress.note(f"no --trial given: taking trial {trial}, the frontier's knee")
     chosen = directory.trial(trial)
     folder = place / "exports" / f"trial-{trial}"
     if not folder.exists():
         verify = not unverified
-        return export_trial(directory, chosen, folder, watch, verify, originals=originals)
+        return export_trial(directory, chosen, folder, progress, verify, originals=originals)
     bundle, _, file = read_bundle(folder)
     if bundle.plan != json.loads(chosen.plan.to_json()):
         raise PushError(f"{file} is not of trial {trial} of {place}; remove {folder} first.")
@@ -49,5 +49,5 @@ def exported(
             f"{folder} is there, and was made of {bundle.base.called}, not of --originals "
             f"{originals}; remove it first."
         )
-    watch.note(f"taking the export in {folder}")
+    progress.note(f"taking the export in {folder}")
     return folder

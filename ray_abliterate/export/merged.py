@@ -21,7 +21,7 @@ from ray_abliterate.export.checkpoint_writers import StoredWriter
 from ray_abliterate.export.file_layout import FileLayout, WeightFile
 from ray_abliterate.export.scratch import CHUNK, Scratch, on_disk
 from ray_abliterate.export.stored_parameters import Form
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.search.plan import Plan
 
 
@@ -85,19 +85,19 @@ class EditedTensors:
 
 
 def write_merged(
-    source: Checkpoint, layout: FileLayout, edited: EditedTensors, work: Scratch, watch: Watch
+    source: Checkpoint, layout: FileLayout, edited: EditedTensors, work: Scratch, progress: Progress
 ) -> None:
     """Write the weight files, the index and the companions into the scratch folder.
 
     Files that an earlier attempt finished are left as they are, once their hash was checked.
     """
-    with watch.stage("weights"):
+    with progress.stage("weights"):
         for number, file in enumerate(layout.files, start=1):
             if not work.holds(file.name):
                 written = _write(source, file, edited, work.folder / file.name)
                 work.finish(file.name, file.bytes, written)
-            watch.step(number, len(layout.files))
-    with watch.stage("companion files"):
+            progress.step(number, len(layout.files))
+    with progress.stage("companion files"):
         for name in companions(source.folder):
             (work.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.folder / name, work.folder / name)

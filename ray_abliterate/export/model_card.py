@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_abliterate.cli.progress_display import describe_score
+from ray_abliterate.search.score_text import describe_score
 from ray_abliterate.data.hub import MODEL_NAME
-from ray_abliterate.evaluation.suites.build import build
+from ray_abliterate.evaluation.suites.build import build_suites
 from ray_abliterate.export.public_names import Original, Published
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.suite_results import BASE, Finding, comparison_text, label
@@ -73,14 +73,14 @@ def model_card(
         trials=len(directory.trials()),
         strengths=list(_strengths(directory, trial.plan)),
         plan=Markdown(json.dumps(json.loads(trial.plan.to_json()), indent=2)),
-        bounded=trial.bounded,
+        pruned=trial.pruned,
         scores=list(_score_rows(directory, trial)),
         suites=list(_suite_rows(directory, trial)),
         licence=_one(carried.get("license_name")) or _one(carried.get("license")),
         licence_link=_one(carried.get("license_link")),
         versions=_versions(directory),
-        dtype=directory.environment["model"]["dtype"],
-        quantization=directory.environment["model"].get("quantization", ""),
+        dtype=directory.read_environment()["model"]["dtype"],
+        quantization=directory.read_environment()["model"].get("quantization", ""),
     )
 
 
@@ -157,14 +157,14 @@ def _named(model: Published) -> dict[str, Any]:
 
 
 def _direction(directory: RunDirectory, plan: Plan) -> dict[str, Any]:
-    found, settings = directory.directions(), directory.recipe.direction
+    found, settings = directory.directions(), directory.read_recipe().direction
     at_layer = f"one for all layers, taken at layer {plan.direction_layer:.2f}"
     offset = plan.source_offset
     own = "each layer's own" + ("" if offset is None else f", taken {offset:+.2f} layers from it")
     many = f", up to {found.rank} a layer" if found and found.rank > 1 else ""
     many += ", of each component's own" if found and found.components else ""
-    known = directory.environment.get("prompts", {})
-    filtered = directory.environment.get("filtered", {})
+    known = directory.read_environment().get("prompts", {})
+    filtered = directory.read_environment().get("filtered", {})
     known = {name: {**facts, **_kept(filtered.get(name))} for name, facts in known.items()}
     return {
         "method": found.method if found else settings.method,
@@ -192,7 +192,7 @@ def _kept(filtered: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _strengths(directory: RunDirectory, plan: Plan) -> Iterator[dict[str, Any]]:
-    layers = directory.environment["model"]["layers"]
+    layers = directory.read_environment()["model"]["layers"]
     for component, profile in plan.profiles:
         edited = [n for n, strength in enumerate(profile.strengths(layers)) if strength > 0]
         yield {
@@ -225,11 +225,11 @@ def _shown(score: Score) -> str:
 
 def _suite_rows(directory: RunDirectory, trial: Trial) -> Iterator[dict[str, Any]]:
     """What suites found of the trial, each beside the base model."""
-    settings = SuiteFile.of(directory.environment.get("suites", ()))
-    kept = directory.measurements(settings)
+    settings = SuiteFile.of(directory.read_environment().get("suites", ()))
+    kept = directory.suite_results(settings)
     if label(trial.number) not in kept.labels:
         return
-    for suite in build(settings, directory.base):
+    for suite in build_suites(settings, directory.read_base()):
         found, base = kept.finding(label(trial.number), suite), kept.finding(BASE, suite)
         if found is None or found.score is None:
             continue
@@ -248,6 +248,6 @@ def _finding(found: Finding | None) -> str:
 
 
 def _versions(directory: RunDirectory) -> list[str]:
-    versions = directory.environment.get("versions", {})
+    versions = directory.read_environment().get("versions", {})
     libraries = ("ray-abliterate", "transformers", "torch", "python")
     return [f"{n} {versions[n]}" for n in libraries if str(versions.get(n, ""))[:1].isdigit()]

@@ -14,10 +14,10 @@ from ray_abliterate.export.checkpoint import Checkpoint, fetched
 from ray_abliterate.export.public_names import EMBEDDED, Original, Published
 from ray_abliterate.export.stored_parameters import StoredForms
 from ray_abliterate.model.architecture import WriterRow, find_blocks, find_writers, hidden_size
-from ray_abliterate.model.skeleton import build_skeleton
+from ray_abliterate.model.skeleton import skeleton_of_folder
 from ray_abliterate.model.source import model_source
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.recipe import ModelSettings
 
 ROWS = 256
@@ -26,7 +26,7 @@ STREAM = 0.1
 """Relative difference of these that rounding may explain (8 bits: 4 %)."""
 
 
-def find_original(directory: RunDirectory, given: str | None, watch: Watch) -> Original:
+def find_original(directory: RunDirectory, given: str | None, progress: Progress) -> Original:
     """The model whose weights an export of a run edits.
 
     Args:
@@ -34,7 +34,7 @@ def find_original(directory: RunDirectory, given: str | None, watch: Watch) -> O
         given: `--originals`: a folder, a Hub name, or one with a revision, as `owner/name@commit`.
             For runs that searched on a quantized checkpoint, and these only: others were scored on
             the weights that are written, and of other weights their scores would say nothing.
-        watch: Is told what was chosen.
+        progress: Receives what was chosen.
 
     Raises:
         ExportError: it is given and should not be, or the reverse; it can't be had; or it is
@@ -51,29 +51,29 @@ def find_original(directory: RunDirectory, given: str | None, watch: Watch) -> O
                 f"    ray-abliterate export {directory.path} --to FOLDER --originals "
                 "FOLDER_OR_HUB_NAME"
             )
-        return Original(source_folder(directory, watch), searched)
+        return Original(source_folder(directory, progress), searched)
     if not method:
         raise ExportError(
             f"--originals {given}: the run did not search on a quantized checkpoint, but on "
             f"{searched.called}.\n  Its scores are of that, and say nothing of other weights: "
             "leave --originals out."
         )
-    folder, base = _resolved(given, watch)
-    with watch.stage("architecture of the originals"):
-        refuse_other(source_folder(directory, watch), folder, directory.recipe.model, given)
+    folder, base = _resolved(given, progress)
+    with progress.stage("architecture of the originals"):
+        refuse_other(source_folder(directory, progress), folder, directory.read_recipe().model, given)
     at = f" at revision {base.revision}" if base.revision else ""
-    watch.note(f"originals: {base.called}{at}; the search ran on {searched.called} ({method})")
+    progress.note(f"originals: {base.called}{at}; the search ran on {searched.called} ({method})")
     return Original(folder, base, searched)
 
 
 def quantized_checkpoint(directory: RunDirectory) -> str:
     """How the checkpoint is quantized that a run searched on; empty if it is not."""
-    if directory.recipe.model.quantization is not None:  # as it was loaded: the checkpoint is not
+    if directory.read_recipe().model.quantization is not None:  # as it was loaded: the checkpoint is not
         return ""
-    return str(directory.environment["model"].get("quantization", ""))
+    return str(directory.read_environment()["model"].get("quantization", ""))
 
 
-def source_folder(directory: RunDirectory, watch: Watch) -> Path:
+def source_folder(directory: RunDirectory, progress: Progress) -> Path:
     """The folder of the model that a run searched on; one on the Hub is looked up at the run's own
     revision.
 
@@ -82,7 +82,7 @@ def source_folder(directory: RunDirectory, watch: Watch) -> Path:
     """
     searched = Published.searched(directory)
     if searched.hub is None:
-        return Path(model_source(directory.recipe.model.name, watch.note)).resolve()
+        return Path(model_source(directory.read_recipe().model.name, progress.note)).resolve()
     if searched.revision is None:
         raise ExportError(
             f"{searched.hub} is not there, and the run's model did not come from the Hub.\n"
@@ -108,10 +108,10 @@ def published(given: str) -> Published:
     return Published(name, name, revision or None)
 
 
-def _resolved(given: str, watch: Watch) -> tuple[Path, Published]:
+def _resolved(given: str, progress: Progress) -> tuple[Path, Published]:
     """The folder that `--originals` means, and what it is called in public."""
     if given in EMBEDDED or Path(given).is_dir():
-        return Path(model_source(given, watch.note)).resolve(), published(given)
+        return Path(model_source(given, progress.note)).resolve(), published(given)
     named = published(given)
     assert named.hub is not None
     folder = _fetched(named.hub, named.revision)
@@ -146,8 +146,8 @@ def refuse_other(quantized: Path, original: Path, settings: ModelSettings, given
         ExportError: it is not.
         ModelError: one of them holds no model, or the original is quantized.
     """
-    ours = build_skeleton(quantized, settings, unquantized=True)
-    theirs = build_skeleton(original, settings)
+    ours = skeleton_of_folder(quantized, settings, unquantized=True)
+    theirs = skeleton_of_folder(original, settings)
     rows = tuple(WriterRow(**row.model_dump()) for row in settings.writers)
     difference = _difference(ours, theirs, rows)
     if difference:

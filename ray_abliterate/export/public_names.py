@@ -35,8 +35,8 @@ class Published:
     @classmethod
     def searched(cls, directory: RunDirectory) -> "Published":
         """The model that a run searched on."""
-        revision = directory.environment["model"].get("revision")
-        return cls.of(directory.recipe.model.name, revision)
+        revision = directory.read_environment()["model"].get("revision")
+        return cls.of(directory.read_recipe().model.name, revision)
 
     @property
     def hub(self) -> str | None:

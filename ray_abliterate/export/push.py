@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ray_abliterate.data.hub import MODEL_NAME, SECRETS, first_line, is_transient, retry, status_of
 from ray_abliterate.errors import PushError
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 
 ATTEMPTS = 4
 """Of the upload, each of which tries each request several times."""
@@ -36,7 +36,7 @@ T = TypeVar("T")
 def push(
     folder: Path,
     to: str,
-    watch: Watch,
+    progress: Progress,
     public: bool = False,
     unverified: bool = False,
     with_responses: bool = False,
@@ -46,7 +46,7 @@ def push(
     Args:
         folder: An export.
         to: `USER/NAME` of the model on the Hub; made if it isn't there.
-        watch: Is told what happens.
+        progress: Receives what happens.
         public: Everybody may read it.
         unverified: Also an export that was not scored again after it was written.
         with_responses: Also files that hold prompts or answers.
@@ -65,15 +65,15 @@ def push(
     if not with_responses:
         refuse_private(folder, files)
     size = sum((folder / file).stat().st_size for file in files)
-    with _hub_speaks_through(watch):
+    with _hub_speaks_through(progress):
         api = _api()
         try:
             _make(api, to, public, files)
-            watch.note(f"{len(files)} files, {size / 1e9:.2f} GB, to {api.endpoint}/{to}")
-            with watch.stage("upload"):
+            progress.note(f"{len(files)} files, {size / 1e9:.2f} GB, to {api.endpoint}/{to}")
+            with progress.stage("upload"):
                 found = retry(lambda: _upload(api, folder, to, files), ATTEMPTS, FIRST_DELAY)
         except KeyboardInterrupt:
-            watch.note("Give the same command again to go on: what has arrived is not sent again.")
+            progress.note("Give the same command again to go on: what has arrived is not sent again.")
             raise
         except Exception as error:
             raise PushError(explain(error, to)) from error
@@ -278,17 +278,17 @@ def _beneath(error: BaseException) -> Iterator[BaseException]:
 class _Notes(logging.Handler):
     """What the Hub's client logs, without secrets."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, progress: Progress) -> None:
         super().__init__(logging.WARNING)
-        self._watch = watch
+        self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line."""
-        self._watch.note(f"  {SECRETS.sub('…', record.getMessage())}")
+        self._progress.note(f"  {SECRETS.sub('…', record.getMessage())}")
 
 
 @contextmanager
-def _hub_speaks_through(watch: Watch) -> Iterator[None]:
+def _hub_speaks_through(progress: Progress) -> Iterator[None]:
     """The Hub's client shows its bars in a terminal only, and its warnings through us."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -297,7 +297,7 @@ def _hub_speaks_through(watch: Watch) -> Iterator[None]:
     )
 
     client = logging.getLogger("huggingface_hub")
-    before, client.handlers = client.handlers, [_Notes(watch)]
+    before, client.handlers = client.handlers, [_Notes(progress)]
     quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
     if quiet:
         disable_progress_bars()

@@ -43,7 +43,7 @@ from ray_abliterate.export.tensor_records import (
     written_tensors,
 )
 from ray_abliterate.model.source import model_source
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.search.plan import Plan
 
@@ -72,14 +72,14 @@ class Reproduction:
 
 
 def reproduce(
-    place: Path, to: Path, watch: Watch, base: str | None = None, trust_remote_code: bool = False
+    place: Path, to: Path, progress: Progress, base: str | None = None, trust_remote_code: bool = False
 ) -> Reproduction:
     """Write the export that a bundle describes into the folder `to`, and check it.
 
     Args:
         place: `reproduce.json`, its folder, or an export that has it.
         to: Folder to write; must not exist, or be empty.
-        watch: Is told what happens.
+        progress: Receives what happens.
         base: Folder or Hub name of the base model; the bundle's if unset.
         trust_remote_code: Run code that comes with the base model. A bundle cannot ask for it.
 
@@ -98,14 +98,14 @@ def reproduce(
     recipe, plan = _recipe(bundle, trust_remote_code), _plan(bundle)
     reasons = tuple(why_inexact(bundle.written, computed(recipe.model)))
     for reason in reasons:
-        watch.note(f"bits may differ: {reason}")
-    source = Checkpoint.open(base_folder(bundle, base, watch))
+        progress.note(f"bits may differ: {reason}")
+    source = Checkpoint.open(base_folder(bundle, base, progress))
     check_target(to, source.folder, 0 if bundle.adapter else layout_of(source, None).bytes)
-    with watch.stage("base model"):
+    with progress.stage("base model"):
         refuse_other_base(bundle, source)
     identity = {"bundle": file_sha256(file), "files": headers_fingerprint(source)}
     with scratch(to, identity) as work, _threads(bundle.written.threads):
-        found = _rebuilt(bundle, recipe, plan, source, directions, work, watch)
+        found = _rebuilt(bundle, recipe, plan, source, directions, work, progress)
         result, failures = compare(bundle, found, reasons)
         _complete(work.folder, file.parent, result)
         if failures:
@@ -128,25 +128,25 @@ def _rebuilt(
     source: Checkpoint,
     directions: Directions,
     work: Scratch,
-    watch: Watch,
+    progress: Progress,
 ) -> Mapping[str, WrittenTensor]:
     """Write the whole model, or the adapter; what was written."""
-    module, targets = find_targets(recipe, source, directions, watch)
+    module, targets = find_targets(recipe, source, directions, progress)
     if bundle.adapter is None:
         edited = EditedTensors(targets, plan, directions)
-        write_merged(source, layout_of(source, None), edited, work, watch)
-        with watch.stage("hashes"):
+        write_merged(source, layout_of(source, None), edited, work, progress)
+        with progress.stage("hashes"):
             return edited_tensors(source, Checkpoint.open(work.folder))
     edit = AdapterEdit(module, targets, plan, directions)
     base = Base(bundle.base.called, bundle.base.revision)
-    write_adapter(edit, base, math.inf, work.folder, watch)
+    write_adapter(edit, base, math.inf, work.folder, progress)
     return written_tensors(Checkpoint.of_file(work.folder / WEIGHTS))
 
 
 # Before anything is written
 
 
-def base_folder(bundle: Bundle, given: str | None, watch: Watch) -> Path:
+def base_folder(bundle: Bundle, given: str | None, progress: Progress) -> Path:
     """The folder of the base model: the one given, or the bundle's at its revision.
 
     Raises:
@@ -158,7 +158,7 @@ def base_folder(bundle: Bundle, given: str | None, watch: Watch) -> Path:
             f"the base model, {bundle.base.called}, was a folder.\n  Say where it is with --base."
         )
     if name in EMBEDDED:
-        return Path(model_source(name, watch.note)).resolve()
+        return Path(model_source(name, progress.note)).resolve()
     if Path(name).is_dir():
         return Path(name).resolve()
     revision = bundle.base.revision

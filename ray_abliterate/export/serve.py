@@ -17,7 +17,7 @@ from ray_abliterate.errors import ServeError
 
 if TYPE_CHECKING:
     from ray_abliterate.pipeline.directory import RunDirectory
-    from ray_abliterate.pipeline.progress import Watch
+    from ray_abliterate.pipeline.progress import Progress
     from ray_abliterate.recipe import ModelSettings
     from ray_abliterate.search.frontier import Trial
 
@@ -52,7 +52,7 @@ class Served:
         return [sys.executable, "-P", "-c", SERVER, "serve", self.folder.name, *options]
 
 
-def refuse_early(host: str, port: int, watch: "Watch") -> None:
+def refuse_early(host: str, port: int, progress: "Progress") -> None:
     """What can be told before a model is written.
 
     Raises:
@@ -75,7 +75,7 @@ def refuse_early(host: str, port: int, watch: "Watch") -> None:
             "or --host 127.0.0.1"
         ) from None
     if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-        watch.note(
+        progress.note(
             f"warning: {host} is open to other machines. The server asks for no password: whoever "
             "reaches it can use the model, and have it load others that are on this machine."
         )
@@ -107,7 +107,7 @@ def exported(folder: Path, trust_remote_code: bool = False) -> Served:
 
 
 def of_trial(
-    directory: "RunDirectory", trial: "Trial", watch: "Watch", trust_remote_code: bool = False
+    directory: "RunDirectory", trial: "Trial", progress: "Progress", trust_remote_code: bool = False
 ) -> Served:
     """The model of a trial: what was written for it before, or a folder that is written now.
 
@@ -119,9 +119,9 @@ def of_trial(
     """
     from ray_abliterate.export.export import export_trial
 
-    settings: ModelSettings = directory.recipe.model
+    settings: ModelSettings = directory.read_recipe().model
     if settings.chat_template:
-        watch.note("model.chat_template is not served: the folder has the model's own template")
+        progress.note("model.chat_template is not served: the folder has the model's own template")
     name = f"trial-{trial.number}"
     folder = directory.path / KEPT / name
     verified = directory.path / "exports" / name
@@ -131,17 +131,17 @@ def of_trial(
         if _plan_of(folder) != _values(trial):
             raise ServeError(f"{folder} is not of this trial {trial.number}; remove it first")
     else:
-        export_trial(directory, trial, folder, watch, verify=False)
-        watch.note(f"kept in {folder} for the next time; remove it when you are done")
+        export_trial(directory, trial, folder, progress, verify=False)
+        progress.note(f"kept in {folder} for the next time; remove it when you are done")
     trusted = trust_remote_code or settings.trust_remote_code
     return Served(folder.resolve(), trusted, settings.enable_thinking)
 
 
-def start(served: Served, host: str, port: int, watch: "Watch") -> NoReturn:
+def start(served: Served, host: str, port: int, progress: "Progress") -> NoReturn:
     """Become the server. Only what is on this machine is loaded."""
     at = f"[{host}]" if ":" in host else host
-    watch.note(f"http://{at}:{port}/v1 is the base URL, {served.folder.name} the model's name")
-    watch.note("Ctrl-C ends the server")
+    progress.note(f"http://{at}:{port}/v1 is the base URL, {served.folder.name} the model's name")
+    progress.note("Ctrl-C ends the server")
     sys.stdout.flush()
     sys.stderr.flush()
     os.chdir(served.folder.parent)

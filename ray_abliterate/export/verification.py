@@ -15,14 +15,15 @@ import torch
 
 from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.evaluation.scorers.build import build
+from ray_abliterate.evaluation.scorers.build import build_scorers
 from ray_abliterate.model.architecture import WriterRow, find_writers
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.model.loading import load, where_weights_rest
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.search.frontier import Trial
-from ray_abliterate.search.score import Score, Scorer
+from ray_abliterate.search.score import Score
+from ray_abliterate.evaluation.scorers.scorer import Scorer
 
 EXACT = (1e-6, 1e-9)
 """Relative and absolute difference of a score that is rounding alone."""
@@ -84,7 +85,7 @@ class Verifier:
         prompts: What its scorers score.
         source: Folder of the base model.
         dtype: The type that the writers are stored in.
-        watch: Is told what takes a while.
+        progress: Receives what takes a while.
     """
 
     directory: RunDirectory
@@ -92,7 +93,7 @@ class Verifier:
     prompts: dict[str, PromptSet]
     source: Path
     dtype: torch.dtype
-    watch: Watch
+    progress: Progress
 
     def verify(self, folder: Path) -> Verification:
         """Reload `folder`, a whole model or an adapter for the base model, and score it.
@@ -101,25 +102,25 @@ class Verifier:
             ModelError: it cannot be loaded.
             ScoreError: it cannot be scored.
         """
-        recipe = self.directory.recipe
-        scorers = build(recipe.scorers, self.prompts, recipe.run.record_responses)
-        with self.watch.stage("base model"):
+        recipe = self.directory.read_recipe()
+        scorers = build_scorers(recipe.scorers, self.prompts, recipe.run.record_responses)
+        with self.progress.stage("base model"):
             model = _language_model(self.directory, self.source)
             for scorer in scorers:
                 scorer.prepare(model)
         assert self.trial.scorecard is not None
         searched = expected = self.trial.scorecard.scores
-        quantization = str(self.directory.environment["model"].get("quantization", ""))
+        quantization = str(self.directory.read_environment()["model"].get("quantization", ""))
         reasons = list(_why_inexact(self.directory, self.dtype, model.device))
         if quantization:
-            with self.watch.stage("originals"):
+            with self.progress.stage("originals"):
                 expected, reasons = self._in_memory(model, scorers)
         if _is_adapter(folder):
             reasons.append("an adapter is added to the layers' outputs, not to the weights")
         del model
         gc.collect()
         torch.cuda.empty_cache()
-        with self.watch.stage("verification"):
+        with self.progress.stage("verification"):
             model = self._reloaded(folder)
             scores = [scorer.score(model) for scorer in scorers]
         compared = tuple(
@@ -134,7 +135,7 @@ class Verifier:
         """What the plan scores on the originals, and why files may differ from that."""
         directions = self.directory.directions()
         assert directions is not None
-        rows = tuple(WriterRow(**r.model_dump()) for r in self.directory.recipe.model.writers)
+        rows = tuple(WriterRow(**r.model_dump()) for r in self.directory.read_recipe().model.writers)
         away = where_weights_rest(model.module)
         cache = WeightCache(model.module, find_writers(model.module, rows, not away), "cpu")
         if model.upcast is not None:
@@ -171,7 +172,7 @@ def compare(trial: Score, reloaded: Score, exact: bool) -> Comparison:
 def _language_model(
     directory: RunDirectory, folder: Path, adapter: Path | None = None
 ) -> LanguageModel:
-    recipe = directory.recipe
+    recipe = directory.read_recipe()
     # In the type that is exported: what the files are loaded in.
     own = {"revision": None, "dtype": "auto", "quantization": None}
     settings = recipe.model.model_copy(update=own)
@@ -182,7 +183,7 @@ def _language_model(
         # The layers of `module` are wrapped in place.
         PeftModel.from_pretrained(module, str(adapter)).eval().requires_grad_(False)
     model = LanguageModel(module, tokenizer, settings, recipe.run.batch_size)
-    model.response_prefix = tuple(directory.environment["response_prefix"])
+    model.response_prefix = tuple(directory.read_environment()["response_prefix"])
     tuning = directory.tuning()
     if tuning is not None:
         model.use(tuning)
@@ -193,7 +194,7 @@ def _why_inexact(
     directory: RunDirectory, dtype: torch.dtype, device: torch.device
 ) -> Iterator[str]:
     """What is not as it was in the search."""
-    then = directory.environment
+    then = directory.read_environment()
     stored = str(dtype).removeprefix("torch.")
     if stored != then["model"]["dtype"]:
         yield f"the checkpoint is in {stored}, the search ran in {then['model']['dtype']}"

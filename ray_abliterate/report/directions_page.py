@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from ray_abliterate.directions.comparison.compare import Comparison
-from ray_abliterate.directions.layer_selection import HEAD as HEAD_LAYERS
-from ray_abliterate.directions.layer_selection import Selection
+from ray_abliterate.directions.comparison.compare import MethodComparison
+from ray_abliterate.directions.layer_selection import TABLE_HEADER as HEAD_LAYERS
+from ray_abliterate.directions.layer_selection import LayerSelection
 from ray_abliterate.directions.separability import auroc_error
 from ray_abliterate.report.page import (
     Figure,
@@ -48,7 +48,7 @@ ABOUT_LAYERS = (
 )
 
 
-def method_rows(found: Comparison) -> list[list[str]]:
+def method_rows(found: MethodComparison) -> list[list[str]]:
     """A row of texts for each method."""
     rows = []
     for name in found.methods:
@@ -62,7 +62,7 @@ def method_rows(found: Comparison) -> list[list[str]]:
     return rows
 
 
-def cosine_rows(found: Comparison) -> list[list[str]]:
+def cosine_rows(found: MethodComparison) -> list[list[str]]:
     """A row of cosines for each method, at the layer where samples were drawn."""
     matrix = found.cosines[found.layer]
     return [
@@ -71,7 +71,7 @@ def cosine_rows(found: Comparison) -> list[list[str]]:
     ]
 
 
-def stability_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
+def stability_rows(found: MethodComparison) -> tuple[list[str], list[list[str]]]:
     """Sizes of samples, and a row of mean cosines for each method."""
     sizes = [point.prompts for point in next(iter(found.stability.values()))]
     rows = [
@@ -80,7 +80,7 @@ def stability_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     return [f"{size} prompts" for size in sizes], rows
 
 
-def terminal_tables(found: Comparison) -> list[TerminalTable]:
+def terminal_tables(found: MethodComparison) -> list[TerminalTable]:
     """Methods, their cosines, and how steady they are."""
     sizes, steady = stability_rows(found)
     numbers = [str(place + 1) for place in range(len(found.methods))]
@@ -97,7 +97,9 @@ def terminal_tables(found: Comparison) -> list[TerminalTable]:
     ]  # fmt: skip
 
 
-def comparison_page(found: Comparison, model: str, selection: Selection | None = None) -> Page:
+def comparison_page(
+    found: MethodComparison, model: str, selection: LayerSelection | None = None
+) -> Page:
     """The page; with what layers' directions do, if they were tried."""
     sizes, steady = stability_rows(found)
     said = (selection.sentence(),) if selection else ()
@@ -130,12 +132,12 @@ def comparison_page(found: Comparison, model: str, selection: Selection | None =
     return Page(f"{model}: directions", lead, (advice, methods, *tried, alike, enough))
 
 
-def _tried(selection: Selection) -> Section:
+def _tried(selection: LayerSelection) -> Section:
     table = Table(HEAD_LAYERS, selection.rows())
     return Section("What each layer's direction does", (ABOUT_LAYERS,), (table,))
 
 
-def _separation(found: Comparison) -> Plot:
+def _separation(found: MethodComparison) -> Plot:
     views = []
     for key, title, unit, axis in MEASURES:
         data = []
@@ -149,14 +151,14 @@ def _separation(found: Comparison) -> Plot:
     return Plot("Telling the sets apart", note, views)
 
 
-def _heat(found: Comparison) -> Plot:
+def _heat(found: MethodComparison) -> Plot:
     matrices = [("mean over layers", found.mean_cosines)]
     matrices += [(f"layer {index}", matrix) for index, matrix in enumerate(found.cosines)]
     views = [_cosines(label, list(found.methods), matrix, "") for label, matrix in matrices]
     return Plot("Cosines of methods", "", views, 1 + found.layer)
 
 
-def _layers(found: Comparison) -> Plot:
+def _layers(found: MethodComparison) -> Plot:
     names = list(range(found.layers))
     one = _cosines("layers", names, found.layer_cosines, "layer")
     note = f"Of {found.advice.method}: one direction for all layers serves where these are near 1."
@@ -174,7 +176,7 @@ def _cosines(label: str, names: Sequence[Any], matrix: Any, axis: str) -> Figure
     return view(label, [heat], axis, y, height=480)
 
 
-def _steadiness(found: Comparison) -> Plot:
+def _steadiness(found: MethodComparison) -> Plot:
     lines, views = [], []
     for number, (name, points) in enumerate(found.stability.items()):
         sizes = [point.prompts for point in points]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 
 from ray_abliterate.directions.geometry import Plane
-from ray_abliterate.directions.layer_views import View, astray
+from ray_abliterate.directions.layer_views import LayerView, misplaced_prompts
 from ray_abliterate.report.page import (
     Figure,
     Page,
@@ -53,7 +53,7 @@ ABOUT_PLANES = (
 
 
 def residuals_page(
-    found: Sequence[View],
+    found: Sequence[LayerView],
     model: str,
     method: str,
     best: int,
@@ -99,7 +99,7 @@ def residuals_page(
     return Page(f"{model}: residuals", lead, (where, planes, _astray(found[best]), table))
 
 
-def geometry_table(found: Sequence[View]) -> Table:
+def geometry_table(found: Sequence[LayerView]) -> Table:
     """A row a layer."""
     head = ("layer", *(title for _, title in GEOMETRY), *(title for _, title in MEASURES))
     rows = []
@@ -112,15 +112,15 @@ def geometry_table(found: Sequence[View]) -> Table:
     return Table(head, rows)
 
 
-def _astray(one: View) -> Section:
-    found = astray(one)
+def _astray(one: LayerView) -> Section:
+    found = misplaced_prompts(one)
     title = f"Prompts that lie with the other set: {len(found)} of {len(one.components)}"
     rows = [(name, str(number), f"{beyond:.2f}") for name, number, beyond in found[:LISTED]]
     tables = (Table(("set", "prompt", "beyond the middle"), rows),) if rows else ()
     return Section(title, (ABOUT_ASTRAY,), tables)
 
 
-def _planes(title: str, found: Sequence[View], kind: str) -> Plot:
+def _planes(title: str, found: Sequence[LayerView], kind: str) -> Plot:
     views = []
     for one in found:
         plane: Plane = getattr(one, kind)
@@ -148,7 +148,7 @@ def _cloud(name: str, part: Plane, color: str) -> Figure:
     }  # fmt: skip
 
 
-def _histogram(found: Sequence[View], method: str) -> Plot:
+def _histogram(found: Sequence[LayerView], method: str) -> Plot:
     views = []
     for one in found:
         data: list[Figure] = []
@@ -171,7 +171,10 @@ def _histogram(found: Sequence[View], method: str) -> Plot:
 
 
 def _separation(
-    found: Sequence[View], best: int, strengths: Mapping[str, Sequence[float]], trial: int | None
+    found: Sequence[LayerView],
+    best: int,
+    strengths: Mapping[str, Sequence[float]],
+    trial: int | None,
 ) -> Plot:
     layers = [one.layer for one in found]
     data = [
@@ -197,7 +200,7 @@ def _separation(
     return Plot("Separation over layers", note, [view("separation", data, "layer", y, **more)])
 
 
-def _norms(found: Sequence[View]) -> Plot:
+def _norms(found: Sequence[LayerView]) -> Plot:
     layers = [one.layer for one in found]
     data = []
     for number, (key, title) in enumerate(GEOMETRY[:4]):
@@ -209,7 +212,7 @@ def _norms(found: Sequence[View]) -> Plot:
     return Plot("Lengths", "", [view("lengths", data, "layer", y)])
 
 
-def _cosine(found: Sequence[View]) -> Plot:
+def _cosine(found: Sequence[LayerView]) -> Plot:
     values = short(one.geometry.cosine for one in found)
     data = [line("cosine of means", [one.layer for one in found], values, 0)]
     return Plot("Angle between the two means", "", [view("cosine", data, "layer", "cosine")])

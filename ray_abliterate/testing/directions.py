@@ -15,10 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_abliterate.directions.compute import compute, from_layers, need_of
+from ray_abliterate.directions.compute import (
+    directions_from_layers,
+    directions_from_residuals,
+    need_of,
+)
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.directions.methods.inputs import Layer, Sample, Summary
-from ray_abliterate.directions.residuals.moments import Moments, Pairs, moments_of, rows_of
+from ray_abliterate.directions.residuals.moments import Moments, PairedMoments, moments_of, rows_of
 from ray_abliterate.directions.residuals.residual_set import Residuals
 from ray_abliterate.directions.residuals.shard import ResidualShard
 from ray_abliterate.recipe import DirectionSettings
@@ -80,7 +84,7 @@ class DirectionMethodContract:
             count = min(len(behaviour.values), len(neutral.values))
             behaviour = Residuals(behaviour.values[:count])
             neutral = Residuals(neutral.values[:count])
-        return compute(behaviour, neutral, self.settings(project, **more))
+        return directions_from_residuals(behaviour, neutral, self.settings(project, **more))
 
     def test_rows_are_unit_and_finite(self) -> None:
         """One unit vector per layer; more of them are orthonormal."""
@@ -122,7 +126,7 @@ class DirectionMethodContract:
         fewer = Residuals(behaviour.values[:150])
         if self.pairs_prompts:
             with pytest.raises(ValueError, match="equal size"):
-                compute(fewer, neutral, self.settings())
+                directions_from_residuals(fewer, neutral, self.settings())
             return
         assert (self.directions(fewer, neutral).vectors @ planted).min() > self.cosine - 0.01
 
@@ -132,7 +136,7 @@ class DirectionMethodContract:
         sets = planted_residuals(seed=3, prompts=40)[:2]
         if self.pairs_prompts:
             sets = sets[0], Residuals(sets[1].values[:40])
-        whole = compute(*sets, self.settings())
+        whole = directions_from_residuals(*sets, self.settings())
         shards = [
             [
                 ResidualShard.of("s", i, s.values[i : i + rows].numpy()).batch
@@ -145,7 +149,7 @@ class DirectionMethodContract:
             Layer(*(_reduced(need, batches, layer) for batches in shards))
             for layer in range(sets[0].layers)
         ]
-        assert_same(from_layers(layers, self.settings(), {}), whole, 1e-6)
+        assert_same(directions_from_layers(layers, self.settings(), {}), whole, 1e-6)
 
     def test_outliers_do_not_turn_it(self) -> None:
         """Or are caught by winsorising, which every method may be used with."""
@@ -211,5 +215,5 @@ def _reduced(need: str, batches: list[Any], layer: int) -> Any:
     rows = [rows_of(batch, layer) for batch in batches]
     hidden = rows[0].values.shape[1]
     if need == "covariances":
-        return Summary(reduce(add, rows, Pairs(Moments.nothing(hidden))).moments)
+        return Summary(reduce(add, rows, PairedMoments(Moments.nothing(hidden))).moments)
     return Sample(torch.from_numpy(reduce(add, rows).values), hidden)

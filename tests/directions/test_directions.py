@@ -10,9 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_abliterate.directions.compute import compute, from_sums
+from ray_abliterate.directions.compute import directions_from_residuals, directions_from_sums
 from ray_abliterate.directions.directions import Directions
-from ray_abliterate.directions.layer_separation import Projected, best_layer, separation
+from ray_abliterate.directions.layer_separation import (
+    ProjectedSet,
+    best_layer,
+    measure_layer_separation,
+)
 from ray_abliterate.directions.residuals.residual_set import Residuals
 from ray_abliterate.directions.residuals.shard import ResidualShard, Sums, sums_of
 from ray_abliterate.recipe import DirectionSettings
@@ -22,7 +26,7 @@ from ray_abliterate.testing.directions import planted_residuals
 def test_the_neutral_mean_is_projected_out() -> None:
     behaviour, neutral, _ = planted_residuals(seed=1)
     shifted = Residuals(neutral.values + 3.0)
-    found = compute(behaviour, shifted, DirectionSettings())
+    found = directions_from_residuals(behaviour, shifted, DirectionSettings())
     mean = shifted.mean()
     cosines = (found.vectors.double() * mean).sum(-1) / mean.norm(dim=-1)
     assert cosines.abs().max() < 1e-6
@@ -34,7 +38,7 @@ def test_a_direction_parallel_to_the_neutral_mean_is_kept_with_a_warning(
     mean = torch.zeros(4, 1, 8)
     mean[..., 0] = 1.0
     with caplog.at_level(logging.WARNING):
-        found = compute(Residuals(3 * mean), Residuals(mean), DirectionSettings())
+        found = directions_from_residuals(Residuals(3 * mean), Residuals(mean), DirectionSettings())
     assert found.vectors[0, 0] == pytest.approx(1.0)
     assert "parallel to the neutral mean" in caplog.text
 
@@ -42,7 +46,7 @@ def test_a_direction_parallel_to_the_neutral_mean_is_kept_with_a_warning(
 def test_identical_sets_are_refused() -> None:
     residuals = Residuals(torch.randn(5, 3, 8))
     with pytest.raises(ValueError, match="no layer has a direction"):
-        compute(residuals, residuals, DirectionSettings())
+        directions_from_residuals(residuals, residuals, DirectionSettings())
 
 
 def test_a_layer_without_a_difference_gets_no_direction_and_others_keep_theirs() -> None:
@@ -50,7 +54,7 @@ def test_a_layer_without_a_difference_gets_no_direction_and_others_keep_theirs()
     same = neutral.values.clone()
     other = behaviour.values.clone()
     other[:, 0], same[:, 0] = 1.0, 1.0
-    found = compute(Residuals(other), Residuals(same), DirectionSettings())
+    found = directions_from_residuals(Residuals(other), Residuals(same), DirectionSettings())
     assert found.usable[0] is False
     assert torch.isfinite(found.vectors).all()
     assert float(found.vectors[1] @ planted) > 0.9
@@ -60,7 +64,7 @@ def test_a_layer_without_a_difference_gets_no_direction_and_others_keep_theirs()
 
 def test_bytes_give_back_the_same_directions() -> None:
     behaviour, neutral, _ = planted_residuals(seed=3)
-    found = compute(behaviour, neutral, DirectionSettings())
+    found = directions_from_residuals(behaviour, neutral, DirectionSettings())
     again = Directions.from_bytes(found.to_bytes())
     assert torch.equal(again.vectors, found.vectors)
     assert (again.method, again.origin) == (found.method, found.origin)
@@ -101,8 +105,10 @@ def test_winsorising_finds_the_direction_behind_massive_activations() -> None:
     behaviour, neutral, planted = planted_residuals(seed=4, hidden=256)
     spiky = behaviour.values.clone()
     spiky[0, :, 7] = 1e4
-    plain = compute(Residuals(spiky), neutral, DirectionSettings())
-    clamped = compute(Residuals(spiky), neutral, DirectionSettings(winsorize_quantile=0.99))
+    plain = directions_from_residuals(Residuals(spiky), neutral, DirectionSettings())
+    clamped = directions_from_residuals(
+        Residuals(spiky), neutral, DirectionSettings(winsorize_quantile=0.99)
+    )
     assert float(plain.vectors[1] @ planted) < 0.5
     assert float(clamped.vectors[1] @ planted) > 0.9
 
@@ -135,12 +141,12 @@ def test_directions_from_shards_are_those_of_whole_sets(
 ) -> None:
     sets = planted_residuals(seed=rows, prompts=40, hidden=48)[:2]
     wanted = DirectionSettings(winsorize_quantile=quantile, project_out_neutral=project)
-    whole = compute(*sets, wanted)
+    whole = directions_from_residuals(*sets, wanted)
     sums = [
         reduce(add, [sums_of(shard.batch, quantile) for shard in split("s", s.values, rows)])
         for s in sets
     ]
-    found = from_sums(*sums, wanted, whole.origin)
+    found = directions_from_sums(*sums, wanted, whole.origin)
     # float64 sums in another order, then one rounding to float32
     torch.testing.assert_close(found.vectors, whole.vectors, rtol=2**-23, atol=1e-12)
     assert (found.method, found.origin) == (whole.method, whole.origin)
@@ -148,14 +154,14 @@ def test_directions_from_shards_are_those_of_whole_sets(
 
 def test_separation_is_what_its_definitions_say() -> None:
     behaviour, neutral, _ = planted_residuals(seed=6, prompts=30, strength=1.0)
-    found = compute(behaviour, neutral, DirectionSettings())
+    found = directions_from_residuals(behaviour, neutral, DirectionSettings())
     random = torch.Generator().manual_seed(1)
     along = [torch.randn(30, 4, generator=random).double() + shift for shift in (0.5, 0)]
     sides = [
-        Projected(Sums(len(s.values), s.values.double().sum(0).numpy()), one.numpy())
+        ProjectedSet(Sums(len(s.values), s.values.double().sum(0).numpy()), one.numpy())
         for s, one in zip((behaviour, neutral), along, strict=True)
     ]
-    for layer, row in enumerate(separation(*sides, found)):
+    for layer, row in enumerate(measure_layer_separation(*sides, found)):
         a, b = (one[:, layer] for one in along)
         wins = (a[:, None] > b[None]).double().mean()
         spread = a.var(unbiased=False) + b.var(unbiased=False)
@@ -273,8 +279,8 @@ def test_what_is_spared_at_the_target_is_taken_out_of_every_direction() -> None:
 
 def test_biprojecting_keeps_the_neutral_means_and_leaves_own_layers_as_they_were() -> None:
     behaviour, neutral, _ = planted_residuals(seed=1)
-    found = compute(behaviour, neutral, DirectionSettings(biproject=True))
-    plain = compute(behaviour, neutral, DirectionSettings())
+    found = directions_from_residuals(behaviour, neutral, DirectionSettings(biproject=True))
+    plain = directions_from_residuals(behaviour, neutral, DirectionSettings())
     assert torch.equal(found.vectors, plain.vectors)
     assert plain.spared is None and found.spared is not None
     mean = torch.nn.functional.normalize(neutral.mean(), dim=-1)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ray_abliterate.directions.layer_selection import LayerScores, Selection, tried_layers
+from ray_abliterate.directions.layer_selection import LayerScores, LayerSelection, tried_layers
 from ray_abliterate.directions.layer_separation import best_layer
 
 BASE = (5.0, -6.0)
@@ -15,8 +15,8 @@ def scores(layer: int, ablated: float, added: float = 1.0, divergence: float = 0
     return LayerScores(layer, ablated, added, divergence, BASE)
 
 
-def selection(*found: LayerScores) -> Selection:
-    return Selection("key", "mean-difference", 10, found)
+def selection(*found: LayerScores) -> LayerSelection:
+    return LayerSelection("key", "mean-difference", 10, found)
 
 
 def test_the_last_fifth_and_layers_without_a_direction_are_not_tried() -> None:
@@ -61,7 +61,7 @@ def test_json_gives_back_the_same_selection_and_says_what_was_chosen() -> None:
     broken = LayerScores(1, None, None, None, BASE, "broken")
     found = selection(scores(0, -1.5), broken)
     text = json.dumps(found.to_json(), allow_nan=False)
-    assert Selection.from_json(json.loads(text)) == found
+    assert LayerSelection.from_json(json.loads(text)) == found
     values: dict[str, Any] = json.loads(text)
     assert values["chosen"] == 0 and values["scores"][1]["dropped"] == "broken"
 

@@ -15,7 +15,7 @@ import torch
 from ray_abliterate import __version__
 from ray_abliterate.cluster.residual_shards import Extraction, Shards
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.directions.compute import compute
+from ray_abliterate.directions.compute import directions_from_residuals
 from ray_abliterate.directions.directions import Directions, NoDirection
 from ray_abliterate.directions.residuals.moments import rows_of
 from ray_abliterate.directions.residuals.residual_set import Residuals
@@ -23,7 +23,7 @@ from ray_abliterate.directions.residuals.shard import ResidualShard, content_key
 from ray_abliterate.directions.residuals.shard_files import ShardFiles
 from ray_abliterate.errors import SearchError
 from ray_abliterate.model.batch_size import Tuning
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.replica.messages import ModelFacts
 from ray_abliterate.search.plan import ModelShape
@@ -124,7 +124,7 @@ def of_sets(
     files = ShardFiles(None, None, pytest.fail)
     extraction = Extraction(ROWS, (), "float32", tuning, positions, bool(components))
     shards = Shards(pool, files, extraction, *prompts)
-    shards.extract(Unwatched())
+    shards.extract(SilentProgress())
     return shards, pool
 
 
@@ -147,7 +147,7 @@ def test_directions_are_those_of_whole_sets_and_no_more_is_read_at_a_time(
 ) -> None:
     shards, pool, both = opened(prompts, hidden)
     settings = DirectionSettings(method=method, winsorize_quantile=quantile)
-    assert_same(shards.directions(settings), compute(*both, settings), 1e-6)
+    assert_same(shards.directions(settings), directions_from_residuals(*both, settings), 1e-6)
     name = READS[method]
     assert {part[0] for part in pool.store.parts} == {name}
     if name == "rows_of":  # a layer of both sets after the other
@@ -199,7 +199,7 @@ def test_of_several_token_positions_the_one_that_separates_best_is_taken(method:
     assert found.layers == LAYERS
     assert found.origin["position"] == "-2"
     own = [Residuals(s.values[:, LAYERS : 2 * LAYERS].contiguous()) for s in both]
-    expected = compute(*own, settings)
+    expected = directions_from_residuals(*own, settings)
     assert_same(found, expected, 1e-6)
     assert found.spared is not None and expected.spared is not None
     torch.testing.assert_close(found.spared, expected.spared)
@@ -242,7 +242,7 @@ def test_components_have_their_directions_at_the_position_that_was_chosen_for_th
     for name, part, unit in (("", 0, 3), ("attn", 1, 5), ("mlp", 2, 7)):
         columns = slice(LAYERS * (3 + part), LAYERS * (4 + part))
         own = [Residuals(s.values[:, columns].contiguous()) for s in sets]
-        expected = compute(*own, settings)
+        expected = directions_from_residuals(*own, settings)
         directions = found.of(name) if name else found
         assert_same(directions, expected, 1e-6)
         assert directions.vectors[:, unit].abs().min() > 0.6
@@ -304,7 +304,7 @@ def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) 
     from ray_abliterate.directions.residuals import moments
 
     waiting = []
-    plain = moments.Pairs.__add__
+    plain = moments.PairedMoments.__add__
 
     def watched(self: Any, part: Any) -> Any:
         total = plain(self, part)
@@ -312,8 +312,8 @@ def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) 
         return total
 
     monkeypatch.setattr(moments, "TAKEN_AT_ONCE", 8)
-    monkeypatch.setattr(moments.Pairs, "__add__", watched)
+    monkeypatch.setattr(moments.PairedMoments, "__add__", watched)
     shards, _, both = opened(50, 8)
     settings = DirectionSettings(method="whitened")
-    assert_same(shards.directions(settings), compute(*both, settings), 1e-6)
+    assert_same(shards.directions(settings), directions_from_residuals(*both, settings), 1e-6)
     assert max(waiting) < 8

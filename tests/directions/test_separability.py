@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_abliterate.directions.separability import (
-    BLIND,
+    CHANCE_LEVEL,
     auroc,
     auroc_error,
     fisher,
-    measures,
+    measure_separability,
     mutual_information,
     overlap,
     silhouette,
@@ -84,18 +84,18 @@ def test_where_nothing_differs_the_bias_of_counting_is_taken_out():
 
 def test_sets_that_do_not_touch_have_all_of_everything():
     a, b = gaussians(30.0, 100)
-    found = measures(a, b)
+    found = measure_separability(a, b)
     assert found["auroc"] == 1
     assert found["overlap"] == 0
     assert found["mutual_information"] == pytest.approx(1, abs=0.02)
     assert found["silhouette"] > 0.9
     assert found["fisher"] == pytest.approx((a.mean() - b.mean()) ** 2 / (a.var() + b.var()))
-    assert set(found) == set(BLIND)
+    assert set(found) == set(CHANCE_LEVEL)
 
 
 def test_one_number_again_and_again_tells_nothing():
     same = numpy.ones(8)
-    assert measures(same, same) == dict(BLIND)
+    assert measure_separability(same, same) == dict(CHANCE_LEVEL)
     assert fisher(same, same + 1) == 0  # nothing to compare the distance with
 
 

@@ -19,7 +19,7 @@ from ray_abliterate.export.checkpoint import Checkpoint
 from ray_abliterate.export.verification import Verifier, compare
 from ray_abliterate.model.architecture import find_writers
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.search.score import Score, Scorecard
 
 RUNS = ("planted_run", "mixtral_run", "mixtral_float32_run")
@@ -35,7 +35,7 @@ def exported(tmp_path_factory, request):
     def of(name):
         run = request.getfixturevalue(name)
         if name not in made:
-            export.export_trial(run.directory, run.trial, folder / name, Unwatched())
+            export.export_trial(run.directory, run.trial, folder / name, SilentProgress())
             made[name] = folder / name
         return run, made[name]
 
@@ -55,7 +55,7 @@ def unloaded(monkeypatch):
     def refuse(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(export, "build_skeleton", refuse)
+    monkeypatch.setattr(export, "skeleton_of_folder", refuse)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_tied_embeddings_stay_tied(exported):
 
 def test_two_exports_are_equal_files(exported, tmp_path):
     run, first = exported("planted_run")
-    second = export.export_trial(run.directory, run.trial, tmp_path / "again", Unwatched())
+    second = export.export_trial(run.directory, run.trial, tmp_path / "again", SilentProgress())
     assert files_of(first) == files_of(second)
 
 
@@ -195,12 +195,12 @@ def test_an_export_that_is_not_the_trial_is_kept_aside(planted_run, tmp_path, mo
     spoiled(monkeypatch, undo)
     to = tmp_path / "out"
     with pytest.raises(ExportError, match="keyword-rate: 0 in the trial, 1 reloaded"):
-        export.export_trial(planted_run.directory, planted_run.trial, to, Unwatched())
+        export.export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
     assert [path.name for path in tmp_path.iterdir()] == ["out.unverified"]
     found = json.loads((tmp_path / "out.unverified" / "verification.json").read_text())
     assert [score["within"] for score in found["scores"]] == [False, False]
     with pytest.raises(ExportError, match=r"out\.unverified is left"):
-        export.export_trial(planted_run.directory, planted_run.trial, to, Unwatched())
+        export.export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
 
 
 def test_an_export_that_answers_nothing_is_kept_aside(planted_run, tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_an_export_that_answers_nothing_is_kept_aside(planted_run, tmp_path, mon
     spoiled(monkeypatch, break_it)
     to = tmp_path / "out"
     with pytest.raises(ExportError, match="logits are not numbers"):
-        export.export_trial(planted_run.directory, planted_run.trial, to, Unwatched())
+        export.export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
     assert [path.name for path in tmp_path.iterdir()] == ["out.unverified"]
 
 
@@ -236,7 +236,7 @@ def test_without_verification_no_claim_is_made(planted_run, tmp_path):
     to = tmp_path / "an" / "empty folder"
     to.mkdir(parents=True)
     out = export.export_trial(
-        planted_run.directory, planted_run.trial, to, Unwatched(), verify=False
+        planted_run.directory, planted_run.trial, to, SilentProgress(), verify=False
     )
     assert out == to
     assert not (out / "verification.json").exists()
@@ -249,14 +249,14 @@ def test_an_occupied_target_is_refused(planted_run, tmp_path, unloaded):
     (tmp_path / "note.txt").write_text("mine")
     for to in (tmp_path, tmp_path / "note.txt"):
         with pytest.raises(ExportError, match="not an empty folder"):
-            export.export_trial(planted_run.directory, planted_run.trial, to, Unwatched())
+            export.export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
     assert (tmp_path / "note.txt").read_text() == "mine"
 
 
 def test_a_target_inside_the_model_is_refused(planted_run, unloaded):
     to = planted_run.model / "out"
     with pytest.raises(ExportError, match="inside the base model's folder"):
-        export.export_trial(planted_run.directory, planted_run.trial, to, Unwatched())
+        export.export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
 
 
 def test_a_full_disk_is_refused(planted_run, tmp_path, unloaded, monkeypatch):
@@ -264,7 +264,7 @@ def test_a_full_disk_is_refused(planted_run, tmp_path, unloaded, monkeypatch):
     size = sum(path.stat().st_size for path in planted_run.model.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, size))
     with pytest.raises(ExportError, match="GB free"):
-        export.export_trial(planted_run.directory, planted_run.trial, tmp_path / "o", Unwatched())
+        export.export_trial(planted_run.directory, planted_run.trial, tmp_path / "o", SilentProgress())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -272,21 +272,21 @@ def test_a_parent_that_is_a_file_is_refused(planted_run, tmp_path, unloaded):
     (tmp_path / "file").write_text("")
     to = tmp_path / "file" / "out"
     with pytest.raises(ExportError, match="cannot be written"):
-        export.export_trial(planted_run.directory, planted_run.trial, to, Unwatched())
+        export.export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
 
 
 def test_other_prompts_than_the_runs_are_refused(copied_run, tmp_path, unloaded):
-    prompts = copied_run.directory.environment["prompts"]
+    prompts = copied_run.directory.read_environment()["prompts"]
     prompts["keyword-rate"]["fingerprint"] = "another"
     copied_run.directory.note(prompts=prompts)
     with pytest.raises(PromptSourceError, match="keyword-rate"):
-        export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", Unwatched())
+        export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress())
 
 
 def test_a_model_folder_that_is_gone_is_explained(copied_run, tmp_path, unloaded):
     renamed(copied_run, "models/gone")
     with pytest.raises(ExportError, match="A relative folder counts from"):
-        export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", Unwatched())
+        export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress())
 
 
 def test_a_quantized_checkpoint_is_refused(planted_run, tmp_path):
@@ -321,7 +321,7 @@ def renamed(run, name, revision=None):
     recipe = json.loads(path.read_text())
     recipe["model"]["name"] = name
     path.write_text(json.dumps(recipe))
-    run.directory.note(model={**run.directory.environment["model"], "revision": revision})
+    run.directory.note(model={**run.directory.read_environment()["model"], "revision": revision})
 
 
 def test_a_model_on_the_hub_is_read_at_the_runs_revision(copied_run, tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_a_model_on_the_hub_is_read_at_the_runs_revision(copied_run, tmp_path, m
         return str(copied_run.model)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    out = export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", Unwatched())
+    out = export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress())
     assert {(name, revision) for name, revision, _ in asked} == {("owner/tiny", "abc123")}
     assert "*.safetensors" in asked[0][2]["ignore_patterns"]
     assert asked[1][2] == {"allow_patterns": ["model.safetensors"]}
@@ -346,11 +346,11 @@ def test_the_response_prefix_of_the_run_is_used(copied_run):
     copied_run.directory.note(response_prefix=[5, 6])
     model = verification._language_model(copied_run.directory, copied_run.model)
     assert model.response_prefix == (5, 6)
-    assert model.batch_size == copied_run.directory.recipe.run.batch_size
+    assert model.batch_size == copied_run.directory.read_recipe().run.batch_size
 
 
 def test_the_searchs_threads_are_used_and_then_given_back(copied_run):
-    replicas = {**copied_run.directory.environment["replicas"], "threads": 3}
+    replicas = {**copied_run.directory.read_environment()["replicas"], "threads": 3}
     copied_run.directory.note(replicas=replicas)
     before = torch.get_num_threads()
     with export._threads(copied_run.directory):
@@ -364,7 +364,7 @@ def test_a_bounded_trial_is_written_unverified_or_not_at_all(planted_run, tmp_pa
     bounds = tuple(replace(score, bound=True) for score in scores)
     trial = replace(planted_run.trial, number=1, scorecard=Scorecard(bounds))
     with pytest.raises(ExportError, match=r"trial 1 was stopped early(?s:.*)--no-verify"):
-        export.export_trial(planted_run.directory, trial, tmp_path / "out", Unwatched())
+        export.export_trial(planted_run.directory, trial, tmp_path / "out", SilentProgress())
     assert not (tmp_path / "out").exists()
-    export.export_trial(planted_run.directory, trial, tmp_path / "out", Unwatched(), verify=False)
+    export.export_trial(planted_run.directory, trial, tmp_path / "out", SilentProgress(), verify=False)
     assert "| ≥ " in (tmp_path / "out" / "README.md").read_text()

@@ -24,12 +24,12 @@ from ray_abliterate.export.export import ExportForm, export_trial
 from ray_abliterate.export.scratch import scratch, scratch_name
 from ray_abliterate.export.verification import Verifier
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 
 ADAPTER = ExportForm("adapter")
 
 
-class Notes(Unwatched):
+class Notes(SilentProgress):
     """Remembers what was noted."""
 
     def __init__(self):
@@ -68,7 +68,7 @@ def test_an_adapter_of_the_trial_is_verified_and_answers_as_the_merged_model(pla
     base = transformers.AutoModelForCausalLM.from_pretrained(planted_run.model, dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(planted_run.model)
     ids = tokenizer("tell me about the cake", return_tensors="pt")["input_ids"]
-    whole = export_trial(planted_run.directory, planted_run.trial, tmp_path / "m", Unwatched())
+    whole = export_trial(planted_run.directory, planted_run.trial, tmp_path / "m", SilentProgress())
     edited = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype="auto")
     with torch.inference_mode():
         assert torch.allclose(
@@ -78,7 +78,7 @@ def test_an_adapter_of_the_trial_is_verified_and_answers_as_the_merged_model(pla
 
 def test_the_base_of_an_adapter_is_never_a_path(planted_run, tmp_path):
     to = export_trial(
-        planted_run.directory, planted_run.trial, tmp_path / "a", Unwatched(), False, ADAPTER
+        planted_run.directory, planted_run.trial, tmp_path / "a", SilentProgress(), False, ADAPTER
     )
     config = json.loads((to / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == planted_run.model.name
@@ -88,7 +88,7 @@ def test_the_base_of_an_adapter_is_never_a_path(planted_run, tmp_path):
 
 def test_an_adapter_beside_its_base_loads_by_itself(planted_run, tmp_path, monkeypatch):
     to = export_trial(
-        planted_run.directory, planted_run.trial, tmp_path / "a", Unwatched(), False, ADAPTER
+        planted_run.directory, planted_run.trial, tmp_path / "a", SilentProgress(), False, ADAPTER
     )
     monkeypatch.chdir(planted_run.model.parent)  # the name in the file is the folder's own
     assert AutoPeftModelForCausalLM.from_pretrained(to).peft_config["default"].use_dora
@@ -97,14 +97,14 @@ def test_an_adapter_beside_its_base_loads_by_itself(planted_run, tmp_path, monke
 def test_an_adapter_that_peft_cannot_hold_leaves_nothing(mixtral_float32_run, tmp_path):
     run = mixtral_float32_run
     with pytest.raises(ExportError, match=r"experts\.down_proj cannot be edited by a PEFT adapter"):
-        export_trial(run.directory, run.trial, tmp_path / "a", Unwatched(), form=ADAPTER)
+        export_trial(run.directory, run.trial, tmp_path / "a", SilentProgress(), form=ADAPTER)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_column_edits_are_an_adapter_only_if_what_it_lacks_is_allowed(mixtral_run, tmp_path):
     run = mixtral_run
     with pytest.raises(ExportError, match=r"lack more than 1\.00% of the edit"):
-        export_trial(run.directory, run.trial, tmp_path / "a", Unwatched(), form=ADAPTER)
+        export_trial(run.directory, run.trial, tmp_path / "a", SilentProgress(), form=ADAPTER)
     allowed = replace(ADAPTER, adapter_error=0.5)
     notes = Notes()
     to = export_trial(run.directory, run.trial, tmp_path / "a", notes, False, allowed)
@@ -124,7 +124,7 @@ def test_an_adapter_that_is_not_the_trial_is_kept_aside(planted_run, tmp_path, m
     monkeypatch.setattr(Verifier, "verify", weaken)
     with pytest.raises(ExportError, match="keyword-rate: 0 in the trial, 1 reloaded"):
         export_trial(
-            planted_run.directory, planted_run.trial, tmp_path / "a", Unwatched(), form=ADAPTER
+            planted_run.directory, planted_run.trial, tmp_path / "a", SilentProgress(), form=ADAPTER
         )
     assert [path.name for path in tmp_path.iterdir()] == ["a.unverified"]
 
@@ -135,7 +135,7 @@ def test_an_adapter_that_is_not_the_trial_is_kept_aside(planted_run, tmp_path, m
 def test_an_export_in_other_shards_is_verified(mixtral_run, tmp_path):
     run = mixtral_run
     form = ExportForm(shard_bytes=10_000)
-    to = export_trial(run.directory, run.trial, tmp_path / "out", Unwatched(), form=form)
+    to = export_trial(run.directory, run.trial, tmp_path / "out", SilentProgress(), form=form)
     assert all(s["within"] for s in json.loads((to / "verification.json").read_text())["scores"])
     names = set(json.loads((to / INDEX).read_text())["weight_map"].values())
     assert names == {path.name for path in to.glob("*.safetensors")}
@@ -150,7 +150,7 @@ import os, signal, sys
 from pathlib import Path
 from ray_abliterate.export.export import export_trial
 from ray_abliterate.export.merged import EditedTensors
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.directory import RunDirectory
 
 pieces, asked = EditedTensors.pieces, []
@@ -164,7 +164,7 @@ def die_at_the_seventh(self, name):
 
 EditedTensors.pieces = die_at_the_seventh
 directory = RunDirectory(Path(sys.argv[1]))
-export_trial(directory, directory.trial(0), Path(sys.argv[2]), Unwatched())
+export_trial(directory, directory.trial(0), Path(sys.argv[2]), SilentProgress())
 """
 
 
@@ -178,10 +178,10 @@ def test_a_killed_export_goes_on_where_it_was(mixtral_run, tmp_path):
     written = {path.name for path in left.glob("*.safetensors")}
     assert finished and written - set(finished), "it was killed between files"
     before = places_of(left)
-    export_trial(run.directory, run.trial, to, Unwatched())
+    export_trial(run.directory, run.trial, to, SilentProgress())
     after = places_of(to)
     assert {name for name in before if after.get(name) == before[name]} == set(finished)
-    clean = export_trial(run.directory, run.trial, tmp_path / "clean", Unwatched())
+    clean = export_trial(run.directory, run.trial, tmp_path / "clean", SilentProgress())
     assert files_of(to) == files_of(clean)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clean", "out"]
 
@@ -206,7 +206,7 @@ def interrupted(mixtral_run, tmp_path, monkeypatch):
 def rewritten(run, to, trial=None):
     """Weight files that the next attempt wrote anew."""
     before = places_of(scratch_name(to))
-    export_trial(run.directory, trial or run.trial, to, Unwatched(), verify=False)
+    export_trial(run.directory, trial or run.trial, to, SilentProgress(), verify=False)
     after = places_of(to)
     return {n for n in after if n.endswith(".safetensors") and after[n] != before.get(n)}
 
@@ -251,7 +251,7 @@ def test_a_changed_base_model_is_read_again(mixtral_run, interrupted):
 def test_two_processes_do_not_write_one_export(planted_run, tmp_path):
     to = tmp_path / "out"
     with scratch(to, {}), pytest.raises(ExportError, match="another process is writing"):
-        export_trial(planted_run.directory, planted_run.trial, to, Unwatched())
+        export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
 
 
 def test_space_is_counted_without_what_is_finished(mixtral_run, interrupted, monkeypatch):
@@ -276,9 +276,9 @@ def test_a_disk_that_fills_up_is_explained_and_the_export_goes_on(mixtral_run, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merged, "_write", full)
         with pytest.raises(ExportError, match=r"No space left on device(?s:.*)If the disk is full"):
-            export_trial(run.directory, run.trial, to, Unwatched())
+            export_trial(run.directory, run.trial, to, SilentProgress())
     assert len(json.loads((scratch_name(to) / ".progress.json").read_text())["finished"]) == 2
-    export_trial(run.directory, run.trial, to, Unwatched(), verify=False)
+    export_trial(run.directory, run.trial, to, SilentProgress(), verify=False)
 
 
 # What cannot be had
@@ -310,15 +310,15 @@ def test_a_base_revision_that_is_gone_is_named(planted_run, tmp_path, monkeypatc
     recipe = json.loads(file.read_text())
     recipe["model"]["name"] = "owner/tiny"
     file.write_text(json.dumps(recipe))
-    copy.note(model={**copy.environment["model"], "revision": "abc123"})
+    copy.note(model={**copy.read_environment()["model"], "revision": "abc123"})
     with pytest.raises(ExportError, match=r"owner/tiny at revision abc123 cannot be read"):
-        export_trial(copy, planted_run.trial, tmp_path / "out", Unwatched())
+        export_trial(copy, planted_run.trial, tmp_path / "out", SilentProgress())
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_stacked_experts_is_verified(mixtral_none_run, tmp_path):
     run = mixtral_none_run
-    to = export_trial(run.directory, run.trial, tmp_path / "a", Unwatched(), form=ADAPTER)
+    to = export_trial(run.directory, run.trial, tmp_path / "a", SilentProgress(), form=ADAPTER)
     config = json.loads((to / "adapter_config.json").read_text())
     assert len(config["target_parameters"]) == len(config["target_modules"]) == 2
     assert all(s["within"] for s in json.loads((to / "verification.json").read_text())["scores"])

@@ -242,7 +242,7 @@ def test_validation_is_beside_the_base_models_with_the_paired_difference(tmp_pat
     settings = SuiteFile.of([{"kind": "over-refusal", "name": "harmless"}])
     assert "## Validation" not in model_card(directory, trial, base_of(directory))
     directory.note(suites=[setting.model_dump(mode="json") for setting in settings])
-    kept = directory.measurements(settings)
+    kept = directory.suite_results(settings)
     for model, values in (("base", [1.0, 1.0, 1.0, 0.0]), ("trial-7", [0.0, 0.0, 1.0, 0.0])):
         items = tuple(f"i{n}" for n in range(4))
         chunk = SuiteChunk(

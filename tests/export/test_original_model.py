@@ -20,7 +20,7 @@ from ray_abliterate.export.find_export import exported
 from ray_abliterate.export.reproduce import reproduce
 from ray_abliterate.model.loading import load
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import ModelSettings
 from tests.support.finished_runs import Finished, finish
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Notes(Unwatched):
+class Notes(SilentProgress):
     """Remembers what is said."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def test_the_plan_is_applied_to_the_originals_and_verified_there(
     plain = finish(tmp_path / "plain", wide_folder)
     plain.directory.save_directions(directory.directions())
     same = replace(plain.trial, plan=trial.plan)
-    expected = export_trial(plain.directory, same, tmp_path / "expected", Unwatched(), False)
+    expected = export_trial(plain.directory, same, tmp_path / "expected", SilentProgress(), False)
     assert written(found) == written(expected) != written(wide_folder)
     verification = json.loads((found / "verification.json").read_text())
     assert verification["quantization"] == "bitsandbytes nf4" and verification["reasons"] == []
@@ -84,7 +84,7 @@ def test_the_plan_is_applied_to_the_originals_and_verified_there(
         assert score["quantized"] == trial.scorecard[score["name"]].value
     assert any("originals: tiny-wide; the search ran on tiny-wide-nf4" in n for n in notes.said)
     assert any("bitsandbytes nf4 in the search" in note for note in notes.said)
-    assert "full_precision" in directory.environment
+    assert "full_precision" in directory.read_environment()
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
@@ -93,7 +93,7 @@ def test_what_is_published_names_the_originals_and_no_path(
 ) -> None:
     form = ExportForm(kind)
     to = export_trial(
-        search.directory, search.trial, tmp_path / "out", Unwatched(), False, form, str(wide_folder)
+        search.directory, search.trial, tmp_path / "out", SilentProgress(), False, form, str(wide_folder)
     )
     bundle = json.loads((to / "reproduce" / "reproduce.json").read_text())
     assert bundle["base"]["called"] == "tiny-wide" and bundle["base"]["name"] is None
@@ -143,7 +143,7 @@ def test_originals_of_the_hub_are_named_with_their_commit_and_rebuilt_from_there
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: owner/wide\n" in card and f"(revision `{commit}`)" in card
     hub.clear()
-    result = reproduce(tmp_path / "out", tmp_path / "again", Unwatched())
+    result = reproduce(tmp_path / "out", tmp_path / "again", SilentProgress())
     assert result.bit_equal == result.tensors > 0 and set(hub) == {("owner/wide", commit)}
     assert written(tmp_path / "again") == written(tmp_path / "out")
 
@@ -155,7 +155,7 @@ def refused(search: Finished, to: Path, originals: Any) -> str:
     """The error, before anything was written."""
     with pytest.raises((ExportError, ModelError)) as caught:
         export_trial(
-            search.directory, search.trial, to / "o", Unwatched(), False, originals=originals
+            search.directory, search.trial, to / "o", SilentProgress(), False, originals=originals
         )
     assert not [path for path in to.iterdir() if path.name in ("o", ".o.partial")]
     return str(caught.value)
@@ -230,7 +230,7 @@ def test_rounded_embeddings_are_those_of_the_originals(
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     other = str(tmp_path / "other")
     export_trial(
-        search.directory, search.trial, tmp_path / "o", Unwatched(), False, originals=other
+        search.directory, search.trial, tmp_path / "o", SilentProgress(), False, originals=other
     )
 
 
@@ -239,13 +239,13 @@ def test_a_push_exports_the_originals_once(
 ) -> None:
     place, given = search.directory.path, str(wide_folder)
     with pytest.raises(ExportError, match="--originals FOLDER_OR_HUB_NAME"):
-        exported(place, 0, Unwatched(), True)
-    folder = exported(place, 0, Unwatched(), True, given)
-    assert folder == exported(place, 0, Unwatched(), True, given)
-    assert folder == exported(place, 0, Unwatched(), True)
+        exported(place, 0, SilentProgress(), True)
+    folder = exported(place, 0, SilentProgress(), True, given)
+    assert folder == exported(place, 0, SilentProgress(), True, given)
+    assert folder == exported(place, 0, SilentProgress(), True)
     with pytest.raises(
         PushError, match=r"was made of tiny-wide, not of --originals .*tiny-planted"
     ):
-        exported(place, 0, Unwatched(), True, str(planted_folder))
+        exported(place, 0, SilentProgress(), True, str(planted_folder))
     with pytest.raises(PushError, match="leave --originals out"):
-        exported(folder, None, Unwatched(), True, given)
+        exported(folder, None, SilentProgress(), True, given)

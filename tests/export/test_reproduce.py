@@ -25,11 +25,11 @@ from ray_abliterate.export.public_names import Original, Published
 from ray_abliterate.export.reproduce import compare, differences, reproduce
 from ray_abliterate.export.tensor_records import TensorRecord
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import Recipe
 
 
-class Notes(Unwatched):
+class Notes(SilentProgress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -46,7 +46,7 @@ def exports(tmp_path_factory, request):
         run = request.getfixturevalue(name)
         if name not in made:
             made[name] = export.export_trial(
-                run.directory, run.trial, folder / name, Unwatched(), verify=False
+                run.directory, run.trial, folder / name, SilentProgress(), verify=False
             )
         return run, made[name]
 
@@ -87,9 +87,9 @@ def weights(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["planted_run", "mixtral_run", "mixtral_float32_run"])
 def test_an_export_is_rebuilt_bit_for_bit(exports, tmp_path, name):
     run, folder = exports(name)
-    watch = Notes()
-    found = reproduce(folder / "reproduce" / "reproduce.json", tmp_path / "again", watch, run.model)
-    assert found.bit_equal == found.tensors > 0 and found.reasons == () and not watch.notes
+    progress = Notes()
+    found = reproduce(folder / "reproduce" / "reproduce.json", tmp_path / "again", progress, run.model)
+    assert found.bit_equal == found.tensors > 0 and found.reasons == () and not progress.notes
     assert weights(tmp_path / "again") == weights(folder)
     again = {p.relative_to(tmp_path / "again").as_posix() for p in (tmp_path / "again").rglob("*")}
     first = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
@@ -118,7 +118,7 @@ def test_the_bundle_keeps_paths_and_prompts_to_itself(exports):
     text = (folder / "reproduce" / "reproduce.json").read_text()
     for private in (str(run.model.parent), str(run.directory.path), "tell me", "behaviour.txt"):
         assert private not in text
-    facts = run.directory.environment["prompts"]["behaviour"]
+    facts = run.directory.read_environment()["prompts"]["behaviour"]
     assert facts["fingerprint"] in text
 
 
@@ -169,7 +169,7 @@ def adapters(tmp_path_factory, request):
         run, form = request.getfixturevalue(name), ExportForm("adapter", adapter_error=0.9)
         if name not in made:
             made[name] = export.export_trial(
-                run.directory, run.trial, folder / name, Unwatched(), False, form
+                run.directory, run.trial, folder / name, SilentProgress(), False, form
             )
         return run, made[name]
 
@@ -188,8 +188,8 @@ def copied_adapter(adapters, tmp_path):
 def test_an_adapter_is_rebuilt_bit_for_bit(adapters, tmp_path, name):
     """DoRA, LoRA that lacks something of the edit, and LoRA of stacked experts that is exact."""
     run, folder = adapters(name)
-    watch = Notes()
-    found = reproduce(folder, tmp_path / "again", watch, run.model)
+    progress = Notes()
+    found = reproduce(folder, tmp_path / "again", progress, run.model)
     assert found.bit_equal == found.tensors > 0 and found.reasons == () and found.kind == "adapter"
     for file in filter(Path.is_file, folder.rglob("*")):
         assert (tmp_path / "again" / file.relative_to(folder)).read_bytes() == file.read_bytes()
@@ -219,7 +219,7 @@ def export_of(run, beside: Path) -> Path:
     """The whole model of the same trial."""
     to = beside.with_name("whole")
     if not to.exists():
-        export.export_trial(run.directory, run.trial, to, Unwatched(), verify=False)
+        export.export_trial(run.directory, run.trial, to, SilentProgress(), verify=False)
     return to
 
 
@@ -229,30 +229,30 @@ def test_an_adapter_of_another_base_or_with_other_values_is_refused(copied_adapt
     name = "model.layers.1.mlp.down_proj.weight"
     moved(tmp_path / "other", name)
     with pytest.raises(ReproductionError, match=rf"not the base model.*\s.*1 of .*{name}"):
-        reproduce(folder, tmp_path / "o", Unwatched(), str(tmp_path / "other"))
+        reproduce(folder, tmp_path / "o", SilentProgress(), str(tmp_path / "other"))
     assert not (tmp_path / "o").exists()
     facts = json.loads((folder / "reproduce" / "reproduce.json").read_text())["adapter"]
     name = next(n for n in sorted(facts["tensors"]) if "lora_A" in n)
     facts["tensors"][name]["sha256"] = "0" * 64
     changed(folder, adapter=facts)
     with pytest.raises(ReproductionError, match=f"{name}: other bits, with the same versions"):
-        reproduce(folder, tmp_path / "o", Unwatched(), base)
+        reproduce(folder, tmp_path / "o", SilentProgress(), base)
     assert (tmp_path / "o.unverified" / "adapter_config.json").exists()
     written = json.loads((folder / "reproduce" / "reproduce.json").read_text())["written"]
     changed(folder, written={**written, "versions": {**written["versions"], "torch": "1.0"}})
-    found = reproduce(folder, tmp_path / "p", Unwatched(), base)
+    found = reproduce(folder, tmp_path / "p", SilentProgress(), base)
     assert found.bit_equal == found.tensors - 1 and found.largest_sample_difference == 0
     facts["tensors"][name]["sample"][0] += 0.01
     changed(folder, adapter=facts)
     with pytest.raises(ReproductionError, match=r"units of the last place \(allowed 64\)"):
-        reproduce(folder, tmp_path / "q", Unwatched(), base)
+        reproduce(folder, tmp_path / "q", SilentProgress(), base)
 
 
 def test_an_adapters_bundle_of_an_earlier_version_cannot_be_checked(copied_adapter, tmp_path):
     folder, base = copied_adapter
     changed(folder, format=1, adapter=None)
     with pytest.raises(ReproductionError, match=r"no hashes of its tensors(?s:.*)export it anew"):
-        reproduce(folder, tmp_path / "o", Unwatched(), base)
+        reproduce(folder, tmp_path / "o", SilentProgress(), base)
 
 
 def test_a_merged_bundle_of_an_earlier_version_is_rebuilt(copied, tmp_path):
@@ -261,7 +261,7 @@ def test_a_merged_bundle_of_an_earlier_version_is_rebuilt(copied, tmp_path):
     values = json.loads(file.read_text())
     del values["adapter"]
     file.write_text(json.dumps({**values, "format": 1}))
-    found = reproduce(folder, tmp_path / "o", Unwatched(), base)
+    found = reproduce(folder, tmp_path / "o", SilentProgress(), base)
     assert found.bit_equal == found.tensors > 0
 
 
@@ -281,19 +281,19 @@ def test_a_file_that_is_damaged_or_missing_is_named(copied, tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(ReproductionError, match=words):
-            reproduce(file, tmp_path / "o", Unwatched(), base)
+            reproduce(file, tmp_path / "o", SilentProgress(), base)
     with pytest.raises(ReproductionError, match=r"holds no reproduce\.json"):
-        reproduce(tmp_path, tmp_path / "o", Unwatched(), base)
+        reproduce(tmp_path, tmp_path / "o", SilentProgress(), base)
     file.write_text(whole)
     directions = file.parent / "directions.safetensors"
     data = bytearray(directions.read_bytes())
     data[-1] ^= 1
     directions.write_bytes(data)
     with pytest.raises(ReproductionError, match="SHA-256 differs"):
-        reproduce(file, tmp_path / "o", Unwatched(), base)
+        reproduce(file, tmp_path / "o", SilentProgress(), base)
     directions.unlink()
     with pytest.raises(ReproductionError, match="damaged"):
-        reproduce(file, tmp_path / "o", Unwatched(), base)
+        reproduce(file, tmp_path / "o", SilentProgress(), base)
     assert not (tmp_path / "o").exists()
 
 
@@ -304,11 +304,11 @@ def test_another_base_model_is_refused_before_anything_is_written(copied, tmp_pa
     name = "model.layers.1.mlp.down_proj.weight"
     moved(tmp_path / "other", name)
     with pytest.raises(ReproductionError, match=rf"not the base model.*\s.*1 of .*{name}"):
-        reproduce(folder, tmp_path / "o", Unwatched(), str(tmp_path / "other"))
+        reproduce(folder, tmp_path / "o", SilentProgress(), str(tmp_path / "other"))
     with pytest.raises(ReproductionError, match="Say where it is with --base"):
-        reproduce(folder, tmp_path / "o", Unwatched())
+        reproduce(folder, tmp_path / "o", SilentProgress())
     with pytest.raises(ExportError, match="not an empty folder"):
-        reproduce(folder, tmp_path / "other", Unwatched(), base)
+        reproduce(folder, tmp_path / "other", SilentProgress(), base)
     assert not (tmp_path / "o").exists()
 
 
@@ -323,7 +323,7 @@ def test_a_hub_model_is_fetched_at_its_revision(copied, tmp_path, monkeypatch):
         return str(base)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    reproduce(folder, tmp_path / "o", Unwatched())
+    reproduce(folder, tmp_path / "o", SilentProgress())
     assert set(asked) == {("owner/tiny", "abc")}
 
     def gone(name, revision, **patterns):
@@ -331,7 +331,7 @@ def test_a_hub_model_is_fetched_at_its_revision(copied, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", gone)
     with pytest.raises(ReproductionError, match=r"owner/tiny at revision abc(?s:.*)--base"):
-        reproduce(folder, tmp_path / "p", Unwatched())
+        reproduce(folder, tmp_path / "p", SilentProgress())
 
 
 def test_a_bundle_cannot_ask_for_code_to_be_run(copied, tmp_path, monkeypatch):
@@ -347,8 +347,8 @@ def test_a_bundle_cannot_ask_for_code_to_be_run(copied, tmp_path, monkeypatch):
         return find(recipe, *rest)
 
     monkeypatch.setattr(reproduction, "find_targets", noted)
-    reproduce(folder, tmp_path / "o", Unwatched(), base)
-    reproduce(folder, tmp_path / "p", Unwatched(), base, trust_remote_code=True)
+    reproduce(folder, tmp_path / "o", SilentProgress(), base)
+    reproduce(folder, tmp_path / "p", SilentProgress(), base, trust_remote_code=True)
     assert asked == [False, True]
 
 
@@ -368,7 +368,7 @@ def test_other_bits_with_the_same_versions_are_kept_aside(copied, tmp_path):
     folder, base = copied
     name = with_other_bits(folder)
     with pytest.raises(ReproductionError, match=f"{name}: other bits, with the same versions"):
-        reproduce(folder, tmp_path / "o", Unwatched(), base)
+        reproduce(folder, tmp_path / "o", SilentProgress(), base)
     assert (tmp_path / "o.unverified" / "reproduced.json").exists()
     assert not (tmp_path / "o").exists()
 
@@ -378,13 +378,13 @@ def test_other_versions_are_warned_of_and_allow_for_rounding_only(copied, tmp_pa
     written = json.loads((folder / "reproduce" / "reproduce.json").read_text())["written"]
     changed(folder, written={**written, "versions": {**written["versions"], "torch": "1.0"}})
     with_other_bits(folder)
-    watch = Notes()
-    found = reproduce(folder, tmp_path / "o", watch, base)
+    progress = Notes()
+    found = reproduce(folder, tmp_path / "o", progress, base)
     assert found.bit_equal == found.tensors - 1
-    assert any("torch was 1.0, and is" in note for note in watch.notes)
+    assert any("torch was 1.0, and is" in note for note in progress.notes)
     with_other_bits(folder, norm=1e9)
     with pytest.raises(ReproductionError, match="norm 1 off"):
-        reproduce(folder, tmp_path / "p", Unwatched(), base)
+        reproduce(folder, tmp_path / "p", SilentProgress(), base)
 
 
 @pytest.mark.parametrize("kind", ["edited tensors", "tensors of the adapter"])
@@ -439,22 +439,22 @@ def test_a_tensor_more_or_less_fails(exports):
 
 
 def test_a_runs_trial_is_exported_once_to_be_uploaded(copied_run):
-    directory, watch = copied_run.directory, Notes()
-    folder = exported(directory.path, None, watch, unverified=False)
+    directory, progress = copied_run.directory, Notes()
+    folder = exported(directory.path, None, progress, unverified=False)
     assert folder == directory.path / "exports" / "trial-0"
     assert (folder / "verification.json").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert exported(directory.path, 0, watch, unverified=False) == folder
+    assert exported(directory.path, 0, progress, unverified=False) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    assert any("the frontier's knee" in note for note in watch.notes)
-    assert exported(folder, None, watch, unverified=False) == folder
+    assert any("the frontier's knee" in note for note in progress.notes)
+    assert exported(folder, None, progress, unverified=False) == folder
     changed(folder, plan={**json.loads(copied_run.trial.plan.to_json()), "norm": "none"})
     with pytest.raises(PushError, match="is not of trial 0"):
-        exported(directory.path, 0, watch, unverified=False)
+        exported(directory.path, 0, progress, unverified=False)
     with pytest.raises(PushError, match="is an export, not a run"):
-        exported(folder, 3, watch, unverified=False)
+        exported(folder, 3, progress, unverified=False)
     with pytest.raises(TrialNotFound):
-        exported(directory.path, 7, watch, unverified=False)
+        exported(directory.path, 7, progress, unverified=False)
 
 
 def test_two_bundles_of_a_trial_are_equal_files(planted_run, tmp_path):

@@ -15,13 +15,13 @@ import pytest
 
 from ray_abliterate.errors import ServeError
 from ray_abliterate.export import export, serve
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 
 ROOT = Path(__file__).parents[2]
 CAKE = [{"role": "user", "content": "tell me about the cake"}]
 
 
-class Notes(Unwatched):
+class Notes(SilentProgress):
     """Keeps what is said."""
 
     def __init__(self):
@@ -97,7 +97,7 @@ def test_a_trials_folder_is_written_once_and_not_verified(planted_copy, monkeypa
 def test_an_export_of_the_trial_is_served_instead_of_a_second_copy(planted_copy, monkeypatch):
     exported = planted_copy.directory.path / "exports" / "trial-0"
     export.export_trial(
-        planted_copy.directory, planted_copy.trial, exported, Unwatched(), verify=False
+        planted_copy.directory, planted_copy.trial, exported, SilentProgress(), verify=False
     )
     monkeypatch.setattr(export, "export_trial", None)
     served = serve.of_trial(planted_copy.directory, planted_copy.trial, Notes())
@@ -143,6 +143,6 @@ def test_a_taken_port_is_refused():
     ("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)]
 )
 def test_only_an_address_that_others_reach_is_warned_about(host, warned, port):
-    watch = Notes()
-    serve.refuse_early(host, port, watch)
-    assert any("no password" in line for line in watch.lines) == warned
+    progress = Notes()
+    serve.refuse_early(host, port, progress)
+    assert any("no password" in line for line in progress.lines) == warned

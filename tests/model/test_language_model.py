@@ -9,7 +9,7 @@ import torch
 
 from ray_abliterate.data.builtin.planted_model import PLANTED_LAYER, planted_axes
 from ray_abliterate.data.prompts import Prompt, PromptSet
-from ray_abliterate.directions.compute import compute
+from ray_abliterate.directions.compute import directions_from_residuals
 from ray_abliterate.directions.residuals.residual_set import Residuals
 from ray_abliterate.errors import ModelError
 from ray_abliterate.model import prefix_cache as shared_prefix
@@ -34,7 +34,7 @@ def test_the_planted_model_declines_flagged_prompts_and_answers_the_rest(
 def test_extraction_finds_the_planted_direction(
     model: LanguageModel, behaviour: PromptSet, neutral: PromptSet
 ) -> None:
-    found = compute(
+    found = directions_from_residuals(
         Residuals(model.residuals(behaviour.prompts)),
         Residuals(model.residuals(neutral.prompts)),
         DirectionSettings(),

@@ -8,20 +8,24 @@ import numpy
 import torch
 from jaxtyping import Float
 
-from ray_abliterate.directions.comparison.fitting import Sets
-from ray_abliterate.directions.comparison.held_out import HeldOut, halves, held_out
-from ray_abliterate.directions.comparison.recommendation import Advice, Standing, advise
-from ray_abliterate.directions.comparison.stability import Stability, reliability, stability
+from ray_abliterate.directions.comparison.fitting import ContrastSets
+from ray_abliterate.directions.comparison.held_out import HeldOut, measure_held_out, random_halves
+from ray_abliterate.directions.comparison.recommendation import (
+    MethodCandidate,
+    Recommendation,
+    recommend_method,
+)
+from ray_abliterate.directions.comparison.stability import Stability, measure_stability, reliability
 from ray_abliterate.directions.layer_separation import best_layer
 from ray_abliterate.directions.residuals.shard import LayerValues, winsorized
 from ray_abliterate.recipe import DirectionSettings
 
-Row = Mapping[str, float | int]
+MethodRow = Mapping[str, float | int]
 Step = Callable[[int, int], None]
 
 
 @runtime_checkable
-class Layered(Protocol):
+class LayerwiseResiduals(Protocol):
     """One prompt set's residuals, of which a layer can be had."""
 
     @property
@@ -33,7 +37,7 @@ class Layered(Protocol):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MethodComparison:
     """What was found.
 
     Attributes:
@@ -55,20 +59,20 @@ class Comparison:
     counts: tuple[int, int]
     layers: int
     hidden: int
-    separation: Mapping[str, Sequence[Row | None]]
+    separation: Mapping[str, Sequence[MethodRow | None]]
     cosines: Sequence[Float[numpy.ndarray, "method method"]]
     layer_cosines: Float[numpy.ndarray, "layer layer"]
     layer: int
     stability: Mapping[str, tuple[Stability, ...]]
     failed: Mapping[str, str]
-    advice: Advice
+    advice: Recommendation
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Those that found something."""
         return tuple(self.separation)
 
-    def best(self, method: str) -> Row:
+    def best(self, method: str) -> MethodRow:
         """A method's row at its own best layer."""
         return best_row(self.separation[method])
 
@@ -113,14 +117,14 @@ class Comparison:
         }  # fmt: skip
 
 
-def compare(
-    behaviour: Layered,
-    neutral: Layered,
+def compare_methods(
+    behaviour: LayerwiseResiduals,
+    neutral: LayerwiseResiduals,
     methods: Mapping[str, DirectionSettings],
     pairs: int = 8,
     seed: int = 0,
     step: Step = lambda done, total: None,
-) -> Comparison:
+) -> MethodComparison:
     """Compare methods; in memory is one layer of both sets, and what methods make of it.
 
     Args:
@@ -135,7 +139,7 @@ def compare(
         ValueError: no method has a direction anywhere; says why the first has none.
     """
     layers, total = behaviour.layers, behaviour.layers + len(methods)
-    rows: dict[str, list[Row | None]] = {name: [] for name in methods}
+    rows: dict[str, list[MethodRow | None]] = {name: [] for name in methods}
     problems: dict[str, str] = {}
     vectors, sets = [], None
     for index in range(layers):
@@ -154,15 +158,15 @@ def compare(
     sampled = _sets(behaviour, neutral, layer, methods)
     steady = {}
     for done, name in enumerate(kept, start=layers + 1):
-        steady[name] = stability(sampled, methods[name], pairs, seed)
+        steady[name] = measure_stability(sampled, methods[name], pairs, seed)
         step(done, total)
     standings = {
-        name: Standing(int(best["layer"]), best["auroc"], steady[name])
+        name: MethodCandidate(int(best["layer"]), best["auroc"], steady[name])
         for name, best in ((name, best_row(found)) for name, found in kept.items())
     }
-    advice = advise(standings, sets.counts)
+    advice = recommend_method(standings, sets.counts)
     chosen = list(methods).index(advice.method)
-    return Comparison(
+    return MethodComparison(
         counts=sets.counts,
         layers=layers,
         hidden=sets.behaviour.shape[1],
@@ -176,7 +180,7 @@ def compare(
     )
 
 
-def best_row(rows: Sequence[Row | None]) -> Row:
+def best_row(rows: Sequence[MethodRow | None]) -> MethodRow:
     """The row of the layer that separates best; see `directions.best_layer`.
 
     Raises:
@@ -191,19 +195,22 @@ def best_row(rows: Sequence[Row | None]) -> Row:
 
 
 def _sets(
-    behaviour: Layered, neutral: Layered, index: int, methods: Mapping[str, DirectionSettings]
-) -> Sets:
+    behaviour: LayerwiseResiduals,
+    neutral: LayerwiseResiduals,
+    index: int,
+    methods: Mapping[str, DirectionSettings],
+) -> ContrastSets:
     quantile = next(iter(methods.values())).winsorize_quantile
     rows = (winsorized(s.layer(index), quantile) for s in (behaviour, neutral))
-    return Sets(*(torch.from_numpy(numpy.array(values)) for values in rows))
+    return ContrastSets(*(torch.from_numpy(numpy.array(values)) for values in rows))
 
 
 def _one(
-    sets: Sets,
+    sets: ContrastSets,
     name: str,
     settings: DirectionSettings,
     index: int,
-    rows: dict[str, list[Row | None]],
+    rows: dict[str, list[MethodRow | None]],
     problems: dict[str, str],
     seed: int,
 ) -> Any:
@@ -211,7 +218,10 @@ def _one(
     if not sets.differ:
         rows[name].append(None)
         return None
-    measured, found = held_out(sets, settings, halves(sets.counts, seed)), sets.fit(settings)
+    measured, found = (
+        measure_held_out(sets, settings, random_halves(sets.counts, seed)),
+        sets.fit(settings),
+    )
     if isinstance(measured, HeldOut) and found.vector is not None:
         rows[name].append({"layer": index, **measured.measures()})
         _, basis = sets.axes(settings)

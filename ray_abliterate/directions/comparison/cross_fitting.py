@@ -12,24 +12,24 @@ import torch
 from jaxtyping import Float
 
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.directions.comparison.fitting import Sets, unsaid
-from ray_abliterate.directions.comparison.held_out import HeldOut, centred, held_out
-from ray_abliterate.directions.compute import from_moments, from_sums, need_of
+from ray_abliterate.directions.comparison.fitting import ContrastSets, unsaid
+from ray_abliterate.directions.comparison.held_out import HeldOut, centre_folds, measure_held_out
+from ray_abliterate.directions.compute import directions_from_moments, directions_from_sums, need_of
 from ray_abliterate.directions.directions import Directions, NoDirection
 from ray_abliterate.directions.residuals.folds import (
     ByFold,
     Folds,
     by_fold,
-    picked_places,
-    projected,
+    evenly_spaced_indices,
+    project_shard,
 )
 from ray_abliterate.directions.residuals.moments import moments_of, rows_of
 from ray_abliterate.directions.residuals.shard import sums_of
 from ray_abliterate.recipe import DirectionSettings
 
-REDUCED: dict[str, tuple[Callable[..., Any], Callable[..., Directions]]] = {
-    "means": (sums_of, from_sums),
-    "variances": (moments_of, from_moments),
+REDUCIBLE_NEEDS: dict[str, tuple[Callable[..., Any], Callable[..., Directions]]] = {
+    "means": (sums_of, directions_from_sums),
+    "variances": (moments_of, directions_from_moments),
 }
 """Needs that are reduced where residuals are: how, and what finds directions from both sets'."""
 
@@ -38,7 +38,7 @@ Reduce = Callable[..., Any]
 """Name of a set, function of a shard, its other arguments; gives what all shards' add up to."""
 
 
-def along_others(
+def cross_fitted_coordinates(
     reduced: Reduce, sets: Sequence[PromptSet], settings: DirectionSettings, columns: range
 ) -> list[Along]:
     """Coordinates of both sets' prompts; zeros at layers where a fold's others have no direction.
@@ -51,8 +51,8 @@ def along_others(
         settings: The method.
         columns: Layers of the shards.
     """
-    known = need_of(settings) in REDUCED
-    places = [numpy.arange(len(s)) if known else picked_places(len(s)) for s in sets]
+    known = need_of(settings) in REDUCIBLE_NEEDS
+    places = [numpy.arange(len(s)) if known else evenly_spaced_indices(len(s)) for s in sets]
     both = zip(sets, places, strict=True)
     folds = Folds.of(*([s.prompts[place].folded for place in own] for s, own in both))
     if folds is not None and known:
@@ -63,8 +63,8 @@ def along_others(
             reduced(s.name, rows_of, column, settings.winsorize_quantile, own).values
             for s, own in zip(sets, places, strict=True)
         ]
-        fetched = Sets(*map(torch.from_numpy, rows))
-        found = held_out(fetched, settings, folds) if fetched.differ else None
+        fetched = ContrastSets(*map(torch.from_numpy, rows))
+        found = measure_held_out(fetched, settings, folds) if fetched.differ else None
         if isinstance(found, HeldOut):
             along[0][:, index], along[1][:, index] = found.behaviour, found.neutral
     return along
@@ -77,21 +77,21 @@ def _reduced_along(
     columns: range,
     folds: Folds,
 ) -> list[Along]:
-    function, _ = REDUCED[need_of(settings)]
+    function, _ = REDUCIBLE_NEEDS[need_of(settings)]
     quantile = settings.winsorize_quantile
     sides = list(zip(names, folds.sides, strict=True))
     parts = [reduced(name, by_fold, own, function, quantile, columns) for name, own in sides]
-    vectors = vectors_without(parts[0], parts[1], settings, folds)
+    vectors = leave_one_fold_out(parts[0], parts[1], settings, folds)
     if vectors is None:
         return [numpy.zeros((len(own), len(columns))) for own in folds.sides]
     rows = [
-        reduced(name, projected, vectors, own, quantile, columns.start).values
+        reduced(name, project_shard, vectors, own, quantile, columns.start).values
         for name, own in sides
     ]
-    return list(centred(rows[0], rows[1], folds))
+    return list(centre_folds(rows[0], rows[1], folds))
 
 
-def vectors_without(
+def leave_one_fold_out(
     behaviour: ByFold, neutral: ByFold, settings: DirectionSettings, folds: Folds
 ) -> Float[numpy.ndarray, "fold layer hidden"] | None:
     """Unit vectors of each fold's others; zeros where one of them has none, None if all are.
@@ -102,7 +102,7 @@ def vectors_without(
         settings: The method.
         folds: Which there are.
     """
-    _, find = REDUCED[need_of(settings)]
+    _, find = REDUCIBLE_NEEDS[need_of(settings)]
     found = []
     for fold in range(folds.count):
         try:

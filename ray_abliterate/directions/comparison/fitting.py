@@ -14,26 +14,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ray_abliterate.directions import compute as finding
-from ray_abliterate.directions.compute import from_layers, members_of
+from ray_abliterate.directions.compute import directions_from_layers, weighted_methods
 from ray_abliterate.directions.methods import mean_differences as centres
 from ray_abliterate.directions.methods.inputs import Layer, Sample, demand_of
 from ray_abliterate.recipe import DirectionSettings
 
-Vector = Float[Tensor, " axis"]
-Chosen = Int[numpy.ndarray, " chosen"]
+AxisVector = Float[Tensor, " axis"]
+PromptIndices = Int[numpy.ndarray, " chosen"]
 VANISHING = 1e-6
 """Means that differ by less than this share of their length are the same."""
 
 
-class Choice(NamedTuple):
+class PromptSample(NamedTuple):
     """Places of some prompts of both sets."""
 
-    behaviour: Chosen
-    neutral: Chosen
+    behaviour: PromptIndices
+    neutral: PromptIndices
 
 
 @dataclass(frozen=True)
-class Found:
+class FittedDirection:
     """One method's direction.
 
     Attributes:
@@ -41,19 +41,19 @@ class Found:
         problem: Why there is none.
     """
 
-    vector: Vector | None = None
+    vector: AxisVector | None = None
     problem: str = ""
 
 
 @dataclass(frozen=True)
-class Axes:
+class FitAxes:
     """Both sets along some axes of the stream, float64; `width` is the stream's own."""
 
     behaviour: Float[Tensor, "prompt axis"]
     neutral: Float[Tensor, "other axis"]
     width: int
 
-    def layer(self, choice: Choice | None = None) -> Layer:
+    def layer(self, choice: PromptSample | None = None) -> Layer:
         """What a method sees of some prompts, all of them if none are chosen."""
         sets = self.behaviour, self.neutral
         if choice is not None:
@@ -62,7 +62,7 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class Sets:
+class ContrastSets:
     """Residuals of both sets after one block, winsorised; a method fits them as it may.
 
     Where prompts are fewer than units, a method that turns with the residuals fits them in their
@@ -86,35 +86,37 @@ class Sets:
         )
 
     @cached_property
-    def whole(self) -> Axes:
+    def whole(self) -> FitAxes:
         """All units."""
         width = self.behaviour.shape[1]
-        return Axes(self.behaviour.double(), self.neutral.double(), width)
+        return FitAxes(self.behaviour.double(), self.neutral.double(), width)
 
     @cached_property
-    def _spanned(self) -> tuple[Axes, Float[Tensor, "hidden axis"]]:
+    def _spanned(self) -> tuple[FitAxes, Float[Tensor, "hidden axis"]]:
         width = self.behaviour.shape[1]
         one, other, basis = Layer(
             Sample(self.behaviour, width), Sample(self.neutral, width)
         ).spanned
-        return Axes(one.values, other.values, width), basis
+        return FitAxes(one.values, other.values, width), basis
 
-    def axes(self, settings: DirectionSettings) -> tuple[Axes, Any]:
+    def axes(self, settings: DirectionSettings) -> tuple[FitAxes, Any]:
         """What the recipe's methods fit, and the basis of it (None: the units themselves)."""
-        turns = all(demand_of(function).turns for _, _, function, _ in members_of(settings))
+        turns = all(demand_of(function).turns for _, _, function, _ in weighted_methods(settings))
         if turns and sum(self.counts) < self.behaviour.shape[1]:
             return self._spanned
         return self.whole, None
 
-    def fit(self, settings: DirectionSettings, choice: Choice | None = None) -> Found:
+    def fit(
+        self, settings: DirectionSettings, choice: PromptSample | None = None
+    ) -> FittedDirection:
         """The direction of the recipe's method, along `axes`, from some of the prompts."""
         axes, _ = self.axes(settings)
         try:
             with unsaid():
-                found = from_layers([axes.layer(choice)], settings, {})
+                found = directions_from_layers([axes.layer(choice)], settings, {})
         except ValueError as error:
-            return Found(problem=str(error).partition("\n")[0])
-        return Found(found.vectors[0].double())
+            return FittedDirection(problem=str(error).partition("\n")[0])
+        return FittedDirection(found.vectors[0].double())
 
 
 _keeping_quiet: ContextVar[bool] = ContextVar("keeping quiet", default=False)

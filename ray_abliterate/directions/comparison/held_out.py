@@ -13,9 +13,13 @@ import numpy
 import torch
 from jaxtyping import Float
 
-from ray_abliterate.directions.comparison.fitting import Choice, Found, Sets
+from ray_abliterate.directions.comparison.fitting import ContrastSets, FittedDirection, PromptSample
 from ray_abliterate.directions.residuals.folds import Folds
-from ray_abliterate.directions.separability import Numbers, Others, measures
+from ray_abliterate.directions.separability import (
+    BehaviourValues,
+    NeutralValues,
+    measure_separability,
+)
 from ray_abliterate.recipe import DirectionSettings
 
 
@@ -30,16 +34,18 @@ class HeldOut:
         agreement: Mean cosine of the folds' directions.
     """
 
-    behaviour: Numbers
-    neutral: Others
+    behaviour: BehaviourValues
+    neutral: NeutralValues
     agreement: float
 
     def measures(self) -> dict[str, float]:
         """See `separation`; and the agreement."""
-        return {**measures(self.behaviour, self.neutral), "agreement": self.agreement}
+        return {**measure_separability(self.behaviour, self.neutral), "agreement": self.agreement}
 
 
-def held_out(sets: Sets, settings: DirectionSettings, folds: Folds | None) -> HeldOut | Found:
+def measure_held_out(
+    sets: ContrastSets, settings: DirectionSettings, folds: Folds | None
+) -> HeldOut | FittedDirection:
     """All folds along the direction of the others; what went wrong if one has none.
 
     Args:
@@ -48,10 +54,10 @@ def held_out(sets: Sets, settings: DirectionSettings, folds: Folds | None) -> He
         folds: Of all prompts; None if there can't be two.
     """
     if folds is None:
-        return Found(problem="a set of one prompt has no halves")
+        return FittedDirection(problem="a set of one prompt has no halves")
     vectors = []
     for fold in range(folds.count):
-        others = Choice(*(numpy.flatnonzero(side != fold) for side in folds.sides))
+        others = PromptSample(*(numpy.flatnonzero(side != fold) for side in folds.sides))
         found = sets.fit(settings, others)
         if found.vector is None:
             return found
@@ -63,12 +69,12 @@ def held_out(sets: Sets, settings: DirectionSettings, folds: Folds | None) -> He
         for fold, vector in enumerate(vectors):
             side[numbers == fold] = (values[torch.from_numpy(numbers == fold)] @ vector).numpy()
         along.append(side)
-    behaviour, neutral = centred(along[0], along[1], folds)
+    behaviour, neutral = centre_folds(along[0], along[1], folds)
     cosines = [float(one @ other) for one, other in combinations(vectors, 2)]
     return HeldOut(behaviour, neutral, float(numpy.mean(cosines)))
 
 
-def centred(
+def centre_folds(
     behaviour: Float[numpy.ndarray, "prompt ..."],
     neutral: Float[numpy.ndarray, "other ..."],
     folds: Folds,
@@ -83,19 +89,21 @@ def centred(
     return moved
 
 
-def halves(counts: tuple[int, int], seed: int) -> Folds | None:
+def random_halves(counts: tuple[int, int], seed: int) -> Folds | None:
     """Two halves of both sets, at random; prompt i stays with prompt i where sets are equal."""
     if min(counts) < 2:
         return None
     sides = []
-    for count, order in zip(counts, shuffled(counts, numpy.random.default_rng(seed)), strict=True):
+    for count, order in zip(
+        counts, shuffle_prompts(counts, numpy.random.default_rng(seed)), strict=True
+    ):
         numbers = numpy.ones(count, int)
         numbers[order[: count // 2]] = 0
         sides.append(numbers)
     return Folds(2, *sides)
 
 
-def shuffled(counts: tuple[int, int], random: numpy.random.Generator) -> Choice:
+def shuffle_prompts(counts: tuple[int, int], random: numpy.random.Generator) -> PromptSample:
     """All prompts of both sets in a random order, the same one where sets are of equal size."""
     one = random.permutation(counts[0])
-    return Choice(one, one if counts[0] == counts[1] else random.permutation(counts[1]))
+    return PromptSample(one, one if counts[0] == counts[1] else random.permutation(counts[1]))

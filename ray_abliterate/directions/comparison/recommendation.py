@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ray_abliterate.directions.comparison.stability import Stability, needed, reliability
+from ray_abliterate.directions.comparison.stability import Stability, prompts_needed, reliability
 from ray_abliterate.directions.separability import auroc_error
 
 ENOUGH = 0.95
@@ -16,7 +16,7 @@ FAINT = 0.75
 
 
 @dataclass(frozen=True)
-class Standing:
+class MethodCandidate:
     """What counts of one method, at its own best layer.
 
     Attributes:
@@ -31,14 +31,16 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Recommendation:
     """A method, and sentences that say why."""
 
     method: str
     reasons: tuple[str, ...]
 
 
-def advise(standings: Mapping[str, Standing], counts: tuple[int, int]) -> Advice:
+def recommend_method(
+    standings: Mapping[str, MethodCandidate], counts: tuple[int, int]
+) -> Recommendation:
     """The simplest method that is not clearly worse than the best.
 
     One standard error of the best AUROC is what "clearly" means (Breiman et al. 1984); among those,
@@ -81,14 +83,14 @@ def advise(standings: Mapping[str, Standing], counts: tuple[int, int]) -> Advice
             f"Of the {len(near)} methods within a standard error of the best it is the simplest."
         )
     reasons += [_about_prompts(chosen, own, steady[chosen], prompts), *_about_strength(own)]
-    return Advice(chosen, tuple(reasons))
+    return Recommendation(chosen, tuple(reasons))
 
 
 def _known(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def _about_prompts(method: str, own: Standing, steady: float, prompts: int) -> str:
+def _about_prompts(method: str, own: MethodCandidate, steady: float, prompts: int) -> str:
     """Whether there are enough."""
     if math.isnan(steady):
         return f"{prompts} prompts a set are too few to say how steady the direction is."
@@ -98,13 +100,13 @@ def _about_prompts(method: str, own: Standing, steady: float, prompts: int) -> s
     )
     if steady >= ENOUGH:
         return f"{said}: they are enough."
-    wanted = needed(own.stability, ENOUGH)
+    wanted = prompts_needed(own.stability, ENOUGH)
     if wanted is None:
         return f"{said}: samples of the prompts do not agree on any direction."
     return f"{said}; about {_rounded(wanted)} a set would make it {ENOUGH}."
 
 
-def _about_strength(own: Standing) -> list[str]:
+def _about_strength(own: MethodCandidate) -> list[str]:
     if own.auroc >= FAINT:
         return ["Telling apart is not carrying: compare what a search makes of the first two."]
     return [

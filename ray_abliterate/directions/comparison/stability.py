@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy
 
-from ray_abliterate.directions.comparison.fitting import Choice, Sets
-from ray_abliterate.directions.comparison.held_out import shuffled
+from ray_abliterate.directions.comparison.fitting import ContrastSets, PromptSample
+from ray_abliterate.directions.comparison.held_out import shuffle_prompts
 from ray_abliterate.recipe import DirectionSettings
 
 SMALLEST = 8
@@ -42,15 +42,15 @@ class Stability:
         return (min(self.cosines), max(self.cosines)) if self.cosines else (math.nan, math.nan)
 
 
-def sizes(counts: tuple[int, int]) -> tuple[int, ...]:
+def sample_sizes(counts: tuple[int, int]) -> tuple[int, ...]:
     """Sizes of samples: powers of two, and half of the smaller set; two samples are disjoint."""
     half = min(counts) // 2
     powers = [SMALLEST << n for n in range(30) if SMALLEST << n < half]
     return (*powers, half) if half else ()
 
 
-def stability(
-    sets: Sets, settings: DirectionSettings, pairs: int = 8, seed: int = 0
+def measure_stability(
+    sets: ContrastSets, settings: DirectionSettings, pairs: int = 8, seed: int = 0
 ) -> tuple[Stability, ...]:
     """How alike directions of samples of growing size are.
 
@@ -61,7 +61,7 @@ def stability(
         seed: Decides the samples.
     """
     found = []
-    for size in sizes(sets.counts):
+    for size in sample_sizes(sets.counts):
         cosines = []
         for one, other in _pairs(sets.counts, size, pairs, seed):
             vectors = [sets.fit(settings, choice).vector for choice in (one, other)]
@@ -73,17 +73,17 @@ def stability(
 
 def _pairs(
     counts: tuple[int, int], size: int, pairs: int, seed: int
-) -> Iterator[tuple[Choice, Choice]]:
+) -> Iterator[tuple[PromptSample, PromptSample]]:
     random = numpy.random.default_rng([seed, size])
     for _ in range(pairs):
-        one, other = shuffled(counts, random)
+        one, other = shuffle_prompts(counts, random)
         yield (
-            Choice(one[:size], other[:size]),
-            Choice(one[size : 2 * size], other[size : 2 * size]),
+            PromptSample(one[:size], other[:size]),
+            PromptSample(one[size : 2 * size], other[size : 2 * size]),
         )
 
 
-def with_more(cosine: float, times: float) -> float:
+def spearman_brown(cosine: float, times: float) -> float:
     """Cosine of two directions found from so many times as many prompts.
 
     Spearman 1910 and Brown 1910, British Journal of Psychology 3: where a direction is a truth plus
@@ -102,10 +102,10 @@ def reliability(points: tuple[Stability, ...], prompts: int) -> float:
     last = points[-1] if points else None
     if last is None or not last.cosines:
         return math.nan
-    return math.sqrt(max(0.0, with_more(last.mean, prompts / last.prompts)))
+    return math.sqrt(max(0.0, spearman_brown(last.mean, prompts / last.prompts)))
 
 
-def needed(points: tuple[Stability, ...], wanted: float) -> int | None:
+def prompts_needed(points: tuple[Stability, ...], wanted: float) -> int | None:
     """Prompts of each set for which `reliability` is what is wanted; None if that can't be told."""
     last = points[-1] if points else None
     if last is None or not last.cosines or last.mean <= 0:

@@ -4,7 +4,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ray_abliterate.directions.methods.inputs import TINY, Covariances, Rows, Sample, Vector, needs
+from ray_abliterate.directions.methods.inputs import (
+    TINY,
+    Covariances,
+    Sample,
+    StreamVector,
+    StreamVectors,
+    needs,
+)
 from ray_abliterate.directions.methods.principal_components import aligned
 
 ROUNDS = 100
@@ -14,7 +21,9 @@ CUT = 1e-10
 
 
 @needs("covariances", turns=True)
-def whitened(behaviour: Covariances, neutral: Covariances, shrinkage: float | None = None) -> Rows:
+def whitened(
+    behaviour: Covariances, neutral: Covariances, shrinkage: float | None = None
+) -> StreamVectors:
     """Fisher's linear discriminant: Σ⁻¹δ, with Σ the covariance within the sets, shrunk.
 
     Fisher 1936; Σ = (1 − ρ) S + ρ (tr S / hidden) 1, and ρ by the oracle approximating shrinkage
@@ -52,7 +61,7 @@ def oracle_shrinkage(covariance: Float[Tensor, "span span"], prompts: int, width
 
 
 @needs("covariances", turns=True)
-def leace(behaviour: Covariances, neutral: Covariances) -> Rows:
+def leace(behaviour: Covariances, neutral: Covariances) -> StreamVectors:
     """The direction that LEACE reads the behaviour from: Σ⁺δ, with Σ the covariance of all.
 
     Belrose et al. 2023, arXiv 2306.03819, theorem 4.3. LEACE itself is oblique (`leace_eraser`):
@@ -62,7 +71,7 @@ def leace(behaviour: Covariances, neutral: Covariances) -> Rows:
     return aligned(leace_eraser(behaviour, neutral)[1][None], behaviour, neutral)
 
 
-def leace_eraser(behaviour: Covariances, neutral: Covariances) -> tuple[Vector, Vector]:
+def leace_eraser(behaviour: Covariances, neutral: Covariances) -> tuple[StreamVector, StreamVector]:
     """LEACE for two sets in closed form: x ↦ x − w (rᵀ (x − mean)); no linear probe works then.
 
     Returns:
@@ -79,7 +88,7 @@ def leace_eraser(behaviour: Covariances, neutral: Covariances) -> tuple[Vector, 
 
 
 @needs("residuals", turns=True)
-def logistic_probe(behaviour: Sample, neutral: Sample, l2: float = 1.0) -> Rows:
+def logistic_probe(behaviour: Sample, neutral: Sample, l2: float = 1.0) -> StreamVectors:
     """Weights of a logistic regression that tells the sets apart.
 
     Alain and Bengio 2016, arXiv 1610.01644. Newton's method on the convex loss, so that the result
@@ -100,7 +109,7 @@ def logistic_probe(behaviour: Sample, neutral: Sample, l2: float = 1.0) -> Rows:
 
 
 @needs("residuals", turns=True)
-def inlp(behaviour: Sample, neutral: Sample, rank: int = 3, l2: float = 1.0) -> Rows:
+def inlp(behaviour: Sample, neutral: Sample, rank: int = 3, l2: float = 1.0) -> StreamVectors:
     """Probe after probe, each on what the ones before it leave: orthogonal directions.
 
     Iterative null-space projection: Ravfogel et al. 2020, arXiv 2004.07667.
@@ -117,7 +126,7 @@ def inlp(behaviour: Sample, neutral: Sample, rank: int = 3, l2: float = 1.0) -> 
     if rank < 1:
         raise ValueError(f"rank = {rank} must be 1 or more")
     one, other = behaviour.values.double(), neutral.values.double()
-    rows: list[Vector] = []
+    rows: list[StreamVector] = []
     for _ in range(rank):
         weights = _probe(one, other, l2, behaviour.width)
         for row in rows:  # rounding
@@ -131,8 +140,8 @@ def inlp(behaviour: Sample, neutral: Sample, rank: int = 3, l2: float = 1.0) -> 
 
 
 def _solved(
-    covariance: Float[Tensor, "span span"], gap: Vector, share: float, level: float
-) -> Vector:
+    covariance: Float[Tensor, "span span"], gap: StreamVector, share: float, level: float
+) -> StreamVector:
     """((1 − share) covariance + share level 1)⁺ gap."""
     values, vectors = torch.linalg.eigh(covariance)
     shrunk = (1 - share) * values + share * level
@@ -140,13 +149,13 @@ def _solved(
     if not kept.any():  # prompts of a set don't differ at all
         return gap
     inverse = torch.where(kept, 1 / torch.where(kept, shrunk, 1.0), 0.0)
-    found: Vector = vectors @ (inverse * (vectors.T @ gap))
+    found: StreamVector = vectors @ (inverse * (vectors.T @ gap))
     return found
 
 
 def _probe(
     one: Float[Tensor, "prompt span"], other: Float[Tensor, "prompt2 span"], l2: float, width: int
-) -> Vector:
+) -> StreamVector:
     """Weights w that minimise mean log(1 + exp(−±(w·x + c))) + ½ l2 ‖w‖², unit within variance."""
     if l2 <= 0:
         raise ValueError(f"l2 = {l2} must be above 0")

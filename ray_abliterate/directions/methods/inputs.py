@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ray_abliterate.directions.residuals.moments import Moments
 
-Vector = Float[Tensor, " hidden"]
-Rows = Float[Tensor, "rank hidden"]
+StreamVector = Float[Tensor, " hidden"]
+StreamVectors = Float[Tensor, "rank hidden"]
 Need = Literal["means", "variances", "covariances", "residuals"]
 TINY = 1e-300
 """Below any length, and no zero."""
@@ -34,7 +34,7 @@ class Means(Protocol):
         """Number of prompts."""
 
     @property
-    def mean(self) -> Vector:
+    def mean(self) -> StreamVector:
         """Mean over prompts, float64."""
 
 
@@ -43,7 +43,7 @@ class Variances(Means, Protocol):
     """That, and how much each unit varies."""
 
     @property
-    def variance(self) -> Vector:
+    def variance(self) -> StreamVector:
         """Variance of each unit over prompts (over n), float64."""
 
 
@@ -65,7 +65,7 @@ class Average:
     """A mean and nothing else: `Means`."""
 
     count: int
-    mean: Vector
+    mean: StreamVector
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class Summary:
         return self.moments.count
 
     @property
-    def mean(self) -> Vector:
+    def mean(self) -> StreamVector:
         """Mean over prompts, float64."""
         return torch.from_numpy(self.moments.mean)
 
     @property
-    def variance(self) -> Vector:
+    def variance(self) -> StreamVector:
         """Variance of each unit."""
         return torch.from_numpy(numpy.ascontiguousarray(self.moments.variance))
 
@@ -118,12 +118,12 @@ class Sample:
         return len(self.values)
 
     @cached_property
-    def mean(self) -> Vector:
+    def mean(self) -> StreamVector:
         """Mean over prompts, float64."""
         return self.values.double().mean(dim=0)
 
     @property
-    def variance(self) -> Vector:
+    def variance(self) -> StreamVector:
         """Variance of each unit."""
         return self.values.double().var(dim=0, unbiased=False)
 
@@ -190,7 +190,7 @@ class Layer:
         one, other = (Sample(values @ basis, width) for values in sets)
         return one, other, basis
 
-    def find(self, function: Callable[..., Any], **options: Any) -> Rows:
+    def find(self, function: Callable[..., Any], **options: Any) -> StreamVectors:
         """What a method finds here, as rows, float64.
 
         Raises:
@@ -200,7 +200,7 @@ class Layer:
         fewer = both and self.behaviour.count + self.neutral.count < self.behaviour.width
         if demand_of(function).turns and fewer:
             behaviour, neutral, basis = self.spanned
-            rows: Rows = function(behaviour, neutral, **options).double()
+            rows: StreamVectors = function(behaviour, neutral, **options).double()
             rows = rows @ basis.T
         else:
             rows = function(self.behaviour, self.neutral, **options).double()

@@ -8,7 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ray_abliterate.directions.methods.inputs import TINY, Means, Sample, Variances, Vector, needs
+from ray_abliterate.directions.methods.inputs import (
+    TINY,
+    Means,
+    Sample,
+    StreamVector,
+    Variances,
+    needs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +26,7 @@ STILL = 1e-12
 
 
 @needs("means")
-def mean_difference(behaviour: Means, neutral: Means) -> Vector:
+def mean_difference(behaviour: Means, neutral: Means) -> StreamVector:
     """Mean of the behaviour's residuals minus mean of the neutral ones.
 
     Arditi et al. 2024, arXiv 2406.11717, section 2.3.
@@ -30,7 +37,7 @@ def mean_difference(behaviour: Means, neutral: Means) -> Vector:
 @needs("variances")
 def variance_scaled(
     behaviour: Variances, neutral: Variances, power: float = 1.0, floor: float = 1e-3
-) -> Vector:
+) -> StreamVector:
     """The difference of means, each unit of it divided by how much that unit varies by itself.
 
     With power 2 the independence rule, diagonal LDA: Bickel and Levina 2004, Bernoulli 10(6).
@@ -47,13 +54,13 @@ def variance_scaled(
     difference = behaviour.mean - neutral.mean
     if not within.any():
         return difference
-    scaled: Vector = difference / within.clamp_min(TINY) ** (0.5 * power)
+    scaled: StreamVector = difference / within.clamp_min(TINY) ** (0.5 * power)
     scaled *= difference.norm() / scaled.norm().clamp_min(TINY)
     return scaled
 
 
 @needs("residuals")
-def median_difference(behaviour: Sample, neutral: Sample) -> Vector:
+def median_difference(behaviour: Sample, neutral: Sample) -> StreamVector:
     """Difference of the medians, each unit by itself.
 
     Half of the prompts can be anything. Yin et al. 2018, arXiv 1803.01498.
@@ -62,7 +69,7 @@ def median_difference(behaviour: Sample, neutral: Sample) -> Vector:
 
 
 @needs("residuals")
-def geometric_median(behaviour: Sample, neutral: Sample) -> Vector:
+def geometric_median(behaviour: Sample, neutral: Sample) -> StreamVector:
     """Difference of the points that are nearest to all residuals of a set, in sum.
 
     Half of the prompts can be anything. Weiszfeld 1937, Tôhoku Mathematical Journal 43; distances
@@ -72,7 +79,7 @@ def geometric_median(behaviour: Sample, neutral: Sample) -> Vector:
 
 
 @needs("residuals")
-def median_of_means(behaviour: Sample, neutral: Sample, blocks: int = 21) -> Vector:
+def median_of_means(behaviour: Sample, neutral: Sample, blocks: int = 21) -> StreamVector:
     """Difference of geometric medians of the means of blocks of prompts.
 
     Nearly the mean where there are no outliers; fewer of them than half the blocks do little.
@@ -94,13 +101,13 @@ def median_of_means(behaviour: Sample, neutral: Sample, blocks: int = 21) -> Vec
     )
 
 
-def _median(values: Float[Tensor, "prompt hidden"]) -> Vector:
+def _median(values: Float[Tensor, "prompt hidden"]) -> StreamVector:
     return torch.from_numpy(numpy.median(values.double().numpy(), axis=0))
 
 
-def _nearest(points: Float[Tensor, "prompt hidden"]) -> Vector:
+def _nearest(points: Float[Tensor, "prompt hidden"]) -> StreamVector:
     """The geometric median, from the element-wise one on."""
-    centre: Vector = _median(points)
+    centre: StreamVector = _median(points)
     spread = (points - centre).norm(dim=-1).median()
     if spread == 0:  # at least half of the points are the same one
         return centre

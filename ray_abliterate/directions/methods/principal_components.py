@@ -8,15 +8,15 @@ from ray_abliterate.directions.methods.inputs import (
     TINY,
     Covariances,
     Means,
-    Rows,
     Sample,
-    Vector,
+    StreamVector,
+    StreamVectors,
     needs,
 )
 
 
 @needs("residuals", turns=True)
-def pca_paired(behaviour: Sample, neutral: Sample) -> Rows:
+def pca_paired(behaviour: Sample, neutral: Sample) -> StreamVectors:
     """Leading principal component of the differences of pairs, about zero.
 
     Prompt i of one set belongs to prompt i of the other. Zou et al. 2023, arXiv 2310.01405; taken
@@ -36,7 +36,7 @@ def pca_paired(behaviour: Sample, neutral: Sample) -> Rows:
 
 
 @needs("covariances", turns=True)
-def pca_centred(behaviour: Covariances, neutral: Covariances) -> Rows:
+def pca_centred(behaviour: Covariances, neutral: Covariances) -> StreamVectors:
     """Leading principal component of all residuals about the point half way between the means.
 
     As `pca_center` of Vogel 2024 (repeng), with one centre for all pairs. Both sets count the same,
@@ -48,7 +48,9 @@ def pca_centred(behaviour: Covariances, neutral: Covariances) -> Rows:
 
 
 @needs("covariances", turns=True)
-def contrastive_pca(behaviour: Covariances, neutral: Covariances, alpha: float = 1.0) -> Rows:
+def contrastive_pca(
+    behaviour: Covariances, neutral: Covariances, alpha: float = 1.0
+) -> StreamVectors:
     """What varies in the behaviour and not in neutral prompts: leads C_b + δδᵀ − α C_n.
 
     Abid et al. 2018, Nature Communications 9, 2134. δ is the difference of means: of centred data
@@ -64,7 +66,7 @@ def contrastive_pca(behaviour: Covariances, neutral: Covariances, alpha: float =
 
 
 @needs("covariances", turns=True)
-def svd_subspace(behaviour: Covariances, neutral: Covariances, rank: int = 2) -> Rows:
+def svd_subspace(behaviour: Covariances, neutral: Covariances, rank: int = 2) -> StreamVectors:
     """The leading right singular vectors of the behaviour's residuals less the neutral mean.
 
     Several directions at once, as in Wollschläger et al. 2025, arXiv 2502.17420, where refusal is
@@ -84,27 +86,27 @@ def svd_subspace(behaviour: Covariances, neutral: Covariances, rank: int = 2) ->
 
 
 @needs("covariances", turns=True)
-def neutral_components(_behaviour: Means, neutral: Covariances, count: int) -> Rows:
+def neutral_components(_behaviour: Means, neutral: Covariances, count: int) -> StreamVectors:
     """Leading principal components of the neutral prompts about their mean, as unit rows."""
     return leading(neutral.covariance, count)
 
 
-def leading(symmetric: Float[Tensor, "hidden hidden"], count: int) -> Rows:
+def leading(symmetric: Float[Tensor, "hidden hidden"], count: int) -> StreamVectors:
     """Unit eigenvectors of the largest eigenvalues, largest first."""
     vectors = torch.linalg.eigh(symmetric).eigenvectors
-    found: Rows = vectors.flip(-1)[:, :count].T.contiguous()
+    found: StreamVectors = vectors.flip(-1)[:, :count].T.contiguous()
     return found
 
 
-def aligned(rows: Rows, behaviour: Means, neutral: Means) -> Rows:
+def aligned(rows: StreamVectors, behaviour: Means, neutral: Means) -> StreamVectors:
     """Rows that point from neutral to behaviour, the first as long as the difference of means.
 
     Components have no sign of their own; where the sets do not differ there is none to take, and
     nothing to find.
     """
-    gap: Vector = behaviour.mean - neutral.mean
+    gap: StreamVector = behaviour.mean - neutral.mean
     signs = torch.where(rows @ gap < 0, -1.0, 1.0)
-    found: Rows = rows * signs[:, None] * gap.norm() / rows[0].norm().clamp_min(TINY)
+    found: StreamVectors = rows * signs[:, None] * gap.norm() / rows[0].norm().clamp_min(TINY)
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 from jaxtyping import Float, Int
 
-from ray_abliterate.directions.residuals.moments import Rows
+from ray_abliterate.directions.residuals.moments import ResidualRows
 from ray_abliterate.directions.residuals.shard import ResidualShard, winsorized
 
 FOLDS = 5
@@ -25,7 +25,7 @@ that separates best no more often, fewer do so less often."""
 MOST = 1000
 """Prompts of a set that are looked at where all their residuals have to be in memory."""
 
-Numbers = Int[numpy.ndarray, "_"]
+FoldNumbers = Int[numpy.ndarray, "_"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Folds:
     """The fold of every prompt of both sets, from 0; each fold has prompts of both."""
 
     count: int
-    behaviour: Numbers
-    neutral: Numbers
+    behaviour: FoldNumbers
+    neutral: FoldNumbers
 
     @classmethod
     def of(cls, behaviour: Sequence[Hashable], neutral: Sequence[Hashable]) -> "Folds | None":
@@ -59,12 +59,12 @@ class Folds:
         return None
 
     @property
-    def sides(self) -> tuple[Numbers, Numbers]:
+    def sides(self) -> tuple[FoldNumbers, FoldNumbers]:
         """Of both sets."""
         return self.behaviour, self.neutral
 
 
-def picked_places(count: int, most: int = MOST) -> Numbers:
+def evenly_spaced_indices(count: int, most: int = MOST) -> FoldNumbers:
     """Places of at most so many prompts, at even distances, the first and the last among them."""
     if count <= most:
         return numpy.arange(count)
@@ -105,7 +105,7 @@ class ByFold:
         return reduce(add, [part for number, part in self.parts.items() if number != fold])
 
 
-def by_fold(batch: Any, folds: Numbers, function: Callable[..., Any], *args: Any) -> ByFold:
+def by_fold(batch: Any, folds: FoldNumbers, function: Callable[..., Any], *args: Any) -> ByFold:
     """`function` of each fold's rows of one shard.
 
     Args:
@@ -123,13 +123,13 @@ def by_fold(batch: Any, folds: Numbers, function: Callable[..., Any], *args: Any
     )
 
 
-def projected(
+def project_shard(
     batch: Any,
     vectors: Float[numpy.ndarray, "fold layer hidden"],
-    folds: Numbers,
+    folds: FoldNumbers,
     quantile: float = 1.0,
     first: int = 0,
-) -> Rows:
+) -> ResidualRows:
     """One shard, each prompt along its fold's unit vectors.
 
     Args:
@@ -151,9 +151,9 @@ def projected(
         ).sum(axis=-1)
         for index in range(vectors.shape[1])
     ]
-    return Rows((numpy.stack(along, axis=-1),))
+    return ResidualRows((numpy.stack(along, axis=-1),))
 
 
-def _own(batch: Any, folds: Numbers) -> Numbers:
+def _own(batch: Any, folds: FoldNumbers) -> FoldNumbers:
     shard = ResidualShard(batch)
     return folds[shard.first : shard.first + shard.prompts]

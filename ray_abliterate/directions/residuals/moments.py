@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from ray_abliterate.directions.residuals.shard import LayerValues, ResidualShard, winsorized
 
-Array = Float[numpy.ndarray, "..."]
+MomentArray = Float[numpy.ndarray, "..."]
 TAKEN_AT_ONCE = 1024
 """Rows that are multiplied in one go."""
 
@@ -37,8 +37,8 @@ class Moments:
     """
 
     count: int
-    mean: Array
-    scatter: Array
+    mean: MomentArray
+    scatter: MomentArray
 
     @classmethod
     def nothing(cls, hidden: int) -> "Moments":
@@ -79,13 +79,13 @@ class Moments:
         return Moments(self.count, self.mean[index], self.scatter[index])
 
     @property
-    def variance(self) -> Array:
+    def variance(self) -> MomentArray:
         """Variance of each unit, over n."""
         squares = numpy.diagonal(self.scatter, axis1=-2, axis2=-1) if self.pairs else self.scatter
         return squares / self.count
 
     @property
-    def covariance(self) -> Array:
+    def covariance(self) -> MomentArray:
         """Covariance of the units, over n.
 
         Raises:
@@ -97,13 +97,13 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ResidualRows:
     """Residuals of one layer as they are, part by part; of more prompts by `+`."""
 
     parts: tuple[Float[numpy.ndarray, "_ hidden"], ...]
 
-    def __add__(self, other: "Rows") -> "Rows":
-        return Rows(self.parts + other.parts)
+    def __add__(self, other: "ResidualRows") -> "ResidualRows":
+        return ResidualRows(self.parts + other.parts)
 
     @property
     def values(self) -> LayerValues:
@@ -126,7 +126,7 @@ def rows_of(
     layer: int,
     quantile: float = 1.0,
     places: Int[numpy.ndarray, " chosen"] | None = None,
-) -> Rows:
+) -> ResidualRows:
     """One layer of one shard, every residual winsorised.
 
     A shard has fewer rows than the stream has units, so its rows are smaller than its scatter in
@@ -142,11 +142,11 @@ def rows_of(
     rows = shard.layer(layer)
     if places is not None:
         rows = rows[numpy.isin(numpy.arange(shard.first, shard.first + shard.prompts), places)]
-    return Rows((numpy.array(winsorized(rows, quantile)),))
+    return ResidualRows((numpy.array(winsorized(rows, quantile)),))
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairedMoments:
     """Moments in pairs, of rows that come part by part; in memory are two scatters and some rows.
 
     Attributes:
@@ -155,14 +155,14 @@ class Pairs:
     """
 
     total: Moments
-    waiting: Rows = Rows(())
+    waiting: ResidualRows = ResidualRows(())
 
-    def __add__(self, part: Rows) -> "Pairs":
+    def __add__(self, part: ResidualRows) -> "PairedMoments":
         """With one more part."""
         waiting = self.waiting + part
         if sum(map(len, waiting.parts)) < TAKEN_AT_ONCE:
-            return Pairs(self.total, waiting)
-        return Pairs(self.total + Moments.of(waiting.values, pairs=True))
+            return PairedMoments(self.total, waiting)
+        return PairedMoments(self.total + Moments.of(waiting.values, pairs=True))
 
     @property
     def moments(self) -> Moments:

@@ -17,8 +17,8 @@ from jaxtyping import Float, Shaped
 
 from ray_abliterate.errors import ModelError
 
-Values = Float[numpy.ndarray, "prompt layer hidden"]
-Numbers = Shaped[numpy.ndarray, " number"]
+ShardValues = Float[numpy.ndarray, "prompt layer hidden"]
+FlatArray = Shaped[numpy.ndarray, " number"]
 LayerValues = Float[numpy.ndarray, "prompt hidden"]
 
 
@@ -40,7 +40,9 @@ class ResidualShard:
     batch: Any
 
     @classmethod
-    def of(cls, name: str, first: int, values: Values, dtype: str = "float32") -> "ResidualShard":
+    def of(
+        cls, name: str, first: int, values: ShardValues, dtype: str = "float32"
+    ) -> "ResidualShard":
         """The shard of a prompt set that begins with prompt `first`.
 
         Raises:
@@ -90,7 +92,7 @@ class ResidualShard:
         view: LayerValues = numpy.from_dlpack(column.flatten()).reshape(len(column), -1)
         return view
 
-    def values(self) -> Values:
+    def values(self) -> ShardValues:
         """All layers, float32, copied."""
         layers = [self.layer(index) for index in range(self.layers)]
         return numpy.stack(layers, axis=1).astype(numpy.float32, copy=False)
@@ -185,7 +187,7 @@ def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> 
     return Sums(shard.prompts, numpy.stack(totals))
 
 
-def _array(values: Numbers) -> Any:
+def _array(values: FlatArray) -> Any:
     """As Arrow has it, uncopied."""
     kind = pyarrow.from_numpy_dtype(values.dtype)
     return pyarrow.Array.from_buffers(kind, values.size, [None, pyarrow.py_buffer(values)])
@@ -199,7 +201,7 @@ def _repeated(text: str, count: int) -> Any:
     return pyarrow.Array.from_buffers(pyarrow.string(), count, buffers)
 
 
-def _refuse_infinite(values: Values, first: int, what: str) -> None:
+def _refuse_infinite(values: ShardValues, first: int, what: str) -> None:
     broken = ~numpy.isfinite(values).all(axis=-1)
     if broken.any():
         prompt, layer = numpy.argwhere(broken)[0].tolist()

@@ -14,7 +14,7 @@ WARN_BYTES = 16 * 2**30
 
 
 @dataclass(frozen=True)
-class Space:
+class Subspace:
     """Where one layer's second moments are kept.
 
     Attributes:
@@ -28,7 +28,7 @@ class Space:
     reason: str
 
 
-def space_of(prompts: int, hidden: int) -> Space:
+def choose_subspace(prompts: int, hidden: int) -> Subspace:
     """The smaller of the two, for one layer at a time.
 
     Args:
@@ -39,13 +39,13 @@ def space_of(prompts: int, hidden: int) -> Space:
     # the residuals in both widths, a basis, coordinates, and their products
     samples = prompts * hidden * (FLOAT64 + FLOAT64 // 2) + FLOAT64 * 4 * prompts**2
     if prompts < hidden:
-        return Space(
+        return Subspace(
             "samples",
             samples,
             f"layer by layer in the span of the residuals ({prompts} prompts are fewer than "
             f"{hidden} units), {_size(samples)} at a time{_much(samples)}",
         )
-    return Space(
+    return Subspace(
         "covariance",
         covariance,
         f"layer by layer as covariances of {hidden} units ({prompts} prompts are no fewer), "

@@ -9,19 +9,19 @@ import numpy
 import pytest
 import torch
 
-from ray_abliterate.directions.comparison.compare import compare
-from ray_abliterate.directions.comparison.fitting import Choice, Sets
-from ray_abliterate.directions.comparison.held_out import HeldOut, halves, held_out
-from ray_abliterate.directions.comparison.recommendation import Standing, advise
+from ray_abliterate.directions.comparison.compare import compare_methods
+from ray_abliterate.directions.comparison.fitting import ContrastSets, PromptSample
+from ray_abliterate.directions.comparison.held_out import HeldOut, measure_held_out, random_halves
+from ray_abliterate.directions.comparison.recommendation import MethodCandidate, recommend_method
 from ray_abliterate.directions.comparison.stability import (
     Stability,
-    needed,
+    measure_stability,
+    prompts_needed,
     reliability,
-    sizes,
-    stability,
-    with_more,
+    sample_sizes,
+    spearman_brown,
 )
-from ray_abliterate.directions.compute import compute
+from ray_abliterate.directions.compute import directions_from_residuals
 from ray_abliterate.directions.residuals.residual_set import Residuals
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.testing.directions import planted_residuals, with_outliers
@@ -40,11 +40,11 @@ class Whole:
         return self.residuals.values[:, index].numpy()
 
 
-def noise(count: int, hidden: int, seed: int = 0, gap: float = 0.0) -> Sets:
+def noise(count: int, hidden: int, seed: int = 0, gap: float = 0.0) -> ContrastSets:
     random = torch.Generator().manual_seed(seed)
     one, other = (torch.randn(count, hidden, generator=random) for _ in range(2))
     one[:, 0] += gap
-    return Sets(one + 1, other + 1)
+    return ContrastSets(one + 1, other + 1)
 
 
 def named(*methods: str) -> dict[str, DirectionSettings]:
@@ -58,11 +58,11 @@ def named(*methods: str) -> dict[str, DirectionSettings]:
 def test_a_fit_in_the_span_is_the_fit_in_all_units(method):
     behaviour, neutral, _ = planted_residuals(3, prompts=20, layers=1, hidden=300)
     settings = DirectionSettings(method=method)
-    sets = Sets(behaviour.values[:, 0], neutral.values[:, 0])
+    sets = ContrastSets(behaviour.values[:, 0], neutral.values[:, 0])
     axes, basis = sets.axes(settings)
     assert basis is not None and axes.behaviour.shape == (20, 43)
     found = basis @ sets.fit(settings).vector
-    whole = compute(behaviour, neutral, settings).vectors[0].double()
+    whole = directions_from_residuals(behaviour, neutral, settings).vectors[0].double()
     assert torch.allclose(found, whole, atol=1e-6)
 
 
@@ -74,15 +74,15 @@ def test_what_looks_at_single_units_is_fit_in_all_of_them():
 
 def test_a_fit_of_some_prompts_sees_no_others():
     sets = noise(12, 40)
-    choice = Choice(numpy.arange(6), numpy.arange(3, 9))
-    wild = Sets(sets.behaviour.clone(), sets.neutral.clone())
+    choice = PromptSample(numpy.arange(6), numpy.arange(3, 9))
+    wild = ContrastSets(sets.behaviour.clone(), sets.neutral.clone())
     wild.behaviour[6:], wild.neutral[:3], wild.neutral[9:] = 1e3, -1e3, 77.0
     found, same = (s.fit(MEAN, choice).vector for s in (sets, wild))
     assert torch.equal(found, same)
 
 
 def test_a_method_that_cannot_says_why():
-    sets = Sets(torch.randn(4, 9), torch.randn(5, 9))
+    sets = ContrastSets(torch.randn(4, 9), torch.randn(5, 9))
     found = sets.fit(DirectionSettings(method="pca-paired"))
     assert found.vector is None and "equal size" in found.problem
 
@@ -90,7 +90,7 @@ def test_a_method_that_cannot_says_why():
 def test_warnings_about_a_single_layer_are_kept_back(caplog):
     same = torch.ones(4, 6)
     with caplog.at_level(logging.WARNING):
-        assert Sets(same, same.clone()).fit(MEAN).vector is None
+        assert ContrastSets(same, same.clone()).fit(MEAN).vector is None
     assert not caplog.records
 
 
@@ -99,9 +99,9 @@ def test_warnings_about_a_single_layer_are_kept_back(caplog):
 
 def test_each_half_is_measured_along_the_direction_of_the_other():
     sets = noise(21, 60, gap=2.0)
-    folds = halves(sets.counts, 5)
+    folds = random_halves(sets.counts, 5)
     assert folds is not None
-    found = held_out(sets, MEAN, folds)
+    found = measure_held_out(sets, MEAN, folds)
     assert isinstance(found, HeldOut)
     own = [[torch.from_numpy(side == fold) for side in folds.sides] for fold in (0, 1)]
     vectors = []
@@ -118,10 +118,10 @@ def test_each_half_is_measured_along_the_direction_of_the_other():
 
 
 def test_halves_hold_each_prompt_once_and_keep_pairs_together():
-    found = halves((9, 9), 0)
+    found = random_halves((9, 9), 0)
     assert sorted(numpy.bincount(found.behaviour)) == [4, 5]
     assert numpy.array_equal(found.behaviour, found.neutral)
-    found = halves((9, 6), 0)
+    found = random_halves((9, 6), 0)
     assert numpy.bincount(found.neutral).tolist() == [3, 3]
 
 
@@ -129,7 +129,7 @@ def test_sets_that_do_not_differ_are_not_told_apart_however_many_units_there_are
     areas = []
     for seed in range(20):
         sets = noise(40, 2000, seed)
-        found = held_out(sets, MEAN, halves(sets.counts, seed))
+        found = measure_held_out(sets, MEAN, random_halves(sets.counts, seed))
         areas.append(found.measures()["auroc"])
         along = [s.double() @ (sets.fit(MEAN).vector) for s in (sets.behaviour, sets.neutral)]
         assert (
@@ -139,8 +139,8 @@ def test_sets_that_do_not_differ_are_not_told_apart_however_many_units_there_are
 
 
 def test_sets_of_one_prompt_have_no_halves():
-    assert halves((1, 9), 0) is None
-    found = held_out(Sets(torch.ones(1, 3), torch.zeros(1, 3)), MEAN, None)
+    assert random_halves((1, 9), 0) is None
+    found = measure_held_out(ContrastSets(torch.ones(1, 3), torch.zeros(1, 3)), MEAN, None)
     assert "no halves" in found.problem
 
 
@@ -148,16 +148,16 @@ def test_sets_of_one_prompt_have_no_halves():
 
 
 def test_sizes_double_up_to_half_of_the_smaller_set():
-    assert sizes((128, 200)) == (8, 16, 32, 64)
-    assert sizes((100, 100)) == (8, 16, 32, 50)
-    assert sizes((10, 40)) == (5,)
-    assert sizes((1, 9)) == ()
+    assert sample_sizes((128, 200)) == (8, 16, 32, 64)
+    assert sample_sizes((100, 100)) == (8, 16, 32, 50)
+    assert sample_sizes((10, 40)) == (5,)
+    assert sample_sizes((1, 9)) == ()
 
 
 def test_cosines_of_samples_are_those_that_new_prompts_would_give():
     """Of δ and noise of variance 2/n in each of h units: δ² / (δ² + 2h/n), whatever the sample."""
     gap, hidden = 3.0, 200
-    found = [stability(noise(256, hidden, seed, gap), MEAN, pairs=6) for seed in range(3)]
+    found = [measure_stability(noise(256, hidden, seed, gap), MEAN, pairs=6) for seed in range(3)]
     for place, size in enumerate((8, 16, 32, 64, 128)):
         mean = numpy.mean([points[place].mean for points in found])
         assert found[0][place].prompts == size
@@ -166,10 +166,10 @@ def test_cosines_of_samples_are_those_that_new_prompts_would_give():
 
 def test_where_there_is_nothing_samples_do_not_agree_as_bootstrap_samples_do():
     sets = noise(128, 1000)
-    points = stability(sets, MEAN)
+    points = measure_stability(sets, MEAN)
     assert all(abs(point.mean) < 0.1 for point in points)
     random = numpy.random.default_rng(0)
-    drawn = [Choice(*random.integers(0, 128, (2, 128))) for _ in range(2)]
+    drawn = [PromptSample(*random.integers(0, 128, (2, 128))) for _ in range(2)]
     one, other = (sets.fit(MEAN, choice).vector for choice in drawn)
     assert one @ other == pytest.approx(0.5, abs=0.1)
     assert reliability(points, 128) < 0.4
@@ -181,20 +181,20 @@ def test_reliability_is_the_cosine_with_the_truth():
     for seed in range(6):
         sets = noise(prompts, hidden, seed, gap)
         truth.append(abs(float(sets.fit(MEAN).vector[0])))
-        guessed.append(reliability(stability(sets, MEAN, pairs=10), prompts))
+        guessed.append(reliability(measure_stability(sets, MEAN, pairs=10), prompts))
     assert numpy.mean(guessed) == pytest.approx(numpy.mean(truth), abs=0.03)
     points = (Stability(50, (0.5, 0.7)),)
-    wanted = needed(points, 0.95)
+    wanted = prompts_needed(points, 0.95)
     assert wanted is not None
     assert reliability(points, wanted) == pytest.approx(0.95, abs=0.002)
 
 
 def test_what_cannot_be_extrapolated_is_not():
-    assert with_more(0.5, 1.0) == 0.5
-    assert with_more(0.5, 2.0) == pytest.approx(2 / 3)
-    assert with_more(-0.2, 4.0) == -0.2
-    assert needed((Stability(8, (-0.1, 0.05)),), 0.9) is None
-    assert needed((), 0.9) is None
+    assert spearman_brown(0.5, 1.0) == 0.5
+    assert spearman_brown(0.5, 2.0) == pytest.approx(2 / 3)
+    assert spearman_brown(-0.2, 4.0) == -0.2
+    assert prompts_needed((Stability(8, (-0.1, 0.05)),), 0.9) is None
+    assert prompts_needed((), 0.9) is None
     assert math.isnan(reliability((), 10))
     assert math.isnan(reliability((Stability(8, ()),), 10))
 
@@ -208,7 +208,7 @@ def test_methods_are_compared_layer_by_layer_and_the_planted_layer_is_found():
     quiet[:, 0] -= 6 * planted  # nothing there
     quiet[:, 1:3] -= 4 * planted
     steps = []
-    found = compare(
+    found = compare_methods(
         Whole(Residuals(quiet)), Whole(neutral), named("mean-difference", "pca-paired", "whitened"),
         pairs=3, step=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
@@ -220,7 +220,9 @@ def test_methods_are_compared_layer_by_layer_and_the_planted_layer_is_found():
     assert rows[0]["auroc"] < 0.65 < 0.75 < rows[1]["auroc"] < rows[3]["auroc"]
     assert steps == [(done, 8) for done in range(1, 8)]
     vectors = [
-        compute(Residuals(quiet), neutral, DirectionSettings(method=name)).vectors[3]
+        directions_from_residuals(
+            Residuals(quiet), neutral, DirectionSettings(method=name)
+        ).vectors[3]
         for name in found.methods
     ]
     assert found.cosines[3][0, 1] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
@@ -228,15 +230,18 @@ def test_methods_are_compared_layer_by_layer_and_the_planted_layer_is_found():
         numpy.mean([matrix[0, 1] for matrix in found.cosines])
     )
     assert found.advice.method == "mean-difference"
-    own = compute(Residuals(quiet), neutral, DirectionSettings()).vectors.numpy()
+    own = directions_from_residuals(Residuals(quiet), neutral, DirectionSettings()).vectors.numpy()
     assert numpy.allclose(found.layer_cosines, own @ own.T, atol=1e-5)
 
 
 def test_cosines_of_what_was_fit_in_the_span_are_those_in_the_stream():
     sets = planted_residuals(5, prompts=12, layers=1, hidden=100)[:2]
-    found = compare(*map(Whole, sets), named("mean-difference", "whitened", "pca-centred"), pairs=2)
+    found = compare_methods(
+        *map(Whole, sets), named("mean-difference", "whitened", "pca-centred"), pairs=2
+    )
     vectors = [
-        compute(*sets, DirectionSettings(method=name)).vectors[0].double() for name in found.methods
+        directions_from_residuals(*sets, DirectionSettings(method=name)).vectors[0].double()
+        for name in found.methods
     ]
     direct = [[float(one @ other) for other in vectors] for one in vectors]
     assert numpy.allclose(found.cosines[0], direct, atol=1e-5)
@@ -246,7 +251,7 @@ def test_a_layer_without_a_difference_has_no_row_and_no_cosine():
     behaviour, neutral, _ = planted_residuals(1, prompts=20, layers=2)
     one, other = behaviour.values.clone(), neutral.values.clone()
     one[:, 0], other[:, 0] = 1.0, 1.0
-    found = compare(
+    found = compare_methods(
         Whole(Residuals(one)), Whole(Residuals(other)), named("mean-difference"), pairs=2
     )
     assert found.separation["mean-difference"][0] is None
@@ -259,13 +264,15 @@ def test_a_layer_without_a_difference_has_no_row_and_no_cosine():
 def test_sets_that_are_the_same_are_refused():
     same = Whole(planted_residuals(2, prompts=10)[0])
     with pytest.raises(ValueError, match="don't differ in any layer"):
-        compare(same, same, named("mean-difference"))
+        compare_methods(same, same, named("mean-difference"))
 
 
 def test_a_robust_method_is_recommended_where_there_are_outliers():
     behaviour, neutral, _ = planted_residuals(4, prompts=100, layers=1, hidden=64, strength=3)
     wild = Whole(with_outliers(behaviour, share=0.04))
-    found = compare(wild, Whole(neutral), named("mean-difference", "geometric-median"), pairs=4)
+    found = compare_methods(
+        wild, Whole(neutral), named("mean-difference", "geometric-median"), pairs=4
+    )
     assert found.advice.method == "geometric-median"
     assert found.steady("mean-difference") > 0.9  # it finds the outliers, and steadily
 
@@ -275,7 +282,7 @@ def test_winsorising_is_done_before_anything_is_fit():
     spiky = behaviour.values.clone()
     spiky[0, :, 7] = 1e4
     plain, clamped = (
-        compare(
+        compare_methods(
             Whole(Residuals(spiky)), Whole(neutral),
             {"mean-difference": DirectionSettings(winsorize_quantile=quantile)}, pairs=2,
         )
@@ -287,12 +294,12 @@ def test_winsorising_is_done_before_anything_is_fit():
 # Advice
 
 
-def standing(auroc: float, cosine: float = 0.9) -> Standing:
-    return Standing(3, auroc, (Stability(32, (cosine, cosine)),))
+def standing(auroc: float, cosine: float = 0.9) -> MethodCandidate:
+    return MethodCandidate(3, auroc, (Stability(32, (cosine, cosine)),))
 
 
 def test_the_simplest_method_near_the_best_is_recommended():
-    advice = advise({"simple": standing(0.97), "clever": standing(0.98)}, (64, 64))
+    advice = recommend_method({"simple": standing(0.97), "clever": standing(0.98)}, (64, 64))
     assert advice.method == "simple"
     assert "the best is clever with 0.980" in advice.reasons[0]
     assert "simplest" in advice.reasons[1]
@@ -300,27 +307,31 @@ def test_the_simplest_method_near_the_best_is_recommended():
 
 
 def test_a_method_that_is_clearly_better_is_recommended():
-    advice = advise({"simple": standing(0.7), "clever": standing(0.98)}, (64, 64))
+    advice = recommend_method({"simple": standing(0.7), "clever": standing(0.98)}, (64, 64))
     assert advice.method == "clever"
     assert "best: AUROC 0.980" in advice.reasons[0]
 
 
 def test_a_method_that_is_as_good_and_clearly_steadier_is_recommended():
-    advice = advise({"simple": standing(0.98, 0.3), "steady": standing(0.98, 0.9)}, (64, 64))
+    advice = recommend_method(
+        {"simple": standing(0.98, 0.3), "steady": standing(0.98, 0.9)}, (64, 64)
+    )
     assert advice.method == "steady"
     assert "steadier than simple" in " ".join(advice.reasons)
 
 
 def test_too_few_prompts_and_weak_separation_are_said():
-    few = advise({"simple": standing(0.95, 0.5)}, (64, 64)).reasons
+    few = recommend_method({"simple": standing(0.95, 0.5)}, (64, 64)).reasons
     assert any("about 300 a set would make it 0.95" in reason for reason in few)
-    nothing = advise({"simple": standing(0.55, -0.1)}, (64, 64)).reasons
+    nothing = recommend_method({"simple": standing(0.55, -0.1)}, (64, 64)).reasons
     assert any("do not agree on any direction" in reason for reason in nothing)
     assert any("0.55 is weak" in reason for reason in nothing)
     one = replace(standing(0.95), stability=())
-    assert any("too few to say" in reason for reason in advise({"simple": one}, (1, 1)).reasons)
+    assert any(
+        "too few to say" in reason for reason in recommend_method({"simple": one}, (1, 1)).reasons
+    )
     with pytest.raises(ValueError, match="no method"):
-        advise({}, (2, 2))
+        recommend_method({}, (2, 2))
 
 
 def test_fits_keep_back_their_own_warnings_and_nobody_elses(
@@ -330,11 +341,11 @@ def test_fits_keep_back_their_own_warnings_and_nobody_elses(
     mean = torch.zeros(8, 8)
     mean[:, 0] = 1.0
     sets, spared = (
-        Sets(3 * mean, mean),
+        ContrastSets(3 * mean, mean),
         DirectionSettings(),
     )  # the direction is parallel to the neutral mean
     with ThreadPoolExecutor(8) as threads:
         assert all(found.vector is not None for found in threads.map(sets.fit, [spared] * 64))
     assert not caplog.records
-    compute(Residuals(3 * mean[:, None]), Residuals(mean[:, None]), spared)
+    directions_from_residuals(Residuals(3 * mean[:, None]), Residuals(mean[:, None]), spared)
     assert "parallel to the neutral mean" in caplog.text

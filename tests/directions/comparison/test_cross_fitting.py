@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ray_abliterate.directions.comparison import cross_fitting
-from ray_abliterate.directions.compute import compute
+from ray_abliterate.directions.compute import directions_from_residuals
 from ray_abliterate.directions.layer_separation import best_layer
-from ray_abliterate.directions.residuals.folds import Folds, picked_places
+from ray_abliterate.directions.residuals.folds import Folds, evenly_spaced_indices
 from ray_abliterate.directions.residuals.residual_set import Residuals
-from ray_abliterate.directions.separability import auroc, measures
+from ray_abliterate.directions.separability import auroc, measure_separability
 from ray_abliterate.recipe import DirectionSettings
 from tests.directions.test_layers import of_sets
 
@@ -35,7 +35,7 @@ def rows_of(sets: Sequence[Residuals], method: str, texts: Any = None, **more: A
 @pytest.mark.parametrize("method", METHODS)
 def test_noise_is_told_apart_by_no_layer_however_many_units_there_are(method: str) -> None:
     sets = noise(20, 16, 400, seed=3)
-    found = compute(*sets, DirectionSettings(method=method)).vectors
+    found = directions_from_residuals(*sets, DirectionSettings(method=method)).vectors
     for layer in range(16):  # along their own directions they are told apart entirely
         along = [s.values[:, layer].numpy() @ found[layer].numpy() for s in sets]
         assert auroc(*along) > 0.99
@@ -73,7 +73,7 @@ def test_each_fold_is_measured_along_the_direction_of_all_other_prompts(
         others = [
             Residuals(s.values[side != fold]) for s, side in zip(sets, folds.sides, strict=True)
         ]
-        vectors = compute(*others, settings).vectors.double().numpy()
+        vectors = directions_from_residuals(*others, settings).vectors.double().numpy()
         parts = []
         for s, side in zip(sets, folds.sides, strict=True):
             own = s.winsorized(quantile).values[side == fold].double().numpy()
@@ -82,7 +82,7 @@ def test_each_fold_is_measured_along_the_direction_of_all_other_prompts(
         for whole, side, part in zip(along, folds.sides, parts, strict=True):
             whole[side == fold] = part - middle
     for layer, row in enumerate(rows):
-        expected = measures(along[0][:, layer], along[1][:, layer])
+        expected = measure_separability(along[0][:, layer], along[1][:, layer])
         for name in NAMES:
             assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
@@ -145,13 +145,15 @@ def test_paired_prompts_are_left_out_together() -> None:
 def test_of_a_method_that_wants_residuals_no_more_are_here_than_can_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cross_fitting, "picked_places", lambda count: picked_places(count, 12))
+    monkeypatch.setattr(
+        cross_fitting, "evenly_spaced_indices", lambda count: evenly_spaced_indices(count, 12)
+    )
     sets = noise(50, 2, 20)
     sets[0].values[:, 1, 3] += 5.0
     settings = DirectionSettings(method="geometric-median")
     shards, _ = of_sets(sets)
     directions = shards.directions(settings)
-    few = [Residuals(s.values[picked_places(50, 12)]) for s in sets]
+    few = [Residuals(s.values[evenly_spaced_indices(50, 12)]) for s in sets]
     expected = rows_of(few, "geometric-median")
     for row, other in zip(shards.separation(directions, settings), expected, strict=True):
         assert [row[name] for name in NAMES] == pytest.approx([other[name] for name in NAMES])

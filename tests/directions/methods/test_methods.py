@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ray_abliterate.directions import compute as finding
-from ray_abliterate.directions.compute import compute, need_of, refuse_unknown, rows_per_layer
+from ray_abliterate.directions.compute import (
+    directions_from_residuals,
+    need_of,
+    refuse_unknown_methods,
+    rows_per_layer,
+)
 from ray_abliterate.directions.methods import inputs
 from ray_abliterate.directions.methods.discriminants import _probe, leace_eraser, oracle_shrinkage
 from ray_abliterate.directions.methods.inputs import Demand, Layer, Sample, demand_of, needs
@@ -201,7 +206,7 @@ def test_what_a_method_lacks_is_said_before_a_model_is_loaded(
     settings: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        refuse_unknown(DirectionSettings(**settings))
+        refuse_unknown_methods(DirectionSettings(**settings))
 
 
 @pytest.mark.parametrize(
@@ -221,13 +226,13 @@ def test_the_products_of_writers_grow_with_directions_and_what_is_spared(
     wanted = DirectionSettings(**settings)
     assert rows_per_layer(wanted) == rows
     behaviour, neutral, _ = planted_residuals(seed=0, prompts=20)
-    found = compute(behaviour, neutral, wanted)
+    found = directions_from_residuals(behaviour, neutral, wanted)
     assert len(found.rows) == rows * found.layers
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_methods_own_defaults_are_accepted(name: str) -> None:
-    refuse_unknown(DirectionSettings(method=name))
+    refuse_unknown_methods(DirectionSettings(method=name))
 
 
 @pytest.mark.parametrize(
@@ -245,9 +250,9 @@ def test_options_out_of_range_are_refused(method: str, options: dict[str, Any], 
     sets = planted_residuals(seed=0, prompts=5)[:2]
     settings = DirectionSettings(method=method, options=options)
     with pytest.raises(ValueError, match=said):
-        compute(*sets, settings)
+        directions_from_residuals(*sets, settings)
     with pytest.raises(RecipeError, match=f"direction.options: {method}: {said}"):
-        refuse_unknown(settings)
+        refuse_unknown_methods(settings)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +265,7 @@ def test_options_out_of_range_are_refused(method: str, options: dict[str, Any], 
 def test_a_method_that_gives_no_vectors_is_named(function: str, said: str) -> None:
     sets = planted_residuals(seed=0, prompts=5)[:2]
     with pytest.raises(ValueError, match=f"{function} {said}"):
-        compute(*sets, DirectionSettings(method=f"{OWN}:{function}"))
+        directions_from_residuals(*sets, DirectionSettings(method=f"{OWN}:{function}"))
 
 
 def test_the_length_of_a_methods_vector_does_not_matter() -> None:
@@ -268,10 +273,10 @@ def test_the_length_of_a_methods_vector_does_not_matter() -> None:
     behaviour, neutral, _ = planted_residuals(seed=0)
     one, other = Residuals(1000 * behaviour.values), Residuals(1000 * neutral.values)
     faint = DirectionSettings(method=f"{__name__}:faint")
-    expected = compute(one, other, DirectionSettings()).vectors
-    torch.testing.assert_close(compute(one, other, faint).vectors, expected)
+    expected = directions_from_residuals(one, other, DirectionSettings()).vectors
+    torch.testing.assert_close(directions_from_residuals(one, other, faint).vectors, expected)
     with pytest.raises(ValueError, match="no layer has a direction"):
-        compute(one, one, faint)
+        directions_from_residuals(one, one, faint)
 
 
 @needs("means")
@@ -326,8 +331,8 @@ def test_what_varies_loudly_in_both_sets_is_not_taken_for_the_direction(
     behaviour, neutral, planted = correlated()
     plain = DirectionSettings(method="mean-difference", project_out_neutral=False)
     own = DirectionSettings(method=method, options=options, project_out_neutral=False)
-    mean = float(compute(behaviour, neutral, plain).vectors[0] @ planted)
-    found = float(compute(behaviour, neutral, own).vectors[0] @ planted)
+    mean = float(directions_from_residuals(behaviour, neutral, plain).vectors[0] @ planted)
+    found = float(directions_from_residuals(behaviour, neutral, own).vectors[0] @ planted)
     assert found > 0.95 > mean
 
 
@@ -347,7 +352,9 @@ def test_discriminants_turn_away_from_a_behaviour_that_varies_in_strength(method
     sets = Residuals(noise() + strength * planted + 0.5 * shift), Residuals(noise())
     found = {
         name: float(
-            compute(*sets, DirectionSettings(method=name, project_out_neutral=False)).vectors[0]
+            directions_from_residuals(
+                *sets, DirectionSettings(method=name, project_out_neutral=False)
+            ).vectors[0]
             @ planted
         )
         for name in ("mean-difference", method)
@@ -358,9 +365,11 @@ def test_discriminants_turn_away_from_a_behaviour_that_varies_in_strength(method
 
 def test_whitening_fully_shrunk_is_the_difference_of_means() -> None:
     behaviour, neutral, _ = correlated()
-    wanted = compute(behaviour, neutral, DirectionSettings()).vectors
+    wanted = directions_from_residuals(behaviour, neutral, DirectionSettings()).vectors
     settings = DirectionSettings(method="whitened", options={"shrinkage": 1.0})
-    torch.testing.assert_close(compute(behaviour, neutral, settings).vectors, wanted)
+    torch.testing.assert_close(
+        directions_from_residuals(behaviour, neutral, settings).vectors, wanted
+    )
 
 
 def test_the_shrinkage_is_that_of_its_formula() -> None:
@@ -437,7 +446,7 @@ def test_the_geometric_median_is_where_unit_vectors_to_all_points_cancel(seed: i
 def test_half_the_prompts_being_one_is_no_trouble_for_medians() -> None:
     values = torch.randn(9, 1, 8)
     values[:5] = 3.0
-    found = compute(
+    found = directions_from_residuals(
         Residuals(values), Residuals(torch.randn(9, 1, 8)),
         DirectionSettings(method="geometric-median", project_out_neutral=False),
     )  # fmt: skip
@@ -459,7 +468,7 @@ def test_a_subspace_of_two_holds_both_directions_that_one_vector_cannot() -> Non
     settings = DirectionSettings(
         method="svd-subspace", options={"rank": 2}, project_out_neutral=False
     )
-    found = compute(behaviour, neutral, settings)
+    found = directions_from_residuals(behaviour, neutral, settings)
     assert found.rank == 2
     inside = (found.basis @ axes.T).square().sum(dim=1)  # of each axis, in the subspace
     assert inside.min() > 0.97
@@ -470,7 +479,7 @@ def test_a_subspace_of_two_holds_both_directions_that_one_vector_cannot() -> Non
 def test_inlp_takes_probe_after_probe_until_none_works() -> None:
     behaviour, neutral, _ = two_planted()
     settings = DirectionSettings(method="inlp", options={"rank": 4}, project_out_neutral=False)
-    found = compute(behaviour, neutral, settings)
+    found = directions_from_residuals(behaviour, neutral, settings)
     assert found.rank == 4
     left = [
         s.values[:, 0] - s.values[:, 0] @ found.basis[0].T @ found.basis[0]
@@ -483,13 +492,13 @@ def test_inlp_takes_probe_after_probe_until_none_works() -> None:
 def test_neutral_components_are_spared() -> None:
     behaviour, neutral, _ = correlated()
     settings = DirectionSettings(project_out_components=2)
-    found = compute(behaviour, neutral, settings).vectors[0].double()
+    found = directions_from_residuals(behaviour, neutral, settings).vectors[0].double()
     centred = neutral.values[:, 0].double() - neutral.mean()[0]
     components = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
     assert (components @ found).abs().max() < 1e-6
     assert abs(float(found @ neutral.mean()[0])) < 1e-5
     settings = DirectionSettings(project_out_neutral=False)
-    plain = compute(behaviour, neutral, settings).vectors[0].double()
+    plain = directions_from_residuals(behaviour, neutral, settings).vectors[0].double()
     assert (components @ plain).abs().max() > 0.1
 
 
@@ -497,22 +506,26 @@ def test_an_ensemble_is_the_weighted_sum_of_unit_vectors_with_one_sign() -> None
     behaviour, neutral, _ = correlated()
     names, weights = ("mean-difference", "whitened"), (0.3, 0.7)
     each = [
-        compute(behaviour, neutral, DirectionSettings(method=n, project_out_neutral=False)).vectors
+        directions_from_residuals(
+            behaviour, neutral, DirectionSettings(method=n, project_out_neutral=False)
+        ).vectors
         for n in names
     ]
     members = [{"method": n, "weight": w} for n, w in zip(names, weights, strict=True)]
     settings = DirectionSettings(method="ensemble", ensemble=members, project_out_neutral=False)
     total = weights[0] * each[0] + weights[1] * each[1]
     expected = torch.nn.functional.normalize(total, dim=-1)
-    torch.testing.assert_close(compute(behaviour, neutral, settings).vectors, expected)
+    torch.testing.assert_close(
+        directions_from_residuals(behaviour, neutral, settings).vectors, expected
+    )
 
 
 def test_an_ensemble_takes_members_with_the_sign_of_the_first() -> None:
     behaviour, neutral, _ = correlated()
     members = [{"method": "mean-difference"}, {"method": f"{__name__}:backwards"}]
     both = DirectionSettings(method="ensemble", ensemble=members)
-    one = compute(behaviour, neutral, DirectionSettings()).vectors
-    torch.testing.assert_close(compute(behaviour, neutral, both).vectors, one)
+    one = directions_from_residuals(behaviour, neutral, DirectionSettings()).vectors
+    torch.testing.assert_close(directions_from_residuals(behaviour, neutral, both).vectors, one)
 
 
 @needs("means")
@@ -548,7 +561,7 @@ def test_spared_components_of_few_prompts_are_found_in_their_span(
     monkeypatch.setattr(finding, "neutral_components", seen)
     behaviour, neutral, _ = planted_residuals(seed=1, prompts=12, layers=2, hidden=64)
     settings = DirectionSettings(project_out_components=3)
-    found = compute(behaviour, neutral, settings)
+    found = directions_from_residuals(behaviour, neutral, settings)
     assert widths == [12 + 15] * 2
     for layer in range(2):
         values = neutral.values[:, layer].double()

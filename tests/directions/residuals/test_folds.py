@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_abliterate.directions.residuals.folds import FOLDS, Folds, by_fold, projected
+from ray_abliterate.directions.residuals.folds import FOLDS, Folds, by_fold, project_shard
 from ray_abliterate.directions.residuals.moments import moments_of
 from ray_abliterate.directions.residuals.shard import ResidualShard, sums_of, winsorized
 
@@ -94,7 +94,9 @@ def test_every_prompt_is_projected_along_its_own_folds_directions_in_order(
     values, vectors = some(7, 4, 16), some(3, 2, 16, seed=1)
     folds = numpy.array([0, 1, 2, 2, 1, 0, 0])
     shards = split(values, 2)
-    found = reduce(add, [projected(s.batch, vectors, folds, quantile, 2) for s in shards]).values
+    found = reduce(
+        add, [project_shard(s.batch, vectors, folds, quantile, 2) for s in shards]
+    ).values
     assert found.shape == (7, 2)
     for prompt, fold in enumerate(folds):
         for layer in range(2):

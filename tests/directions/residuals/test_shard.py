@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_abliterate.data.atomic_files import cache_root, link_whole, write_whole
-from ray_abliterate.directions.residuals.folds import projected
+from ray_abliterate.directions.residuals.folds import project_shard
 from ray_abliterate.directions.residuals.shard import (
     DamagedShard,
     ResidualShard,
@@ -161,7 +161,7 @@ def test_sums_and_projections_have_the_same_bits_from_memory_and_from_a_file(
     for shard in split(some(prompts, 2, 16), rows):
         again = ResidualShard.from_file(shard.to_file(KEY), KEY)
         assert again is not None
-        for function, more in ((sums_of, ()), (projected, (vectors, folds))):
+        for function, more in ((sums_of, ()), (project_shard, (vectors, folds))):
             one, other = function(shard.batch, *more), function(again.batch, *more)
             assert pickle.dumps(one) == pickle.dumps(other)
 

@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_abliterate.directions.residuals.moments import Moments, Pairs, Rows, moments_of, rows_of
+from ray_abliterate.directions.residuals.moments import (
+    Moments,
+    PairedMoments,
+    ResidualRows,
+    moments_of,
+    rows_of,
+)
 from ray_abliterate.directions.residuals.shard import ResidualShard
-from ray_abliterate.directions.residuals.subspace import space_of
+from ray_abliterate.directions.residuals.subspace import choose_subspace
 
 cuts = st.lists(st.integers(1, 39), max_size=12, unique=True)
 
@@ -73,7 +79,9 @@ def test_pairs_gathered_part_by_part_are_the_direct_ones(
     monkeypatch.setattr("ray_abliterate.directions.residuals.moments.TAKEN_AT_ONCE", at_once)
     values = some(40, 7, 3, 100.0)
     gathered = reduce(
-        add, [Rows((part,)) for part in numpy.array_split(values, 11)], Pairs(Moments.nothing(7))
+        add,
+        [ResidualRows((part,)) for part in numpy.array_split(values, 11)],
+        PairedMoments(Moments.nothing(7)),
     )
     assert_direct(gathered.moments, values)
     assert sum(map(len, gathered.waiting.parts)) < at_once
@@ -108,11 +116,15 @@ def test_variances_have_no_covariance_and_do_not_add_to_pairs() -> None:
 
 
 def test_few_prompts_are_kept_as_they_are_and_many_as_a_covariance() -> None:
-    few, many, more = space_of(800, 8192), space_of(8192, 8192), space_of(80_000, 8192)
+    few, many, more = (
+        choose_subspace(800, 8192),
+        choose_subspace(8192, 8192),
+        choose_subspace(80_000, 8192),
+    )
     assert few.kind == "samples"
     assert "800 prompts are fewer than 8192 units" in few.reason
     assert (many.kind, more.kind) == ("covariance", "covariance")
     assert many.bytes == more.bytes  # whatever the number of prompts
     assert few.bytes < many.bytes
     assert "2.1 GB at a time" in many.reason
-    assert "nothing smaller is exact" in space_of(40_000, 40_000).reason
+    assert "nothing smaller is exact" in choose_subspace(40_000, 40_000).reason
