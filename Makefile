@@ -12,7 +12,7 @@ EXTRAS := .venv/extras
 PARTS := .[compressed-tensors,lm-eval]
 ONNX := .venv/onnx
 
-.PHONY: setup demo test test-ray test-rest test-extras test-gpu check clean
+.PHONY: setup demo test test-ray test-rest test-extras test-gpu check docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +20,8 @@ help:
 	@echo "make test    set up .venv, run all tests"
 	@echo "make test-extras  install compressed-tensors, lm-eval and optimum too, run their tests"
 	@echo "make test-gpu     run the tests that need a GPU, on one"
-	@echo "make check   lint, types, import contracts"
+	@echo "make check   lint, types, import contracts, docs"
+	@echo "make docs    build the site of docs/ into site/"
 
 setup: .venv/.ready
 
@@ -72,11 +73,15 @@ define beside
 	$(1)/bin/python $(PIP) $(2)
 endef
 
-check: setup
+# The site of docs/, in site/; a broken link or a page that no section names is an error.
+docs: setup
+	$(BIN)/mkdocs build --quiet --strict
+
+check: setup docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache
