@@ -27,19 +27,22 @@ def directions(
     ] = None,
 ) -> None:
     """Compare direction methods without a search: a table, and directions.html."""
-    from ray_abliterate.cli.progress_display import console, layers_table, watching
+    from ray_abliterate.cli.progress_display import watching
+    from ray_abliterate.cli.tables import layers_table, methods_tables
+    from ray_abliterate.cli.terminal import console
     from ray_abliterate.pipeline.directory import RunDirectory
     from ray_abliterate.pipeline.prompt_filter import left_out_lines
-    from ray_abliterate.pipeline.residual_analysis import compare_run, methods_of, write_comparison
-    from ray_abliterate.report.directions_page import comparison_page, terminal_tables
+    from ray_abliterate.pipeline.residual_analysis import compare_run, methods_of
+    from ray_abliterate.report.directions_page import comparison_page
+    from ray_abliterate.report.pages import write_comparison
 
     output = console()
-    with watching(output) as watch:
+    with watching(output) as progress:
         if source.is_dir():
             if overrides:
                 raise RecipeError(f"{overrides[0]} changes a recipe, and {source} is a folder")
             directory = RunDirectory.open(source)
-            methods = methods_of(directory.recipe.direction, method or ())
+            methods = methods_of(directory.read_recipe().direction, method or ())
         else:
             settings = Recipe.load(source, tuple(overrides or ()))
             methods = methods_of(settings.direction, method or ())
@@ -47,14 +50,14 @@ def directions(
 
             to = to or Path("runs") / f"{source.stem}-directions"
             text = source.read_text(encoding="utf-8")
-            directory = extract(settings, text, source.parent, to, watch)
-        found = compare_run(directory, methods, pairs, watch)
+            directory = extract(settings, text, source.parent, to, progress)
+        found = compare_run(directory, methods, pairs, progress)
     selection = directory.selection()
-    page = comparison_page(found, directory.recipe.model.name, selection)
+    page = comparison_page(found, directory.read_recipe().model.name, selection)
     written = write_comparison(found, page, to or directory.path, selection)
-    for line in left_out_lines(directory.environment):
+    for line in left_out_lines(directory.read_environment()):
         output.print(line, markup=False)
-    for table in terminal_tables(found):
+    for table in methods_tables(found):
         output.print(table, "")
     if selection is not None:
         output.print(layers_table(selection), "")
@@ -72,16 +75,18 @@ def residuals(
     to: Annotated[Path | None, typer.Option(help="Folder to write; the run's if unset.")] = None,
 ) -> None:
     """Show both prompt sets layer by layer: projections, histograms, geometry, as one page."""
-    from ray_abliterate.cli.progress_display import console, watching
+    from ray_abliterate.cli.progress_display import watching
+    from ray_abliterate.cli.terminal import console
     from ray_abliterate.pipeline.directory import RunDirectory
-    from ray_abliterate.pipeline.residual_analysis import look, write_look
+    from ray_abliterate.pipeline.residual_analysis import look
+    from ray_abliterate.report.pages import write_look
     from ray_abliterate.report.residuals_page import residuals_page
 
     directory, output = RunDirectory.open(run), console()
     chosen = directory.trial(trial) if trial is not None else None
-    with watching(output) as watch:
-        found = look(directory, chosen, watch)
-    recipe = directory.recipe
+    with watching(output) as progress:
+        found = look(directory, chosen, progress)
+    recipe = directory.read_recipe()
     page = residuals_page(
         found.views, recipe.model.name, recipe.direction.method, found.best, found.strengths,
         found.trial,

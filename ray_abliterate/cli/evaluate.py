@@ -54,7 +54,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure suites, or the perplexity of one long text, on a run's trials or on any model."""
-    from ray_abliterate.cli.progress_display import console
+    from ray_abliterate.cli.terminal import console
     from ray_abliterate.pipeline.directory import RunDirectory
 
     is_run = RunDirectory.is_one(Path(model))
@@ -66,10 +66,10 @@ def evaluate(
             "  To compare a trial with another model, export it and evaluate the folder."
         )
     if text is not None:
-        from ray_abliterate.evaluation.streaming.reader import Reading
+        from ray_abliterate.evaluation.streaming.reader import TextRequest
         from ray_abliterate.pipeline.evaluate import Models
 
-        reading = Reading(text, carry, chunk, overlap, window, tokens, states)
+        reading = TextRequest(text, carry, chunk, overlap, window, tokens, states)
         models = None if is_run else Models(model, compare)
         _read(model, trial or [], models, reading, to, console())
     elif is_run:
@@ -83,22 +83,23 @@ def evaluate(
 def _suites_of_run(
     name: str, numbers: list[int], names: list[str], file: Path | None, output: Any
 ) -> None:
-    from ray_abliterate.cli.progress_display import suites_table, watching
-    from ray_abliterate.evaluation.suites.build import build
+    from ray_abliterate.cli.progress_display import watching
+    from ray_abliterate.cli.tables import suites_table
+    from ray_abliterate.evaluation.suites.build import build_suites
     from ray_abliterate.pipeline.directory import RunDirectory
     from ray_abliterate.pipeline.evaluate import evaluate_run, save_findings
     from ray_abliterate.pipeline.suite_runner import chosen_suites
     from ray_abliterate.search.frontier import Frontier
 
     directory = RunDirectory.open(Path(name))
-    known = SuiteFile.load(file) if file else directory.recipe.suites
-    chosen, base = chosen_suites(known, names), file.parent if file else directory.base
-    built = build(chosen, base)
+    known = SuiteFile.load(file) if file else directory.read_recipe().suites
+    chosen, base = chosen_suites(known, names), file.parent if file else directory.read_base()
+    built = build_suites(chosen, base)
     members = [directory.trial(number) for number in numbers]
-    with watching(output) as watch:
+    with watching(output) as progress:
         members = members or list(Frontier.of(directory.trials()).members)
-        evaluate_run(directory, members, chosen, base, watch)
-    kept = directory.measurements(chosen)
+        evaluate_run(directory, members, chosen, base, progress)
+    kept = directory.suite_results(chosen)
     output.print(suites_table(kept, built))
     output.print(f"Kept in {save_findings(kept, built, directory.path / 'evaluations').parent}")
 
@@ -111,16 +112,17 @@ def _suites_of_models(
     to: Path | None,
     output: Any,
 ) -> None:
-    from ray_abliterate.cli.progress_display import suites_table, watching
-    from ray_abliterate.evaluation.suites.build import build
+    from ray_abliterate.cli.progress_display import watching
+    from ray_abliterate.cli.tables import suites_table
+    from ray_abliterate.evaluation.suites.build import build_suites
     from ray_abliterate.pipeline.evaluate import Models, evaluate_models, save_findings
     from ray_abliterate.pipeline.suite_runner import chosen_suites
 
     chosen = chosen_suites(SuiteFile.load(file) if file else NO_NEED_OF_FILES, names)
     base, folder = file.parent if file else Path(), to or Path("evaluation")
-    models, built = Models(name, compare), build(chosen, base)
-    with watching(output) as watch:
-        kept = evaluate_models(models, chosen, base, folder, watch)
+    models, built = Models(name, compare), build_suites(chosen, base)
+    with watching(output) as progress:
+        kept = evaluate_models(models, chosen, base, folder, progress)
     output.print(suites_table(kept, built))
     _say_who(models, output)
     output.print(f"Kept in {save_findings(kept, built, folder).parent}")
@@ -136,23 +138,25 @@ def _read(
 ) -> None:
     """Read a text with models, or with trials of the run `name` if there are none."""
     from ray_abliterate.cli.progress_display import watching
+    from ray_abliterate.cli.tables import text_table
     from ray_abliterate.pipeline.evaluate import read_with_models
-    from ray_abliterate.pipeline.text_evaluation import text_table
+    from ray_abliterate.report.pages import write_text_page
 
     run_folder = Path(name) / "evaluations" / "text"
     folder = to or (Path("evaluation") if models else run_folder)
-    with watching(output) as watch:
+    with watching(output) as progress:
         if models:
-            found = read_with_models(models, reading, folder, watch)
+            found = read_with_models(models, reading, folder, progress)
         else:
-            found = _read_with_run(name, numbers, reading, folder, watch)
+            found = _read_with_run(name, numbers, reading, folder, progress)
+    write_text_page(found, folder)
     output.print(text_table(found))
     if models:
         _say_who(models, output)
     output.print(f"Chunks, totals and a plot (chunks.html): {folder}")
 
 
-def _read_with_run(name: str, numbers: list[int], reading: Any, folder: Path, watch: Any) -> Any:
+def _read_with_run(name: str, numbers: list[int], reading: Any, folder: Path, progress: Any) -> Any:
     from ray_abliterate.pipeline.directory import RunDirectory
     from ray_abliterate.pipeline.evaluate import read_with_run
     from ray_abliterate.search.frontier import Frontier
@@ -160,7 +164,7 @@ def _read_with_run(name: str, numbers: list[int], reading: Any, folder: Path, wa
     directory = RunDirectory.open(Path(name))
     trials = [directory.trial(number) for number in numbers]
     trials = trials or [Frontier.of(directory.trials()).knee]
-    return read_with_run(directory, trials, reading, folder, watch)
+    return read_with_run(directory, trials, reading, folder, progress)
 
 
 def _say_who(models: Any, output: Any) -> None:

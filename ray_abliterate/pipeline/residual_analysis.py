@@ -1,24 +1,19 @@
 """What `directions` and `residuals` make of a run's residuals, without Ray and without a model."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from ray_abliterate.data.atomic_files import write_whole
-from ray_abliterate.directions.comparison.compare import Comparison, best_row, compare
-from ray_abliterate.directions.compute import refuse_unknown
-from ray_abliterate.directions.layer_selection import Selection
-from ray_abliterate.directions.layer_views import View, astray, views
+from ray_abliterate.directions.comparison.compare import MethodComparison, best_row, compare_methods
+from ray_abliterate.directions.compute import refuse_unknown_methods
+from ray_abliterate.directions.layer_views import LayerView, view_layers
 from ray_abliterate.directions.methods.registry import METHODS
-from ray_abliterate.errors import RecipeError, RunDirectoryError, SearchError
+from ray_abliterate.errors import RecipeError, SearchError
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.pipeline.stored_residuals import stored_sets
 from ray_abliterate.recipe import DirectionSettings
-from ray_abliterate.report.page import Page
 from ray_abliterate.search.frontier import Frontier, Trial
 
 
@@ -43,7 +38,7 @@ def methods_of(
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise RecipeError(f"--method {name}: {reason}") from None
-        refuse_unknown(found[name])
+        refuse_unknown_methods(found[name])
     return found
 
 
@@ -51,19 +46,19 @@ def compare_run(
     directory: RunDirectory,
     methods: dict[str, DirectionSettings],
     pairs: int,
-    watch: Watch,
-) -> Comparison:
+    progress: Progress,
+) -> MethodComparison:
     """Compare methods on the residuals of a run.
 
     Raises:
         RunDirectoryError: the run holds no residuals.
         SearchError: no method has a direction.
     """
-    with watch.stage("reading residuals"):
+    with progress.stage("reading residuals"):
         behaviour, neutral = stored_sets(directory)
-    with watch.stage("comparing methods"):
+    with progress.stage("comparing methods"):
         try:
-            return compare(behaviour, neutral, methods, pairs, step=watch.step)
+            return compare_methods(behaviour, neutral, methods, pairs, step=progress.step)
         except ValueError as error:
             raise SearchError(
                 f"no method finds a direction in {directory.path}: {error}.\n"
@@ -82,25 +77,25 @@ class Look:
         strengths: By component, for every layer.
     """
 
-    views: tuple[View, ...]
+    views: tuple[LayerView, ...]
     best: int
     trial: int | None
     strengths: dict[str, tuple[float, ...]]
 
 
-def look(directory: RunDirectory, trial: Trial | None, watch: Watch) -> Look:
+def look(directory: RunDirectory, trial: Trial | None, progress: Progress) -> Look:
     """What a run's residuals look like; without a trial, the knee of its frontier stands beside.
 
     Raises:
         RunDirectoryError: the run holds no residuals.
     """
-    with watch.stage("reading residuals"):
+    with progress.stage("reading residuals"):
         behaviour, neutral = stored_sets(directory)
     found = []
-    with watch.stage("projections"):
-        for one in views(behaviour, neutral, directory.recipe.direction):
+    with progress.stage("projections"):
+        for one in view_layers(behaviour, neutral, directory.read_recipe().direction):
             found.append(one)
-            watch.step(len(found), behaviour.layers)
+            progress.step(len(found), behaviour.layers)
     rows = [{"layer": v.layer, **v.measures} if v.held_out else None for v in found]
     best = int(best_row(rows)["layer"]) if any(rows) else 0
     if trial is None and (frontier := Frontier.of(directory.trials())):
@@ -113,42 +108,7 @@ def look(directory: RunDirectory, trial: Trial | None, watch: Watch) -> Look:
     return Look(tuple(found), best, trial.number if trial else None, strengths)
 
 
-def write_look(found: Look, page: Page, folder: Path) -> Path:
-    """Write `residuals.json` and `residuals.html`; says where the page is."""
-    facts = {
-        "best_layer": found.best,
-        "trial": found.trial,
-        "strengths": found.strengths,
-        "astray": astray(found.views[found.best]),
-        "layers": [
-            {
-                "layer": v.layer,
-                **asdict(v.geometry),
-                **(v.measures if v.held_out else dict.fromkeys(v.measures)),
-                "components_shares": v.components_shares,
-                "gap_shares": v.gap_shares,
-            }
-            for v in found.views
-        ],
-    }
-    return _write(folder, "residuals", facts, page)
 
 
-def write_comparison(
-    found: Comparison, page: Page, folder: Path, selection: Selection | None = None
-) -> Path:
-    """Write `directions.json` and `directions.html`; says where the page is."""
-    tried = {"selection": selection.to_json()} if selection else {}
-    return _write(folder, "directions", {**found.to_json(), **tried}, page)
 
 
-def _write(folder: Path, name: str, facts: object, page: Page) -> Path:
-    try:
-        write_whole(folder / f"{name}.json", json.dumps(facts, indent=1, allow_nan=False).encode())
-        write_whole(folder / f"{name}.html", page.html().encode())
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{folder} cannot be written ({error.strerror}).\n"
-            "  Choose a folder you may write to with --to."
-        ) from None
-    return folder / f"{name}.html"

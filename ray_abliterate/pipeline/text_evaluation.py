@@ -12,15 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ray_abliterate.data.atomic_files import write_whole
 from ray_abliterate.errors import EvaluationChanged
 from ray_abliterate.evaluation.streaming import ChunkResult, Totals
-from ray_abliterate.evaluation.streaming.reader import ReadFiles, TextRequest, ReadPlan
+from ray_abliterate.evaluation.streaming.reader import ReadFiles, ReadPlan, TextRequest
 from ray_abliterate.evaluation.suites.suite import PairedDifference
 from ray_abliterate.pipeline.progress import Progress
-from ray_abliterate.pipeline.suite_results import comparison_text
 from ray_abliterate.pipeline.suite_runner import BASE_MODEL, Subject
 from ray_abliterate.search.score import mean_interval
 
@@ -196,54 +193,5 @@ def _lines(to: Path, names: Mapping[str, Any]) -> Iterator[Callable[[str, ChunkR
             stream.close()
 
 
-def text_table(text: Text) -> Table:
-    """A row per model, the first one the base of comparison."""
-    table = Table(show_edge=False, pad_edge=False)
-    for head in (
-        "model",
-        "perplexity",
-        "nats per token",
-        "by chunk",
-        "tokens",
-        "tokens/s",
-        "carry",
-    ):
-        table.add_column(head)
-    base = next(iter(text.totals))
-    for name, totals in text.totals.items():
-        apart = text.difference(base, name) if name != base else None
-        loss = f"{totals.loss:.5f}" + (f"\n{comparison_text(apart)}" if apart else "")
-        table.add_row(
-            name,
-            f"{totals.perplexity:.5g}",
-            loss,
-            f"{totals.mean:.4f} ± {totals.deviation:.4f}",
-            f"{totals.tokens:,}",
-            f"{totals.tokens_per_second:,.0f}",
-            totals.carry,
-        )
-    if len(text.totals) > 1:
-        table.caption = f"below: mean difference from {base} over chunks, 95 % interval"
-    return table
 
 
-def text_page(text: Text) -> str:
-    """A page with the loss of every chunk of every model; needs no network."""
-    from plotly.graph_objects import Figure, Scatter
-
-    figure = Figure()
-    for name, chunks in text.chunks.items():
-        x, y = [c.start for c in chunks], [c.loss for c in chunks]
-        hover = [
-            f"chunk {c.index}, {c.tokens} tokens, perplexity {c.perplexity:.4g}" for c in chunks
-        ]
-        figure.add_trace(Scatter(x=x, y=y, name=name, mode="lines", text=hover))
-    figure.update_layout(
-        title="Loss along the text",
-        xaxis_title="token",
-        yaxis_title="nats per token",
-        hovermode="x unified",
-        template="plotly_white",
-    )
-    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
-    return page

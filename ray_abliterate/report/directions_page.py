@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table as TerminalTable
-
 from ray_abliterate.directions.comparison.compare import MethodComparison
 from ray_abliterate.directions.layer_selection import TABLE_HEADER as HEAD_LAYERS
 from ray_abliterate.directions.layer_selection import LayerSelection
@@ -26,7 +24,7 @@ COLUMNS = (
     ("fisher", "Fisher"), ("silhouette", "silhouette"), ("mutual_information", "bits"),
     ("agreement", "halves' cosine"),
 )  # fmt: skip
-HEAD = ("method", "layer", "AUROC", *(title for _, title in COLUMNS), "to the truth")
+METHODS_HEADER = ("method", "layer", "AUROC", *(title for _, title in COLUMNS), "to the truth")
 MEASURES: tuple[tuple[str, str, str, Figure], ...] = (
     ("auroc", "AUROC", "0.5: by chance", {"range": [0.38, 1.02]}),
     ("fisher", "Fisher ratio", "squared distance over variances", {"rangemode": "tozero"}),
@@ -80,21 +78,6 @@ def stability_rows(found: MethodComparison) -> tuple[list[str], list[list[str]]]
     return [f"{size} prompts" for size in sizes], rows
 
 
-def terminal_tables(found: MethodComparison) -> list[TerminalTable]:
-    """Methods, their cosines, and how steady they are."""
-    sizes, steady = stability_rows(found)
-    numbers = [str(place + 1) for place in range(len(found.methods))]
-    cosines = [
-        [f"{n} {row[0]}", *row[1:]] for n, row in zip(numbers, cosine_rows(found), strict=True)
-    ]
-    return [
-        _terminal("Methods, on held-out prompts", HEAD, method_rows(found)),
-        _terminal(f"Cosines at layer {found.layer}", ("method", *numbers), cosines),
-        _terminal(
-            f"Cosines of directions that share no prompt, layer {found.layer}",
-            ("method", *sizes), steady,
-        ),
-    ]  # fmt: skip
 
 
 def comparison_page(
@@ -108,7 +91,7 @@ def comparison_page(
     methods = Section(
         "Methods",
         (ABOUT_METHODS, *failed),
-        (Table(HEAD, method_rows(found)),),
+        (Table(METHODS_HEADER, method_rows(found)),),
         (_separation(found),),
     )
     alike = Section(
@@ -199,13 +182,6 @@ def _steadiness(found: MethodComparison) -> Plot:
     return Plot("Cosine by the number of prompts", "", drawn)
 
 
-def _terminal(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> TerminalTable:
-    table = TerminalTable(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for place, heading in enumerate(head):
-        table.add_column(heading, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _text(value: float) -> str:

@@ -9,27 +9,23 @@ import numpy
 import pytest
 import torch
 
+from ray_abliterate.cli.tables import methods_tables
 from ray_abliterate.data.atomic_files import cache_root
-from ray_abliterate.directions.comparison.compare import compare
+from ray_abliterate.directions.comparison.compare import compare_methods
 from ray_abliterate.directions.directions import Directions
-from ray_abliterate.directions.layer_views import astray, views
-from ray_abliterate.directions.residuals.folds import MOST, picked_places
+from ray_abliterate.directions.layer_views import misplaced_prompts, view_layers
+from ray_abliterate.directions.residuals.folds import MOST, evenly_spaced_indices
 from ray_abliterate.directions.residuals.shard import ResidualShard
 from ray_abliterate.directions.residuals.shard_files import ShardFolder
 from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.extraction import extract
-from ray_abliterate.pipeline.progress import Unwatched
-from ray_abliterate.pipeline.residual_analysis import (
-    compare_run,
-    look,
-    methods_of,
-    write_comparison,
-    write_look,
-)
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.residual_analysis import compare_run, look, methods_of
 from ray_abliterate.pipeline.stored_residuals import StoredSet, stored_sets
 from ray_abliterate.recipe import DirectionSettings, Recipe
-from ray_abliterate.report.directions_page import comparison_page, terminal_tables
+from ray_abliterate.report.directions_page import comparison_page
+from ray_abliterate.report.pages import write_comparison, write_look
 from ray_abliterate.report.residuals_page import residuals_page
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
@@ -177,7 +173,7 @@ def values(prompts: int, layers: int) -> numpy.ndarray:
 
 def test_views_hold_a_plane_and_numbers_for_every_layer(recipe: Recipe, tmp_path: Path) -> None:
     stored = stored_sets(a_run(tmp_path / "run", recipe, prompts=40))
-    found = list(views(*stored, DirectionSettings()))
+    found = list(view_layers(*stored, DirectionSettings()))
     assert [view.layer for view in found] == [0, 1, 2, 3]
     for view in found:
         assert view.components.shape == view.gap.shape == (83, 2)
@@ -202,21 +198,21 @@ def test_a_prompt_in_the_wrong_set_is_listed(recipe: Recipe, tmp_path: Path) -> 
         def layer(self, index: int) -> numpy.ndarray:
             return self.values[:, index].numpy()
 
-    (found,) = views(Whole(one), Whole(other), DirectionSettings())
-    assert {(name, number) for name, number, _ in astray(found)} == {
+    (found,) = view_layers(Whole(one), Whole(other), DirectionSettings())
+    assert {(name, number) for name, number, _ in misplaced_prompts(found)} == {
         ("behaviour", 7),
         ("neutral", 11),
     }
-    assert all(0.5 < beyond < 2 for _, _, beyond in astray(found))
+    assert all(0.5 < beyond < 2 for _, _, beyond in misplaced_prompts(found))
     html = residuals_page([found], "m", "mean-difference", 0, {}, None).html()
     assert "Prompts that lie with the other set: 2 of 83" in html
 
 
 def test_of_many_prompts_some_are_picked_at_even_distances() -> None:
-    found = picked_places(3 * MOST)
+    found = evenly_spaced_indices(3 * MOST)
     assert len(found) == MOST and (found[0], found[-1]) == (0, 3 * MOST - 1)
     assert set(numpy.diff(found)) <= {3, 4}
-    assert picked_places(5).tolist() == [0, 1, 2, 3, 4]
+    assert evenly_spaced_indices(5).tolist() == [0, 1, 2, 3, 4]
 
 
 # Verbs
@@ -226,9 +222,9 @@ def test_residuals_are_shown_beside_the_chosen_trials_strengths(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     directory = a_run(tmp_path / "run", recipe, prompts=40)
-    assert look(directory, None, Unwatched()).trial is None
+    assert look(directory, None, SilentProgress()).trial is None
     finished(directory)
-    found = look(directory, None, Unwatched())
+    found = look(directory, None, SilentProgress())
     assert found.trial == 7
     assert found.strengths == {"attn": pytest.approx((0.0, 0.83333, 1.25, 0.83333), abs=1e-4)}
     page = residuals_page(
@@ -260,7 +256,7 @@ def test_a_layer_without_a_direction_is_shown_without_bars(recipe: Recipe, tmp_p
         def layer(self, index: int) -> numpy.ndarray:
             return numpy.ones((4, 6), numpy.float32)
 
-    found = list(views(Same(), Same(), DirectionSettings()))
+    found = list(view_layers(Same(), Same(), DirectionSettings()))
     assert found[0].held_out is None and found[0].measures["auroc"] == 0.5
     page = residuals_page(found, "m", "mean-difference", 0, {}, None)
     assert figures(page.html())[-1]["views"][0]["data"] == []
@@ -269,7 +265,7 @@ def test_a_layer_without_a_direction_is_shown_without_bars(recipe: Recipe, tmp_p
 def test_a_comparison_is_written_as_numbers_and_as_a_page(recipe: Recipe, tmp_path: Path) -> None:
     directory = a_run(tmp_path / "run", recipe, prompts=40)
     methods = methods_of(recipe.direction, ("mean-difference", "whitened", "pca-paired"))
-    found = compare_run(directory, methods, 2, Unwatched())
+    found = compare_run(directory, methods, 2, SilentProgress())
     page = comparison_page(found, "model")
     html = write_comparison(found, page, directory.path).read_text("utf-8")
     assert f"Take {found.advice.method}" in html
@@ -282,14 +278,14 @@ def test_a_comparison_is_written_as_numbers_and_as_a_page(recipe: Recipe, tmp_pa
     facts = json.loads((directory.path / "directions.json").read_text())
     assert facts["advice"]["method"] == found.advice.method
     assert facts["separation"]["whitened"][1]["auroc"] == found.separation["whitened"][1]["auroc"]
-    tables = terminal_tables(found)
+    tables = methods_tables(found)
     assert [table.row_count for table in tables] == [2, 2, 2]
 
 
 def test_the_same_comparison_again_is_the_same(recipe: Recipe, tmp_path: Path) -> None:
     behaviour, neutral = stored_sets(a_run(tmp_path / "run", recipe, prompts=20))
     methods = methods_of(recipe.direction, ("mean-difference", "inlp"))
-    one, other = (compare(behaviour, neutral, methods, 2) for _ in range(2))
+    one, other = (compare_methods(behaviour, neutral, methods, 2) for _ in range(2))
     assert one.to_json() == other.to_json()
 
 
@@ -314,13 +310,13 @@ def test_residuals_of_the_same_prompts_and_model_are_not_extracted_again(
 ) -> None:
     directory = a_run(tmp_path / "run", recipe, prompts=20)
     other = recipe.model_copy(update={"direction": DirectionSettings(method="inlp")})
-    found = extract(other, "", tmp_path, directory.path, Unwatched())
+    found = extract(other, "", tmp_path, directory.path, SilentProgress())
     assert found.path == directory.path
     longer = recipe.model_copy(
         update={"model": recipe.model.model_copy(update={"name": "another"})}
     )
     with pytest.raises(RunDirectoryError, match="not the one"):
-        extract(longer, "", tmp_path, directory.path, Unwatched())
+        extract(longer, "", tmp_path, directory.path, SilentProgress())
 
 
 def test_memory_is_bounded_by_a_layer(recipe: Recipe, tmp_path: Path) -> None:

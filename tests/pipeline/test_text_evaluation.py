@@ -9,14 +9,17 @@ import numpy
 import pytest
 from rich.console import Console
 
+from ray_abliterate.cli.tables import text_table
 from ray_abliterate.errors import EvaluationChanged, EvaluationError
-from ray_abliterate.evaluation.streaming.reader import Reading
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.evaluation.streaming.reader import TextRequest
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.suite_runner import BASE_MODEL, Subject
-from ray_abliterate.pipeline.text_evaluation import Text, read_text, text_page, text_table
+from ray_abliterate.pipeline.text_evaluation import Text, read_text
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.replica.replica import Replica, Setup
-from ray_abliterate.replica.unedited_replica import BareReplica
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
+from ray_abliterate.replica.unedited_replica import UneditedReplica
+from ray_abliterate.report.text_page import text_page
 from ray_abliterate.search.plan import Plan, Profile
 from tests.support.finished_runs import InProcess
 
@@ -49,18 +52,18 @@ class Stopping(InProcess):
 
 @pytest.fixture
 def pool(planted_run: Any) -> Stopping:
-    return Stopping(Replica(planted_run.directory.recipe, str(planted_run.model), {}))
+    return Stopping(Replica(planted_run.directory.read_recipe(), str(planted_run.model), {}))
 
 
 @pytest.fixture
 def read(pool: Stopping, planted_run: Any, tmp_path: Path) -> Any:
     """Base model and trial read a text."""
     directory = planted_run.directory
-    setup = Setup(directory.directions(), (), directory.tuning())
+    setup = TrialSetup(directory.directions(), (), directory.tuning())
     subjects = (BASE_MODEL, Subject.of(planted_run.trial))
 
-    def reads(reading: Reading, folder: str = "found") -> Text:
-        return read_text(pool, reading, subjects, setup, NAMED, tmp_path / folder, Unwatched())
+    def reads(reading: TextRequest, folder: str = "found") -> Text:
+        return read_text(pool, reading, subjects, setup, NAMED, tmp_path / folder, SilentProgress())
 
     return reads
 
@@ -70,7 +73,7 @@ def test_base_model_and_trial_read_the_same_text_and_differ(
     read: Any, text: str, tmp_path: Path, carry: str, planted_run: Any
 ) -> None:
     window = 16 if carry == "window" else None
-    reading = Reading(text, carry=carry, chunk_size=64, window=window)
+    reading = TextRequest(text, carry=carry, chunk_size=64, window=window)
     found = read(reading)
     assert list(found.totals) == ["base", "trial-0"]
     assert {totals.tokens for totals in found.totals.values()} == {1999}
@@ -82,10 +85,10 @@ def test_base_model_and_trial_read_the_same_text_and_differ(
     assert nats == pytest.approx(found.totals["trial-0"].nats)
     kept = json.loads((tmp_path / "found" / "totals.json").read_text())
     assert kept["totals"]["base"]["perplexity"] == found.totals["base"].perplexity
-    alone = BareReplica(ModelSettings(name="m"), str(planted_run.model))
+    alone = UneditedReplica(ModelSettings(name="m"), str(planted_run.model))
     bare = Bare(alone)
     subjects = (Subject("model", Plan.nothing()),)
-    plain = read_text(bare, reading, subjects, None, NAMED, tmp_path / "model", Unwatched())
+    plain = read_text(bare, reading, subjects, None, NAMED, tmp_path / "model", SilentProgress())
     assert plain.totals["model"].nats == found.totals["base"].nats
 
 
@@ -96,18 +99,18 @@ class Bare(InProcess):
 def test_pieces_are_the_texts_own_and_meet_without_a_gap(
     pool: Stopping, text: str, tmp_path: Path
 ) -> None:
-    none = pool.call("route", Reading(text, carry="none", chunk_size=16, overlap=4), True)
+    none = pool.call("route", TextRequest(text, carry="none", chunk_size=16, overlap=4), True)
     assert none.chunks == 167 and none.pieces()[:2] == ((0, 16), (16, 16))
     assert sum(count for _, count in none.pieces()) == none.chunks
-    window = pool.call("route", Reading(text, carry="window", window=9, chunk_size=8), True)
+    window = pool.call("route", TextRequest(text, carry="window", window=9, chunk_size=8), True)
     layers = pool.replica.model.module.config.num_hidden_layers
     assert window.stretch == max(16, layers * 8)
-    assert pool.call("route", Reading(text, carry="kv"), True).pieces() == ((0, None),)
+    assert pool.call("route", TextRequest(text, carry="kv"), True).pieces() == ((0, None),)
     words = tmp_path / "words.txt"
     words.write_text("tell me about the rain " * 40)
-    counted = pool.call("route", Reading(str(words), carry="none", chunk_size=32), True)
+    counted = pool.call("route", TextRequest(str(words), carry="none", chunk_size=32), True)
     assert counted.tokens is not None and counted.tokens >= 200
-    assert pool.call("route", Reading(str(words), carry="none"), False).stretch is None
+    assert pool.call("route", TextRequest(str(words), carry="none"), False).stretch is None
 
 
 @pytest.mark.parametrize("carry", ["kv", "window", "none"])
@@ -115,7 +118,7 @@ def test_a_text_that_was_stopped_goes_on_to_the_same_totals(
     pool: Stopping, read: Any, text: str, tmp_path: Path, carry: str
 ) -> None:
     window = 16 if carry == "window" else None
-    reading = Reading(text, carry=carry, chunk_size=64, window=window)
+    reading = TextRequest(text, carry=carry, chunk_size=64, window=window)
     whole = read(reading, "whole")
     pool.left = 21
     with pytest.raises(KeyboardInterrupt):
@@ -134,16 +137,16 @@ def test_a_text_that_was_stopped_goes_on_to_the_same_totals(
 
 
 def test_a_folder_of_another_reading_is_refused(read: Any, text: str, tmp_path: Path) -> None:
-    read(Reading(text, carry="none", chunk_size=64))
+    read(TextRequest(text, carry="none", chunk_size=64))
     with pytest.raises(EvaluationChanged, match="asked changed"):
-        read(Reading(text, carry="none", chunk_size=32))
+        read(TextRequest(text, carry="none", chunk_size=32))
     numpy.save(text, numpy.zeros(2000, numpy.uint16))
     with pytest.raises(EvaluationChanged, match="text changed"):
-        read(Reading(text, carry="none", chunk_size=64))
+        read(TextRequest(text, carry="none", chunk_size=64))
 
 
 def test_models_are_compared_chunk_by_chunk(read: Any, text: str) -> None:
-    found = read(Reading(text, carry="none", chunk_size=64))
+    found = read(TextRequest(text, carry="none", chunk_size=64))
     apart = found.difference("base", "trial-0")
     each = [b.loss - a.loss for a, b in zip(*found.chunks.values(), strict=True)]
     assert apart is not None and apart.items == len(each)
@@ -163,14 +166,14 @@ def test_a_trial_begins_where_its_edit_does_with_states_of_the_base_model(
     directory, first = planted_run.directory, planted_run.trial
     profiles = tuple((name, Profile(1.0, 3.0, 1.0, 1.0)) for name, _ in first.plan.profiles)
     later = Subject("trial-1", replace(first.plan, profiles=profiles))
-    setup = Setup(directory.directions(), (), directory.tuning())
+    setup = TrialSetup(directory.directions(), (), directory.tuning())
     assert pool.call("begins", later.plan, setup) > 0
 
     def read(states: float, folder: str) -> dict[str, float]:
-        reading = Reading(text, carry="kv", chunk_size=500, states=states)
+        reading = TextRequest(text, carry="kv", chunk_size=500, states=states)
         place = tmp_path / folder
         subjects = (BASE_MODEL, later)
-        found = read_text(pool, reading, subjects, setup, NAMED, place, Unwatched())
+        found = read_text(pool, reading, subjects, setup, NAMED, place, SilentProgress())
         return {name: totals.nats for name, totals in found.totals.items()}
 
     wanted = read(0.0, "without")
@@ -204,15 +207,15 @@ def test_what_can_be_known_is_refused_before_a_model_is_loaded(
     text: str, own: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(EvaluationError, match=says):
-        Reading(**{"text": text, **own})
+        TextRequest(**{"text": text, **own})
 
 
 def test_a_text_shorter_than_its_chunk_is_refused(
     pool: Stopping, read: Any, text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(EvaluationError, match=r"2000 tokens, fewer than chunk_size = 4000"):
-        pool.call("route", Reading(text, carry="none", chunk_size=4000), True)
+        pool.call("route", TextRequest(text, carry="none", chunk_size=4000), True)
     few = str(tmp_path / "few.npy")
     numpy.save(few, numpy.arange(5, 95, dtype=numpy.uint16) % 15 + 5)
-    found = read(Reading(few, carry="none"), "few")
+    found = read(TextRequest(few, carry="none"), "few")
     assert found.totals["base"].chunks == 1 and found.totals["base"].tokens == 89
