@@ -1,16 +1,13 @@
 """The TOML file as frozen pydantic values. No torch, no numpy."""
 
 from ray_abliterate.recipe.direction import METHOD_NAMES, DirectionSettings, EnsembleMember
-from ray_abliterate.recipe.recipe import (
-    EditSettings,
+from ray_abliterate.recipe.model import (
+    COMPONENT_NAMES,
     ModelSettings,
-    Norm,
-    PromptSettings,
     Quantization,
-    Recipe,
-    SearchSettings,
-    SuiteFile,
+    WriterSettings,
 )
+from ray_abliterate.recipe.recipe import Recipe, SuiteFile
 from ray_abliterate.recipe.run import EvaluationSettings, RunSettings
 from ray_abliterate.recipe.scorers import (
     KeywordRate,
@@ -20,14 +17,9 @@ from ray_abliterate.recipe.scorers import (
     RefusalLogOdds,
     ScorerSettings,
 )
-from ray_abliterate.recipe.section import (
-    COMPONENT_NAMES,
-    Goal,
-    PromptSource,
-    Section,
-    TableSource,
-    WriterRow,
-)
+from ray_abliterate.recipe.search import EditSettings, Norm, SearchSettings
+from ray_abliterate.recipe.section import Goal, Section
+from ray_abliterate.recipe.sources import PromptSettings, PromptSource, TableSource
 from ray_abliterate.recipe.space import INTERVALS, ComponentSpace, SpaceSettings
 from ray_abliterate.recipe.suites import SuiteSettings
 
@@ -60,5 +52,5 @@ __all__ = [
     "SuiteFile",
     "SuiteSettings",
     "TableSource",
-    "WriterRow",
+    "WriterSettings",
 ]

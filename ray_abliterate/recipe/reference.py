@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ray_abliterate.recipe.direction import DirectionSettings, EnsembleMember
-from ray_abliterate.recipe.recipe import EditSettings, ModelSettings, PromptSettings, SearchSettings
+from ray_abliterate.recipe.model import COMPONENT_NAMES, ModelSettings, WriterSettings
 from ray_abliterate.recipe.run import EvaluationSettings, RunSettings
 from ray_abliterate.recipe.scorers import (
     KeywordRate,
@@ -23,7 +23,8 @@ from ray_abliterate.recipe.scorers import (
     RefusalJudge,
     RefusalLogOdds,
 )
-from ray_abliterate.recipe.section import COMPONENT_NAMES, PromptSource, TableSource, WriterRow
+from ray_abliterate.recipe.search import EditSettings, SearchSettings
+from ray_abliterate.recipe.sources import PromptSettings, PromptSource, TableSource
 from ray_abliterate.recipe.space import ComponentSpace, Interval, SpaceSettings
 from ray_abliterate.recipe.suites import (
     KlSuite,
@@ -82,7 +83,7 @@ Of two values for one key the later counts.
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`[model]`", ModelSettings),
-    ("`[[model.writers]]`", WriterRow),
+    ("`[[model.writers]]`", WriterSettings),
     ("`[prompts]`", PromptSettings),
     ("A prompt set", PromptSource),
     ("`[direction]`", DirectionSettings),
@@ -128,7 +129,7 @@ WORDS: Mapping[Any, str] = {
     TableSource: "a table",
     SpaceSettings: "section",
     ComponentSpace: "section",
-    WriterRow: "section",
+    WriterSettings: "section",
     EnsembleMember: "section",
 }
 

@@ -7,9 +7,10 @@ from urllib.parse import urlsplit
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ray_abliterate.evaluation.scorers.markers import fold
 from ray_abliterate.recipe.parsing import suggestion
-from ray_abliterate.recipe.section import PLUGIN, Goal, PromptSource, Section
+from ray_abliterate.recipe.section import PLUGIN, Goal, Section
+from ray_abliterate.recipe.sources import PromptSource
+from ray_abliterate.recipe.text_folding import fold
 
 
 class KeywordRate(Section):

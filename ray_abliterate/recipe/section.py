@@ -1,18 +1,16 @@
-"""What sections of the recipe are made of: closed tables of settings, and where data come from.
+"""What the recipe is made of: closed sections of settings, and the words that several share.
 
 Knows nothing about what the sections say; see `recipe/recipe.py`.
 """
 
 import re
-from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict
 
 Goal = Literal["minimize", "maximize", "report"]
 
 PLUGIN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-SPLIT = re.compile(r"^(?P<name>[\w.\-]*)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
 class Section(BaseModel):
@@ -21,112 +19,3 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
-
-
-class TableSource(Section):
-    """Where the rows of a table come from; exactly one of the first four."""
-
-    builtin: str | None = None
-    """A set that ships with the package."""
-    file: str | None = None
-    """A file: `.jsonl`, `.csv` or `.parquet`; for prompts also `.txt` (one prompt a line)."""
-    folder: str | None = None
-    """A folder that the `datasets` library saved."""
-    dataset: str | None = None
-    """A data set on the Hugging Face Hub; streamed, never downloaded whole."""
-    config: str | None = None
-    """Configuration (subset) of the Hub data set."""
-    revision: str | None = None
-    """Commit, tag or branch of the Hub data set."""
-    split: str = ""
-    """Split and slice, as `train[:400]`; for files only the slice, as `[:400]`."""
-
-    @field_validator("split")
-    @classmethod
-    def _split_is_readable(cls, value: str) -> str:
-        match = SPLIT.match(value)
-        if match is None:
-            raise ValueError(f"{value!r} is not a split; write `train[:400]`, `[10:60]` or `test`")
-        start, stop = (match["start"] or "0"), match["stop"]
-        if stop and int(stop) <= int(start):
-            raise ValueError(f"{value!r} selects nothing: {stop} is not above {start}")
-        return value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        given = [k for k in ("builtin", "file", "folder", "dataset") if getattr(self, k)]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"give exactly one of builtin, file, folder, dataset; found {found}")
-        unused = [k for k in ("config", "revision") if getattr(self, k)] if not self.dataset else []
-        if unused:
-            raise ValueError(f"`{unused[0]}` is for Hub data sets only; leave it out")
-        return self
-
-    @property
-    def split_name(self) -> str:
-        """The split without its slice; empty if none is named."""
-        match = SPLIT.match(self.split)
-        return match["name"] if match else ""
-
-    @property
-    def bounds(self) -> tuple[int, int | None]:
-        """First row, and the row after the last (None: to the end)."""
-        match = SPLIT.match(self.split)
-        if match is None:
-            return 0, None
-        return int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
-
-
-class PromptSource(TableSource):
-    """Where the prompts of one set come from; exactly one of the first four."""
-
-    column: str | None = None
-    """The column that holds the prompt; not for text files."""
-    prefix: str = ""
-    """Put before every prompt."""
-    suffix: str = ""
-    """Put after every prompt."""
-    system: str | None = None
-    """System prompt of this set; the template's own default if unset."""
-    deduplicate: bool = True
-    """Drop repeated prompts (the first stays); `pca-paired` keeps them, with their pairs."""
-
-    @model_validator(mode="after")
-    def _has_a_column(self) -> Self:
-        if self.file and Path(self.file).suffix != ".txt" and self.column is None:
-            raise ValueError(f"set `column`: {self.file} has named columns")
-        if self.column and (self.builtin or (self.file or "").endswith(".txt")):
-            raise ValueError("`column` is for tables; a text file has one prompt a line")
-        if (self.folder or self.dataset) and self.column is None:
-            raise ValueError("set `column`, the column that holds the prompts")
-        return self
-
-
-class WriterRow(Section):
-    """Declares a parameter of an unknown family that writes to the residual stream."""
-
-    pattern: str
-    """Regular expression of the parameter's whole name inside its block."""
-    component: Literal["attn", "mlp", "experts", "shared_experts", "mixer", "linear_attn"]
-    """The component it belongs to."""
-    hidden_axis: int = Field(0, ge=0, le=2)
-    """The axis that has the width of the residual stream: 0 for `nn.Linear`."""
-    post_norm: str | None = None
-    """Name inside the block of a norm between the writer and the stream, if there is one."""
-    outer_norm: str | None = None
-    """Name of a second norm after that one."""
-    bias: str | None = None
-    """Name inside the block of the writer's bias, where it is not beside the weight."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
-        return value
-
-
-COMPONENT_NAMES = get_args(WriterRow.model_fields["component"].annotation)

@@ -4,8 +4,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_abliterate.recipe.model import COMPONENT_NAMES
 from ray_abliterate.recipe.parsing import suggestion
-from ray_abliterate.recipe.section import COMPONENT_NAMES, Section
+from ray_abliterate.recipe.section import Section
 
 Interval = tuple[float, float]
 FEED_FORWARD = ("mlp", "experts", "shared_experts")

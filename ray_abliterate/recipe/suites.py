@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ray_abliterate.evaluation.scorers.markers import fold
 from ray_abliterate.recipe.parsing import suggestion
-from ray_abliterate.recipe.section import PLUGIN, PromptSource, Section, TableSource
+from ray_abliterate.recipe.section import PLUGIN, Section
+from ray_abliterate.recipe.sources import PromptSource, TableSource
+from ray_abliterate.recipe.text_folding import fold
 
 KIND = re.compile(r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$")
 NAME = re.compile(r"^[\w.\-]+$")

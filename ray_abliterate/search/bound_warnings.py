@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_abliterate.search.frontier import Frontier, Trial
-from ray_abliterate.search.plan import Plan, Range, Space
+from ray_abliterate.search.plan import Plan
+from ray_abliterate.search.space import RealRange, SearchSpace
 
 NEAR = 0.02
 """Nearer to a bound than this share of the range counts as being at it."""
@@ -43,7 +44,7 @@ class _Bound:
         return f"search.space.{middle}{self.field}"
 
 
-def bound_warnings(frontier: Frontier, space: Space) -> list[str]:
+def bound_warnings(frontier: Frontier, space: SearchSpace) -> list[str]:
     """One sentence per bound that members of the frontier are at, the most frequent first.
 
     A wider range might give a better frontier there. Left out: bounds where nothing lies beyond
@@ -60,7 +61,7 @@ def bound_warnings(frontier: Frontier, space: Space) -> list[str]:
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _bounds(space: Space) -> list[_Bound]:
+def _bounds(space: SearchSpace) -> list[_Bound]:
     """The bounds worth widening."""
     last = float(max(space.shape.layers - 1, 0))
     limits = {
@@ -73,7 +74,7 @@ def _bounds(space: Space) -> list[_Bound]:
     }
     bounds = []
     for name, domain in space.parameters:
-        if not isinstance(domain, Range) or domain.low == domain.high:
+        if not isinstance(domain, RealRange) or domain.low == domain.high:
             continue
         least, most = limits[name.rpartition(".")[2]]
         if domain.low > least:
@@ -91,7 +92,7 @@ def _matters(bound: _Bound, plan: Plan) -> bool:
     return profile is not None and profile.peak > 0
 
 
-def _sentence(bound: _Bound, there: Sequence[Trial], used: int, space: Space) -> str:
+def _sentence(bound: _Bound, there: Sequence[Trial], used: int, space: SearchSpace) -> str:
     last = max(space.shape.layers - 1, 1)
     value = f"{bound.value:.3g}"
     if bound.field != "peak" and bound.field != "floor":

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import Scorecard
 
+SCORES, SECONDS, ERROR, SHARED, REPLICA = "scores", "seconds", "error", "shared", "replica"
+"""Keys of a trial's result; its attributes in the study's journal have the same names."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -33,9 +36,9 @@ class Trial:
             raise ValueError(f"trial {self.number} needs either a scorecard or an error")
 
     @property
-    def bounded(self) -> bool:
+    def pruned(self) -> bool:
         """Some of its scores are only bounds."""
-        return self.scorecard is not None and self.scorecard.bounded
+        return self.scorecard is not None and self.scorecard.pruned
 
     def to_json(self) -> str:
         """One line of `trials.jsonl`."""
@@ -81,7 +84,7 @@ class Frontier:
     def of(cls, trials: Iterable[Trial]) -> "Frontier":
         """The frontier of the finished, unbounded trials among `trials`."""
         finished = sorted(
-            (t for t in trials if t.scorecard is not None and not t.bounded),
+            (t for t in trials if t.scorecard is not None and not t.pruned),
             key=lambda t: (losses(t), t.number),
         )
         members: list[Trial] = []

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ray_abliterate.recipe import INTERVALS, ComponentSpace, Norm, SpaceSettings
+from ray_abliterate.recipe import Norm
 
 Scope = Literal["global", "per-layer"]
 Value = float | str
@@ -142,96 +142,3 @@ class Plan:
     def edits_nothing(self) -> bool:
         """No component has any strength."""
         return all(profile.peak <= 0 for _, profile in self.profiles)
-
-
-@dataclass(frozen=True)
-class Range:
-    """A real parameter between two bounds."""
-
-    low: float
-    high: float
-
-    @property
-    def middle(self) -> float:
-        """Half way."""
-        return 0.5 * (self.low + self.high)
-
-    def clamp(self, value: float) -> float:
-        """The nearest value inside."""
-        return min(max(value, self.low), self.high)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A parameter with a few named values."""
-
-    options: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Space:
-    """The search space for one model: flat parameter names, and what each may be.
-
-    Layer fractions of the recipe are in units of the last layer's index here. The ranges are
-    fixed for the whole study, so that the sampler can model parameters jointly.
-    """
-
-    shape: ModelShape
-    norm: Norm
-    parameters: tuple[tuple[str, Range | Choice], ...]
-
-    @classmethod
-    def of(cls, shape: ModelShape, settings: SpaceSettings, norm: Norm) -> "Space":
-        """The space that a recipe describes, for a model of this shape."""
-        last = max(shape.layers - 1, 0)
-        parameters: list[tuple[str, Range | Choice]] = [
-            ("direction_scope", Choice(settings.scope)),
-            ("direction_layer", _scaled(settings.direction_layer, last)),
-        ]
-        if settings.source_offset is not None:
-            parameters.append(("source_offset", _scaled(settings.source_offset, last)))
-        for component in sorted(shape.components):
-            own = settings.components.get(component, ComponentSpace())
-            ranges = {f: getattr(own, f) or getattr(settings, f) for f in INTERVALS[1:]}
-            parameters += [
-                (f"{component}.peak", Range(*ranges["peak"])),
-                (f"{component}.peak_layer", _scaled(ranges["peak_layer"], last)),
-                (f"{component}.floor", Range(*ranges["floor"])),
-                (f"{component}.reach", _reach(ranges["reach"], last)),
-            ]
-        return cls(shape, norm, tuple(parameters))
-
-    def plan(self, params: Mapping[str, Any]) -> Plan:
-        """The plan for one point of the space."""
-        return Plan.from_params(params, self.norm)
-
-    def seeds(self, best_layer: float) -> tuple[dict[str, Value], ...]:
-        """Points worth trying first: full strength everywhere from `best_layer`, and the middle.
-
-        Both are clamped to the space; the first is as near to uniform strength 1 as it allows, and
-        takes one direction for all layers if it may.
-        """
-        wishes = {"peak": 1.0, "floor": 1.0, "reach": float(self.shape.layers)}
-        wishes["source_offset"] = 0.0
-        uniform: dict[str, Value] = {}
-        middle: dict[str, Value] = {}
-        for name, domain in self.parameters:
-            if isinstance(domain, Choice):
-                uniform[name] = middle[name] = domain.options[0]
-                if "global" in domain.options:
-                    uniform[name] = "global"
-                continue
-            wish = best_layer if name == "direction_layer" else domain.middle
-            uniform[name] = domain.clamp(wishes.get(name.rpartition(".")[2], wish))
-            middle[name] = domain.middle
-        return uniform, middle
-
-
-def _scaled(bounds: tuple[float, float], last: int) -> Range:
-    return Range(bounds[0] * last, bounds[1] * last)
-
-
-def _reach(bounds: tuple[float, float], last: int) -> Range:
-    """At least one layer, so that a tent has sides even in a model of one or two blocks."""
-    low = max(bounds[0] * last, 1.0)
-    return Range(low, max(bounds[1] * last, low))

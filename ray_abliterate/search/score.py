@@ -1,23 +1,15 @@
-"""Scores: finite values with an interval, a goal and a name; and what a scorer is.
+"""Scores: finite values with an interval, a goal and a name; the scorecard of a trial; intervals.
 
-Knows nothing about models beyond the few methods a scorer calls (`TextModel`).
+Pure values; knows nothing about models or scorers.
 """
 
-import importlib
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
-from ray_abliterate.data.prompts import Prompt
-from ray_abliterate.errors import RecipeError, ScoreError
+from ray_abliterate.errors import ScoreError
 from ray_abliterate.recipe import Goal
-
-if TYPE_CHECKING:
-    from torch import Tensor
-else:
-    Tensor = object
 
 Z_95 = 1.959963984540054
 
@@ -101,7 +93,7 @@ class Scorecard:
         return tuple(score.loss for score in self.objectives)
 
     @property
-    def bounded(self) -> bool:
+    def pruned(self) -> bool:
         """Some score is only a bound."""
         return any(score.bound for score in self.scores)
 
@@ -146,178 +138,3 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     draws = numpy.random.default_rng(0).integers(0, len(array), size=(2000, len(array)))
     low, high = numpy.quantile(array[draws].mean(axis=1), [0.025, 0.975])
     return mean, min(float(low), mean), max(float(high), mean)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote to one prompt: new text only, special tokens left out."""
-
-    text: str
-    tokens: int
-    """New tokens that were generated, the end token included."""
-    stopped: bool
-    """Generation ended before the model did, because nothing could change the verdict."""
-
-
-@runtime_checkable
-class AnswerWatch(Protocol):
-    """Follows answers while they are written, and ends those that are decided."""
-
-    def begin(self, index: int) -> None:
-        """The answer to prompt `index` begins: for the first time, or again, after memory ran out
-        and what was read of it no longer holds."""
-
-    def read(self, index: int, text: str) -> bool:
-        """`text` was added to the answer to prompt `index`; True: its verdict can't change."""
-
-    def enough(self) -> bool:
-        """No answer needs to go on: what has been read decides. Asked between steps."""
-
-
-@runtime_checkable
-class AnswerListener(AnswerWatch, Protocol):
-    """A watch that is also told what each answer begins with, and what it has become.
-
-    Where a model can't tell (`opened` by transformers' own generation, say), it doesn't.
-    """
-
-    def opened(self, index: int, logits: "Tensor") -> None:
-        """Raw logits that the first token of the answer to prompt `index` is chosen by, `"vocab"`;
-        again, if the answer begins again."""
-
-    def ended(self, index: int, answer: Answer) -> None:
-        """The answer to prompt `index` has come to its end, and others may still be written. Not
-        told of answers that were stopped."""
-
-
-@runtime_checkable
-class TextModel(Protocol):
-    """What scorers ask of a model; `language_model.LanguageModel` is the one that ships."""
-
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of a text as an answer begins with it; no special tokens."""
-
-    def next_token_logits(self, prompts: Sequence[Prompt]) -> "Tensor":
-        """Logits after each prompt, float32, `"prompt vocab"`."""
-
-    def continuation_logits(
-        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
-    ) -> "list[Tensor]":
-        """For each prompt the logits that predict each continuation token, `"token vocab"`."""
-
-    def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[list[int]]:
-        """Token ids of the greedy answers, up to and with the end token."""
-
-    def answer(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-        watch: AnswerWatch | None = None,
-    ) -> list[Answer]:
-        """Greedy answers; `watch` follows them, and may end them early."""
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """Turns a model into a score. Made once per replica, from the recipe.
-
-    `prepare` is called once, on the untouched model; `score` once per trial, on the edited one.
-    A scorer keeps no other state: the score of a plan does not depend on earlier trials.
-
-    It may also have `best: float`, the best value that its score can possibly have, if there is
-    one. Without, a trial is never stopped before this scorer has scored it.
-    """
-
-    name: str
-    goal: Goal
-
-    def prepare(self, model: TextModel) -> None:
-        """Measure what is needed of the base model."""
-
-    def score(self, model: TextModel) -> Score:
-        """Score the model as it is now."""
-
-
-@runtime_checkable
-class BoundedScorer(Scorer, Protocol):
-    """A scorer that can end in the midst of scoring, once its score can only be too bad.
-
-    `best` is the best value that the score can possibly have.
-    """
-
-    best: float
-
-    def score_until(self, model: TextModel, hopeless: Callable[[float], bool]) -> Score:
-        """Score the model, or end with a bound (`Score.bound`).
-
-        Args:
-            model: As it is now.
-            hopeless: Whether the trial is lost if this score ends no better than the given loss
-                (the value, or its negative where the goal is to maximise). True stays true for
-                every larger loss.
-        """
-
-
-@runtime_checkable
-class Recorder(Protocol):
-    """A scorer that can hand out the answers behind its last score."""
-
-    def last_answers(self) -> Sequence[tuple[Prompt, Answer, bool]]:
-        """Prompt, answer, and whether the answer shows the behaviour."""
-
-
-@runtime_checkable
-class BehaviourTest(Protocol):
-    """A scorer that can tell of each answer by itself."""
-
-    def shows(self, model: TextModel) -> list[bool | None]:
-        """Whether the model shows the behaviour at each of the scorer's prompts; None where it
-        can't be told, and where an answer is empty or degenerate: such say nothing."""
-
-
-def resolve(spec: str) -> Any:
-    """The object that `module:attribute` names.
-
-    Raises:
-        ScoreError: the module cannot be imported or has no such attribute; says which.
-    """
-    module_name, _, attribute = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ScoreError(
-            f"{spec}: module {module_name!r} cannot be imported ({error}).\n"
-            "  Code beside the recipe is found when its folder is on PYTHONPATH."
-        ) from None
-    if not hasattr(module, attribute):
-        raise ScoreError(f"{spec}: module {module_name!r} has no {attribute!r}")
-    return getattr(module, attribute)
-
-
-def checked_call(owner: str, make: Any, options: Mapping[str, Any]) -> Any:
-    """Call a function or class with its options held against its annotations.
-
-    Args:
-        owner: Who gave the options, for errors.
-        make: What is called.
-        options: Its keyword arguments.
-
-    Raises:
-        RecipeError: an option is missing, unknown or of another type.
-    """
-    from pydantic import ValidationError, validate_call
-
-    checked = validate_call(config={"arbitrary_types_allowed": True})
-    try:
-        if not inspect.isclass(make):
-            return checked(make)(**options)
-        own = [vars(kind).get("__init__") for kind in make.__mro__]
-        initialise = next(found for found in own if found is not None)
-        if not inspect.isfunction(initialise):  # nothing whose annotations could be read
-            return make(**options)
-        instance = object.__new__(make)
-        checked(initialise)(instance, **options)
-    except ValidationError as error:
-        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
-        raise RecipeError(f"{owner}: {problems}") from None
-    return instance

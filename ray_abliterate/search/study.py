@@ -22,13 +22,12 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from ray_abliterate.cluster.tune_trial import ERROR, REPLICA, SCORES, SECONDS, SHARED
 from ray_abliterate.errors import SearchError
 from ray_abliterate.recipe import SearchSettings
-from ray_abliterate.search.frontier import Trial
+from ray_abliterate.search.frontier import ERROR, REPLICA, SCORES, SECONDS, SHARED, Trial
 from ray_abliterate.search.journal import MemoryJournal, Submit, at_once
-from ray_abliterate.search.plan import Choice, Space
 from ray_abliterate.search.score import Scorecard
+from ray_abliterate.search.space import CategoricalRange, SearchSpace
 from ray_abliterate.search.tpe_sampler import QuickSampler
 
 log = logging.getLogger(__name__)
@@ -86,11 +85,11 @@ def _mend(journal: Path) -> None:
         good += len(line)
 
 
-def distributions(space: Space) -> dict[str, BaseDistribution]:
+def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     """The space in Optuna's terms."""
     return {
         name: CategoricalDistribution(domain.options)
-        if isinstance(domain, Choice)
+        if isinstance(domain, CategoricalRange)
         else FloatDistribution(domain.low, domain.high)
         for name, domain in space.parameters
     }
@@ -147,7 +146,7 @@ def reap(study: Any, names: Sequence[str]) -> int:
     return interrupted
 
 
-def outcomes(study: Any, space: Space) -> tuple[Trial, ...]:
+def outcomes(study: Any, space: SearchSpace) -> tuple[Trial, ...]:
     """Every trial that ended with scores or an error of its own; interrupted ones don't count."""
     found = []
     for frozen in study.get_trials(deepcopy=False):
@@ -157,7 +156,7 @@ def outcomes(study: Any, space: Space) -> tuple[Trial, ...]:
     return tuple(found)
 
 
-def _outcome(frozen: FrozenTrial, space: Space) -> Trial | None:
+def _outcome(frozen: FrozenTrial, space: SearchSpace) -> Trial | None:
     attributes: Mapping[str, Any] = frozen.user_attrs
     if attributes.get(INTERRUPTED) or not frozen.state.is_finished():
         return None

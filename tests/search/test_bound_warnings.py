@@ -7,16 +7,17 @@ import pytest
 from ray_abliterate.recipe import SpaceSettings
 from ray_abliterate.search.bound_warnings import bound_warnings
 from ray_abliterate.search.frontier import Frontier, Trial
-from ray_abliterate.search.plan import ModelShape, Range, Space
+from ray_abliterate.search.plan import ModelShape
 from ray_abliterate.search.score import Score, Scorecard
+from ray_abliterate.search.space import RealRange, SearchSpace
 
 SHAPE = ModelShape(11, 32, ("attn", "mlp"))
-SPACE = Space.of(SHAPE, SpaceSettings(), "row")
+SPACE = SearchSpace.of(SHAPE, SpaceSettings(), "row")
 
 
-def frontier(*changes: dict[str, Any], space: Space = SPACE) -> Frontier:
+def frontier(*changes: dict[str, Any], space: SearchSpace = SPACE) -> Frontier:
     """Members in the middle of the space, but for `changes`."""
-    middle = {n: d.middle if isinstance(d, Range) else "global" for n, d in space.parameters}
+    middle = {n: d.middle if isinstance(d, RealRange) else "global" for n, d in space.parameters}
     members = []
     for number, change in enumerate(changes):
         scores = (
@@ -79,7 +80,7 @@ def test_an_end_beyond_which_nothing_lies_is_no_bound(name: str, value: float) -
 
 
 def test_a_natural_end_that_the_recipe_moved_inwards_is_a_bound() -> None:
-    space = Space.of(SHAPE, SpaceSettings(floor=(0.2, 0.8), peak_layer=(0.5, 0.9)), "row")
+    space = SearchSpace.of(SHAPE, SpaceSettings(floor=(0.2, 0.8), peak_layer=(0.5, 0.9)), "row")
     changes = {"attn.floor": 0.2}, {"attn.floor": 0.8}, {"mlp.peak_layer": 9.0}
     warnings = bound_warnings(frontier(*changes, space=space), space)
     assert [warning.split()[0] for warning in warnings] == [
@@ -101,7 +102,7 @@ def test_the_direction_layer_counts_only_where_it_is_used() -> None:
 
 
 def test_an_offset_counts_only_where_it_is_used() -> None:
-    space = Space.of(SHAPE, SpaceSettings(source_offset=(-0.2, 0.2)), "row")
+    space = SearchSpace.of(SHAPE, SpaceSettings(source_offset=(-0.2, 0.2)), "row")
     high = dict(space.parameters)["source_offset"].high
     unused = {"direction_scope": "global", "source_offset": high}
     assert bound_warnings(frontier(unused, space=space), space) == []
@@ -117,7 +118,7 @@ def test_a_lower_bound_of_the_peak_above_zero_is_worth_widening() -> None:
 
 
 def test_a_parameter_that_the_recipe_fixed_is_never_warned_about() -> None:
-    space = Space.of(SHAPE, SpaceSettings(reach=(0.4, 0.4), peak_layer=(0.7, 0.7)), "row")
+    space = SearchSpace.of(SHAPE, SpaceSettings(reach=(0.4, 0.4), peak_layer=(0.7, 0.7)), "row")
     assert bound_warnings(frontier({}, space=space), space) == []
 
 
@@ -127,5 +128,5 @@ def test_the_most_frequent_bound_comes_first() -> None:
 
 
 def test_a_model_of_one_layer_has_no_layer_bounds() -> None:
-    space = Space.of(ModelShape(1, 32, ("attn",)), SpaceSettings(), "row")
+    space = SearchSpace.of(ModelShape(1, 32, ("attn",)), SpaceSettings(), "row")
     assert bound_warnings(frontier({}, space=space), space) == []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.search.score import Score, Scorecard, mean_interval, resolve, wilson
+from ray_abliterate.search.score import Score, Scorecard, mean_interval, wilson
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 GOALS = st.sampled_from(["minimize", "maximize", "report"])
@@ -141,19 +141,3 @@ def test_the_interval_of_a_mean_narrows_with_more_values():
     few, many = mean_interval([0.0, 1.0] * 5), mean_interval([0.0, 1.0] * 200)
     assert many[2] - many[1] < few[2] - few[1]
     assert few[0] == many[0] == 0.5
-
-
-# Scorers of one's own
-
-
-def test_a_name_of_module_and_attribute_finds_the_object():
-    assert resolve("ray_abliterate.search.score:wilson") is wilson
-
-
-@pytest.mark.parametrize(
-    ("spec", "part"),
-    [("no_such_module_anywhere:X", "cannot be imported"), ("json:nope", "has no 'nope'")],
-)
-def test_an_attribute_that_is_not_there_is_named(spec, part):
-    with pytest.raises(ScoreError, match=part):
-        resolve(spec)

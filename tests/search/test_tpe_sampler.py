@@ -11,10 +11,11 @@ from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 
 from ray_abliterate.recipe import SearchSettings, SpaceSettings
 from ray_abliterate.search import study as journal
-from ray_abliterate.search.plan import ModelShape, Space
+from ray_abliterate.search.plan import ModelShape
+from ray_abliterate.search.space import SearchSpace
 from ray_abliterate.search.tpe_sampler import QuickDensity, QuickSampler
 
-SPACE = Space.of(ModelShape(32, 64, ("attn", "mlp")), SpaceSettings(), "row")
+SPACE = SearchSpace.of(ModelShape(32, 64, ("attn", "mlp")), SpaceSettings(), "row")
 DOMAINS = journal.distributions(SPACE)
 
 

@@ -1,6 +1,7 @@
 """Early stopping: score one trial, scorer by scorer, until a finished trial is better anyway.
 
 Knows the thresholds and the order of scoring; nothing about weights, processes or the sampler.
+`search/dominance.py` proves that stopping never changes a frontier.
 """
 
 import math
@@ -14,37 +15,41 @@ from ray_abliterate.search.score import Score, Scorecard
 
 
 class EarlyStopping:
-    """What is known of one trial while its scorers are at work, held against the bar."""
+    """The scores of one trial while its scorers work, compared with the thresholds."""
 
-    def __init__(self, scorers: Sequence[Scorer], bar: ThresholdSet | None = None) -> None:
-        """Nothing is known yet.
+    def __init__(self, scorers: Sequence[Scorer], thresholds: ThresholdSet | None = None) -> None:
+        """Begin with no score known.
 
         Args:
-            scorers: In the recipe's order.
-            bar: What the trial has to clear; without, it is scored in full.
+            scorers: The recipe's scorers, in its order.
+            thresholds: What the trial must beat; None scores the trial in full.
         """
-        self._scorers, self._bar = tuple(scorers), bar or ThresholdSet()
-        self._known: dict[str, Score] = {}
+        self._scorers, self._thresholds = tuple(scorers), thresholds or ThresholdSet()
+        self._scores: dict[str, Score] = {}
 
     @property
     def stopped(self) -> bool:
-        """The rest need not be scored: a finished trial is better whatever it would be."""
-        missing = any(s.goal != "report" and s.name not in self._known for s in self._scorers)
-        given_up = any(score.bound for score in self._known.values())
-        return given_up or (missing and self._bar.beats(self._bounds({})))
+        """Whether the rest need not be scored: a finished trial is better whatever it would be."""
+        missing = any(s.goal != "report" and s.name not in self._scores for s in self._scorers)
+        given_up = any(score.bound for score in self._scores.values())
+        return given_up or (missing and self._thresholds.beats(self._bounds({})))
 
     def score(self, scorer: Scorer, model: TextModel) -> None:
-        """Have one scorer score, or begin to and give up; see `add` for errors."""
+        """Let one scorer score the model, to the end or until it is hopeless.
+
+        Raises:
+            ScoreError: the score does not belong to the scorer; see `add`.
+        """
         if scorer.goal != "report" and isinstance(scorer, BoundedScorer):
             self.add(scorer, scorer.score_until(model, self.hopeless(scorer)))
         else:
             self.add(scorer, scorer.score(model))
 
     def add(self, scorer: Scorer, score: Score) -> None:
-        """Take down a score.
+        """Record a score.
 
         Raises:
-            ScoreError: it has another name or goal than its scorer, so it can't be held against
+            ScoreError: it has another name or goal than its scorer, so it can't be compared with
                 others; or it is a bound, although no finished trial is better than that.
         """
         if (score.name, score.goal) != (scorer.name, scorer.goal):
@@ -55,71 +60,71 @@ class EarlyStopping:
         if score.bound and not self.hopeless(scorer)(score.loss):
             raise ScoreError(
                 f"{scorer.name}: the score {score.value:g} is only a bound, although no finished "
-                "trial is better than that; end early only when `hopeless` says so"
+                "trial is better than that; stop early only when `hopeless` returns True"
             )
-        self._known[scorer.name] = score
+        self._scores[scorer.name] = score
 
     def hopeless(self, scorer: Scorer) -> Callable[[float], bool]:
-        """Whether the trial is lost if this scorer's score has a given loss, or a larger one."""
-        return lambda loss: self._bar.beats(self._bounds({scorer.name: loss}))
+        """Return the test whether the trial is lost once this scorer's loss is at least a value."""
+        return lambda loss: self._thresholds.beats(self._bounds({scorer.name: loss}))
 
     def scorecard(self) -> Scorecard:
-        """The scores in the recipe's order.
+        """Return the scores in the recipe's order.
 
-        Objectives that were not come to are at their best, as bounds; `report` scores that were
-        not come to are left out.
+        Objectives that were not reached have their best value, as a bound; `report` scores that
+        were not reached are left out.
         """
         scores = []
         for scorer in self._scorers:
-            if scorer.name in self._known:
-                scores.append(self._known[scorer.name])
+            if scorer.name in self._scores:
+                scores.append(self._scores[scorer.name])
             elif scorer.goal != "report":
                 best = _best(scorer)
                 scores.append(Score(scorer.name, best, best, best, scorer.goal, bound=True))
         return Scorecard(tuple(scores))
 
-    def _bounds(self, supposed: dict[str, float]) -> tuple[float, ...]:
-        """The least that each objective's loss can be, in the recipe's order."""
-        known = {name: score.loss for name, score in self._known.items()} | supposed
+    def _bounds(self, assumed: dict[str, float]) -> tuple[float, ...]:
+        """Return the least that each objective's loss can be, in the recipe's order."""
+        known = {name: score.loss for name, score in self._scores.items()} | assumed
         objectives = [scorer for scorer in self._scorers if scorer.goal != "report"]
         return tuple(known.get(s.name, _best_loss(s)) for s in objectives)
 
 
 def score_all(
-    scorers: Sequence[Scorer], model: TextModel, bar: ThresholdSet | None = None
+    scorers: Sequence[Scorer], model: TextModel, thresholds: ThresholdSet | None = None
 ) -> Scorecard:
-    """Score a model; end as soon as the bar beats what its scores can still become.
+    """Score a model; stop as soon as a threshold beats whatever its scores can still become.
 
     Args:
-        scorers: In the recipe's order, which the scorecard keeps.
-        model: As it is now.
-        bar: What the trial has to clear; without, every scorer scores in full.
+        scorers: The recipe's scorers, in its order, which the scorecard keeps.
+        model: The model as it is now.
+        thresholds: What the trial must beat; None scores the trial in full.
     """
-    standing = EarlyStopping(scorers, bar)
+    trial = EarlyStopping(scorers, thresholds)
     for scorer in scoring_order(scorers):
-        if standing.stopped:
+        if trial.stopped:
             break
-        standing.score(scorer, model)
-    return standing.scorecard()
+        trial.score(scorer, model)
+    return trial.scorecard()
 
 
 def scoring_order(scorers: Sequence[Scorer]) -> list[Scorer]:
-    """Objectives that need no whole answers, then those that do or can end early, then the rest.
+    """Sort scorers: objectives without answers, then those that need answers, then reports.
 
-    Who can end early does so the earlier the more is known: KL divergence, a few forward passes,
-    comes before answers of many tokens. What is only reported comes last, and of that what can
-    use the passes of others behind those.
+    A scorer that can stop early stops the earlier the more is known: KL divergence, a few forward
+    passes, comes before answers of many tokens. What is only reported comes last, and of that
+    whatever can use the passes of others comes behind those.
     """
 
-    def place(scorer: Scorer) -> int:
-        writes = isinstance(scorer, BoundedScorer) or hasattr(scorer, "whole_answers")
-        return 3 - int(writes) if scorer.goal == "report" else int(writes)
+    def rank(scorer: Scorer) -> int:
+        writes_answers = isinstance(scorer, BoundedScorer) or hasattr(scorer, "whole_answers")
+        return 3 - int(writes_answers) if scorer.goal == "report" else int(writes_answers)
 
-    return sorted(scorers, key=place)
+    return sorted(scorers, key=rank)
 
 
 def _best(scorer: Scorer) -> float:
-    """The best value a scorer's score can have; not finite if nobody knows."""
+    """Return the best value that a scorer's score can have; infinite if it is unknown."""
     unknown = math.inf if scorer.goal == "maximize" else -math.inf
     return float(getattr(scorer, "best", unknown))
 
