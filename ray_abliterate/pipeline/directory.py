@@ -16,15 +16,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ray_abliterate.data.atomic_files import append_line, json_lines, write_whole
+from ray_abliterate.data.atomic_files import append_line, read_json_lines, write_atomically
 from ray_abliterate.directions.directions import Directions
-from ray_abliterate.directions.layer_selection import Selection
+from ray_abliterate.directions.layer_selection import LayerSelection
 from ray_abliterate.directions.residuals.residual_set import Residuals, join
 from ray_abliterate.directions.residuals.shard import DamagedShard
 from ray_abliterate.directions.residuals.shard_files import ShardFolder
 from ray_abliterate.errors import RecipeChanged, RunDirectoryError, RunExists, RunNotFound
 from ray_abliterate.model.batch_size import Tuning
-from ray_abliterate.pipeline.suite_results import Measurements
+from ray_abliterate.pipeline.suite_results import SuiteResults
 from ray_abliterate.pipeline.trial_files import TrialFiles
 from ray_abliterate.recipe import Recipe, SuiteSettings
 from ray_abliterate.search.score import Scorecard
@@ -59,7 +59,7 @@ class RunDirectory(TrialFiles):
         directory = cls(path)
         if cls.is_one(path):
             if directory._has_begun():
-                done, wanted = len(directory.trials()), directory.recipe.search.trials
+                done, wanted = len(directory.trials()), directory.read_recipe().search.trials
                 raise RunExists(
                     f"{path} already holds {done} of {wanted} trials.\n"
                     f"  Continue it with:  ray-abliterate resume {path}\n"
@@ -85,13 +85,13 @@ class RunDirectory(TrialFiles):
         return directory
 
     def _save_recipe(self, recipe: Recipe, text: str) -> None:
-        write_whole(self._recipe_file, recipe.to_json().encode())
-        write_whole(self.path / "recipe.toml", text.encode())
+        write_atomically(self._recipe_file, recipe.to_json().encode())
+        write_atomically(self.path / "recipe.toml", text.encode())
 
     def _has_begun(self) -> bool:
         """Whether the run got as far as its model; if not, another recipe loses nothing."""
         files = {file.name for file in self.path.iterdir()}
-        return not files <= BEFORE_THE_MODEL or "model" in self.environment
+        return not files <= BEFORE_THE_MODEL or "model" in self.read_environment()
 
     @classmethod
     def is_one(cls, path: Path) -> bool:
@@ -142,8 +142,7 @@ class RunDirectory(TrialFiles):
     def _recipe_file(self) -> Path:
         return self.path / "recipe.resolved.json"
 
-    @property
-    def recipe(self) -> Recipe:
+    def read_recipe(self) -> Recipe:
         """The recipe the run was started with, overrides included."""
         try:
             return Recipe.from_json(self._recipe_file.read_text(encoding="utf-8"))
@@ -157,7 +156,7 @@ class RunDirectory(TrialFiles):
 
         A branch, or nothing, may name another commit by now.
         """
-        commit = self.environment.get("model", {}).get("revision")
+        commit = self.read_environment().get("model", {}).get("revision")
         if commit is None:
             return recipe
         model = recipe.model.model_copy(update={"revision": commit})
@@ -165,9 +164,9 @@ class RunDirectory(TrialFiles):
 
     def extend(self, trials: int) -> None:
         """Raise the number of trials that the run is to have."""
-        recipe = self.recipe
+        recipe = self.read_recipe()
         search = recipe.search.model_copy(update={"trials": trials})
-        write_whole(
+        write_atomically(
             self._recipe_file, recipe.model_copy(update={"search": search}).to_json().encode()
         )
 
@@ -177,9 +176,9 @@ class RunDirectory(TrialFiles):
         Raises:
             RecipeChanged: they differ; the message holds the difference.
         """
-        search = recipe.search.model_copy(update={"trials": self.recipe.search.trials})
+        search = recipe.search.model_copy(update={"trials": self.read_recipe().search.trials})
         given = recipe.model_copy(update={"search": search}).to_json().splitlines()
-        own = self.recipe.to_json().splitlines()
+        own = self.read_recipe().to_json().splitlines()
         changes = [
             line
             for line in difflib.unified_diff(own, given, "run", "recipe", n=0, lineterm="")
@@ -194,8 +193,7 @@ class RunDirectory(TrialFiles):
 
     # What is known before the search
 
-    @property
-    def environment(self) -> dict[str, Any]:
+    def read_environment(self) -> dict[str, Any]:
         """Versions, device, revisions and what was found about the model."""
         file = self.path / "environment.json"
         values: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
@@ -203,18 +201,17 @@ class RunDirectory(TrialFiles):
 
     def note(self, **facts: Any) -> None:
         """Add facts to `environment.json`."""
-        text = json.dumps({**self.environment, **facts}, indent=2, ensure_ascii=False)
-        write_whole(self.path / "environment.json", text.encode())
+        text = json.dumps({**self.read_environment(), **facts}, indent=2, ensure_ascii=False)
+        write_atomically(self.path / "environment.json", text.encode())
 
-    @property
-    def base(self) -> Path:
+    def read_base(self) -> Path:
         """The recipe's folder, for relative paths.
 
         Where that folder is gone, it is looked for as it was given, from here: a job on a cluster
         has its own copy of the same files each time.
         """
-        known = Path(self.environment.get("base", "."))
-        return known if known.is_dir() else Path(self.environment.get("base_given", "."))
+        known = Path(self.read_environment().get("base", "."))
+        return known if known.is_dir() else Path(self.read_environment().get("base_given", "."))
 
     @property
     def shards(self) -> ShardFolder:
@@ -237,7 +234,10 @@ class RunDirectory(TrialFiles):
 
     def _fingerprint(self, name: str) -> str:
         """Of the prompts of a set that residuals were read of."""
-        known = {**self.environment.get("prompts", {}), **self.environment.get("filtered", {})}
+        known = {
+            **self.read_environment().get("prompts", {}),
+            **self.read_environment().get("filtered", {}),
+        }
         return str(known.get(name, {}).get("fingerprint", ""))
 
     def append_verdicts(self, line: Mapping[str, Any]) -> None:
@@ -246,11 +246,11 @@ class RunDirectory(TrialFiles):
 
     def verdicts(self) -> tuple[dict[str, Any], ...]:
         """All of these, in order; a torn line is skipped."""
-        return json_lines(self.path / "verdicts.jsonl")
+        return read_json_lines(self.path / "verdicts.jsonl")
 
     def save_directions(self, directions: Directions) -> None:
         """Keep the directions."""
-        write_whole(self.path / "directions.safetensors", directions.to_bytes())
+        write_atomically(self.path / "directions.safetensors", directions.to_bytes())
 
     def directions(self) -> Directions | None:
         """The directions, if they were computed."""
@@ -269,7 +269,7 @@ class RunDirectory(TrialFiles):
             "separation": [dict(layer) for layer in baseline.separation],
             "best_layer": baseline.best_layer,
         }
-        write_whole(self.path / "baseline.json", json.dumps(values, indent=2).encode())
+        write_atomically(self.path / "baseline.json", json.dumps(values, indent=2).encode())
 
     def baseline(self) -> Baseline | None:
         """The base model's scores, if they were measured."""
@@ -280,26 +280,28 @@ class RunDirectory(TrialFiles):
         scorecard = Scorecard.from_list(values["scores"])
         return Baseline(scorecard, tuple(values["separation"]), values["best_layer"])
 
-    def save_selection(self, selection: Selection) -> None:
+    def save_selection(self, selection: LayerSelection) -> None:
         """Keep what layers' directions do to held-out prompts."""
         text = json.dumps(selection.to_json(), indent=2, allow_nan=False)
-        write_whole(self.path / "layers.json", text.encode())
+        write_atomically(self.path / "layers.json", text.encode())
 
-    def selection(self) -> Selection | None:
+    def selection(self) -> LayerSelection | None:
         """What layers' directions do, if they were tried."""
         file = self.path / "layers.json"
-        return Selection.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None
+        return (
+            LayerSelection.from_json(json.loads(file.read_text("utf-8"))) if file.exists() else None
+        )
 
     def tuning(self) -> Tuning | None:
         """How the run's replicas compute; None in a directory of an older version."""
-        known = self.environment.get("tuning")
+        known = self.read_environment().get("tuning")
         return Tuning(**known) if known else None
 
     # Other places
 
-    def measurements(self, suites: Sequence[SuiteSettings]) -> Measurements:
+    def suite_results(self, suites: Sequence[SuiteSettings]) -> SuiteResults:
         """What suites found of this run's models."""
-        return Measurements(self.path / "evaluations", suites)
+        return SuiteResults(self.path / "evaluations", suites)
 
     @property
     def tune(self) -> Path:
@@ -313,4 +315,4 @@ class RunDirectory(TrialFiles):
 
     def save_report(self, html: str) -> None:
         """Write the report."""
-        write_whole(self.report, html.encode())
+        write_atomically(self.report, html.encode())

@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 from ray_abliterate.errors import ForeignStudyError
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.recipe.section import SPLIT
-from ray_abliterate.search.frontier import covers
+from ray_abliterate.recipe.sources import SPLIT
+from ray_abliterate.search.frontier import weakly_dominates
 
 STUDY_NAME = "heretic"
 FIELDS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
@@ -163,7 +163,7 @@ def _trial(frozen: Any, settings: Mapping[str, Any]) -> ForeignTrial:
 def _front_first(trials: Sequence[ForeignTrial]) -> tuple[tuple[ForeignTrial, ...], int]:
     front: list[ForeignTrial] = []
     for trial in sorted(trials, key=lambda t: (t.losses, t.index)):
-        if not any(covers(member.losses, trial.losses) for member in front):
+        if not any(weakly_dominates(member.losses, trial.losses) for member in front):
             front.append(trial)
     front.sort(key=lambda t: t.index)
     rest = sorted((t for t in trials if t not in front), key=lambda t: t.index)

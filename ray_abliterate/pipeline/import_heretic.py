@@ -15,6 +15,7 @@ from typing import Any
 
 from ray_abliterate.errors import ForeignStudyError, ModelError
 from ray_abliterate.model.architecture import Writer, find_writers, hidden_size, text_config
+from ray_abliterate.model.skeleton import build_skeleton
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.heretic_study import (
     ForeignTrial,
@@ -22,10 +23,10 @@ from ray_abliterate.pipeline.heretic_study import (
     read_study,
     recipe_values,
 )
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica.memory_estimate import outline
-from ray_abliterate.search.plan import ModelShape, Space
+from ray_abliterate.search.plan import ModelShape
+from ray_abliterate.search.space import SearchSpace
 
 EDITED = {
     "attn.o_proj": r"(self_attn\.(o_proj|out_proj)|linear_attn\.out_proj|conv\.out_proj)",
@@ -49,14 +50,14 @@ class Imported:
 
 
 def import_heretic(
-    journal: Path, to: Path, watch: Watch, model: str | None = None, front_only: bool = False
+    journal: Path, to: Path, progress: Progress, model: str | None = None, front_only: bool = False
 ) -> Imported:
     """Make a run directory of a study's journal, which is left as it is.
 
     Args:
         journal: Heretic's `checkpoints/MODEL.jsonl`.
         to: The run directory, which must not be there.
-        watch: Is told what happens.
+        progress: Receives what happens.
         model: Folder or Hub name of the model, if not what the journal says.
         front_only: Take over the trials of Heretic's Pareto front only.
 
@@ -67,7 +68,7 @@ def import_heretic(
     """
     study = read_study(journal)
     values = recipe_values(study, model)
-    with watch.stage("model"):
+    with progress.stage("model"):
         shape, writers = _shape(values["model"])
     if study.last_layer != shape.layers - 1:
         raise ForeignStudyError(
@@ -181,7 +182,7 @@ def _enqueue(
     """Put the plans into the run's journal, where the search takes up what waits."""
     from ray_abliterate.search.study import open_storage, open_study
 
-    space = Space.of(shape, recipe.search.space, recipe.edit.norm)
+    space = SearchSpace.of(shape, recipe.search.space, recipe.edit.norm)
     goals = [scorer.goal for scorer in recipe.scorers if scorer.goal != "report"]
     study = open_study(open_storage(directory.journal), goals)
     for trial, params in zip(trials, plans, strict=True):
@@ -204,8 +205,8 @@ def _shape(settings: Mapping[str, Any]) -> tuple[ModelShape, tuple[Writer, ...]]
             f"the configuration of {name} cannot be read.\n  {first}\n"
             "  If the model is somewhere else, say where with --model."
         ) from None
-    module = outline(config)
-    writers = find_writers(module)
+    module = build_skeleton(config)
+    writers = find_writers(module, in_memory=False)
     layers = int(text_config(module).num_hidden_layers)
     found = tuple(sorted({writer.component for writer in writers}))
     return ModelShape(layers, hidden_size(module), found), writers

@@ -1,132 +1,150 @@
-"""Where a search begins: the layer whose direction its first plan takes out everywhere.
+"""The plans that a search begins with: full strength along one layer's direction, and the middle.
 
-By how well layers tell held-out prompts of the two sets apart, which costs no pass of the model, or
-by what their directions do to held-out prompts, tried on all replicas, a layer a call.
+The layer is chosen by how well directions separate held-out prompts of the two sets, which costs
+no pass of the model, or by what they do to held-out prompts, tried on all replicas, a layer a call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
+from ray_abliterate.cluster.residual_shards import ResidualShards
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.directions.directions import Directions
-from ray_abliterate.directions.layer_selection import Selection, tried_layers
+from ray_abliterate.directions.layer_selection import LayerSelection, tried_layers
 from ray_abliterate.directions.layer_separation import best_layer
 from ray_abliterate.directions.residuals.shard import content_key
-from ray_abliterate.pipeline.directory import Baseline, RunDirectory
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.pipeline.directory import Baseline
+from ray_abliterate.pipeline.run_context import RunContext
 from ray_abliterate.recipe import KlDivergence, Recipe, RefusalLogOdds
-from ray_abliterate.replica.direction_effects import Probe
-from ray_abliterate.replica.replica import Setup
-from ray_abliterate.search.plan import Range, Space, Value
+from ray_abliterate.replica.messages import EffectPrompts, TrialSetup
+from ray_abliterate.search.plan import ParameterValue
+from ray_abliterate.search.space import RealRange, SearchSpace
 
 MOST_PROMPTS = 32
-"""Of each set that layers are tried on: as many as in the paper."""
-
-Row = Mapping[str, float]
+"""Prompts of each set that layers are tried on: as many as in Arditi et al. (2024)."""
 
 
-def probe_of(recipe: Recipe, scored: Mapping[str, PromptSet]) -> Probe:
-    """What layers are tried on: prompts of the recipe's scorers, which no direction was found from.
+def try_layers(
+    context: RunContext, scored: Mapping[str, PromptSet], setup: TrialSetup, shards: ResidualShards | None
+) -> None:
+    """Try each layer's direction on held-out prompts, if the search is to begin with the best.
 
-    The recipe has both scorers, or it would have been refused.
+    Args:
+        context: The run.
+        scored: Prompts of the scorers, by the scorer's name.
+        setup: Holds the directions.
+        shards: The residuals; None if the run directory has the baseline.
+    """
+    recipe = context.recipe
+    if recipe.search.seeds != "log-odds":
+        return
+
+    def separation() -> Sequence[Mapping[str, float]]:
+        baseline = context.directory.baseline()
+        if baseline is not None or shards is None:
+            assert baseline is not None
+            return baseline.separation
+        return shards.separation(setup.directions, recipe.direction)
+
+    select_layer(context, effect_prompts(recipe, scored), setup, separation)
+
+
+def effect_prompts(recipe: Recipe, scored: Mapping[str, PromptSet]) -> EffectPrompts:
+    """Return the prompts that layers are tried on: the scorers', held out from the directions.
+
+    The recipe has a `refusal-log-odds` and a `kl-divergence` scorer, or it would have been refused.
     """
     odds = next(s for s in recipe.scorers if isinstance(s, RefusalLogOdds))
-    kept = next(s for s in recipe.scorers if isinstance(s, KlDivergence))
-    behaviour, neutral = (scored[s.name].prompts[:MOST_PROMPTS] for s in (odds, kept))
-    return Probe(behaviour, neutral, odds.openings)
+    divergence = next(s for s in recipe.scorers if isinstance(s, KlDivergence))
+    behaviour, neutral = (scored[s.name].prompts[:MOST_PROMPTS] for s in (odds, divergence))
+    return EffectPrompts(behaviour, neutral, odds.openings)
 
 
 def select_layer(
-    directory: RunDirectory,
-    pool: Any,
-    probe: Probe,
-    setup: Setup,
-    rows: Callable[[], Sequence[Row]],
-    watch: Watch,
-) -> Selection:
-    """Try every layer's direction; taken up from the directory if it is known.
+    context: RunContext,
+    prompts: EffectPrompts,
+    setup: TrialSetup,
+    separation: Callable[[], Sequence[Mapping[str, float]]],
+) -> LayerSelection:
+    """Try every layer's direction, or return what the run directory holds of the same attempt.
 
     Args:
-        directory: Keeps what was found.
-        pool: The replicas.
-        probe: The prompts.
-        setup: With the directions.
-        rows: How the sets lie along them, as `directions.separation` gives it; asked if needed.
-        watch: Is told how far it is.
+        context: The run; its directory keeps the result.
+        prompts: The held-out prompts.
+        setup: Holds the directions.
+        separation: Returns a row per layer as `layer_separation.separation` gives it, whose `gap`
+            is how far the direction is added; called only if layers have to be tried.
     """
-    key = _key(probe, setup)
-    known = directory.selection()
-    if known is not None and known.key == key:
-        return known
-    directions: Directions = setup.directions
-    gaps = [row["gap"] for row in rows()]
-    layers, shared = tried_layers(directions.usable), pool.put(setup)
-    found = []
-    with watch.stage("directions, layer by layer"):
-        calls = [(probe, layer, gaps[layer], shared) for layer in layers]
-        for one in pool.map("probe", calls):
-            found.append(one)
-            watch.step(len(found), len(layers))
-    ordered = tuple(sorted(found, key=lambda one: one.layer))
-    selection = Selection(key, directions.method, directions.layers, ordered)
+    directory, pool = context.directory, context.pool
+    key = _selection_key(prompts, setup)
+    stored = directory.selection()
+    if stored is not None and stored.key == key:
+        return stored
+    directions = setup.directions
+    gaps = [row["gap"] for row in separation()]
+    layers, shared_setup = tried_layers(directions.usable), pool.put(setup)
+    scores = []
+    with context.progress.stage("directions, layer by layer"):
+        calls = [(prompts, layer, gaps[layer], shared_setup) for layer in layers]
+        for layer_scores in pool.map("probe", calls):
+            scores.append(layer_scores)
+            context.progress.step(len(scores), len(layers))
+    ordered = tuple(sorted(scores, key=lambda one: one.layer))
+    selection = LayerSelection(key, directions.method, directions.layers, ordered)
     directory.save_selection(selection)
-    watch.note(selection.sentence())
+    context.progress.note(selection.sentence())
     return selection
 
 
-def _key(probe: Probe, setup: Setup) -> str:
-    sets = (PromptSet("", prompts).fingerprint for prompts in (probe.behaviour, probe.neutral))
-    return content_key(setup=setup.key, prompts=list(sets), openings=probe.openings)
+def _selection_key(prompts: EffectPrompts, setup: TrialSetup) -> str:
+    sets = (PromptSet("", one).fingerprint for one in (prompts.behaviour, prompts.neutral))
+    return content_key(setup=setup.key, prompts=list(sets), openings=prompts.openings)
 
 
-def seed_points(
-    recipe: Recipe,
-    directory: RunDirectory,
-    space: Space,
-    baseline: Baseline,
-    warn: Callable[[str], None],
-) -> tuple[dict[str, Value], ...]:
-    """The plans that a search begins with.
+def initial_points(
+    context: RunContext, space: SearchSpace, baseline: Baseline
+) -> tuple[dict[str, ParameterValue], ...]:
+    """Return the points that a new search tries first, as `search.seeds` of the recipe says.
 
     Args:
-        recipe: Says how they are chosen.
-        directory: Holds what was found of layers; is told which one it is.
+        context: The run; its directory holds the layers' scores, and is told which layer it is.
         space: The search space.
-        baseline: How well layers tell the sets apart.
-        warn: Is told where the recipe's wish can't be followed.
+        baseline: How well each layer's direction separates the sets.
+
+    Where the recipe's wish can't be followed, the run gets a warning.
     """
-    by = recipe.search.seeds
-    if by == "none":
+    criterion = context.recipe.search.seeds
+    if criterion == "none":
         return ()
-    measure = "fisher" if by == "log-odds" else by.replace("-", "_")
+    measure = "fisher" if criterion == "log-odds" else criterion.replace("-", "_")
     layer = best_layer(list(baseline.separation), measure)
     if not any(row["fisher"] for row in baseline.separation):
-        warn(
-            "search.seeds: no layer could be measured on prompts that its direction was not found "
-            f"from; layer {layer} is the one whose means lie farthest apart. Give more prompts"
+        context.record.warn(
+            "search.seeds: no layer could be measured on prompts that its direction was not "
+            f"computed from; layer {layer} is the one whose means lie farthest apart. "
+            "Give more prompts"
         )
-    if by == "log-odds":
-        layer = _chosen(directory, space, layer, warn)
-    first, middle = space.seeds(float(layer))
-    directory.note(seeds={"by": by, "layer": layer, "taken": first["direction_layer"]})
+    if criterion == "log-odds":
+        layer = _layer_by_log_odds(context, space, layer)
+    first, middle = space.initial_points(float(layer))
+    context.directory.note(
+        seeds={"by": criterion, "layer": layer, "taken": first["direction_layer"]}
+    )
     return first, middle
 
 
-def _chosen(
-    directory: RunDirectory, space: Space, otherwise: int, warn: Callable[[str], None]
-) -> int:
-    """The layer that was chosen by log-odds, or another one."""
-    selection = directory.selection()
+def _layer_by_log_odds(context: RunContext, space: SearchSpace, otherwise: int) -> int:
+    """Return the layer that was selected by log-odds, or `otherwise` if none passed."""
+    selection = context.directory.selection()
     chosen = selection.chosen if selection else None
     if chosen is None:
-        warn(
+        context.record.warn(
             "search.seeds: no layer's direction passes by log-odds (ray-abliterate show "
-            f"{directory.path}); the first plan takes layer {otherwise}, which separates best"
+            f"{context.directory.path}); the first plan takes layer {otherwise}, which separates "
+            "best"
         )
         return otherwise
     bounds = dict(space.parameters)["direction_layer"]
-    if isinstance(bounds, Range) and bounds.clamp(chosen.layer) != chosen.layer:
-        warn(
+    if isinstance(bounds, RealRange) and bounds.clamp(chosen.layer) != chosen.layer:
+        context.record.warn(
             f"search.seeds: layer {chosen.layer} is the best by log-odds, but "
             f"search.space.direction_layer reaches from layer {bounds.low:.1f} to "
             f"{bounds.high:.1f}; the first plan takes the nearest of these"

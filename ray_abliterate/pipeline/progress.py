@@ -8,7 +8,7 @@ from ray_abliterate.search.frontier import Frontier, Trial
 
 
 @runtime_checkable
-class Watch(Protocol):
+class Progress(Protocol):
     """Follows a run."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
@@ -27,7 +27,7 @@ class Watch(Protocol):
         """So much is known of a model, while the search goes on."""
 
 
-class Unwatched:
+class SilentProgress:
     """Nobody follows."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:

@@ -1,12 +1,12 @@
-"""Label hygiene: prompts that the base model answers against their set are left out of extraction.
+"""Leaves out of extraction the prompts that the base model answers against their set.
 
-A "shows it" prompt that the model simply answers pulls the direction towards nothing, and so does a
-neutral one that it declines. Which these are, the recipe's own scorer says of the base model's
-answers, in fixed batches on all replicas; what is known is kept, so that a stopped run goes on.
+A behaviour prompt that the model simply answers pulls the direction towards nothing, and so does a
+neutral one that it declines. The recipe's own scorer judges the base model's answers, in fixed
+batches on all replicas; verdicts are stored as they come, so that a stopped run goes on.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -15,34 +15,33 @@ from ray_abliterate import __version__
 from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.directions.residuals.shard import content_key
 from ray_abliterate.errors import PromptSourceError
-from ray_abliterate.model.batch_size import Tuning, steady
-from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.model.batch_size import Tuning, largest_power_of_two
+from ray_abliterate.pipeline.run_context import RunContext
 from ray_abliterate.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-CONTRADICTS = {
-    "behaviour": "to {} the base model's answer does not show the behaviour",
-    "neutral": "to {} the base model's answer shows the behaviour",
+CONTRADICTION = {
+    "behaviour": "the base model's answer to {} does not show the behaviour",
+    "neutral": "the base model's answer to {} shows the behaviour",
 }
 WANTED = {"behaviour": True, "neutral": False}
-"""What an answer has to show for its prompt to stay."""
+"""By set: whether an answer has to show the behaviour for its prompt to stay."""
 
-Shown = bool | None
-"""Whether an answer shows the behaviour; None: it can't be told."""
+Verdict = bool | None
+"""Whether an answer shows the behaviour; None if it is unclear."""
 
 
 @dataclass(frozen=True)
-class Filtered:
-    """What came of one set.
+class FilteredSet:
+    """What filtering did to one prompt set; the fields are stored in `environment.json`.
 
     Attributes:
-        prompts: How many there were.
-        kept: How many there are now.
+        prompts: Number of prompts before.
+        kept: Number of prompts after.
         contradicting: Left out because the answer shows the opposite of what the set is for.
-        unclear: Left out because the answer shows nothing: empty, degenerate, not to be judged.
-        left_out: Their places in the set, from 0.
+        unclear: Left out because the answer is empty, degenerate, or can't be judged.
+        left_out: Positions in the set, from 0, of the prompts that are left out.
         fingerprint: Of the prompts that are kept.
     """
 
@@ -54,25 +53,24 @@ class Filtered:
     fingerprint: str
 
 
-class Answering:
-    """Has the replicas answer prompt sets, batch by batch; batches that are known aren't asked."""
+class BaseModelVerdicts:
+    """Has the replicas answer and judge prompt sets in fixed batches; each batch is asked once."""
 
-    def __init__(
-        self,
-        pool: Any,
-        recipe: Recipe,
-        directory: RunDirectory,
-        prefix: tuple[int, ...],
-        tuning: Tuning,
-    ) -> None:
-        """Ask nothing yet."""
-        test = recipe.behaviour_test
+    def __init__(self, context: RunContext, prefix: tuple[int, ...], tuning: Tuning) -> None:
+        """Fix the batches, and what a stored verdict has to agree with.
+
+        Args:
+            context: The run; its recipe has a scorer that tests for the behaviour.
+            prefix: Token ids that all answers begin with.
+            tuning: Batch sizes that fit in memory.
+        """
+        test = context.recipe.behaviour_test
         assert test is not None
-        self._pool, self._directory = pool, directory
-        self._prefix, self._tuning = prefix, tuning
-        self._rows = recipe.run.batch_size or steady(tuning.answer_rows)
-        facts = pool.facts
-        self._same = {
+        self._context, self._prefix, self._tuning = context, prefix, tuning
+        rows = context.recipe.run.batch_size or largest_power_of_two(tuning.answer_rows)
+        self._rows = rows
+        facts = context.pool.facts
+        self._content: dict[str, Any] = {
             "weights": facts.fingerprint,
             "revision": facts.revision,
             "model_dtype": facts.dtype,
@@ -83,49 +81,54 @@ class Answering:
             "versions": [__version__, version("torch"), version("transformers")],
         }
 
-    def shown(self, sets: Sequence[PromptSet], watch: Watch) -> dict[str, list[Shown]]:
-        """What the base model's answer to each prompt shows, by set."""
+    def judge(self, sets: Sequence[PromptSet]) -> dict[str, list[Verdict]]:
+        """Return the verdict on the base model's answer to each prompt, by set, in order."""
+        directory, step = self._context.directory, self._context.progress.step
         batches = {
             (s.name, number * self._rows): prompts
             for s in sets
             for number, prompts in s.batches(self._rows)
         }
-        keys = {place: self._key(prompts) for place, prompts in batches.items()}
-        found = {
+        keys = {batch: self._key(prompts) for batch, prompts in batches.items()}
+        verdicts = {
             (line["set"], line["first"]): line["shows"]
-            for line in self._directory.verdicts()
+            for line in directory.verdicts()
             if line["key"] == keys.get((line["set"], line["first"]))
         }
         calls = [
-            (*place, prompts, self._prefix, self._tuning)
-            for place, prompts in batches.items()
-            if place not in found
+            (*batch, prompts, self._prefix, self._tuning)
+            for batch, prompts in batches.items()
+            if batch not in verdicts
         ]
-        watch.step(len(found), len(batches))
-        for name, first, shows in self._pool.map("shows", calls):
+        step(len(verdicts), len(batches))
+        for name, first, shows in self._context.pool.map("shows", calls):
             line = {"set": name, "first": first, "key": keys[name, first], "shows": shows}
-            self._directory.append_verdicts(line)
-            found[name, first] = shows
-            watch.step(len(found), len(batches))
-        return {s.name: [one for place in batches if place[0] == s.name for one in found[place]]
-                for s in sets}  # fmt: skip
+            directory.append_verdicts(line)
+            verdicts[name, first] = shows
+            step(len(verdicts), len(batches))
+        return {
+            s.name: [
+                verdict for batch in batches if batch[0] == s.name for verdict in verdicts[batch]
+            ]
+            for s in sets
+        }
 
     def _key(self, prompts: Sequence[Prompt]) -> str:
-        return content_key(**self._same, prompts=PromptSet("", tuple(prompts)).fingerprint)
+        return content_key(**self._content, prompts=PromptSet("", tuple(prompts)).fingerprint)
 
 
 def refuse_small(recipe: Recipe, sets: Sequence[PromptSet]) -> None:
-    """Make sure, before a model is loaded, that there are enough prompts to leave some out.
+    """Make sure, before a model is loaded, that filtering can leave enough prompts.
 
     Raises:
-        PromptSourceError: a set has fewer prompts than have to be left.
+        PromptSourceError: a set has fewer prompts than have to remain.
     """
     least = recipe.prompts.least_prompts
     for prompts in sets if recipe.prompts.filter_by_behaviour else ():
         if len(prompts) < least:
             raise PromptSourceError(
                 f"prompts.{prompts.name} has {len(prompts)} prompts, and prompts.least_prompts = "
-                f"{least} have to be left after filtering.\n"
+                f"{least} have to remain after filtering.\n"
                 "  Give more prompts, or set prompts.least_prompts lower."
             )
 
@@ -133,10 +136,11 @@ def refuse_small(recipe: Recipe, sets: Sequence[PromptSet]) -> None:
 def refuse_alike(recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> list[str]:
     """Make sure, before a model is loaded, that there can be a direction between two sets.
 
-    Returns a sentence about prompts that are in both, if there are any.
+    Returns:
+        A sentence about prompts that are in both sets, if there are any.
 
     Raises:
-        PromptSourceError: they are the same prompts, or can't be pairs as the method needs them.
+        PromptSourceError: they are the same prompts, or can't be paired as the method needs.
     """
     shared = {*behaviour.prompts} & {*neutral.prompts}
     if shared == {*behaviour.prompts, *neutral.prompts}:
@@ -155,93 +159,97 @@ def refuse_alike(recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> li
         return []
     sentence = (
         f"{len(shared)} prompts are in both prompts.behaviour and prompts.neutral; they say "
-        "nothing about the behaviour, and bring the means of the sets together."
+        "nothing about the behaviour, and draw the means of the two sets together."
     )
     log.warning("%s", sentence)
     return [sentence]
 
 
-def agreeing(
-    sets: Sequence[PromptSet],
-    answering: Answering,
-    recipe: Recipe,
-    directory: RunDirectory,
-    warn: Callable[[str], None],
-    watch: Watch,
+def filter_by_behaviour(
+    context: RunContext, sets: Sequence[PromptSet], verdicts: BaseModelVerdicts
 ) -> list[PromptSet]:
-    """The prompts of both sets whose base answers agree with their set; says what is left out.
+    """Return the prompts of both sets whose base answers agree with their set.
+
+    What is left out is recorded in `environment.json`, and shown in a sentence for each set: as a
+    warning if prompts were left out of any, as a note otherwise.
 
     Args:
+        context: The run; its recipe says which scorer judges, and how many prompts must be left.
         sets: Behaviour and neutral prompts.
-        answering: Asks the replicas.
-        recipe: Says which scorer tells, and how many prompts have to be left.
-        directory: Keeps what was found.
-        warn: Is told what was left out, once per set.
-        watch: Is told how far it is.
+        verdicts: Asks the replicas.
 
     Raises:
         PromptSourceError: a set is left with too few prompts.
     """
-    test = recipe.behaviour_test
+    recipe, directory = context.recipe, context.directory
+    test, least = recipe.behaviour_test, recipe.prompts.least_prompts
     assert test is not None
-    with watch.stage("label hygiene"):
-        shown = answering.shown(sets, watch)
-    found = {s.name: _filtered(s, shown[s.name]) for s in sets}
-    for name, one in found.items():
-        if one.kept < recipe.prompts.least_prompts:
-            raise PromptSourceError(_too_few(name, one, test.name, recipe.prompts.least_prompts))
-    directory.note(filtered={"test": test.name, **{n: asdict(one) for n, one in found.items()}})
-    for line in left_out_lines(directory.environment):
-        if any(one.left_out for one in found.values()):
-            warn(line)
+    with context.progress.stage("prompt filter"):
+        judged = verdicts.judge(sets)
+    filtered = {s.name: _filtered(s, judged[s.name]) for s in sets}
+    for name, outcome in filtered.items():
+        if outcome.kept < least:
+            raise PromptSourceError(_too_few(name, outcome, test.name, least))
+    facts = {name: asdict(outcome) for name, outcome in filtered.items()}
+    directory.note(filtered={"test": test.name, **facts})
+    for line in left_out_lines(directory.read_environment()):
+        if any(outcome.left_out for outcome in filtered.values()):
+            context.record.warn(line)
         else:
-            watch.note(line)
+            context.progress.note(line)
     return [
-        s.only(place for place in range(len(s)) if place not in set(found[s.name].left_out))
-        for s in sets
+        s.only(i for i in range(len(s)) if i not in set(filtered[s.name].left_out)) for s in sets
     ]
 
 
-def _filtered(prompts: PromptSet, shown: Sequence[Shown]) -> Filtered:
+def _filtered(prompts: PromptSet, verdicts: Sequence[Verdict]) -> FilteredSet:
     wanted = WANTED[prompts.name]
-    left_out = tuple(place for place, shows in enumerate(shown) if shows is not wanted)
-    unclear = sum(shows is None for shows in shown)
-    kept = [place for place, shows in enumerate(shown) if shows is wanted]
+    left_out = tuple(i for i, shows in enumerate(verdicts) if shows is not wanted)
+    unclear = sum(shows is None for shows in verdicts)
+    kept = [i for i, shows in enumerate(verdicts) if shows is wanted]
     fingerprint = prompts.only(kept).fingerprint if kept else ""
     contradicting = len(left_out) - unclear
-    return Filtered(len(prompts), len(kept), contradicting, unclear, left_out, fingerprint)
+    return FilteredSet(len(prompts), len(kept), contradicting, unclear, left_out, fingerprint)
 
 
 def left_out_lines(environment: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each set of a run whose prompts were filtered; none if they weren't."""
-    known = environment.get("filtered", {})
+    """Yield a sentence for each set of a run whose prompts were filtered.
+
+    Args:
+        environment: Of the run directory.
+    """
+    recorded = environment.get("filtered", {})
     for name in WANTED:
-        if name in known:
-            own = Filtered(**known[name])
-            text = f"prompts.{name}: {_counts(name, own)}"
-            yield f"{text} (scorer {known['test']!r})" + (
-                ". Which ones: environment.json, filtered" if own.left_out else ""
+        if name in recorded:
+            outcome = FilteredSet(**recorded[name])
+            text = f"prompts.{name}: {_counts(name, outcome)}"
+            yield f"{text} (scorer {recorded['test']!r})" + (
+                ". Which ones: environment.json, filtered" if outcome.left_out else ""
             )
 
 
-def _counts(name: str, own: Filtered) -> str:
-    if not own.left_out:
-        return f"all {own.prompts} prompts agree with the base model's answers"
-    why = [CONTRADICTS[name].format(own.contradicting)] if own.contradicting else []
-    why += [f"{own.unclear} answers are empty, degenerate or unclear"] if own.unclear else []
-    return f"{len(own.left_out)} of {own.prompts} prompts are left out: {', '.join(why)}"
+def _counts(name: str, outcome: FilteredSet) -> str:
+    if not outcome.left_out:
+        return f"all {outcome.prompts} prompts agree with the base model's answers"
+    reasons = []
+    if outcome.contradicting:
+        reasons.append(CONTRADICTION[name].format(outcome.contradicting))
+    if outcome.unclear:
+        reasons.append(f"{outcome.unclear} answers are empty, degenerate or unclear")
+    left_out = f"{len(outcome.left_out)} of {outcome.prompts} prompts are left out"
+    return f"{left_out}: {', '.join(reasons)}"
 
 
-def _too_few(name: str, own: Filtered, test: str, least: int) -> str:
-    prompts = {
+def _too_few(name: str, outcome: FilteredSet, test: str, least: int) -> str:
+    suitable = {
         "behaviour": "that the model shows the behaviour on",
-        "neutral": "that it answers without",
+        "neutral": "that it answers without showing it",
     }
-    left = f"{own.kept} are left" if own.kept else "none is left"
+    left = f"{outcome.kept} are left" if outcome.kept else "none is left"
     return (
-        f"prompts.{name}: {_counts(name, own)} (scorer {test!r}); {left}, and "
+        f"prompts.{name}: {_counts(name, outcome)} (scorer {test!r}); {left}, and "
         f"prompts.least_prompts is {least}.\n"
-        f"  Give prompts {prompts[name]}, look at what the scorer {test!r} counts, set "
+        f"  Give prompts {suitable[name]}, look at what the scorer {test!r} counts, set "
         "prompts.least_prompts lower,\n  or take the sets as they are with "
         "prompts.filter_by_behaviour = false."
     )

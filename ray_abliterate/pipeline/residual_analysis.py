@@ -106,9 +106,3 @@ def look(directory: RunDirectory, trial: Trial | None, progress: Progress) -> Lo
         else {}
     )
     return Look(tuple(found), best, trial.number if trial else None, strengths)
-
-
-
-
-
-

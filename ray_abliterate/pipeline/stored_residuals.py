@@ -60,7 +60,7 @@ def stored_sets(directory: RunDirectory) -> tuple[StoredSet, StoredSet]:
     Raises:
         RunDirectoryError: residuals were not extracted, not kept, or are damaged; says what to do.
     """
-    facts = directory.environment.get("residuals")
+    facts = directory.read_environment().get("residuals")
     if not facts:
         raise RunDirectoryError(
             f"{directory.path} has no residuals yet.\n"
@@ -80,11 +80,11 @@ def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> Sto
     for folder in (directory.shards, ShardFolder(cache_root() / "residuals" / key)):
         shards = list(folder.mapped(name, key, count))
         if len(shards) == count:
-            layers = directory.environment["model"]["layers"]
+            layers = directory.read_environment()["model"]["layers"]
             directions = directory.directions()
             back = -1 - int(directions.origin.get("position", -1)) if directions else 0
             return StoredSet(shards, back * _columns(directory), layers)
-    why = "" if directory.recipe.run.save_residuals else " (run.save_residuals = false)"
+    why = "" if directory.read_recipe().run.save_residuals else " (run.save_residuals = false)"
     raise RunDirectoryError(
         f"{directory.path} has not kept the residuals of {name!r}{why}, and the cache does not "
         f"have them either.\n  {_again(directory)}"
@@ -93,8 +93,8 @@ def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> Sto
 
 def _columns(directory: RunDirectory) -> int:
     """Columns of a token position: layers of the stream, and those of components, if kept."""
-    model = directory.environment["model"]
-    parts = len(model["components"]) if directory.recipe.direction.per_component else 0
+    model = directory.read_environment()["model"]
+    parts = len(model["components"]) if directory.read_recipe().direction.per_component else 0
     return int(model["layers"]) * (1 + parts)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_abliterate.errors import RunDirectoryError
-from ray_abliterate.evaluation.suites.suite import Comparison, Suite, SuiteChunk
+from ray_abliterate.evaluation.suites.suite import PairedDifference, Suite, SuiteChunk
 from ray_abliterate.recipe import SuiteSettings
 from ray_abliterate.search.score import Score
 
@@ -27,7 +27,7 @@ def label(trial: int | None) -> str:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SuiteProgress:
     """What is known of one suite of one model.
 
     Attributes:
@@ -55,11 +55,11 @@ class Finding:
     """
 
     score: Score | None
-    comparison: Comparison | None
+    comparison: PairedDifference | None
     whole: bool
 
 
-class Measurements:
+class SuiteResults:
     """The results of a run's models."""
 
     def __init__(self, folder: Path, suites: Sequence[SuiteSettings]) -> None:
@@ -87,7 +87,7 @@ class Measurements:
         }
         return tuple(sorted(found, key=lambda name: (name != BASE, len(name), name)))
 
-    def of(self, model: str, suite: str) -> Progress:
+    def of(self, model: str, suite: str) -> SuiteProgress:
         """What is known; of chunks that were measured twice, the last.
 
         Raises:
@@ -114,7 +114,7 @@ class Measurements:
                     "  Delete the line; what it held is measured again."
                 ) from None
             found[chunk.chunk] = chunk
-        return Progress(tuple(found.values()), wanted)
+        return SuiteProgress(tuple(found.values()), wanted)
 
     def finding(self, model: str, suite: Suite) -> Finding | None:
         """What a suite says of a model; None if nothing is measured."""
@@ -123,7 +123,7 @@ class Measurements:
             return None
         scores = suite.summary(known.chunks)
         both = {chunk.chunk for chunk in known.chunks} & {chunk.chunk for chunk in base.chunks}
-        found: tuple[Comparison, ...] = ()
+        found: tuple[PairedDifference, ...] = ()
         if model != BASE and scores and both:
             sides = ([c for c in side.chunks if c.chunk in both] for side in (base, known))
             found = suite.compare(*sides)
@@ -151,7 +151,7 @@ class Measurements:
         return self._folder / model / f"{self._files[suite]}.jsonl"
 
 
-def comparison_text(found: Comparison) -> str:
+def comparison_text(found: PairedDifference) -> str:
     """The difference from the base model, its interval, and p where it is exact."""
     p = "" if found.p is None else f", p {found.p:.2g}"
     return f"{found.difference:+.3g} [{found.low:+.2g}, {found.high:+.2g}]{p}"

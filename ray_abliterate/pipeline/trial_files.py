@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_abliterate.data.atomic_files import append_line, json_lines, write_whole
+from ray_abliterate.data.atomic_files import append_line, read_json_lines, write_atomically
 from ray_abliterate.errors import TrialNotFound
 from ray_abliterate.search.frontier import Frontier, Trial
 
@@ -36,7 +36,7 @@ class TrialFiles:
 
     def events(self) -> tuple[dict[str, Any], ...]:
         """All that happened to the run's replicas and files, in order; a torn line is skipped."""
-        return json_lines(self.path / "events.jsonl")
+        return read_json_lines(self.path / "events.jsonl")
 
     def trials(self) -> tuple[Trial, ...]:
         """All trials in order of number; a torn line is skipped, a repeated number counts once."""
@@ -72,7 +72,7 @@ class TrialFiles:
     def save_foreign(self, study: Mapping[str, Any]) -> None:
         """Keep what another tool found of the plans that a run began with."""
         text = json.dumps(study, indent=2, ensure_ascii=False)
-        write_whole(self.path / "imported.json", text.encode())
+        write_atomically(self.path / "imported.json", text.encode())
 
     def foreign(self) -> dict[str, Any] | None:
         """What another tool found of the run's first plans, if they came from one."""
@@ -89,12 +89,12 @@ class TrialFiles:
 
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-        write_whole(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
+        write_atomically(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
 
     def save_profile(self, table: str, trace: bytes) -> None:
         """Keep where the time of one trial goes."""
-        write_whole(self.path / "profile" / "stages.txt", (table + "\n").encode())
-        write_whole(self.path / "profile" / "trial.json.gz", trace)
+        write_atomically(self.path / "profile" / "stages.txt", (table + "\n").encode())
+        write_atomically(self.path / "profile" / "trial.json.gz", trace)
 
     def responses(self, number: int) -> list[dict[str, Any]]:
         """Answers of one trial.

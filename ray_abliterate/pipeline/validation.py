@@ -1,102 +1,91 @@
-"""Validation: the recipe's suites on the frontier, while the search goes on and after it.
+"""Validation: the recipe's suites on the frontier, during the search and after it.
 
-While it goes on, replicas of the evaluation's own measure, beside the search's. A trial that falls
-off the frontier is of no interest any more: what was measured of it is kept, the rest is not done.
+During the search, replicas of the evaluation's own measure the frontier in the background. A trial
+that falls off the frontier is not measured further; what was measured of it stays stored.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.errors import RayAbliterateError
-from ray_abliterate.evaluation.suites.build import build
+from ray_abliterate.evaluation.suites.build import build_suites
 from ray_abliterate.evaluation.suites.suite import Suite
-from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched, Watch
-from ray_abliterate.pipeline.search_stage import Record
-from ray_abliterate.pipeline.suite_results import Measurements
+from ray_abliterate.pipeline.progress import Progress, SilentProgress
+from ray_abliterate.pipeline.run_context import RunContext
+from ray_abliterate.pipeline.suite_results import SuiteResults
 from ray_abliterate.pipeline.suite_runner import (
     BASE_MODEL,
-    Measurer,
-    Subject,
+    MeasuredModel,
+    SuiteRunner,
+    is_settled,
     measure_trials,
-    settled,
 )
 from ray_abliterate.search.frontier import Frontier
 
-TELL_SECONDS = 2.0
-"""How often what is known of a suite is told while it is measured."""
+if TYPE_CHECKING:
+    from ray_abliterate.cluster.pool import ReplicaPool
 
-Start = Callable[[Callable[[], bool]], Any]
-"""Makes a pool, in a context; handed the question whether it is still wanted."""
+REPORT_SECONDS = 2.0
+"""How often the state of a suite is shown while it is measured."""
+
+StartPool = Callable[[Callable[[], bool]], AbstractContextManager["ReplicaPool"]]
+"""Starts the evaluation's own replicas; its argument says whether they are still wanted."""
 
 
-def validate(directory: RunDirectory, base: Path, pool: Any, shared: Any, watch: Watch) -> None:
-    """What is not measured yet of the frontier, once the search has ended."""
-    settings = directory.recipe.suites
+def validate_after_search(context: RunContext, shared_setup: Any) -> None:
+    """Measure what is missing of the frontier, on all of the run's replicas."""
+    settings = context.directory.read_recipe().suites
     if settings:
-        members = Frontier.of(directory.trials()).members
-        measure_trials(directory, members, settings, base, pool, shared, watch)
+        members = Frontier.of(context.directory.trials()).members
+        measure_trials(context, members, settings, context.base, shared_setup)
 
 
 @contextmanager
-def validating(
-    directory: RunDirectory,
-    base: Path,
-    source: str,
-    pool: ReplicaPool,
-    shared: Any,
-    record: Record,
-    watch: Watch,
+def validate_during_search(
+    context: RunContext, shared_setup: Any
 ) -> Iterator[Callable[[Frontier], None]]:
-    """Measure the frontier in the background during the block, if the recipe has replicas for it.
+    """Measure the frontier in the background of the block, if the recipe has replicas for it.
 
     Yields:
-        What is to be told of each new frontier.
+        A function to call with each new frontier.
     """
-    recipe = directory.recipe
+    recipe = context.directory.read_recipe()
     if not recipe.evaluation.replicas:
         yield lambda frontier: None
         return
-    start = partial(pool.evaluators, directory.pinned(recipe), source, record.event)
-    validation = Validation(directory, base, start, shared, record.tell, watch)
-    validation.frontier(Frontier.of(directory.trials()))
+    pinned = context.directory.pinned(recipe)
+    start = partial(context.pool.evaluators, pinned, context.source, context.record.record)
+    validation = Validation(context, start, shared_setup)
+    validation.update(Frontier.of(context.directory.trials()))
     with validation:
-        yield validation.frontier
+        yield validation.update
 
 
 class Validation:
-    """Measures the base model, then what is on the frontier, in a thread of its own."""
+    """Measures the base model, then the members of the frontier, in a thread of its own."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        base: Path,
-        start: Start,
-        shared: Any,
-        tell: Callable[..., None],
-        watch: Watch,
-    ) -> None:
-        """Measure nothing yet.
+    def __init__(self, context: RunContext, start: StartPool, shared_setup: Any) -> None:
+        """Build the suites; nothing is measured before the block begins.
 
         Args:
-            directory: The run's.
-            base: Folder that the suites' files are looked up in.
-            start: Makes the pool of the evaluation's own replicas.
-            shared: Reference to the run's setup.
-            tell: Told what happened: name of the event, and details.
-            watch: Told what is found.
+            context: The run. Its base is the folder that the suites' files are looked up in.
+            start: Starts the evaluation's own replicas.
+            shared_setup: Reference to the setup in the object store.
+
+        Raises:
+            RayAbliterateError: a suite's files can't be read.
         """
-        self._settings = directory.recipe.suites
-        self._suites = build(self._settings, base)
-        self._kept = directory.measurements(self._settings)
-        self._start, self._shared, self._tell, self._watch = start, shared, tell, watch
-        self._wanted: dict[str, Subject] = {BASE_MODEL.name: BASE_MODEL}
+        directory = context.directory
+        self._settings = directory.read_recipe().suites
+        self._suites = build_suites(self._settings, context.base)
+        self._results = directory.suite_results(self._settings)
+        self._start, self._shared_setup = start, shared_setup
+        self._notify, self._progress = context.record.notify, context.progress
+        self._wanted: dict[str, MeasuredModel] = {BASE_MODEL.name: BASE_MODEL}
         self._done: set[str] = set()
         self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="validation", daemon=True)
@@ -112,68 +101,69 @@ class Validation:
             self._changed.notify()
         self._thread.join()
 
-    def frontier(self, frontier: Frontier) -> None:
-        """This is the frontier now."""
-        members = [Subject.of(trial) for trial in frontier.members]
+    def update(self, frontier: Frontier) -> None:
+        """Replace the models that are wanted by the base model and this frontier's members."""
+        members = [MeasuredModel.of(trial) for trial in frontier.members]
         with self._changed:
-            self._wanted = {subject.name: subject for subject in (BASE_MODEL, *members)}
+            self._wanted = {model.name: model for model in (BASE_MODEL, *members)}
             self._changed.notify()
 
     def _work(self) -> None:
         try:
             with self._start(lambda: not self._closing) as pool:
-                while (subject := self._next()) is not None:
-                    self._measure(pool, subject)
+                while (model := self._next()) is not None:
+                    self._measure(pool, model)
         except Exception as error:  # noqa: BLE001  # the search goes on, and all is measured after it
             if not self._closing:
-                self._tell("validation-stopped", reason=str(error).splitlines()[0])
+                self._notify("validation-stopped", reason=str(error).splitlines()[0])
 
-    def _next(self) -> Subject | None:
-        """The base model, then who has been on the frontier longest; None at the end."""
+    def _next(self) -> MeasuredModel | None:
+        """Wait for a model to measure: the base model, then members by number; None at the end."""
         with self._changed:
             while not self._closing:
-                left = [s for name, s in self._wanted.items() if name not in self._done]
-                if left:
-                    return min(left, key=lambda s: (s != BASE_MODEL, len(s.name), s.name))
+                missing = [m for name, m in self._wanted.items() if name not in self._done]
+                if missing:
+                    return min(missing, key=lambda m: (m != BASE_MODEL, len(m.name), m.name))
                 self._changed.wait()
         return None
 
-    def _measure(self, pool: Any, subject: Subject) -> None:
+    def _measure(self, pool: "ReplicaPool", model: MeasuredModel) -> None:
         def wanted() -> bool:
-            return not self._closing and subject.name in self._wanted
+            return not self._closing and model.name in self._wanted
 
         for suite, setting in zip(self._suites, self._settings, strict=True):
-            teller = _Teller(self._kept, suite, subject.name, self._watch)
-            measurer = Measurer(pool, self._shared, self._kept, teller, wanted)
+            reporter = _SuiteReporter(self._results, suite, model.name, self._progress)
+            runner = SuiteRunner(pool, self._shared_setup, self._results, reporter, wanted)
             try:
-                measurer.suite(subject, suite, setting)
+                runner.measure_suite(model, suite, setting)
             except RayAbliterateError as error:
-                self._tell("validation-failed", model=subject.name, reason=str(error))
+                self._notify("validation-failed", model=model.name, reason=str(error))
                 break
-            known = self._kept.of(subject.name, suite.name)
+            state = self._results.of(model.name, suite.name)
             if not wanted():
                 if not self._closing:
-                    self._tell("validation-cancelled", model=subject.name)
+                    self._notify("validation-cancelled", model=model.name)
                 return
-            teller.tell(known.whole or settled(suite, setting, known.chunks))
-        self._done.add(subject.name)
+            reporter.report(state.whole or is_settled(suite, setting, state.chunks))
+        self._done.add(model.name)
 
 
-class _Teller(Unwatched):
-    """Says what is known of one suite of one model, now and then."""
+class _SuiteReporter(SilentProgress):
+    """Reports the state of one suite of one model now and then, in place of each step."""
 
-    def __init__(self, kept: Measurements, suite: Suite, model: str, watch: Watch) -> None:
-        self._kept, self._suite, self._model, self._watch = kept, suite, model, watch
-        self._told = time.monotonic()
+    def __init__(self, results: SuiteResults, suite: Suite, model: str, progress: Progress) -> None:
+        self._results, self._suite, self._model = results, suite, model
+        self._progress = progress
+        self._reported_at = time.monotonic()
 
     def step(self, done: int, total: int) -> None:
-        """One chunk more."""
-        if time.monotonic() - self._told > TELL_SECONDS:
-            self._told = time.monotonic()
-            self.tell(False)
+        """Report, unless that was done a moment ago."""
+        if time.monotonic() - self._reported_at > REPORT_SECONDS:
+            self._reported_at = time.monotonic()
+            self.report(False)
 
-    def tell(self, ended: bool) -> None:
-        """So much is known now."""
-        found = self._kept.finding(self._model, self._suite)
-        if found is not None:
-            self._watch.finding(self._model, self._suite.name, found, ended)
+    def report(self, ended: bool) -> None:
+        """Pass what the suite says so far on to the display."""
+        finding = self._results.finding(self._model, self._suite)
+        if finding is not None:
+            self._progress.finding(self._model, self._suite.name, finding, ended)

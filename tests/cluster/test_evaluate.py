@@ -18,16 +18,16 @@ import torch
 
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.directions.directions import Directions
-from ray_abliterate.evaluation.streaming.reader import Reading
-from ray_abliterate.evaluation.suites.build import build
+from ray_abliterate.evaluation.streaming.reader import TextRequest
+from ray_abliterate.evaluation.suites.build import build_suites
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.run import run
-from ray_abliterate.pipeline.suite_results import BASE, Finding, Measurements, Progress
-from ray_abliterate.pipeline.suite_runner import AHEAD, BASE_MODEL, Measurer, Subject
-from ray_abliterate.pipeline.text_evaluation import read_text
+from ray_abliterate.pipeline.suite_results import BASE, Finding, SuiteProgress, SuiteResults
+from ray_abliterate.pipeline.suite_runner import AHEAD, BASE_MODEL, MeasuredModel, SuiteRunner
+from ray_abliterate.pipeline.text_evaluation import TextEvaluation
 from ray_abliterate.recipe import ModelSettings, Recipe, SuiteFile
-from ray_abliterate.replica.replica import Setup
+from ray_abliterate.replica.messages import TrialSetup
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.testing.tiny import tiny_model
 
@@ -59,7 +59,7 @@ def test_a_run_ends_with_its_suites_and_evaluate_adds_to_them(
     recipe = Recipe.parse(text, "recipe.toml")
     directory = RunDirectory.create(tmp_path / "run", recipe, text)
     frontier = run(recipe, directory, tmp_path)
-    kept = directory.measurements(recipe.suites)
+    kept = directory.suite_results(recipe.suites)
     assert set(kept.labels) == {BASE, *(f"trial-{t.number}" for t in frontier.members)}
     assert all(kept.of(model, "asked").whole for model in kept.labels)
     other = tmp_path / "more.toml"
@@ -73,11 +73,11 @@ def test_a_run_ends_with_its_suites_and_evaluate_adds_to_them(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "again" in done.stdout and f"trial-{trial}" in done.stdout and "1 [" in done.stdout
-    more = directory.measurements(SuiteFile.load(other))
+    more = directory.suite_results(SuiteFile.load(other))
     assert more.labels == (BASE, f"trial-{trial}")
 
 
-class Held(Unwatched):
+class Held(SilentProgress):
     """Lets the search go on only once the base model is measured; knows what was said when."""
 
     def __init__(self) -> None:
@@ -105,17 +105,17 @@ def asked(tmp_path: Path, count: int) -> str:
 
 
 def measured_alone(
-    recipe: Recipe, directory: RunDirectory, subject: Subject, settings: Any, tmp_path: Path
-) -> Progress:
+    recipe: Recipe, directory: RunDirectory, subject: MeasuredModel, settings: Any, tmp_path: Path
+) -> SuiteProgress:
     """The only suite on one model of a run, by replicas that nothing disturbs."""
     directions = directory.directions()
     assert directions is not None
-    prefix = tuple(directory.environment["response_prefix"])
+    prefix = tuple(directory.read_environment()["response_prefix"])
     with ReplicaPool.start(recipe, recipe.model.name, {}) as pool:
-        shared = pool.put(Setup(directions, prefix, directory.tuning()))
-        kept = Measurements(tmp_path / "alone", settings)
-        measurer = Measurer(pool, shared, kept, Unwatched())
-        (found,) = measurer.model(subject, build(settings, tmp_path), settings).values()
+        shared = pool.put(TrialSetup(directions, prefix, directory.tuning()))
+        kept = SuiteResults(tmp_path / "alone", settings)
+        runner = SuiteRunner(pool, shared, kept, SilentProgress())
+        (found,) = runner.measure(subject, build_suites(settings, tmp_path), settings).values()
     return found
 
 
@@ -127,16 +127,16 @@ def test_the_frontier_is_measured_while_the_search_goes_on(
     text = recipe_file.read_text() + suites + own
     recipe = Recipe.parse(text, "recipe.toml")
     directory = RunDirectory.create(tmp_path / "run", recipe, text)
-    watch = Held()
-    frontier = run(recipe, directory, tmp_path, watch)
-    assert watch.during[BASE] < recipe.search.trials
-    kept = directory.measurements(recipe.suites)
+    progress = Held()
+    frontier = run(recipe, directory, tmp_path, progress)
+    assert progress.during[BASE] < recipe.search.trials
+    kept = directory.suite_results(recipe.suites)
     assert {BASE, *(f"trial-{t.number}" for t in frontier.members)} <= set(kept.labels)
     told = (directory.path / "events.jsonl").read_text()
     assert "validation-" not in told.replace("validation-cancelled", "")
     best = kept.of(f"trial-{frontier.knee.number}", "asked")
     alone = Recipe.parse(text.replace(own, ""), "recipe.toml")
-    found = measured_alone(alone, directory, Subject.of(frontier.knee), recipe.suites, tmp_path)
+    found = measured_alone(alone, directory, MeasuredModel.of(frontier.knee), recipe.suites, tmp_path)
     assert {c.chunk: c.values for c in found.chunks} == {c.chunk: c.values for c in best.chunks}
 
 
@@ -155,13 +155,13 @@ def test_an_evaluator_that_is_killed_costs_one_chunk(
             time.sleep(0.1)
         shape = pool.facts.shape
         unit = torch.full((shape.layers, shape.hidden), shape.hidden**-0.5)
-        shared = pool.put(Setup(Directions(unit, "ones", {})))
-        (suite,), kept = build(recipe.suites, tmp_path), {}
+        shared = pool.put(TrialSetup(Directions(unit, "ones", {})))
+        (suite,), kept = build_suites(recipe.suites, tmp_path), {}
         for name, kill in (("calm", False), ("killed", True)):
-            kept[name] = Measurements(tmp_path / name, recipe.suites)
-            watch = Killing() if kill else Unwatched()
-            measurer = Measurer(evaluators, shared, kept[name], watch)
-            measurer.model(BASE_MODEL, (suite,), recipe.suites)
+            kept[name] = SuiteResults(tmp_path / name, recipe.suites)
+            progress = Killing() if kill else SilentProgress()
+            runner = SuiteRunner(evaluators, shared, kept[name], progress)
+            runner.measure(BASE_MODEL, (suite,), recipe.suites)
     calm, killed = (kept[name].of(BASE, "asked") for name in ("calm", "killed"))
     assert calm.whole and killed.whole and len(killed.chunks) == 60
     assert suite.summary(killed.chunks) == suite.summary(calm.chunks)
@@ -170,7 +170,7 @@ def test_an_evaluator_that_is_killed_costs_one_chunk(
     assert "evaluator 0" in next(e["replica"] for e in events if e["event"] == "replica-lost")
 
 
-class Killing(Unwatched):
+class Killing(SilentProgress):
     """Kills the evaluator once ten chunks are measured."""
 
     def step(self, done: int, total: int) -> None:
@@ -178,7 +178,7 @@ class Killing(Unwatched):
             hosts = [
                 process
                 for process in psutil.process_iter(["cmdline", "create_time"])
-                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaHost")
+                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaActor")
             ]
             process = max(hosts, key=lambda process: process.info["create_time"])
             process.kill()
@@ -194,8 +194,8 @@ def test_a_killed_evaluate_goes_on_to_the_same_totals(
     command = [sys.executable, "-m", "ray_abliterate", "evaluate", str(directory.path)]
     command += ["--suites", str(tmp_path / "more.toml")]
     settings = SuiteFile.load(tmp_path / "more.toml")
-    (suite,) = build(settings, tmp_path)
-    kept = directory.measurements(settings)
+    (suite,) = build_suites(settings, tmp_path)
+    kept = directory.suite_results(settings)
     quietly: Any = {"cwd": tmp_path, "env": joining(cluster), "stdout": subprocess.DEVNULL}
     first = subprocess.Popen(command, **quietly)
     while not kept.of(BASE, "asked").chunks and first.poll() is None:
@@ -222,16 +222,15 @@ def test_a_reader_that_is_killed_costs_what_it_read_last(
         shutil.copy(file, model / file.name)
     numpy.save(text, numpy.random.default_rng(0).integers(0, 60, 6000).astype(numpy.uint16))
     settings = ModelSettings(name="tiny", replicas=2, threads_per_replica=1, dtype="float32")
-    reading = Reading(str(text), carry=carry, chunk_size=40)
+    reading = TextRequest(str(text), carry=carry, chunk_size=40)
     found, events = {}, list[dict[str, Any]]()
     with ReplicaPool.bare(settings, str(model), events.append) as pool:
         while pool.replicas < 2:
             time.sleep(0.1)
-        for name, watch in (("calm", Unwatched()), ("killed", KillingAReader())):
+        for name, progress in (("calm", SilentProgress()), ("killed", KillingAReader())):
             named = {"name": "tiny", "weights": pool.facts.fingerprint}
-            found[name] = read_text(
-                pool, reading, (BASE_MODEL,), None, named, tmp_path / name, watch
-            )
+            evaluation = TextEvaluation(pool, None, tmp_path / name, progress)
+            found[name] = evaluation.read(reading, (BASE_MODEL,), named)
     assert found["calm"].totals["base"].nats == found["killed"].totals["base"].nats
     assert found["calm"].totals["base"].chunks == len(found["killed"].chunks["base"])
     assert "replica-lost" in [event["event"] for event in events]
@@ -239,11 +238,11 @@ def test_a_reader_that_is_killed_costs_what_it_read_last(
     assert len(lines) == len(found["killed"].chunks["base"])
 
 
-class KillingAReader(Unwatched):
+class KillingAReader(SilentProgress):
     """Kills all replicas once some chunks are read."""
 
     def step(self, done: int, total: int) -> None:
         if done == 12:
             for process in psutil.process_iter(["cmdline"]):
-                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaHost"):
+                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaActor"):
                     process.kill()

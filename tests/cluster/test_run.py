@@ -17,12 +17,17 @@ from ray_abliterate.data.builtin.planted_model import PLANTED_LAYER, planted_axe
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.errors import ModelError
 from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.pipeline.extraction import find_directions
 from ray_abliterate.pipeline.import_heretic import import_heretic
-from ray_abliterate.pipeline.progress import Unwatched
-from ray_abliterate.pipeline.run import PromptSets, describe, find_directions, run, try_layers
+from ray_abliterate.pipeline.initial_points import try_layers
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.prompt_sets import PromptSets
+from ray_abliterate.pipeline.replicas import record_environment
+from ray_abliterate.pipeline.run import run
 from ray_abliterate.recipe import Recipe, RefusalLogOdds
 from ray_abliterate.search.frontier import Frontier, Trial
 from tests.conftest import RECIPE
+from tests.support.run_contexts import run_context
 
 COMMAND = [sys.executable, "-m", "ray_abliterate"]
 
@@ -43,14 +48,14 @@ def test_a_run_finds_the_planted_direction_and_an_edit_that_removes_the_behaviou
     assert directions is not None
     assert float(directions.vectors[PLANTED_LAYER] @ planted_axes()[0]) > 0.999
     assert len(directory.trials()) == recipe.search.trials
-    facts = directory.environment
+    facts = directory.read_environment()
     assert facts["model"]["layers"] == 4 and facts["prompts"]["behaviour"]["prompts"] == 7
     # a finished run, taken up again, does nothing and loses nothing
     before = (tmp_path / "run" / "trials.jsonl").read_bytes()
     assert run(recipe, directory, tmp_path).members == frontier.members
     assert (tmp_path / "run" / "trials.jsonl").read_bytes() == before
     # other weights under the same name are refused
-    facts = directory.environment["model"]
+    facts = directory.read_environment()["model"]
     directory.note(model={**facts, "fingerprint": "other"})
     with pytest.raises(ModelError, match="not the ones the run began with"):
         run(recipe, directory, tmp_path)
@@ -79,10 +84,11 @@ def test_prompts_that_are_left_out_and_layers_that_are_tried_are_the_same_on_one
     for count in (1, 2):
         directory = RunDirectory.create(tmp_path / str(count), recipe, "")
         with ReplicaPool.start(with_replicas(recipe, count), str(planted), scored) as pool:
-            describe(recipe, directory, pool, "", Unwatched())
-            setup, shards = find_directions(recipe, directory, pool, sets, Unwatched())
-            try_layers(recipe, directory, pool, sets, setup, shards, Unwatched())
-        filtered = directory.environment["filtered"]
+            context = run_context(directory, pool)
+            record_environment(context)
+            setup, shards = find_directions(context, sets)
+            try_layers(context, sets.scored, setup, shards)
+        filtered = directory.read_environment()["filtered"]
         assert [filtered[s.name]["left_out"] for s in mixed] == [[7], [7]]
         selection = directory.selection()
         assert selection is not None
@@ -172,7 +178,7 @@ def test_the_plans_of_a_study_of_heretics_are_tried_in_parallel(
     """`recipe_file` left the prompts that the study names."""
     monkeypatch.chdir(tmp_path)
     journal = Path(__file__).parents[1] / "support" / "heretic" / "heretic-1.4.jsonl"
-    made = import_heretic(journal, tmp_path / "run", Unwatched(), str(planted))
+    made = import_heretic(journal, tmp_path / "run", SilentProgress(), str(planted))
     wanted = len(made.trials) + 2
     done = started(tmp_path, "resume", "run", "--trials", str(wanted))
     output = done.communicate(timeout=200)[0]

@@ -64,7 +64,7 @@ def hidden_files(folder: Path) -> list[str]:
 
 def test_a_run_keeps_the_recipe_as_given_and_as_resolved(run):
     assert (run.path / "recipe.toml").read_text() == TEXT
-    assert run.recipe == recipe()
+    assert run.read_recipe() == recipe()
     assert RunDirectory.open(run.path) == run
 
 
@@ -89,7 +89,7 @@ def test_a_run_that_never_had_a_model_gives_way_to_another_recipe(run):
     mended = recipe("model.name=another/model")
     assert RunDirectory.create(run.path, mended, "mended").recipe == mended
     assert (run.path / "recipe.toml").read_text() == "mended"
-    assert run.environment == {} and run.events() == ()
+    assert run.read_environment() == {} and run.events() == ()
 
 
 @pytest.mark.parametrize("kept", ["model", "imported", "in use"])
@@ -129,7 +129,7 @@ def test_a_missing_run_is_refused_with_the_runs_beside_it(run, tmp_path):
 def test_a_damaged_recipe_is_refused(run):
     (run.path / "recipe.resolved.json").write_text('{"model": ')
     with pytest.raises(RunDirectoryError, match="damaged"):
-        _ = run.recipe
+        _ = run.read_recipe()
 
 
 # Trials
@@ -146,7 +146,7 @@ def test_a_bounded_trial_comes_back_as_it_was(run):
     score = Score("kl-divergence", 0.25, 0.25, 1.0, detail={"hits": 3}, bound=True)
     trial = Trial(0, PLAN, Scorecard((score,)), 1.5)
     run.append(trial)
-    assert run.trials() == (trial,) and run.trial(0).bounded
+    assert run.trials() == (trial,) and run.trial(0).pruned
 
 
 def test_a_run_without_trials_has_none(run):
@@ -229,7 +229,7 @@ def test_a_changed_recipe_is_refused_with_the_difference(run):
 
 def test_extending_a_run_changes_its_number_of_trials_alone(run):
     run.extend(50)
-    assert run.recipe == recipe("search.trials=50")
+    assert run.read_recipe() == recipe("search.trials=50")
 
 
 # One driver at a time
@@ -266,15 +266,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(run, monkey
         patch.setattr(os, "replace", broken)
         with pytest.raises(OSError, match="No space"):
             run.note(device="cuda")
-    assert run.environment == {"device": "cpu"}
+    assert run.read_environment() == {"device": "cpu"}
     assert hidden_files(run.path) == []
 
 
 def test_facts_add_up(run):
-    assert run.environment == {}
+    assert run.read_environment() == {}
     run.note(device="cpu", layers=4)
     run.note(layers=5)
-    assert run.environment == {"device": "cpu", "layers": 5}
+    assert run.read_environment() == {"device": "cpu", "layers": 5}
 
 
 def test_what_is_known_before_the_search_comes_back_as_it_was(run):
@@ -312,12 +312,12 @@ def test_answers_come_back_and_missing_ones_say_how_to_get_them(run):
 
 
 def test_a_recipes_folder_that_is_gone_is_looked_for_as_it_was_given(run, tmp_path, monkeypatch):
-    assert run.base == Path(".")
+    assert run.read_base() == Path(".")
     (tmp_path / "job-1").mkdir()
     run.note(base=str(tmp_path / "job-1"), base_given="recipes")
-    assert run.base == tmp_path / "job-1"
+    assert run.read_base() == tmp_path / "job-1"
     (tmp_path / "job-1").rmdir()
-    assert run.base == Path("recipes")
+    assert run.read_base() == Path("recipes")
 
 
 def test_damaged_or_missing_residuals_are_an_error_that_names_the_set(run):

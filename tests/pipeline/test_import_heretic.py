@@ -11,20 +11,24 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from ray_abliterate.cluster.tune_search import JournalSearch
+from ray_abliterate.cluster.tune_search import TuneSearcher
 from ray_abliterate.errors import ForeignStudyError, ModelError, RunExists
 from ray_abliterate.model.architecture import Writer
-from ray_abliterate.pipeline import run
 from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.pipeline.extraction import find_directions
 from ray_abliterate.pipeline.heretic_study import read_study
 from ray_abliterate.pipeline.import_heretic import components, import_heretic, to_toml
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.prompt_sets import load_prompts
+from ray_abliterate.pipeline.replicas import record_environment
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.replica.replica import Replica
-from ray_abliterate.search import study as journals
-from ray_abliterate.search.plan import ModelShape, Plan, Space
+from ray_abliterate.search.plan import ModelShape, Plan
+from ray_abliterate.search.space import SearchSpace
+from ray_abliterate.search.study import STUDY_NAME, make_sampler, open_storage, open_study
 from ray_abliterate.testing.tiny import tiny_model
 from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.run_contexts import run_context
 
 DATA = Path(__file__).parents[1] / "support" / "heretic"
 BOTH = pytest.mark.parametrize("version", ["1.4", "master"])
@@ -46,17 +50,17 @@ def place(tmp_path, monkeypatch):
 
 
 def taken_over(version: str, folder: Path, model: Path, **options: Any) -> RunDirectory:
-    made = import_heretic(journal(version), folder, Unwatched(), str(model), **options)
+    made = import_heretic(journal(version), folder, SilentProgress(), str(model), **options)
     return made.directory
 
 
-def space(directory: RunDirectory) -> Space:
-    recipe = directory.recipe
-    return Space.of(SHAPE, recipe.search.space, recipe.edit.norm)
+def space(directory: RunDirectory) -> SearchSpace:
+    recipe = directory.read_recipe()
+    return SearchSpace.of(SHAPE, recipe.search.space, recipe.edit.norm)
 
 
 def waiting(directory: RunDirectory) -> list[Any]:
-    study = journals.open_study(journals.open_storage(directory.journal), ["minimize"] * 2)
+    study = open_study(open_storage(directory.journal), ["minimize"] * 2)
     return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
 
@@ -103,12 +107,12 @@ def test_the_search_takes_up_the_plans_first_and_then_its_own(place, planted_fol
     """With the searcher that runs under Ray, which needs no cluster to be asked."""
     directory = taken_over(version, place / "run", planted_folder)
     known = [trial.system_attrs["fixed_params"] for trial in waiting(directory)]
-    storage = journals.open_storage(directory.journal)
-    searcher = JournalSearch(
+    storage = open_storage(directory.journal)
+    searcher = TuneSearcher(
         space(directory), lambda *_: None, lambda _: None, lambda _: (), 100, lambda: False,
         metric=["keyword-rate", "kl-divergence"], mode=["min", "min"], points_to_evaluate=None,
-        sampler=journals.sampler(directory.recipe.search, len(known)),
-        study_name=journals.STUDY_NAME, storage=storage,
+        sampler=make_sampler(directory.read_recipe().search, len(known)),
+        study_name=STUDY_NAME, storage=storage,
     )  # fmt: skip
     asked = [searcher.suggest(f"t{n}") for n in range(7)]
     for number, params in enumerate(known):
@@ -126,18 +130,19 @@ def test_heretics_front_comes_first_and_can_come_alone(place, planted_folder):
     for loss in losses[study.front :]:
         assert any(all(a <= b for a, b in zip(m, loss, strict=True)) for m in front)
     alone = taken_over("1.4", place / "alone", planted_folder, front_only=True)
-    assert alone.recipe.search.trials == len(waiting(alone)) == study.front
+    assert alone.read_recipe().search.trials == len(waiting(alone)) == study.front
 
 
 @BOTH
 def test_the_verdicts_are_heretics(place, planted_folder, version):
     """Evaluated here on the same model, each plan refuses as often as Heretic counted."""
     directory = taken_over(version, place / "run", planted_folder)
-    recipe, watch = directory.recipe, Unwatched()
-    sets = run.load_prompts(recipe, directory, directory.base, watch)
+    recipe, progress = directory.read_recipe(), SilentProgress()
+    sets = load_prompts(recipe, directory, directory.read_base(), progress)
     pool: Any = InProcess(Replica(recipe, str(planted_folder), sets.scored))
-    run.describe(recipe, directory, pool, "", watch)
-    setup, _ = run.find_directions(recipe, directory, pool, sets, watch)
+    context = run_context(directory, pool, recipe, progress)
+    record_environment(context)
+    setup, _ = find_directions(context, sets)
     found = directory.foreign()
     assert [trial["number"] for trial in found["trials"]] == list(range(5))
     for trial, known in zip(waiting(directory), found["trials"], strict=True):
@@ -153,7 +158,7 @@ def test_the_verdicts_are_heretics(place, planted_folder, version):
 @BOTH
 def test_the_recipe_says_what_heretics_settings_say(place, planted_folder, version):
     directory = taken_over(version, place / "run", planted_folder)
-    recipe = directory.recipe
+    recipe = directory.read_recipe()
     assert Recipe.load(directory.path / "recipe.toml") == recipe
     assert recipe.prompts.behaviour.file == "behaviour.txt"
     assert recipe.prompts.behaviour.bounds == (0, 4) and not recipe.prompts.behaviour.deduplicate
@@ -182,8 +187,8 @@ def test_prompt_sets_of_the_hub_are_named_with_what_is_put_around_them(place, pl
     file = changed(place, old, new.replace("[:4]", "train[:40]"))
     text = file.read_text().replace('\\"column\\":null', '\\"column\\":\\"text\\"')
     file.write_text(text.replace('\\"prefix\\":\\"\\"', '\\"prefix\\":\\"Please\\"'))
-    made = import_heretic(file, place / "run", Unwatched(), str(planted_folder))
-    source = made.directory.recipe.prompts.behaviour
+    made = import_heretic(file, place / "run", SilentProgress(), str(planted_folder))
+    source = made.directory.read_recipe().prompts.behaviour
     assert (source.dataset, source.revision, source.column) == ("owner/set", "abc", "text")
     assert source.split == "train[:40]" and source.prefix == "Please "
 
@@ -215,25 +220,27 @@ def test_toml_holds_what_it_was_made_of():
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused(place, planted_folder, old, new, words):
     with pytest.raises(ForeignStudyError, match=words):
-        import_heretic(changed(place, old, new), place / "run", Unwatched(), str(planted_folder))
+        import_heretic(
+            changed(place, old, new), place / "run", SilentProgress(), str(planted_folder)
+        )
     assert not (place / "run").exists()
 
 
 def test_another_plugin_as_scorer_is_refused(place, planted_folder):
     file = changed(place, "heretic.scorers.keyword_rate.KeywordRate", "mine.Own", "master")
     with pytest.raises(ForeignStudyError, match=r"scorer mine\.Own"):
-        import_heretic(file, place / "run", Unwatched(), str(planted_folder))
+        import_heretic(file, place / "run", SilentProgress(), str(planted_folder))
 
 
 def test_files_that_are_no_journal_and_models_that_are_not_there_are_named(place, planted_folder):
     for data in (b"not a journal\nat all\n", b"", b'{"op_code": 4}\n{"x": 1}\n'):
         (place / "x.jsonl").write_bytes(data)
         with pytest.raises(ForeignStudyError, match=r"x\.jsonl"):
-            import_heretic(place / "x.jsonl", place / "run", Unwatched())
+            import_heretic(place / "x.jsonl", place / "run", SilentProgress())
     with pytest.raises(ForeignStudyError, match="is not there"):
-        import_heretic(place / "y.jsonl", place / "run", Unwatched())
+        import_heretic(place / "y.jsonl", place / "run", SilentProgress())
     with pytest.raises(ModelError, match="--model"):
-        import_heretic(journal("1.4"), place / "run", Unwatched(), str(place / "nowhere"))
+        import_heretic(journal("1.4"), place / "run", SilentProgress(), str(place / "nowhere"))
     taken_over("1.4", place / "run", planted_folder)
     with pytest.raises(RunExists):
         taken_over("1.4", place / "run", planted_folder)
@@ -244,7 +251,9 @@ def test_a_torn_journal_is_read_up_to_there_and_left_as_it_is(place, planted_fol
     end = data.index(b'"trial_id":3')
     torn = data[: end + 20]
     (place / "torn.jsonl").write_bytes(torn)
-    made = import_heretic(place / "torn.jsonl", place / "run", Unwatched(), str(planted_folder))
+    made = import_heretic(
+        place / "torn.jsonl", place / "run", SilentProgress(), str(planted_folder)
+    )
     assert len(made.trials) == 3 and made.study.unfinished == 1
     assert (place / "torn.jsonl").read_bytes() == torn
     assert not list(place.glob("torn.jsonl.*"))
@@ -281,11 +290,11 @@ def test_a_study_of_a_mixture_of_experts_leaves_stacked_experts_alone(place):
     lines = journal("1.4").read_text().splitlines(keepends=True)
     (place / "moe.jsonl").write_text("".join(x for x in lines if '"param_name":"mlp' not in x))
     directory = import_heretic(
-        place / "moe.jsonl", place / "run", Unwatched(), str(place / "moe")
+        place / "moe.jsonl", place / "run", SilentProgress(), str(place / "moe")
     ).directory
     assert any("leaves experts alone" in note for note in directory.foreign()["notes"])
-    settings = directory.recipe.search.space
-    moe = Space.of(ModelShape(4, 32, ("attn", "experts")), settings, "row")
+    settings = directory.read_recipe().search.space
+    moe = SearchSpace.of(ModelShape(4, 32, ("attn", "experts")), settings, "row")
     plans = [moe.plan(trial.system_attrs["fixed_params"]) for trial in waiting(directory)]
     assert [plan.strengths("experts", 4) for plan in plans] == [(0.0,) * 4] * 5
     assert all(any(plan.strengths("attn", 4)) for plan in plans)
@@ -298,7 +307,8 @@ def test_nothing_private_is_in_the_journals():
 
 
 def test_show_tells_heretics_scores_from_our_own(place, planted_folder):
-    from ray_abliterate.cli.progress_display import console, foreign_table
+    from ray_abliterate.cli.tables import foreign_table
+    from ray_abliterate.cli.terminal import console
 
     directory = taken_over("1.4", place / "run", planted_folder)
     output = console()

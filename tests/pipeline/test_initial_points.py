@@ -9,20 +9,30 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_abliterate.cluster.tune_search import Search
+from ray_abliterate.cluster.tune_search import TuneSearch
 from ray_abliterate.data.builtin.planted_model import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import SearchError
 from ray_abliterate.pipeline import run
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.extraction import extract
-from ray_abliterate.pipeline.initial_points import MOST_PROMPTS, probe_of, seed_points
-from ray_abliterate.pipeline.progress import Unwatched
-from ray_abliterate.pipeline.search_stage import Record, search
+from ray_abliterate.pipeline.event_recorder import EventRecorder
+from ray_abliterate.pipeline.extraction import extract, find_directions
+from ray_abliterate.pipeline.initial_points import (
+    MOST_PROMPTS,
+    effect_prompts,
+    initial_points,
+    try_layers,
+)
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.prompt_sets import load_prompts
+from ray_abliterate.pipeline.replicas import record_environment
+from ray_abliterate.pipeline.search_stage import search
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
-from ray_abliterate.search.plan import ModelShape, Space
+from ray_abliterate.search.plan import ModelShape
+from ray_abliterate.search.space import SearchSpace
 from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.run_contexts import run_context
 
 RECIPE = """
 [model]
@@ -69,7 +79,7 @@ class Layers(InProcess):
         yield from super().map(method, given, *rest, **more)
 
 
-class Told(Unwatched):
+class Told(SilentProgress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -88,34 +98,29 @@ class Started:
         text = RECIPE.format(model=model, seeds=seeds)
         self.recipe = Recipe.parse(text, "recipe.toml")
         self.directory = RunDirectory.create(folder / "run", self.recipe, text)
-        self.base, self.watch, self.model = folder, Told(), model
-        self.sets = run.load_prompts(self.recipe, self.directory, folder, self.watch)
+        self.base, self.progress, self.model = folder, Told(), model
+        self.sets = load_prompts(self.recipe, self.directory, folder, self.progress)
         self.pool = Layers(Replica(self.recipe, str(model), self.sets.scored))
-        run.describe(self.recipe, self.directory, self.pool, "", self.watch)
-        found, self.shards = run.find_directions(
-            self.recipe, self.directory, self.pool, self.sets, self.watch
-        )
+        self.context = run_context(self.directory, self.pool, self.recipe, self.progress, folder)
+        record_environment(self.context)
+        found, self.shards = find_directions(self.context, self.sets)
         # blocks below the planted one leave the same at the last token; here they have directions
         vectors = found.directions.vectors.clone()
         vectors[:PLANTED_LAYER] = meaningless()
         self.setup = replace(found, directions=replace(found.directions, vectors=vectors))
 
     def try_layers(self) -> Any:
-        run.try_layers(
-            self.recipe, self.directory, self.pool, self.sets, self.setup, self.shards, self.watch
-        )
+        try_layers(self.context, self.sets.scored, self.setup, self.shards)
         return self.directory.selection()
 
     def measure(self) -> Any:
-        return run.measure_baseline(
-            self.directory, self.pool, self.setup, self.setup, self.shards, self.watch
-        )
+        return run.measure_baseline(self.context, self.setup, self.setup, self.shards)
 
     def points(self, recipe: Recipe | None = None) -> tuple[dict[str, Any], ...]:
         recipe = recipe or self.recipe
-        space = Space.of(self.pool.facts.shape, recipe.search.space, "none")
+        space = SearchSpace.of(self.pool.facts.shape, recipe.search.space, "none")
         base = self.directory.baseline()
-        return seed_points(recipe, self.directory, space, base, self.watch.notes.append)
+        return initial_points(replace(self.context, recipe=recipe), space, base)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +140,10 @@ def odds(logits: torch.Tensor, token: int) -> float:
 def reference(started: Started, layer: int) -> tuple[float, float, float]:
     """The three numbers from transformers' own passes, one prompt at a time."""
     module: Any = AutoModelForCausalLM.from_pretrained(started.model)
-    chat, probe = started.pool.replica.model.chat, probe_of(started.recipe, started.sets.scored)
+    chat, probe = (
+        started.pool.replica.model.chat,
+        effect_prompts(started.recipe, started.sets.scored),
+    )
     v = started.setup.directions.vectors[layer]
     (sorry,) = chat.opening("Sorry")
 
@@ -182,7 +190,7 @@ def test_a_layer_that_carries_the_behaviour_is_chosen_and_one_that_does_not_is_d
         assert one.dropped == "adding it does not bring refusals"
         assert one.ablated == pytest.approx(one.base[0], abs=0.5)
     assert tried.pool.tried == [0, 1, 2, 3]
-    assert found.sentence() in tried.watch.notes
+    assert found.sentence() in tried.progress.notes
 
 
 def test_the_model_is_the_base_model_again_and_its_learning_is_kept(
@@ -193,9 +201,9 @@ def test_the_model_is_the_base_model_again_and_its_learning_is_kept(
     prompts = tried.sets.scored["kl-divergence"].prompts
     logits = replica.model.next_token_logits(prompts)
     known = dict(replica.model._known)
-    probe = probe_of(tried.recipe, tried.sets.scored)
-    first = replica.probe(probe, 2, 3.0, tried.setup)
-    assert replica.probe(probe, 2, 3.0, tried.setup) == first
+    probe = effect_prompts(tried.recipe, tried.sets.scored)
+    first = replica.direction_effect(probe, 2, 3.0, tried.setup)
+    assert replica.direction_effect(probe, 2, 3.0, tried.setup) == first
     assert torch.equal(replica.model.next_token_logits(prompts), logits)
     for name, value in replica.model.module.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -206,19 +214,21 @@ def test_the_model_is_the_base_model_again_and_its_learning_is_kept(
 def test_the_plain_path_gives_the_same(tried: Started) -> None:
     replica = Replica(tried.recipe, str(tried.model), {})
     replica.model._engine = None
-    probe = probe_of(tried.recipe, tried.sets.scored)
+    probe = effect_prompts(tried.recipe, tried.sets.scored)
     gap = tried.directory.baseline().separation[2]["gap"]
-    one, other = (r.probe(probe, 2, gap, tried.setup) for r in (replica, tried.pool.replica))
+    one, other = (
+        r.direction_effect(probe, 2, gap, tried.setup) for r in (replica, tried.pool.replica)
+    )
     for name in ("ablated", "added", "divergence"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-4)
 
 
 def test_a_layer_that_breaks_the_model_is_dropped_and_says_why(tried: Started) -> None:
-    probe = probe_of(tried.recipe, tried.sets.scored)
-    broken = tried.pool.replica.probe(probe, 2, float("inf"), tried.setup)
+    probe = effect_prompts(tried.recipe, tried.sets.scored)
+    broken = tried.pool.replica.direction_effect(probe, 2, float("inf"), tried.setup)
     assert broken.ablated is None
     assert broken.dropped == "the model's logits are not numbers; the edit has broken it"
-    assert tried.pool.replica.probe(probe, 2, 1.0, tried.setup).ablated is not None
+    assert tried.pool.replica.direction_effect(probe, 2, 1.0, tried.setup).ablated is not None
 
 
 def test_layers_may_be_tried_in_any_order_and_are_tried_once(
@@ -232,7 +242,7 @@ def test_layers_may_be_tried_in_any_order_and_are_tried_once(
     other.try_layers()
     assert len(other.pool.tried) == 4
     vectors = other.setup.directions.vectors.flip(0).contiguous()
-    other.setup = run.Setup(type(other.setup.directions)(vectors, "turned", {}))
+    other.setup = run.TrialSetup(type(other.setup.directions)(vectors, "turned", {}))
     assert other.try_layers().method == "turned" and len(other.pool.tried) == 8
 
 
@@ -244,7 +254,7 @@ def test_the_first_plan_takes_the_chosen_layer(tried: Started) -> None:
     assert (first["direction_scope"], first["direction_layer"]) == ("global", chosen)
     assert middle["direction_layer"] == 1.5
     facts = {"by": "log-odds", "layer": chosen, "taken": chosen}
-    assert tried.directory.environment["seeds"] == facts
+    assert tried.directory.read_environment()["seeds"] == facts
 
 
 def test_without_a_layer_that_passes_the_one_that_separates_best_is_taken(
@@ -256,8 +266,11 @@ def test_without_a_layer_that_passes_the_one_that_separates_best_is_taken(
     none = type(found)(found.key, found.method, found.layers, found.scores[:PLANTED_LAYER])
     other.directory.save_selection(none)
     first, _ = other.points()
-    assert other.directory.environment["seeds"]["layer"] == other.directory.baseline().best_layer
-    assert "no layer's direction passes" in other.watch.notes[-1]
+    assert (
+        other.directory.read_environment()["seeds"]["layer"]
+        == other.directory.baseline().best_layer
+    )
+    assert "no layer's direction passes" in other.progress.notes[-1]
     assert first["direction_layer"] >= 0.4 * 3
 
 
@@ -266,14 +279,16 @@ def test_where_no_layer_could_be_measured_it_is_said(tried: Started) -> None:
     rows = [{**row, "fisher": 0.0, "auroc": 0.5} for row in base.separation]
     lengths = [row["behaviour_norm"] + row["neutral_norm"] for row in rows]
     farthest = max(rows, key=lambda row: row["direction_norm"] / lengths[int(row["layer"])])
-    space = Space.of(tried.pool.facts.shape, tried.recipe.search.space, "none")
+    space = SearchSpace.of(tried.pool.facts.shape, tried.recipe.search.space, "none")
     settings = tried.recipe.search.model_copy(update={"seeds": "auroc"})
     recipe = tried.recipe.model_copy(update={"search": settings})
-    told: list[str] = []
-    seed_points(recipe, tried.directory, space, replace(base, separation=tuple(rows)), told.append)
-    assert tried.directory.environment["seeds"]["layer"] == farthest["layer"]
+    context = replace(tried.context, recipe=recipe)
+    told = tried.progress.notes
+    told.clear()
+    initial_points(context, space, replace(base, separation=tuple(rows)))
+    assert tried.directory.read_environment()["seeds"]["layer"] == farthest["layer"]
     assert len(told) == 1 and f"layer {farthest['layer']} is the one whose means" in told[0]
-    seed_points(recipe, tried.directory, space, base, told.append)
+    initial_points(context, space, base)
     assert len(told) == 1
 
 
@@ -282,7 +297,7 @@ def test_a_layer_outside_the_space_is_said(tried: Started) -> None:
     settings = tried.recipe.search.model_copy(update={"space": narrow})
     first, _ = tried.points(tried.recipe.model_copy(update={"search": settings}))
     assert first["direction_layer"] == pytest.approx(0.3)
-    assert "reaches from layer 0.0 to 0.3" in tried.watch.notes[-1]
+    assert "reaches from layer 0.0 to 0.3" in tried.progress.notes[-1]
 
 
 @pytest.mark.parametrize("seeds", ["fisher", "auroc", "silhouette", "mutual-information", "none"])
@@ -292,11 +307,11 @@ def test_other_seeds_try_no_layer(seeds: str, tried: Started, planted_folder: Pa
     points = tried.points(recipe)
     assert len(points) == (0 if seeds == "none" else 2)
     before = len(tried.pool.tried)
-    run.try_layers(recipe, tried.directory, tried.pool, tried.sets, tried.setup, None, tried.watch)
+    try_layers(replace(tried.context, recipe=recipe), tried.sets.scored, tried.setup, None)
     assert len(tried.pool.tried) == before
     if points:
         rows = tried.directory.baseline().separation
-        best = tried.directory.environment["seeds"]["layer"]
+        best = tried.directory.read_environment()["seeds"]["layer"]
         measure = seeds.replace("-", "_")
         assert rows[best][measure] == max(row[measure] for row in rows)
 
@@ -304,12 +319,10 @@ def test_other_seeds_try_no_layer(seeds: str, tried: Started, planted_folder: Pa
 def test_a_search_begins_with_these_plans(tried: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune is left out: what it would be given is what is looked at."""
     given: list[Any] = []
-    monkeypatch.setattr(Search, "run", lambda self, pool, setup, seeds, *_: given.append(seeds))
-    baseline, record = tried.directory.baseline(), Record(tried.directory, tried.watch)
+    monkeypatch.setattr(TuneSearch, "run", lambda self, pool, setup, seeds, *_: given.append(seeds))
+    record = EventRecorder(tried.directory, tried.progress)
     with record.writer:
-        search(
-            tried.recipe, tried.directory, tried.pool, tried.setup, baseline, record, tried.watch
-        )
+        search(replace(tried.context, record=record), tried.setup, tried.directory.baseline())
     assert given == [tried.points()]
 
 
@@ -342,25 +355,25 @@ def test_directions_of_a_recipe_try_layers_where_they_have_not_been_tried(
 ) -> None:
     """Residuals that are there already are not enough, then."""
     folder = tried.directory.path
-    assert extract(tried.recipe, "", tried.base, folder, Unwatched()).path == folder
+    assert extract(tried.recipe, "", tried.base, folder, SilentProgress()).path == folder
     other = Started(tmp_path, planted_folder)
     monkeypatch.setattr(
         "ray_abliterate.pipeline.extraction.load_prompts",
         lambda *_: (_ for _ in ()).throw(SearchError("goes on")),
     )
     with pytest.raises(SearchError, match="goes on"):
-        extract(other.recipe, "", other.base, other.directory.path, Unwatched())
+        extract(other.recipe, "", other.base, other.directory.path, SilentProgress())
 
 
 def test_no_more_prompts_are_tried_than_the_papers(tried: Started) -> None:
     sets = {name: type(s)(name, s.prompts * 40) for name, s in tried.sets.scored.items()}
-    probe = probe_of(tried.recipe, sets)
+    probe = effect_prompts(tried.recipe, sets)
     assert len(probe.behaviour) == len(probe.neutral) == MOST_PROMPTS == 32
     assert probe.openings == ("Sorry",)
 
 
 def test_one_direction_for_all_layers_is_preferred_where_the_space_has_it(tried: Started) -> None:
     settings = tried.recipe.search.space.model_copy(update={"scope": ("per-layer", "global")})
-    space = Space.of(ModelShape(4, 32, ("attn",)), settings, "none")
-    uniform, middle = space.seeds(2.0)
+    space = SearchSpace.of(ModelShape(4, 32, ("attn",)), settings, "none")
+    uniform, middle = space.initial_points(2.0)
     assert (uniform["direction_scope"], middle["direction_scope"]) == ("global", "per-layer")

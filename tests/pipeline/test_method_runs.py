@@ -58,7 +58,7 @@ def test_a_method_of_the_recipe_finds_the_planted_direction_and_its_trial_is_sco
     found = finish(tmp_path, planted_folder, norm="none", more=f"[direction]\n{SECTIONS[name]}")
     kept = found.directory.directions()
     assert kept is not None
-    assert kept.method == found.directory.recipe.direction.method
+    assert kept.method == found.directory.read_recipe().direction.method
     assert kept.rank == {"subspace": 3, "inlp": 3}.get(name, 1)
     assert (kept.spared is not None) == (name == "subspace")
     r = planted_axes()[0]

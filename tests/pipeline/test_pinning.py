@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from ray_abliterate.cli import chat
-from ray_abliterate.cli.progress_display import console
+from ray_abliterate.cli.terminal import console
 from ray_abliterate.directions.directions import Directions
-from ray_abliterate.evaluation.streaming.reader import Reading
+from ray_abliterate.evaluation.streaming.reader import TextRequest
 from ray_abliterate.pipeline import evaluate as evaluating
-from ray_abliterate.pipeline import run
+from ray_abliterate.pipeline import replicas, run
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.prompt_sets import PromptSets
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
@@ -48,19 +49,19 @@ def test_a_model_of_the_hub_is_loaded_at_the_commit_that_the_run_began_with(tmp_
     directory.note(model={"revision": "0123abc"}, response_prefix=[])
     directory.save_directions(Directions(torch.ones(1, 1), "mean-difference", {}))
     directory.append(Trial(0, Plan.nothing(), CARD, 1.0))
-    monkeypatch.setattr(run, "load_prompts", lambda *_: run.PromptSets(None, None, {}))
-    for module in (run, evaluating):
+    monkeypatch.setattr(run, "load_prompts", lambda *_: PromptSets(None, None, {}))
+    for module in (replicas, evaluating):
         monkeypatch.setattr(module, "model_source", lambda *_: "")
         monkeypatch.setattr(module, "connect", lambda *_: "")
         monkeypatch.setattr(module.ReplicaPool, "start", refuse)
     monkeypatch.setattr(chat, "model_source", lambda *_: "")
     monkeypatch.setattr(chat, "Replica", refuse)
-    reading, options = Reading("hub:owner/text"), chat.Options("one", 1, None)
+    reading, options = TextRequest("hub:owner/text"), chat.Options("one", 1, None)
     for load in (
-        lambda: run.run(recipe, directory, tmp_path, Unwatched()),
-        lambda: evaluating.evaluate_run(directory, (), (), tmp_path, Unwatched()),
+        lambda: run.run(recipe, directory, tmp_path, SilentProgress()),
+        lambda: evaluating.evaluate_run(directory, (), (), tmp_path, SilentProgress()),
         lambda: chat.converse(directory, directory.trial(0), options, console(), StringIO()),
-        lambda: evaluating.read_with_run(directory, (), reading, tmp_path, Unwatched()),
+        lambda: evaluating.read_with_run(directory, (), reading, tmp_path, SilentProgress()),
     ):
         with pytest.raises(Asked, match="0123abc"):
             load()

@@ -14,14 +14,17 @@ from ray_abliterate.errors import PromptSourceError, RunDirectoryError, ScoreErr
 from ray_abliterate.export.model_card import _direction
 from ray_abliterate.pipeline import run
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.extraction import extract
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.extraction import extract, find_directions
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.prompt_sets import load_prompts
+from ray_abliterate.pipeline.replicas import record_environment
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import Plan
 from tests.conftest import MODEL_AND_PROMPTS
 from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.run_contexts import run_context
 
 RECIPE = (
     MODEL_AND_PROMPTS
@@ -64,7 +67,7 @@ class Answers(InProcess):
             yield self.call(method, *args)
 
 
-class Told(Unwatched):
+class Told(SilentProgress):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -89,23 +92,22 @@ class Started:
         for name, words in (("behaviour", behaviour), ("neutral", neutral)):
             lines = "".join(f"tell me about the old {word}\n" for word in words)
             (folder / f"{name}.txt").write_text(lines)
-        self.base, self.watch = folder, Told()
+        self.base, self.progress = folder, Told()
         text = RECIPE.format(model=model, filter=setting)
         self.recipe = Recipe.parse(text, "recipe.toml")
         self.directory = RunDirectory.create(folder / "run", self.recipe, text)
-        self.sets = run.load_prompts(self.recipe, self.directory, folder, self.watch)
+        self.sets = load_prompts(self.recipe, self.directory, folder, self.progress)
         self.pool = Answers(Replica(self.recipe, str(model), self.sets.scored))
-        run.describe(self.recipe, self.directory, self.pool, "", self.watch)
+        self.context = run_context(self.directory, self.pool, self.recipe, self.progress, folder)
+        record_environment(self.context)
 
     def found(self) -> Any:
-        setup, shards = run.find_directions(
-            self.recipe, self.directory, self.pool, self.sets, self.watch
-        )
-        run.measure_baseline(self.directory, self.pool, setup, setup, shards, self.watch)
+        setup, shards = find_directions(self.context, self.sets)
+        run.measure_baseline(self.context, setup, setup, shards)
         return setup.directions
 
     def key(self, name: str) -> str:
-        return self.directory.environment["residuals"][name]["key"]
+        return self.directory.read_environment()["residuals"][name]["key"]
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +128,14 @@ def test_directions_are_those_of_sets_without_what_contradicts_them(
     assert not torch.equal(found.vectors, mixed.found().vectors)
     for name in ("behaviour", "neutral"):
         assert filtered.key(name) == clean.key(name) != mixed.key(name)
-    assert not clean.pool.answered and "filtered" not in mixed.directory.environment
+    assert not clean.pool.answered and "filtered" not in mixed.directory.read_environment()
     assert filtered.directory.residuals("neutral").fingerprint == clean.sets.neutral.fingerprint
 
 
 def test_it_is_said_how_many_and_which_were_left_out(
     filtered: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = filtered.directory.environment["filtered"]
+    facts = filtered.directory.read_environment()["filtered"]
     assert facts["test"] == "keyword-rate"
     one, other = facts["behaviour"], facts["neutral"]
     assert (one["prompts"], one["kept"], one["left_out"]) == (7, 5, [3, 6])
@@ -145,14 +147,14 @@ def test_it_is_said_how_many_and_which_were_left_out(
         "prompts.neutral: 1 of 7 prompts are left out: to 1 the base model's answer shows the "
         "behaviour (scorer 'keyword-rate'). Which ones: environment.json, filtered",
     ]
-    assert [note for note in filtered.watch.notes if "left out" in note] == [
+    assert [note for note in filtered.progress.notes if "left out" in note] == [
         f"warning: {line}" for line in said
     ]
-    warnings = filtered.directory.environment["warnings"]
+    warnings = filtered.directory.read_environment()["warnings"]
     assert [line for line in warnings if "left out" in line] == said
     page = build_report(filtered.directory)
     assert "2 of 7 prompts are left out" in page[page.index('id="warnings"') :]
-    assert filtered.watch.steps[:1] == [(0, 6)] and (6, 6) in filtered.watch.steps
+    assert filtered.progress.steps[:1] == [(0, 6)] and (6, 6) in filtered.progress.steps
     sets = _direction(filtered.directory, Plan.nothing())["sets"]
     assert [one["prompts"] for one in sets] == [5, 6]
     assert sets[0]["fingerprint"] == one["fingerprint"][:16]
@@ -193,7 +195,7 @@ def test_batches_may_end_in_any_order(
     started = Started(tmp_path, planted_folder)
     started.pool.backwards = True
     assert torch.equal(started.found().vectors, filtered.directory.directions().vectors)
-    ours, theirs = (one.directory.environment["filtered"] for one in (started, filtered))
+    ours, theirs = (one.directory.read_environment()["filtered"] for one in (started, filtered))
     assert ours == theirs
 
 
@@ -256,12 +258,12 @@ def test_answers_that_say_nothing_leave_both_sets_and_are_counted_apart(
 
     monkeypatch.setattr(model, "answer", silent)
     started.found()
-    facts = started.directory.environment["filtered"]
+    facts = started.directory.read_environment()["filtered"]
     behaviour = facts["behaviour"]
     # the river is among the behaviour's too, where it contradicts its set
     assert (behaviour["left_out"], behaviour["unclear"]) == ([0, 3, 6], 2)
     assert (facts["neutral"]["left_out"], facts["neutral"]["unclear"]) == ([0, 4], 2)
-    (line, _) = [text for text in started.watch.notes if "left out" in text]
+    (line, _) = [text for text in started.progress.notes if "left out" in text]
     assert "to 1 the base model's answer does not show" in line
     assert "2 answers are empty, degenerate or unclear" in line
 
@@ -269,7 +271,7 @@ def test_answers_that_say_nothing_leave_both_sets_and_are_counted_apart(
 def test_sets_that_agree_are_noted_without_a_warning(planted_folder: Path, tmp_path: Path) -> None:
     started = Started(tmp_path, planted_folder, FILTER, FLAGGED[:5], THINGS[:5])
     started.found()
-    (one, other) = [note for note in started.watch.notes if "base model's answers" in note]
+    (one, other) = [note for note in started.progress.notes if "base model's answers" in note]
     assert one == (
         "prompts.behaviour: all 5 prompts agree with the base model's answers "
         "(scorer 'keyword-rate')"
@@ -281,12 +283,12 @@ def test_residuals_that_another_scorer_chose_are_not_another_recipes(
     filtered: Started, tmp_path: Path
 ) -> None:
     folder = filtered.directory.path
-    assert extract(filtered.recipe, "", tmp_path, folder, Unwatched()).path == folder
+    assert extract(filtered.recipe, "", tmp_path, folder, SilentProgress()).path == folder
     (kl, rate) = filtered.recipe.scorers
     other = rate.model_copy(update={"max_new_tokens": 2})
     changed = filtered.recipe.model_copy(update={"scorers": (kl, other)})
     with pytest.raises(RunDirectoryError, match="not the one"):
-        extract(changed, "", tmp_path, folder, Unwatched())
+        extract(changed, "", tmp_path, folder, SilentProgress())
 
 
 def test_what_is_kept_of_answers_holds_no_text(filtered: Started) -> None:

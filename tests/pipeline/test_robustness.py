@@ -14,13 +14,16 @@ from ray_abliterate.data.prompts import Prompt
 from ray_abliterate.directions.residuals.shard import ResidualShard
 from ray_abliterate.errors import ModelError, PromptSourceError
 from ray_abliterate.model.language_model import LanguageModel
-from ray_abliterate.pipeline import run
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.extraction import find_directions
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.prompt_sets import load_prompts
+from ray_abliterate.pipeline.replicas import record_environment
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.testing.tiny import tiny_model
 from tests.support.finished_runs import FLAGGED, RECIPE, THINGS, InProcess, finish
+from tests.support.run_contexts import run_context
 
 SCORERS = (
     {"kind": "keyword-rate", "prompts": {"file": "b.txt"}},
@@ -58,11 +61,12 @@ def found(
     text = text.replace(', split = "[:4]"', "")
     text = text.replace('"behaviour.txt", split = "[4:]"', '"scored.txt", split = "[4:]"')
     recipe = Recipe.parse(text, "recipe.toml")
-    directory, watch = RunDirectory.create(folder / "run", recipe, text), Unwatched()
-    sets = run.load_prompts(recipe, directory, folder, watch)
+    directory, progress = RunDirectory.create(folder / "run", recipe, text), SilentProgress()
+    sets = load_prompts(recipe, directory, folder, progress)
     pool: Any = InProcess(Replica(recipe, str(model), sets.scored))
-    run.describe(recipe, directory, pool, "", watch)
-    setup, shards = run.find_directions(recipe, directory, pool, sets, watch)
+    context = run_context(directory, pool, recipe, progress, folder)
+    record_environment(context)
+    setup, shards = find_directions(context, sets)
     assert shards is not None
     return (setup.directions, shards.separation(setup.directions, recipe.direction)), directory
 
@@ -88,11 +92,11 @@ def test_what_overflows_in_float16_is_named_there_and_fits_into_bfloat16(
     recipe = Recipe.model_validate({"model": values, "prompts": sets, "scorers": SCORERS})
     replica = Replica(recipe, str(large), {})
     if fits:
-        shard = ResidualShard(replica.residuals("behaviour", 0, PROMPTS, ()))
+        shard = ResidualShard(replica.extract_residuals("behaviour", 0, PROMPTS, ()))
         assert abs(shard.values()).max() > torch.finfo(torch.float16).max
         return
     with pytest.raises(ModelError, match=r"after layer 0 is not finite.*bfloat16 or float32"):
-        replica.residuals("behaviour", 0, PROMPTS, ())
+        replica.extract_residuals("behaviour", 0, PROMPTS, ())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -162,7 +166,7 @@ def test_prompts_that_are_in_both_sets_are_said(
     planted_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, directory = found(tmp_path / "run", planted_folder, FLAGGED, (*THINGS, *FLAGGED[:2]))
-    (sentence,) = [w for w in directory.environment["warnings"] if "in both" in w]
+    (sentence,) = [w for w in directory.read_environment()["warnings"] if "in both" in w]
     assert sentence.startswith("2 prompts are in both") and sentence in caplog.text
 
 

@@ -6,17 +6,24 @@ from typing import Any
 
 import pytest
 
-from ray_abliterate.cli.progress_display import suites_table
+from ray_abliterate.cli.tables import suites_table
 from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
-from ray_abliterate.evaluation.suites.build import build
-from ray_abliterate.pipeline.progress import Unwatched
-from ray_abliterate.pipeline.suite_results import BASE, Measurements, label
-from ray_abliterate.pipeline.suite_runner import Measurer, Subject, chosen_suites, measure_trials
+from ray_abliterate.evaluation.suites.build import build_suites
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.suite_results import BASE, SuiteResults, label
+from ray_abliterate.pipeline.suite_runner import (
+    MeasuredModel,
+    SuiteRunner,
+    chosen_suites,
+    measure_trials,
+)
 from ray_abliterate.recipe import SuiteFile, SuiteSettings
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import Plan
 from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.run_contexts import run_context
 
 SUITES = """
 [[suites]]
@@ -72,31 +79,31 @@ def settings(folder: Path) -> tuple[SuiteSettings, ...]:
 
 @pytest.fixture
 def pool(planted_run: Any) -> Counting:
-    return Counting(Replica(planted_run.directory.recipe, str(planted_run.model), {}))
+    return Counting(Replica(planted_run.directory.read_recipe(), str(planted_run.model), {}))
 
 
 @pytest.fixture
-def setup(planted_run: Any) -> Setup:
+def setup(planted_run: Any) -> TrialSetup:
     directions = planted_run.directory.directions()
-    return Setup(directions, (), planted_run.directory.tuning())
+    return TrialSetup(directions, (), planted_run.directory.tuning())
 
 
 def measured(
-    pool: Counting, folder: Path, settings: Any, setup: Setup, plan: Plan, trial: int | None
+    pool: Counting, folder: Path, settings: Any, setup: TrialSetup, plan: Plan, trial: int | None
 ) -> dict[str, Any]:
-    kept = Measurements(folder / "kept", settings)
-    suites = build(settings, folder)
-    measurer = Measurer(pool, setup, kept, Unwatched())
-    return measurer.model(Subject(label(trial), plan), suites, settings)
+    kept = SuiteResults(folder / "kept", settings)
+    suites = build_suites(settings, folder)
+    runner = SuiteRunner(pool, setup, kept, SilentProgress())
+    return runner.measure(MeasuredModel(label(trial), plan), suites, settings)
 
 
 def test_base_model_and_trial_are_measured_and_compared(
-    pool: Counting, folder: Path, settings: Any, setup: Setup, planted_run: Any
+    pool: Counting, folder: Path, settings: Any, setup: TrialSetup, planted_run: Any
 ) -> None:
     plan = planted_run.trial.plan
     base = measured(pool, folder, settings, setup, Plan.nothing(), None)
     trial = measured(pool, folder, settings, setup, plan, 0)
-    asked, kl = build(settings, folder)
+    asked, kl = build_suites(settings, folder)
     assert all(progress.whole for progress in (*base.values(), *trial.values()))
     refused = [asked.summary(found["asked"].chunks)[0].value for found in (base, trial)]
     assert refused == [0.5, 0.0]  # what is planted: flagged things only, and nothing after it
@@ -104,7 +111,7 @@ def test_base_model_and_trial_are_measured_and_compared(
     assert kl.summary(trial["kl"].chunks)[0].value > 0.0
     (difference,) = asked.compare(base["asked"].chunks, trial["asked"].chunks)
     assert difference.difference == -0.5 and difference.items == 8
-    kept = Measurements(folder / "kept", settings)
+    kept = SuiteResults(folder / "kept", settings)
     assert kept.labels == (BASE, "trial-0")
     text = "".join(
         str(c) for column in suites_table(kept, (asked, kl)).columns for c in column.cells
@@ -113,12 +120,12 @@ def test_base_model_and_trial_are_measured_and_compared(
 
 
 def test_what_is_known_is_not_measured_again_and_a_stopped_suite_goes_on(
-    pool: Counting, folder: Path, settings: Any, setup: Setup
+    pool: Counting, folder: Path, settings: Any, setup: TrialSetup
 ) -> None:
     pool.fail_at = 3
     with pytest.raises(ScoreError, match="as told to"):
         measured(pool, folder, settings, setup, Plan.nothing(), None)
-    kept = Measurements(folder / "kept", settings)
+    kept = SuiteResults(folder / "kept", settings)
     assert len(kept.of(BASE, "asked").chunks) == 3 and not kept.of(BASE, "asked").whole
     file = next((folder / "kept" / BASE).glob("asked-*.jsonl"))
     with file.open("ab") as stream:
@@ -132,7 +139,7 @@ def test_what_is_known_is_not_measured_again_and_a_stopped_suite_goes_on(
 
 
 def test_other_settings_and_other_items_are_measured_anew(
-    pool: Counting, folder: Path, settings: Any, setup: Setup
+    pool: Counting, folder: Path, settings: Any, setup: TrialSetup
 ) -> None:
     measured(pool, folder, settings[:1], setup, Plan.nothing(), None)
     longer = (settings[0].model_copy(update={"max_new_tokens": 2}),)
@@ -142,7 +149,7 @@ def test_other_settings_and_other_items_are_measured_anew(
     lines = file.read_text().splitlines()
     lines[0] = lines[0].replace("old", "new")
     file.write_text("\n".join(lines) + "\n")
-    kept = Measurements(folder / "kept", settings[:1])
+    kept = SuiteResults(folder / "kept", settings[:1])
     whole = next((folder / "kept" / BASE).glob("asked-*.jsonl"))
     assert kept.of(BASE, "asked").whole
     for name in (folder / "kept" / BASE).glob("asked-*.jsonl"):
@@ -154,7 +161,7 @@ def test_other_settings_and_other_items_are_measured_anew(
 
 
 def test_a_suite_ends_once_its_interval_settles_the_limit(
-    pool: Counting, folder: Path, settings: Any, setup: Setup
+    pool: Counting, folder: Path, settings: Any, setup: TrialSetup
 ) -> None:
     limit = (settings[0].model_copy(update={"at_most": 0.05, "chunk": 4}),)
     found = measured(pool, folder, limit, setup, Plan.nothing(), None)
@@ -167,7 +174,7 @@ def test_a_suite_ends_once_its_interval_settles_the_limit(
 
 
 def test_a_damaged_line_is_named(folder: Path, settings: Any) -> None:
-    kept = Measurements(folder / "kept", settings)
+    kept = SuiteResults(folder / "kept", settings)
     file = kept._file(BASE, "kl")
     file.parent.mkdir(parents=True)
     file.write_text('{"suite"\n{"wanted": 3}\n')
@@ -179,16 +186,17 @@ def test_suites_of_a_run_are_in_its_directory(
     pool: Counting,
     folder: Path,
     settings: Any,
-    setup: Setup,
+    setup: TrialSetup,
     planted_run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    directory, watch = planted_run.directory, Unwatched()
-    measure_trials(directory, [planted_run.trial], settings, folder, pool, setup, watch)
-    kept = directory.measurements(settings)
+    directory = planted_run.directory
+    context = run_context(directory, pool)
+    measure_trials(context, [planted_run.trial], settings, folder, setup)
+    kept = directory.suite_results(settings)
     assert kept.labels == (BASE, "trial-0")
     assert all(kept.of(model, suite).whole for model in kept.labels for suite in kept.suites)
-    monkeypatch.setattr(type(directory), "base", folder)
+    monkeypatch.setattr(type(directory), "read_base", lambda self: folder)
     page = build_report(directory)
     table = page[page.index('id="suites"') : page.index('id="separation"')]
     assert '<th scope="col">asked</th><th scope="col">kl</th>' in table

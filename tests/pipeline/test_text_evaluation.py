@@ -13,8 +13,8 @@ from ray_abliterate.cli.tables import text_table
 from ray_abliterate.errors import EvaluationChanged, EvaluationError
 from ray_abliterate.evaluation.streaming.reader import TextRequest
 from ray_abliterate.pipeline.progress import SilentProgress
-from ray_abliterate.pipeline.suite_runner import BASE_MODEL, Subject
-from ray_abliterate.pipeline.text_evaluation import Text, read_text
+from ray_abliterate.pipeline.suite_runner import BASE_MODEL, MeasuredModel
+from ray_abliterate.pipeline.text_evaluation import TextEvaluation, TextResults
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.replica.messages import TrialSetup
 from ray_abliterate.replica.replica import Replica
@@ -60,10 +60,11 @@ def read(pool: Stopping, planted_run: Any, tmp_path: Path) -> Any:
     """Base model and trial read a text."""
     directory = planted_run.directory
     setup = TrialSetup(directory.directions(), (), directory.tuning())
-    subjects = (BASE_MODEL, Subject.of(planted_run.trial))
+    subjects = (BASE_MODEL, MeasuredModel.of(planted_run.trial))
 
-    def reads(reading: TextRequest, folder: str = "found") -> Text:
-        return read_text(pool, reading, subjects, setup, NAMED, tmp_path / folder, SilentProgress())
+    def reads(reading: TextRequest, folder: str = "found") -> TextResults:
+        evaluation = TextEvaluation(pool, setup, tmp_path / folder, SilentProgress())
+        return evaluation.read(reading, subjects, NAMED)
 
     return reads
 
@@ -87,8 +88,9 @@ def test_base_model_and_trial_read_the_same_text_and_differ(
     assert kept["totals"]["base"]["perplexity"] == found.totals["base"].perplexity
     alone = UneditedReplica(ModelSettings(name="m"), str(planted_run.model))
     bare = Bare(alone)
-    subjects = (Subject("model", Plan.nothing()),)
-    plain = read_text(bare, reading, subjects, None, NAMED, tmp_path / "model", SilentProgress())
+    subjects = (MeasuredModel("model", Plan.nothing()),)
+    evaluation = TextEvaluation(bare, None, tmp_path / "model", SilentProgress())
+    plain = evaluation.read(reading, subjects, NAMED)
     assert plain.totals["model"].nats == found.totals["base"].nats
 
 
@@ -165,7 +167,7 @@ def test_a_trial_begins_where_its_edit_does_with_states_of_the_base_model(
 ) -> None:
     directory, first = planted_run.directory, planted_run.trial
     profiles = tuple((name, Profile(1.0, 3.0, 1.0, 1.0)) for name, _ in first.plan.profiles)
-    later = Subject("trial-1", replace(first.plan, profiles=profiles))
+    later = MeasuredModel("trial-1", replace(first.plan, profiles=profiles))
     setup = TrialSetup(directory.directions(), (), directory.tuning())
     assert pool.call("begins", later.plan, setup) > 0
 
@@ -173,7 +175,8 @@ def test_a_trial_begins_where_its_edit_does_with_states_of_the_base_model(
         reading = TextRequest(text, carry="kv", chunk_size=500, states=states)
         place = tmp_path / folder
         subjects = (BASE_MODEL, later)
-        found = read_text(pool, reading, subjects, setup, NAMED, place, SilentProgress())
+        evaluation = TextEvaluation(pool, setup, place, SilentProgress())
+        found = evaluation.read(reading, subjects, NAMED)
         return {name: totals.nats for name, totals in found.totals.items()}
 
     wanted = read(0.0, "without")

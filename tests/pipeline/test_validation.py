@@ -14,13 +14,15 @@ from rich.console import Console
 
 from ray_abliterate.cli.progress_display import LineWatch, LiveWatch
 from ray_abliterate.errors import ModelError, ScoreError
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.suite_results import BASE, Finding
 from ray_abliterate.pipeline.validation import Validation
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.search.plan import Plan
 from tests.support.finished_runs import FLAGGED, InProcess
+from tests.support.run_contexts import run_context
 
 SUITE = {
     "kind": "over-refusal",
@@ -54,7 +56,7 @@ class Gated(InProcess):
         return super().call(method, *args)
 
 
-class Heard(Unwatched):
+class Heard(SilentProgress):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -73,22 +75,28 @@ def made(planted_run: Any, tmp_path: Path) -> Iterator[Any]:
     directory = planted_run.directory
     rows = [{"prompt": f"tell me about the old {word}", "label": "safe"} for word in FLAGGED[:4]]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = directory.recipe.model_dump(mode="json") | {"suites": [SUITE]}
+    recipe = directory.read_recipe().model_dump(mode="json") | {"suites": [SUITE]}
     recipe["evaluation"] = {"replicas": 1}
     file = directory.path / "recipe.resolved.json"
     before = file.read_text()
     file.write_text(json.dumps(recipe))
-    pool, heard, events = Gated(Replica(directory.recipe, str(planted_run.model), {})), Heard(), []
-    setup = Setup(directory.directions(), (), directory.tuning())
+    pool, heard, events = (
+        Gated(Replica(directory.read_recipe(), str(planted_run.model), {})),
+        Heard(),
+        [],
+    )
+    setup = TrialSetup(directory.directions(), (), directory.tuning())
 
     @contextmanager
     def start(go_on: Callable[[], bool]) -> Iterator[Any]:
         yield pool
 
-    def tell(event: str, **details: Any) -> None:
+    def notify(event: str, **details: Any) -> None:
         events.append((event, details))
 
-    yield Validation(directory, tmp_path, start, setup, tell, heard), pool, heard, events
+    context = run_context(directory, pool, progress=heard, base=tmp_path)
+    context.record.notify = notify  # type: ignore[method-assign]
+    yield Validation(context, start, setup), pool, heard, events
     file.write_text(before)
     shutil.rmtree(directory.path / "evaluations", ignore_errors=True)
 
@@ -101,22 +109,22 @@ def frontier(*trials: Trial) -> Frontier:
     return Frontier.of(trials)
 
 
-def heard(watch: Heard, count: int) -> None:
+def heard(progress: Heard, count: int) -> None:
     for _ in range(count):
-        assert watch.told.acquire(timeout=20)
+        assert progress.told.acquire(timeout=20)
 
 
 def test_the_base_model_is_measured_first_then_members_as_they_come(
     made: Any, planted_run: Any
 ) -> None:
-    validation, pool, watch, events = made
+    validation, pool, progress, events = made
     with validation:
         pool.gate.release(2)
-        heard(watch, 1)
-        validation.frontier(frontier(planted_run.trial))
+        heard(progress, 1)
+        validation.update(frontier(planted_run.trial))
         pool.gate.release(2)
-        heard(watch, 1)
-    assert watch.found == [(BASE, True, 1.0), ("trial-0", True, 0.0)]
+        heard(progress, 1)
+    assert progress.found == [(BASE, True, 1.0), ("trial-0", True, 0.0)]
     assert [base for base, _ in pool.asked] == [True, True, False, False]
     assert events == []
 
@@ -124,26 +132,26 @@ def test_the_base_model_is_measured_first_then_members_as_they_come(
 def test_a_member_that_left_the_frontier_is_measured_no_further(
     made: Any, planted_run: Any
 ) -> None:
-    validation, pool, watch, events = made
-    validation.frontier(frontier(member(planted_run.trial, 7)))
+    validation, pool, progress, events = made
+    validation.update(frontier(member(planted_run.trial, 7)))
     with validation:
         pool.gate.release(2)
-        heard(watch, 1)
+        heard(progress, 1)
         for _ in range(3):
             assert pool.began.acquire(timeout=20)  # the first chunk of trial 7 is being measured
-        validation.frontier(frontier(member(planted_run.trial, 8)))
+        validation.update(frontier(member(planted_run.trial, 8)))
         pool.gate.release(3)
-        heard(watch, 1)
-    assert [name for name, _, _ in watch.found] == [BASE, "trial-8"]
+        heard(progress, 1)
+    assert [name for name, _, _ in progress.found] == [BASE, "trial-8"]
     assert events == [("validation-cancelled", {"model": "trial-7"})]
-    kept = planted_run.directory.measurements(validation._settings)
+    kept = planted_run.directory.suite_results(validation._settings)
     assert [len(kept.of(f"trial-{n}", "asked").chunks) for n in (7, 8)] == [1, 2]
 
 
 def test_what_cannot_be_measured_is_told_and_the_others_are_measured(
     made: Any, planted_run: Any
 ) -> None:
-    validation, pool, watch, events = made
+    validation, pool, progress, events = made
     pool.broken = True
     with validation:
         pool.gate.release(1)
@@ -151,20 +159,20 @@ def test_what_cannot_be_measured_is_told_and_the_others_are_measured(
         while not events:
             threading.Event().wait(0.01)
         pool.broken = False
-        validation.frontier(frontier(planted_run.trial))
+        validation.update(frontier(planted_run.trial))
         pool.gate.release(2)
-        heard(watch, 1)
+        heard(progress, 1)
     assert events == [("validation-failed", {"model": BASE, "reason": "as told to"})]
-    assert watch.found[-1][:2] == ("trial-0", True)
+    assert progress.found[-1][:2] == ("trial-0", True)
 
 
 def test_the_end_does_not_wait_for_what_is_left(made: Any, planted_run: Any) -> None:
-    validation, pool, watch, events = made
-    validation.frontier(frontier(planted_run.trial))
+    validation, pool, progress, events = made
+    validation.update(frontier(planted_run.trial))
     with validation:
         assert pool.began.acquire(timeout=20)
         threading.Timer(0.3, pool.gate.release).start()
-    assert len(pool.asked) == 1 and watch.found == [] and events == []
+    assert len(pool.asked) == 1 and progress.found == [] and events == []
 
 
 def test_a_pool_that_cannot_start_is_told(made: Any) -> None:
@@ -180,11 +188,11 @@ def test_a_pool_that_cannot_start_is_told(made: Any) -> None:
 
 
 def test_findings_stand_beside_the_frontier_as_it_grows(planted_run: Any, made: Any) -> None:
-    validation, pool, watch, _ = made
+    validation, pool, progress, _ = made
     with validation:
         pool.gate.release(2)
-        heard(watch, 1)
-    found = validation._kept.finding(BASE, validation._suites[0])
+        heard(progress, 1)
+    found = validation._results.finding(BASE, validation._suites[0])
     for kind in (LineWatch, LiveWatch):
         output = Console(width=160, record=True, quiet=False)
         with kind(output) as shown:

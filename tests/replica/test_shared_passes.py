@@ -9,37 +9,39 @@ import pytest
 import torch
 
 from ray_abliterate.ablation.weight_cache import WeightCache
-from ray_abliterate.cluster.residual_shards import Shards
+from ray_abliterate.cluster.residual_shards import ResidualShards
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ModelError, ScoreError
 from ray_abliterate.model.architecture import find_writers
 from ray_abliterate.model.batch_size import Tuning
-from ray_abliterate.model.float32_linears import Upcast
+from ray_abliterate.model.float32_linears import Float32Linears
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
-from ray_abliterate.pipeline.run import PromptSets, find_directions
-from ray_abliterate.pipeline.search_stage import Record, search, trials_per_pass
+from ray_abliterate.pipeline.extraction import find_directions
+from ray_abliterate.pipeline.prompt_sets import PromptSets
+from ray_abliterate.pipeline.search_stage import resolve_trials_per_pass, search
 from ray_abliterate.recipe import ModelSettings, Recipe
-from ray_abliterate.replica.replica import Replica, Setup
-from ray_abliterate.replica.shared_passes import Together
-from ray_abliterate.search.dominance import Bar
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
+from ray_abliterate.replica.shared_passes import SharedPasses
+from ray_abliterate.search.dominance import ThresholdSet
 from ray_abliterate.search.plan import ModelShape, Plan
 from ray_abliterate.search.score import Score
 from ray_abliterate.testing.tiny import tiny_model
 from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.run_contexts import run_context
 
 
 @pytest.fixture(scope="module")
-def replica(planted_run: Any) -> tuple[Replica, Setup]:
-    recipe = planted_run.directory.recipe
+def replica(planted_run: Any) -> tuple[Replica, TrialSetup]:
+    recipe = planted_run.directory.read_recipe()
     sets = {
         "keyword-rate": PromptSet.of("k", *(f"tell me about the old {w}" for w in FLAGGED)),
         "kl-divergence": PromptSet.of("n", *(f"tell me about the old {w}" for w in THINGS)),
     }
     made = Replica(recipe, str(planted_run.model), sets)
-    return made, Setup(planted_run.directory.directions())
+    return made, TrialSetup(planted_run.directory.directions())
 
 
 def plans(replica: Replica, *strengths: float) -> list[Plan]:
@@ -48,13 +50,13 @@ def plans(replica: Replica, *strengths: float) -> list[Plan]:
 
 
 def test_trials_in_shared_passes_have_the_scores_they_have_alone(
-    replica: tuple[Replica, Setup],
+    replica: tuple[Replica, TrialSetup],
 ) -> None:
     """To float32 rounding; refusals exactly."""
     made, setup = replica
     tried = plans(made, 0.2, 1.0, 0.5)
     alone = [made.evaluate(plan, setup) for plan in tried]
-    together = made.evaluate_together(tried, setup)
+    together = made.evaluate_in_shared_passes(tried, setup)
     for one, other in zip(alone, together, strict=True):
         assert not isinstance(other, Exception) and other.shared and not one.shared
         rate, kl = one.scorecard["keyword-rate"], one.scorecard["kl-divergence"]
@@ -66,18 +68,18 @@ def test_trials_in_shared_passes_have_the_scores_they_have_alone(
 
 
 def test_a_trial_that_is_stopped_leaves_those_beside_it_alone(
-    replica: tuple[Replica, Setup],
+    replica: tuple[Replica, TrialSetup],
 ) -> None:
     made, setup = replica
     weak, strong = plans(made, 0.1, 1.0)
     full = made.evaluate(weak, setup).scorecard
     assert full["keyword-rate"].value > 0
-    bar = Bar(((0.0, full["kl-divergence"].value * 0.5),))
-    stopped, whole = made.evaluate_together([weak, strong], setup, bar)
+    thresholds = ThresholdSet(((0.0, full["kl-divergence"].value * 0.5),))
+    stopped, whole = made.evaluate_in_shared_passes([weak, strong], setup, thresholds)
     assert not isinstance(stopped, Exception) and not isinstance(whole, Exception)
-    assert stopped.scorecard.bounded
-    expected = made.evaluate(strong, setup, bar).scorecard
-    assert whole.scorecard.bounded == expected.bounded
+    assert stopped.scorecard.pruned
+    expected = made.evaluate(strong, setup, thresholds).scorecard
+    assert whole.scorecard.pruned == expected.pruned
     assert whole.scorecard["keyword-rate"].value == expected["keyword-rate"].value
 
 
@@ -101,13 +103,13 @@ class Fails:
 PROMPTS = PromptSet.of("p", "tell me about the old river", "tell me about the old cake")
 
 
-def test_a_scorer_that_fails_fails_its_own_trial(replica: tuple[Replica, Setup]) -> None:
+def test_a_scorer_that_fails_fails_its_own_trial(replica: tuple[Replica, TrialSetup]) -> None:
     made, setup = replica
-    made.evaluate_together(plans(made, 0.5, 1.0), setup)
-    assert made._virtual is not None
+    made.evaluate_in_shared_passes(plans(made, 0.5, 1.0), setup)
+    assert made.trial_scorer._virtual is not None
     scorer = Fails([0, 1])
-    with made._virtual.opened(plans(made, 0.5, 1.0), setup.directions):
-        found = Together[Score](made.model).run([copy.copy(scorer).score] * 2)
+    with made.trial_scorer._virtual.applied(plans(made, 0.5, 1.0), setup.directions):
+        found = SharedPasses[Score](made.model).run([copy.copy(scorer).score] * 2)
     assert sorted(type(result).__name__ for result in found) == ["Score", "ScoreError"]
 
 
@@ -154,26 +156,26 @@ def test_one_row_that_does_not_fit_is_an_error(
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_fewer_kept_states_give_the_same_scores(replica: tuple[Replica, Setup], every: int) -> None:
+def test_fewer_kept_states_give_the_same_scores(replica: tuple[Replica, TrialSetup], every: int) -> None:
     made, setup = replica
     tuning = Tuning(3, 3, every, True)
     plan = plans(made, 0.5)[0]
     expected = made.evaluate(plan, setup).scorecard["kl-divergence"].value
-    found = made.evaluate(plan, Setup(setup.directions, (), tuning)).scorecard
+    found = made.evaluate(plan, TrialSetup(setup.directions, (), tuning)).scorecard
     assert found["kl-divergence"].value == pytest.approx(expected, rel=1e-4)
 
 
 def test_more_trials_a_pass_than_fit_are_refused_before_the_search(
     planted_run: Any, tmp_path: Path
 ) -> None:
-    recipe = planted_run.directory.recipe
+    recipe = planted_run.directory.read_recipe()
     many = recipe.search.model_copy(update={"trials_per_pass": 10**9})
     greedy = recipe.model_copy(update={"search": many})
     directory = RunDirectory.create(tmp_path / "run", greedy, "")
     pool: Any = InProcess(Replica(recipe, str(planted_run.model), {}))
     baseline = planted_run.directory.baseline()
     with pytest.raises(ModelError, match=r"trials_per_pass = 1000000000 is more than the \d+"):
-        search(greedy, directory, pool, None, baseline, Record(directory, Unwatched()), Unwatched())
+        search(run_context(directory, pool, greedy), None, baseline)
 
 
 def halt(*_: Any) -> None:
@@ -185,9 +187,9 @@ def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
 ) -> None:
     """On a machine that is taken for a GPU: what the first replica finds out is noted, resumed, and
     makes a batch of so many trials."""
-    recipe = planted_run.directory.recipe
+    recipe = planted_run.directory.read_recipe()
     assert recipe.search.trials_per_pass == "auto"
-    assert planted_run.directory.environment["tuning"]["trials_per_pass"] == 1, "on a CPU"
+    assert planted_run.directory.read_environment()["tuning"]["trials_per_pass"] == 1, "on a CPU"
     longer = recipe.search.model_copy(update={"trials": 40})
     own = recipe.model_copy(update={"search": longer})
     sets = {"keyword-rate": PromptSet.of("k", *(f"tell me about the old {w}" for w in FLAGGED))}
@@ -204,18 +206,19 @@ def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
     pool: Any = InProcess(replica)
     pool.layout = replace(pool.layout, replicas=2)
     both = PromptSets(PROMPTS, PROMPTS, sets)
-    monkeypatch.setattr(Shards, "extract", halt)
+    monkeypatch.setattr(ResidualShards, "extract", halt)
     with pytest.raises(KeyboardInterrupt):
-        find_directions(own, directory, pool, both, Unwatched())
-    facts, again = replica.describe(), RunDirectory.open(tmp_path / "run")
-    assert trials_per_pass(again.recipe, again, facts) == 2
-    assert trials_per_pass(again.recipe, again, replace(facts, most_per_pass=1)) == 1
+        find_directions(run_context(directory, pool, own), both)
+    context = run_context(RunDirectory.open(tmp_path / "run"), pool)
+    assert resolve_trials_per_pass(context) == 2
     given = own.model_copy(update={"search": longer.model_copy(update={"trials_per_pass": 3})})
-    assert trials_per_pass(given, again, facts) == 3
+    assert resolve_trials_per_pass(replace(context, recipe=given)) == 3
+    pool.facts = replace(pool.facts, most_per_pass=1)
+    assert resolve_trials_per_pass(context) == 1
 
 
 def test_experts_share_no_passes_and_that_is_said(mixtral_run: Any) -> None:
-    recipe = mixtral_run.directory.recipe
+    recipe = mixtral_run.directory.read_recipe()
     facts = Replica(recipe, str(mixtral_run.model), {}).describe()
     assert facts.most_per_pass == 1 and "experts" in facts.why_not_more
 
@@ -226,8 +229,8 @@ def test_half_precision_in_float32_sees_edits_and_restores_every_bit() -> None:
     with torch.inference_mode():
         plain = module(ids).logits
     cache = WeightCache(module, find_writers(module))
-    upcast = Upcast(module)
-    cache.on_write = upcast.written
+    float32_linears = Float32Linears(module)
+    cache.on_write = float32_linears.refresh
     vectors = torch.nn.functional.normalize(torch.randn(4, 32), dim=-1)
     directions = Directions(vectors, "random", {})
     plan = Plan.uniform(ModelShape(4, 32, ("attn", "mlp")), 2.0, "none")

@@ -12,14 +12,18 @@ from safetensors.torch import save_file
 
 from ray_abliterate.cluster.placement import Layout
 from ray_abliterate.data.builtin.planted_model import build_planted_model
-from ray_abliterate.pipeline import run
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.extraction import find_directions
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.prompt_sets import load_prompts
+from ray_abliterate.pipeline.replicas import record_environment
+from ray_abliterate.pipeline.run import measure_baseline
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.testing.tiny import tiny_model
+from tests.support.run_contexts import run_context
 
 FLAGGED = ("cake", "bread", "soup", "stew", "pie", "toast", "noodles", "salad")
 PLAIN = ("tell", "me", "about", "the", "old", "river", "stone", "cloud", "train", "music", "chess")
@@ -147,12 +151,13 @@ def finish(
         (base / f"{name}.txt").write_text(lines)
     text = RECIPE.format(model=model, dtype=dtype, norm=norm, held=held) + more
     recipe = Recipe.parse(text, "recipe.toml")
-    directory, watch = RunDirectory.create(folder / "run", recipe, text), Unwatched()
-    sets = run.load_prompts(recipe, directory, base, watch)
+    directory, progress = RunDirectory.create(folder / "run", recipe, text), SilentProgress()
+    sets = load_prompts(recipe, directory, base, progress)
     pool: Any = InProcess(Replica(recipe, str(model), sets.scored))
-    run.describe(recipe, directory, pool, "", watch)
-    setup, shards = run.find_directions(recipe, directory, pool, sets, watch)
-    baseline = run.measure_baseline(directory, pool, setup, setup, shards, watch)
+    context = run_context(directory, pool, recipe, progress, base)
+    record_environment(context)
+    setup, shards = find_directions(context, sets)
+    baseline = measure_baseline(context, setup, setup, shards)
     plan = Plan.uniform(pool.facts.shape, float(baseline.best_layer), recipe.edit.norm)
     evaluation = pool.evaluate(plan, setup)
     trial = Trial(0, plan, evaluation.scorecard, evaluation.seconds)
