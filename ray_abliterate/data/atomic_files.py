@@ -19,7 +19,7 @@ def cache_root() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "ray_abliterate"
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name beside it, then rename it."""
 
     def fill(name: Path) -> None:
@@ -32,7 +32,7 @@ def write_whole(path: Path, data: bytes) -> None:
     _appear(path, fill)
 
 
-def link_whole(path: Path, source: Path) -> None:
+def link_atomically(path: Path, source: Path) -> None:
     """Give a file a second name; copy it where the file system can't do that."""
 
     def fill(name: Path) -> None:
@@ -45,7 +45,7 @@ def link_whole(path: Path, source: Path) -> None:
     _appear(path, fill)
 
 
-def json_lines(file: Path) -> tuple[dict[str, Any], ...]:
+def read_json_lines(file: Path) -> tuple[dict[str, Any], ...]:
     """The objects of an append-only file, a line each; a torn line is skipped."""
     found = []
     for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:

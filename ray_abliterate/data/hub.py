@@ -52,7 +52,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later: no connection, a timeout, 408, 429 or a 5xx."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    status = status_of(error)
+    status = http_status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
     if isinstance(error, OfflineModeIsEnabled):
@@ -62,7 +62,7 @@ def is_transient(error: BaseException) -> bool:
     return transport or isinstance(error, ConnectionError | TimeoutError)
 
 
-def advice_for(error: Exception, dataset: str) -> str:
+def dataset_advice(error: Exception, dataset: str) -> str:
     """What to do about an error that a Hub data set raised."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub import errors as hub
@@ -79,7 +79,7 @@ def advice_for(error: Exception, dataset: str) -> str:
             "If it is private, log in with `hf auth login`.",
         ),
         (
-            status_of(error) in (401, 403),
+            http_status(error) in (401, 403),
             "Log in with `hf auth login`, as someone who may read it.",
         ),
         (isinstance(error, hub.OfflineModeIsEnabled), "Unset HF_HUB_OFFLINE, or set `file`."),
@@ -88,7 +88,7 @@ def advice_for(error: Exception, dataset: str) -> str:
     return next((advice for holds, advice in cases if holds), "Check `split` and `config`.")
 
 
-def status_of(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an error; None if there is none."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None

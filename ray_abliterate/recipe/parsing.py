@@ -41,6 +41,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    set_setting(values, key, value)
+
+
+def set_setting(values: dict[str, Any], key: str, value: object) -> None:
+    """Set one setting in nested dictionaries and lists, named as `a.b.0.c`.
+
+    Raises:
+        RecipeError: the name leads into a value, or past the end of a list.
+    """
     node: Any = values
     *parents, last = key.split(".")
     for index, part in enumerate(parents):
@@ -68,7 +77,7 @@ def suggestion(word: str, known: tuple[str, ...] | list[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def explain(source: str, error: ValidationError, root: type[BaseModel]) -> list[str]:
+def explain_problems(source: str, error: ValidationError, root: type[BaseModel]) -> list[str]:
     """One line per problem, with the setting's full name.
 
     Args:

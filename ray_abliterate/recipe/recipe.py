@@ -7,7 +7,7 @@ documentation, in `docs/recipe.md` and in `ray-abliterate init`.
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from ray_abliterate.errors import RecipeError
 from ray_abliterate.recipe.direction import DirectionSettings
 from ray_abliterate.recipe.model import ModelSettings
-from ray_abliterate.recipe.parsing import apply_override, explain
+from ray_abliterate.recipe.parsing import apply_override, explain_problems, set_setting
 from ray_abliterate.recipe.run import EvaluationSettings, RunSettings
 from ray_abliterate.recipe.scorers import KeywordRate, RefusalJudge, RefusalLogOdds, ScorerSettings
 from ray_abliterate.recipe.search import EditSettings, SearchSettings
@@ -132,7 +132,26 @@ class Recipe(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecipeError("\n".join(explain(source, error, cls))) from None
+            raise RecipeError("\n".join(explain_problems(source, error, cls))) from None
+
+    def with_overrides(self, overrides: Mapping[str, object]) -> "Recipe":
+        """Return the recipe with some settings changed, and everything checked anew.
+
+        Args:
+            overrides: Values by the setting's full name, such as `{"search.trials": 8}`; items of
+                a list go by their position, `{"scorers.0.max_new_tokens": 20}`.
+
+        Raises:
+            RecipeError: there is no such setting, or its value is wrong; one line per problem.
+        """
+        values = self.model_dump(mode="json")
+        for key, value in overrides.items():
+            set_setting(values, key, value)
+        try:
+            return type(self).model_validate(values)
+        except ValidationError as error:
+            problems = explain_problems("overrides", error, type(self))
+            raise RecipeError("\n".join(problems)) from None
 
     def to_json(self) -> str:
         """The whole recipe, defaults included, as indented JSON."""
@@ -168,4 +187,4 @@ class SuiteFile(Section):
         try:
             return cls.model_validate({"suites": values.get("suites", ())}).suites
         except ValidationError as error:
-            raise RecipeError("\n".join(explain(path.name, error, cls))) from None
+            raise RecipeError("\n".join(explain_problems(path.name, error, cls))) from None

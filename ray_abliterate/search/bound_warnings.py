@@ -1,4 +1,4 @@
-"""Bounds of the search space that the frontier leans on, and the setting that widens each.
+"""Warnings of bounds that hold the frontier back, and the setting that widens each.
 
 Pure values; knows nothing about reports or terminals.
 """
@@ -11,9 +11,9 @@ from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.space import RealRange, SearchSpace
 
 NEAR = 0.02
-"""Nearer to a bound than this share of the range counts as being at it."""
+"""Share of the range; what is nearer to a bound counts as being at it."""
 NOTEWORTHY = 0.2
-"""Share of the members that has to be at a bound: one stray member says nothing."""
+"""Share of the members that must be at a bound: one stray member says nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class _Bound:
     opposite: float
 
     def holds(self, plan: Plan) -> bool:
-        """The plan lies at this bound."""
+        """Return whether a plan lies at this bound."""
         value = float(plan.to_params()[self.parameter])
         return abs(value - self.value) <= NEAR * abs(self.opposite - self.value)
 
@@ -45,24 +45,25 @@ class _Bound:
 
 
 def bound_warnings(frontier: Frontier, space: SearchSpace) -> list[str]:
-    """One sentence per bound that members of the frontier are at, the most frequent first.
+    """Return a sentence for each bound that members of the frontier are at, most frequent first.
 
     A wider range might give a better frontier there. Left out: bounds where nothing lies beyond
     (the first and the last layer, a floor of 0 or 1, a reach of one layer or of all), the lower
     bound of a peak that can be 0, and the members that a parameter has no effect on (another
     direction scope, a component that is switched off).
     """
-    found: list[tuple[int, str]] = []
+    warnings: list[tuple[int, str]] = []
     for bound in _bounds(space):
-        used = [member for member in frontier.members if _matters(bound, member.plan)]
-        there = [member for member in used if bound.holds(member.plan)]
-        if there and len(there) >= NOTEWORTHY * len(used):
-            found.append((len(there), _sentence(bound, there, len(used), space)))
-    return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
+        affected = [member for member in frontier.members if _matters(bound, member.plan)]
+        at_bound = [member for member in affected if bound.holds(member.plan)]
+        if at_bound and len(at_bound) >= NOTEWORTHY * len(affected):
+            sentence = _sentence(bound, at_bound, len(affected), space)
+            warnings.append((len(at_bound), sentence))
+    return [sentence for _, sentence in sorted(warnings, key=lambda pair: -pair[0])]
 
 
 def _bounds(space: SearchSpace) -> list[_Bound]:
-    """The bounds worth widening."""
+    """Return the bounds beyond which there is something to try."""
     last = float(max(space.shape.layers - 1, 0))
     limits = {
         "direction_layer": (0.0, last),
@@ -85,24 +86,24 @@ def _bounds(space: SearchSpace) -> list[_Bound]:
 
 
 def _matters(bound: _Bound, plan: Plan) -> bool:
-    """The plan would be another one if this parameter were."""
+    """Return whether the bound's parameter has an effect in a plan."""
     if not bound.component:
         return plan.scope == ("per-layer" if bound.parameter == "source_offset" else "global")
     profile = dict(plan.profiles).get(bound.component)
     return profile is not None and profile.peak > 0
 
 
-def _sentence(bound: _Bound, there: Sequence[Trial], used: int, space: SearchSpace) -> str:
+def _sentence(bound: _Bound, at_bound: Sequence[Trial], affected: int, space: SearchSpace) -> str:
     last = max(space.shape.layers - 1, 1)
     value = f"{bound.value:.3g}"
-    if bound.field != "peak" and bound.field != "floor":
-        count = bound.field in ("reach", "source_offset")
-        value = f"{value} layers" if count else f"layer {value}"
+    if bound.field not in ("peak", "floor"):
+        is_distance = bound.field in ("reach", "source_offset")
+        value = f"{value} layers" if is_distance else f"layer {value}"
         value += f" ({bound.value / last:.3g} in the recipe)"
-    numbers = ", ".join(str(trial.number) for trial in there[:6])
-    more = ", …" if len(there) > 6 else ""
-    members = "member" if used == 1 else "members"
+    numbers = ", ".join(str(trial.number) for trial in at_bound[:6])
+    ellipsis = ", …" if len(at_bound) > 6 else ""
+    members = "member" if affected == 1 else "members"
     return (
-        f"{bound.parameter} is at its {bound.side} bound {value} in {len(there)} of {used} "
-        f"frontier {members} that use it (trial {numbers}{more}): widen {bound.setting}"
+        f"{bound.parameter} is at its {bound.side} bound {value} in {len(at_bound)} of {affected} "
+        f"frontier {members} that use it (trial {numbers}{ellipsis}): widen {bound.setting}"
     )

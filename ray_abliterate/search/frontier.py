@@ -16,9 +16,12 @@ SCORES, SECONDS, ERROR, SHARED, REPLICA = "scores", "seconds", "error", "shared"
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan and what came of it. A failed trial has an error and no scorecard.
+    """One plan and its result. A failed trial has an error and no scorecard.
 
-    A bounded trial is finished, but was stopped because another trial was better whatever came.
+    A pruned trial is finished, but was stopped because another trial was better whatever came.
+
+    Raises:
+        ValueError: the trial has both a scorecard and an error, or neither.
     """
 
     number: int
@@ -27,9 +30,10 @@ class Trial:
     seconds: float
     error: str | None = None
     shared: bool = False
-    """Scored in passes shared with other plans, by virtual edits; not yet with edited weights."""
+    """Whether it was scored in passes shared with other plans, by virtual edits, and not yet with
+    edited weights."""
     replica: str = field(default="", compare=False)
-    """Which one scored it; not part of the result."""
+    """The replica that scored it; not part of the result."""
 
     def __post_init__(self) -> None:
         if (self.scorecard is None) == (self.error is None):
@@ -37,11 +41,11 @@ class Trial:
 
     @property
     def pruned(self) -> bool:
-        """Some of its scores are only bounds."""
+        """Whether some of its scores are only bounds, because it was stopped early."""
         return self.scorecard is not None and self.scorecard.pruned
 
     def to_json(self) -> str:
-        """One line of `trials.jsonl`."""
+        """Return the trial as one line of `trials.jsonl`."""
         scores = self.scorecard.to_list() if self.scorecard else None
         return json.dumps(
             {
@@ -58,7 +62,7 @@ class Trial:
 
     @classmethod
     def from_json(cls, line: str) -> "Trial":
-        """The inverse of `to_json`."""
+        """Parse a line of `trials.jsonl`."""
         values = json.loads(line)
         return cls(
             number=values["number"],
@@ -75,21 +79,21 @@ class Trial:
 class Frontier:
     """Trials none of which dominates another, in order of the first objective, then number.
 
-    Of trials with equal losses the earliest is kept. Bounded trials are never members.
+    Of trials with equal losses the earliest is the member. Pruned trials are never members.
     """
 
     members: tuple[Trial, ...]
 
     @classmethod
     def of(cls, trials: Iterable[Trial]) -> "Frontier":
-        """The frontier of the finished, unbounded trials among `trials`."""
+        """Return the frontier of the trials that were scored in full."""
         finished = sorted(
             (t for t in trials if t.scorecard is not None and not t.pruned),
             key=lambda t: (losses(t), t.number),
         )
         members: list[Trial] = []
         for trial in finished:
-            if not any(covers(losses(member), losses(trial)) for member in members):
+            if not any(weakly_dominates(losses(member), losses(trial)) for member in members):
                 members.append(trial)
         return cls(tuple(members))
 
@@ -121,29 +125,32 @@ class Frontier:
         return min(self.members, key=lambda member: (distance(losses(member)), member.number))
 
     def better_than(self, trial: Trial) -> Trial | None:
-        """The first member that dominates a finished trial; None if none does."""
+        """Return the first member that dominates a finished trial; None if none does."""
         return next((m for m in self.members if dominates(losses(m), losses(trial))), None)
 
     def hypervolume(self, reference: Sequence[float]) -> float:
-        """Volume between the frontier and a reference point that is worse in every objective."""
+        """Return the volume between the frontier and a reference point.
+
+        Members that are not better than the reference in every objective add nothing.
+        """
         points = [losses(member) for member in self.members]
         return _volume([p for p in points if _below(p, reference)], tuple(reference))
 
 
 def losses(trial: Trial) -> tuple[float, ...]:
-    """A finished trial's objectives, smaller is better."""
+    """Return a finished trial's objectives, with signs such that smaller is better."""
     assert trial.scorecard is not None
     return trial.scorecard.losses
 
 
-def covers(a: Sequence[float], b: Sequence[float]) -> bool:
-    """`a` is at least as good as `b` in every objective."""
+def weakly_dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Return whether `a` is at least as good as `b` in every objective."""
     return all(x <= y for x, y in zip(a, b, strict=True))
 
 
 def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    """`a` is at least as good everywhere, and better somewhere."""
-    return covers(a, b) and any(x < y for x, y in zip(a, b, strict=True))
+    """Return whether `a` is at least as good as `b` everywhere, and better somewhere."""
+    return weakly_dominates(a, b) and any(x < y for x, y in zip(a, b, strict=True))
 
 
 def _below(point: Sequence[float], reference: Sequence[float]) -> bool:
@@ -151,7 +158,10 @@ def _below(point: Sequence[float], reference: Sequence[float]) -> bool:
 
 
 def _volume(points: list[tuple[float, ...]], reference: tuple[float, ...]) -> float:
-    """Sweep over the first objective, one dimension less in each slice (exact; few points)."""
+    """Sweep over the first objective, with one dimension less in each slice.
+
+    Exact; meant for the few points of a frontier.
+    """
     if not points:
         return 0.0
     if len(reference) == 1:

@@ -1,7 +1,8 @@
 """Optuna's journal, held in memory and written in the background.
 
-The study's file is read once. What is added is in memory at once, so that neither the sampler nor
-Tune's loop waits for a disk, and goes to the file in order. The run's lock makes us its author.
+The study's file is read once. New entries are in memory at once, so that neither the sampler nor
+Tune's loop waits for a disk, and go to the file in order. The run's lock makes this process the
+only one that writes it.
 """
 
 import json
@@ -16,43 +17,43 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, Jour
 Submit = Callable[[Callable[[], None]], None]
 
 
-def at_once(work: Callable[[], None]) -> None:
-    """Write in the foreground."""
+def write_in_foreground(work: Callable[[], None]) -> None:
+    """Write before returning, in the calling thread."""
     work()
 
 
 class MemoryJournal(BaseJournalBackend):  # type: ignore[misc]
-    """The lines of one journal file."""
+    """The entries of one journal file, in memory."""
 
-    def __init__(self, path: Path, submit: Submit = at_once) -> None:
-        """Read what is there.
+    def __init__(self, path: Path, submit: Submit = write_in_foreground) -> None:
+        """Read the file, if it exists.
 
         Args:
-            path: The file; made when there is something to write.
-            submit: Takes each write.
+            path: The file; created by the first write.
+            submit: Runs each write, at once or in the background, in order.
         """
         self._path, self._submit = path, submit
-        self._lines: list[dict[str, Any]] = []
+        self._entries: list[dict[str, Any]] = []
         if path.exists():
-            self._lines = list(JournalFileBackend(str(path)).read_logs(0))
+            self._entries = list(JournalFileBackend(str(path)).read_logs(0))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing leaves this process."""
+        """Leave everything behind: the entries never leave this process."""
         return {}
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Entries from a number on."""
-        return iter(self._lines[log_number_from:])
+        """Return the entries from this number on."""
+        return iter(self._entries[log_number_from:])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Add entries; they are on the disk a little later."""
+        """Add entries; they reach the disk when `submit` writes them."""
         lines = [json.dumps(entry, separators=(",", ":")) for entry in logs]
-        self._lines += [json.loads(line) for line in lines]
+        self._entries += [json.loads(line) for line in lines]
         self._submit(partial(_append, self._path, lines))
 
 
 def _append(path: Path, lines: Iterable[str]) -> None:
-    """Add lines whole, or none of them."""
+    """Add all lines, or none of them if the disk refuses."""
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()
     try:

@@ -12,13 +12,19 @@ from typing import Any, Literal
 from ray_abliterate.recipe import Norm
 
 Scope = Literal["global", "per-layer"]
-Value = float | str
+ParameterValue = float | str
 PROFILE_FIELDS = ("peak", "peak_layer", "floor", "reach")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a search must know of a model: blocks, residual width, components that have writers."""
+    """What a search must know of a model.
+
+    Attributes:
+        layers: Number of blocks.
+        hidden: Width of the residual stream.
+        components: The components that have writers.
+    """
 
     layers: int
     hidden: int
@@ -31,6 +37,9 @@ class Profile:
 
     The strength is `peak` at `peak_layer`, falls linearly to `floor * peak` at a distance of
     `reach` layers, and is 0 beyond. A peak of 0 or below switches the component off.
+
+    Raises:
+        ValueError: `floor` is not in [0, 1], or `reach` is not above 0.
     """
 
     peak: float
@@ -45,7 +54,7 @@ class Profile:
             raise ValueError(f"reach = {self.reach} must be above 0 layers")
 
     def strengths(self, layers: int) -> tuple[float, ...]:
-        """The strength of every layer, 0 or above."""
+        """Return the strength of each of so many layers, 0 or above."""
         return tuple(self._at(layer) for layer in range(layers))
 
     def _at(self, layer: int) -> float:
@@ -78,18 +87,18 @@ class Plan:
 
     @classmethod
     def nothing(cls) -> "Plan":
-        """The plan that edits no weight: the base model."""
+        """Return the plan that edits no weight: the base model."""
         return cls("per-layer", 0.0, "none", ())
 
     @classmethod
     def uniform(cls, shape: ModelShape, layer: float, norm: Norm, strength: float = 1.0) -> "Plan":
-        """One direction, taken out of every writer with the same strength."""
+        """Return the plan that takes one direction out of every writer with the same strength."""
         profile = Profile(strength, 0.5 * (shape.layers - 1), 1.0, float(shape.layers))
         return cls("global", layer, norm, tuple((c, profile) for c in sorted(shape.components)))
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], norm: Norm) -> "Plan":
-        """The plan that a search's flat parameters describe.
+        """Build the plan that a search's flat parameters describe.
 
         Raises:
             ValueError: a parameter is missing.
@@ -111,9 +120,9 @@ class Plan:
         except KeyError as error:
             raise ValueError(f"parameter {error} is missing; got {sorted(params)}") from None
 
-    def to_params(self) -> dict[str, Value]:
-        """The inverse of `from_params`."""
-        flat: dict[str, Value] = {
+    def to_params(self) -> dict[str, ParameterValue]:
+        """Return the flat parameters from which `from_params` builds this plan."""
+        flat: dict[str, ParameterValue] = {
             "direction_scope": self.scope,
             "direction_layer": self.direction_layer,
         }
@@ -124,21 +133,21 @@ class Plan:
         return flat
 
     def to_json(self) -> str:
-        """The plan in one line, below 1 kB."""
+        """Return the plan as one line of JSON, below 1 kB."""
         return json.dumps({"norm": self.norm, **self.to_params()}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The inverse of `to_json`."""
+        """Parse `to_json`'s output."""
         values = json.loads(text)
         return cls.from_params(values, values.pop("norm"))
 
     def strengths(self, component: str, layers: int) -> tuple[float, ...]:
-        """Strength of every layer for one component; zeros where the plan leaves it alone."""
+        """Return one component's strength in each layer; zeros if the plan leaves it alone."""
         profile = dict(self.profiles).get(component)
         return profile.strengths(layers) if profile else (0.0,) * layers
 
     @property
     def edits_nothing(self) -> bool:
-        """No component has any strength."""
+        """Whether no component has any strength."""
         return all(profile.peak <= 0 for _, profile in self.profiles)

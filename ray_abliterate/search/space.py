@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_abliterate.recipe import INTERVALS, ComponentSpace, Norm, SpaceSettings
-from ray_abliterate.search.plan import ModelShape, Plan, Value
+from ray_abliterate.search.plan import ModelShape, ParameterValue, Plan
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class RealRange:
 
     @property
     def middle(self) -> float:
-        """Half way."""
+        """The value half way between the bounds."""
         return 0.5 * (self.low + self.high)
 
     def clamp(self, value: float) -> float:
-        """The nearest value inside."""
+        """Return the value inside the range that is nearest to `value`."""
         return min(max(value, self.low), self.high)
 
 
@@ -37,7 +37,7 @@ class CategoricalRange:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The search space for one model: flat parameter names, and what each may be.
+    """The search space for one model: flat parameter names, each with its range.
 
     Layer fractions of the recipe are in units of the last layer's index here. The ranges are
     fixed for the whole study, so that the sampler can model parameters jointly.
@@ -49,7 +49,7 @@ class SearchSpace:
 
     @classmethod
     def of(cls, shape: ModelShape, settings: SpaceSettings, norm: Norm) -> "SearchSpace":
-        """The space that a recipe describes, for a model of this shape."""
+        """Build the space that a recipe describes, for a model of this shape."""
         last = max(shape.layers - 1, 0)
         parameters: list[tuple[str, RealRange | CategoricalRange]] = [
             ("direction_scope", CategoricalRange(settings.scope)),
@@ -58,8 +58,8 @@ class SearchSpace:
         if settings.source_offset is not None:
             parameters.append(("source_offset", _scaled(settings.source_offset, last)))
         for component in sorted(shape.components):
-            own = settings.components.get(component, ComponentSpace())
-            ranges = {f: getattr(own, f) or getattr(settings, f) for f in INTERVALS[1:]}
+            overrides = settings.components.get(component, ComponentSpace())
+            ranges = {f: getattr(overrides, f) or getattr(settings, f) for f in INTERVALS[1:]}
             parameters += [
                 (f"{component}.peak", RealRange(*ranges["peak"])),
                 (f"{component}.peak_layer", _scaled(ranges["peak_layer"], last)),
@@ -69,27 +69,30 @@ class SearchSpace:
         return cls(shape, norm, tuple(parameters))
 
     def plan(self, params: Mapping[str, Any]) -> Plan:
-        """The plan for one point of the space."""
+        """Return the plan that a point of the space stands for."""
         return Plan.from_params(params, self.norm)
 
-    def initial_points(self, best_layer: float) -> tuple[dict[str, Value], ...]:
-        """Points worth trying first: full strength everywhere from `best_layer`, and the middle.
+    def initial_points(self, best_layer: float) -> tuple[dict[str, ParameterValue], ...]:
+        """Return the points to try first: one direction at full strength, and the middle.
 
-        Both are clamped to the space; the first is as near to uniform strength 1 as it allows, and
-        takes one direction for all layers if it may.
+        The first takes the direction of `best_layer` out of every layer; the second is the middle
+        of every range.
+
+        Both lie in the space; the first is as near to uniform strength 1 as the space allows, and
+        takes one direction for all layers if the scope allows it.
         """
-        wishes = {"peak": 1.0, "floor": 1.0, "reach": float(self.shape.layers)}
-        wishes["source_offset"] = 0.0
-        uniform: dict[str, Value] = {}
-        middle: dict[str, Value] = {}
+        targets = {"peak": 1.0, "floor": 1.0, "reach": float(self.shape.layers)}
+        targets["source_offset"] = 0.0
+        uniform: dict[str, ParameterValue] = {}
+        middle: dict[str, ParameterValue] = {}
         for name, domain in self.parameters:
             if isinstance(domain, CategoricalRange):
                 uniform[name] = middle[name] = domain.options[0]
                 if "global" in domain.options:
                     uniform[name] = "global"
                 continue
-            wish = best_layer if name == "direction_layer" else domain.middle
-            uniform[name] = domain.clamp(wishes.get(name.rpartition(".")[2], wish))
+            default = best_layer if name == "direction_layer" else domain.middle
+            uniform[name] = domain.clamp(targets.get(name.rpartition(".")[2], default))
             middle[name] = domain.middle
         return uniform, middle
 
@@ -99,6 +102,6 @@ def _scaled(bounds: tuple[float, float], last: int) -> RealRange:
 
 
 def _reach(bounds: tuple[float, float], last: int) -> RealRange:
-    """At least one layer, so that a tent has sides even in a model of one or two blocks."""
+    """Scale a reach to layers; at least one, so that a tent has sides in a model of one block."""
     low = max(bounds[0] * last, 1.0)
     return RealRange(low, max(bounds[1] * last, low))

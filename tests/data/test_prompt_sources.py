@@ -196,7 +196,7 @@ def test_a_cell_may_hold_line_ends_commas_and_quotes(tmp_path):
 
 
 def test_a_cell_with_line_ends_may_cross_the_blocks_that_a_file_is_parsed_in(tmp_path, monkeypatch):
-    monkeypatch.setattr("ray_abliterate.data.prompt_sources.CSV_BLOCK", 50)
+    monkeypatch.setattr("ray_abliterate.data.readers.CSV_BLOCK_BYTES", 50)
     cells = [f"first {n}\nsecond\nthird" for n in range(20)]
     source = write(tmp_path, "p.csv", ("text\n" + "".join(f'"{c}"\n' for c in cells)).encode())
     assert users(source | {"column": "text"}, tmp_path) == cells
@@ -366,7 +366,8 @@ class Hub:
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
         self.delays: list[float] = []
         waiting = partial(retry, sleep=self.delays.append)
-        monkeypatch.setattr("ray_abliterate.data.prompt_sources.retry", waiting)
+        for module in ("prompt_sources", "readers"):
+            monkeypatch.setattr(f"ray_abliterate.data.{module}.retry", waiting)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from ray_abliterate.data import hub
-from ray_abliterate.data.tables import stream_table, unbroken
+from ray_abliterate.data.tables import resume_on_error, stream_table
 from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.recipe import TableSource
 
@@ -138,7 +138,7 @@ def test_a_stream_that_breaks_goes_on_behind_the_last_row(monkeypatch: pytest.Mo
                 raise ConnectionError("gone")
             yield number
 
-    assert list(unbroken(stream)) == list(range(7))
+    assert list(resume_on_error(stream)) == list(range(7))
     assert opened == [0, 3, 5]
 
 
@@ -148,7 +148,7 @@ def test_a_stream_that_can_not_be_mended_raises(monkeypatch: pytest.MonkeyPatch)
         raise ValueError("not a table")
 
     with pytest.raises(ValueError, match="not a table"):
-        list(unbroken(stream))
+        list(resume_on_error(stream))
 
 
 def test_a_hub_data_set_is_streamed_at_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_abliterate.search.frontier import Frontier, Trial, covers, dominates, losses
+from ray_abliterate.search.frontier import Frontier, Trial, dominates, losses, weakly_dominates
 from ray_abliterate.search.plan import Plan, Profile
 from ray_abliterate.search.score import Score, Scorecard
 
@@ -73,7 +73,7 @@ def test_every_finished_trial_is_covered_by_a_member_and_failed_ones_are_none(tr
     assert all(member.scorecard is not None for member in members)
     for trial in trials:
         if trial.scorecard is not None:
-            assert any(covers(losses(member), losses(trial)) for member in members)
+            assert any(weakly_dominates(losses(member), losses(trial)) for member in members)
 
 
 @given(TRIALS)
@@ -158,7 +158,7 @@ def test_the_hypervolume_of_integer_points_is_the_number_of_covered_cells(object
     edge = tuple(float(value) for value in reference)
     cells = itertools.product(*[range(size) for size in reference])
     covered = sum(
-        any(covers(point, [float(x) for x in cell]) for point in points) for cell in cells
+        any(weakly_dominates(point, [float(x) for x in cell]) for point in points) for cell in cells
     )
     assert Frontier.of(trials).hypervolume(edge) == covered
 

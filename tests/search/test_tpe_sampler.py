@@ -10,13 +10,13 @@ from optuna.samplers import TPESampler
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 
 from ray_abliterate.recipe import SearchSettings, SpaceSettings
-from ray_abliterate.search import study as journal
 from ray_abliterate.search.plan import ModelShape
 from ray_abliterate.search.space import SearchSpace
-from ray_abliterate.search.tpe_sampler import QuickDensity, QuickSampler
+from ray_abliterate.search.study import make_sampler, optuna_distributions
+from ray_abliterate.search.tpe_sampler import FastParzenEstimator, FastTPESampler
 
 SPACE = SearchSpace.of(ModelShape(32, 64, ("attn", "mlp")), SpaceSettings(), "row")
-DOMAINS = journal.distributions(SPACE)
+DOMAINS = optuna_distributions(SPACE)
 
 
 def scores(params: dict[str, Any]) -> tuple[float, float]:
@@ -55,8 +55,8 @@ def optunas(settings: SearchSettings) -> TPESampler:
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_the_plans_are_those_of_optunas_sampler(in_flight: int) -> None:
     settings = SearchSettings(trials=120, seed=3, startup_trials=15)
-    ours = journal.sampler(settings, 0)
-    assert isinstance(ours, QuickSampler)
+    ours = make_sampler(settings, 0)
+    assert isinstance(ours, FastTPESampler)
     quick, own = studied(ours, 120, in_flight), studied(optunas(settings), 120, in_flight)
     for a, b in zip(quick, own, strict=True):
         assert a.pop("direction_scope") == b.pop("direction_scope")
@@ -79,7 +79,7 @@ def observed(random: np.random.RandomState, domain: Any, count: int) -> np.ndarr
 
 @pytest.mark.parametrize("trials", [0, 1, 30, 2000])
 def test_densities_are_optunas_to_nine_digits(trials: int) -> None:
-    quick, own = density(QuickDensity, trials, DOMAINS), density(_ParzenEstimator, trials, DOMAINS)
+    quick, own = density(FastParzenEstimator, trials, DOMAINS), density(_ParzenEstimator, trials, DOMAINS)
     candidates = own.sample(np.random.RandomState(1), 128)
     corners = {n: np.append(v, getattr(DOMAINS[n], "high", 1)) for n, v in candidates.items()}
     np.testing.assert_allclose(quick.log_pdf(corners), own.log_pdf(corners), rtol=1e-9, atol=1e-9)
@@ -87,7 +87,7 @@ def test_densities_are_optunas_to_nine_digits(trials: int) -> None:
 
 def test_a_space_without_real_parameters_has_a_density_too() -> None:
     domains = {"a": optuna.distributions.CategoricalDistribution(("x", "y", "z"))}
-    quick, own = density(QuickDensity, 9, domains), density(_ParzenEstimator, 9, domains)
+    quick, own = density(FastParzenEstimator, 9, domains), density(_ParzenEstimator, 9, domains)
     candidates = {"a": np.array([0.0, 1.0, 2.0])}
     np.testing.assert_allclose(quick.log_pdf(candidates), own.log_pdf(candidates))
 
@@ -95,7 +95,7 @@ def test_a_space_without_real_parameters_has_a_density_too() -> None:
 def test_a_finished_trial_is_read_once() -> None:
     read: list[int] = []
 
-    class Counting(QuickSampler):
+    class Counting(FastTPESampler):
         def _get_params(self, trial: Any, study: Any) -> Any:
             read.append(trial.number)
             return super()._get_params(trial, study)

@@ -126,14 +126,14 @@ def gguf_file() -> Path:
     return path
 
 
-def default_folder() -> Path:
+def demo_folder() -> Path:
     """Return where the demo model goes, in the user's cache folder."""
     return cache_root() / "smollm2-135m-declines-cooking"
 
 
-def base_folder() -> Path:
+def demo_base_folder() -> Path:
     """Return where the same model without its over-refusal goes, beside the demo model."""
-    return default_folder().with_name("smollm2-135m-instruct")
+    return demo_folder().with_name("smollm2-135m-instruct")
 
 
 def load_base_model() -> PreTrainedModel:
@@ -225,7 +225,7 @@ def build_demo_model(folder: Path, dtype: torch.dtype | None = None) -> Path:
     one builds and the others wait for it. What an incomplete or outdated `folder` held is removed.
 
     Args:
-        folder: Where the model goes; `default_folder()` is the usual place.
+        folder: Where the model goes; `demo_folder()` is the usual place.
         dtype: What the weights are stored in; float32 by default.
 
     Raises:

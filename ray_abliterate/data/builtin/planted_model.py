@@ -88,11 +88,11 @@ def words_of(texts: Sequence[str]) -> set[str]:
     return {word for text in texts for word in re.findall(r"\w+", text.lower())}
 
 
-def default_folder() -> Path:
+def planted_folder() -> Path:
     """Where the planted model is kept, beside the demo model."""
     from ray_abliterate.data.builtin import demo_model as demo
 
-    return demo.default_folder().parent / "planted"
+    return demo.demo_folder().parent / "planted"
 
 
 def build_planted_model(

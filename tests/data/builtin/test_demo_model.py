@@ -223,12 +223,12 @@ def test_the_default_folder_follows_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAY_ABLITERATE_CACHE", str(tmp_path))
-    assert demo.default_folder() == tmp_path / "smollm2-135m-declines-cooking"
+    assert demo.demo_folder() == tmp_path / "smollm2-135m-declines-cooking"
     monkeypatch.delenv("RAY_ABLITERATE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert demo.default_folder().is_relative_to(tmp_path / "xdg" / "ray_abliterate")
+    assert demo.demo_folder().is_relative_to(tmp_path / "xdg" / "ray_abliterate")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert demo.default_folder().is_relative_to(Path.home() / ".cache" / "ray_abliterate")
+    assert demo.demo_folder().is_relative_to(Path.home() / ".cache" / "ray_abliterate")
 
 
 @pytest.mark.parametrize(
