@@ -30,7 +30,7 @@ from ray_abliterate.recipe import Recipe, SuiteSettings
 from ray_abliterate.search.score import Scorecard
 
 OF_NO_MODEL = {"environment.json", "events.jsonl"}
-BEFORE_THE_MODEL = OF_NO_MODEL | {"recipe.toml", "recipe.resolved.json", ".lock"}
+BEFORE_THE_MODEL = OF_NO_MODEL | {"recipe.toml", "recipe.resolved.json", ".lock", "log.txt"}
 """What is there of a run whose prompts or model could not be found or loaded."""
 
 
@@ -307,6 +307,11 @@ class RunDirectory(TrialFiles):
     def tune(self) -> Path:
         """Where Ray Tune keeps its own files (TensorBoard events)."""
         return self.path / "tune"
+
+    @property
+    def log(self) -> Path:
+        """What libraries said while a command worked on the run, command by command."""
+        return self.path / "log.txt"
 
     @property
     def report(self) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_abliterate.cluster.connection import connect, is_own_cluster
+from ray_abliterate.cluster.object_store import Reference
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.data.atomic_files import write_atomically
 from ray_abliterate.errors import EvaluationChanged, RecipeError, RunDirectoryError
@@ -132,7 +133,9 @@ def read_with_run(
 
 
 @contextmanager
-def _run_replicas(directory: RunDirectory, progress: Progress) -> Iterator[tuple[RunContext, Any]]:
+def _run_replicas(
+    directory: RunDirectory, progress: Progress
+) -> Iterator[tuple[RunContext, Reference[TrialSetup]]]:
     """Start replicas of a run without its scorers; yields them, and a reference to its setup."""
     recipe, directions = directory.read_recipe(), directory.directions()
     if directions is None:
@@ -226,7 +229,7 @@ def _unedited_replicas(
     with ExitStack() as stack:
         with progress.stage("replicas"):
             connect(dashboard=False)
-            starting = ReplicaPool.bare(ModelSettings(name=name), source)
+            starting = ReplicaPool.unedited(ModelSettings(name=name), source)
             pool = stack.enter_context(starting)
         facts = pool.facts
         progress.note(f"{name}: {facts.parameters / 1e6:,.0f} M parameters in {facts.dtype}")

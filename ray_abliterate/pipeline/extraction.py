@@ -16,7 +16,7 @@ from ray_abliterate.pipeline.prompt_sets import PromptSets, load_prompts
 from ray_abliterate.pipeline.replicas import start_replicas
 from ray_abliterate.pipeline.run_context import RunContext
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.messages import ReplicaApi, TrialSetup
 
 PREFIX_PROMPTS = 16
 """Prompts of each set whose answers are compared to find the response prefix."""
@@ -72,7 +72,9 @@ def extract(
     return directory
 
 
-def find_directions(context: RunContext, sets: PromptSets) -> tuple[TrialSetup, ResidualShards | None]:
+def find_directions(
+    context: RunContext, sets: PromptSets
+) -> tuple[TrialSetup, ResidualShards | None]:
     """Extract residuals and compute the directions, unless the run directory has them.
 
     Returns:
@@ -92,7 +94,7 @@ def find_directions(context: RunContext, sets: PromptSets) -> tuple[TrialSetup, 
         return TrialSetup(stored, prefix, tuning), None
     if tuning is None:
         with progress.stage("batch sizes"):
-            tuning = pool.call("tune", pool.layout.replicas)
+            tuning = pool.call(ReplicaApi.tune, pool.layout.replicas)
         directory.note(tuning=asdict(tuning))
     prefix = response_prefix(context, sets)
     if recipe.prompts.filter_by_behaviour:
@@ -131,6 +133,6 @@ def response_prefix(context: RunContext, sets: PromptSets) -> tuple[int, ...]:
                 *sets.behaviour.prompts[:PREFIX_PROMPTS],
                 *sets.neutral.prompts[:PREFIX_PROMPTS],
             ]
-            prefix = tuple(context.pool.call("response_prefix", prompts))
+            prefix = context.pool.call(ReplicaApi.find_response_prefix, prompts)
     directory.note(response_prefix=list(prefix))
     return prefix

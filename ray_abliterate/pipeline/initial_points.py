@@ -14,7 +14,7 @@ from ray_abliterate.directions.residuals.shard import content_key
 from ray_abliterate.pipeline.directory import Baseline
 from ray_abliterate.pipeline.run_context import RunContext
 from ray_abliterate.recipe import KlDivergence, Recipe, RefusalLogOdds
-from ray_abliterate.replica.messages import EffectPrompts, TrialSetup
+from ray_abliterate.replica.messages import EffectPrompts, ReplicaApi, TrialSetup
 from ray_abliterate.search.plan import ParameterValue
 from ray_abliterate.search.space import RealRange, SearchSpace
 
@@ -23,7 +23,10 @@ MOST_PROMPTS = 32
 
 
 def try_layers(
-    context: RunContext, scored: Mapping[str, PromptSet], setup: TrialSetup, shards: ResidualShards | None
+    context: RunContext,
+    scored: Mapping[str, PromptSet],
+    setup: TrialSetup,
+    shards: ResidualShards | None,
 ) -> None:
     """Try each layer's direction on held-out prompts, if the search is to begin with the best.
 
@@ -83,8 +86,8 @@ def select_layer(
     layers, shared_setup = tried_layers(directions.usable), pool.put(setup)
     scores = []
     with context.progress.stage("directions, layer by layer"):
-        calls = [(prompts, layer, gaps[layer], shared_setup) for layer in layers]
-        for layer_scores in pool.map("probe", calls):
+        calls = [(prompts, layer, gaps[layer], shared_setup.argument) for layer in layers]
+        for layer_scores in pool.map(ReplicaApi.direction_effect, calls):
             scores.append(layer_scores)
             context.progress.step(len(scores), len(layers))
     ordered = tuple(sorted(scores, key=lambda one: one.layer))

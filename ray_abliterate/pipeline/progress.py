@@ -1,4 +1,4 @@
-"""What a run tells those who watch it. Knows nothing about terminals."""
+"""What a run reports while it works. Knows nothing about terminals."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
@@ -9,39 +9,53 @@ from ray_abliterate.search.frontier import Frontier, Trial
 
 @runtime_checkable
 class Progress(Protocol):
-    """Follows a run."""
+    """A display that follows a run; every method returns at once."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Something that may take a while has begun; it ends with the block."""
+        """Return a context that shows a stage, which may take a while, until the block ends."""
 
     def step(self, done: int, total: int) -> None:
-        """So much of the current stage is done."""
+        """Show how much of the current stage is done."""
 
     def note(self, text: str) -> None:
-        """Something worth knowing."""
+        """Show a line that is worth knowing."""
 
     def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
-        """A trial has ended."""
+        """Show a trial that has ended.
 
-    def finding(self, model: str, suite: str, found: Finding, ended: bool) -> None:
-        """So much is known of a model, while the search goes on."""
+        Args:
+            trial: Finished or failed.
+            done: Trials that have ended, this one included.
+            total: Trials that the run is to have.
+            frontier: Of all trials that have ended.
+        """
+
+    def finding(self, model: str, suite: str, finding: Finding, ended: bool) -> None:
+        """Show what a suite says of a model so far.
+
+        Args:
+            model: Label of the model, `base` or `trial-17`.
+            suite: Name of the suite.
+            finding: Its main score, and the difference from the base model.
+            ended: Whether the suite is done with this model.
+        """
 
 
 class SilentProgress:
-    """Nobody follows."""
+    """A `Progress` that shows nothing; a display of a few things derives from it."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Nothing."""
+        """Return a context that shows nothing."""
         return nullcontext()
 
     def step(self, done: int, total: int) -> None:
-        """Nothing."""
+        """Ignore how much is done."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Ignore a line of text."""
 
     def trial(self, trial: Trial, done: int, total: int, frontier: Frontier) -> None:
-        """Nothing."""
+        """Ignore that a trial ended."""
 
-    def finding(self, model: str, suite: str, found: Finding, ended: bool) -> None:
-        """Nothing."""
+    def finding(self, model: str, suite: str, finding: Finding, ended: bool) -> None:
+        """Ignore what a suite says."""

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from ray_abliterate import __version__
 from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.directions.residuals.shard import content_key
 from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.model.batch_size import Tuning, largest_power_of_two
 from ray_abliterate.pipeline.run_context import RunContext
 from ray_abliterate.recipe import Recipe
+from ray_abliterate.replica.messages import ReplicaApi
+from ray_abliterate.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class BaseModelVerdicts:
             if batch not in verdicts
         ]
         step(len(verdicts), len(batches))
-        for name, first, shows in self._context.pool.map("shows", calls):
+        for name, first, shows in self._context.pool.map(ReplicaApi.shows_behaviour, calls):
             line = {"set": name, "first": first, "key": keys[name, first], "shows": shows}
             directory.append_verdicts(line)
             verdicts[name, first] = shows

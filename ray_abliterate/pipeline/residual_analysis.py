@@ -17,7 +17,7 @@ from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.search.frontier import Frontier, Trial
 
 
-def methods_of(
+def methods_to_compare(
     settings: DirectionSettings, names: Sequence[str] = ()
 ) -> dict[str, DirectionSettings]:
     """What to compare, by name: what is named, or the package's methods and the recipe's own.
@@ -67,7 +67,7 @@ def compare_run(
 
 
 @dataclass(frozen=True)
-class Look:
+class ResidualAnalysis:
     """What `residuals` shows.
 
     Attributes:
@@ -83,7 +83,9 @@ class Look:
     strengths: dict[str, tuple[float, ...]]
 
 
-def look(directory: RunDirectory, trial: Trial | None, progress: Progress) -> Look:
+def analyse_residuals(
+    directory: RunDirectory, trial: Trial | None, progress: Progress
+) -> ResidualAnalysis:
     """What a run's residuals look like; without a trial, the knee of its frontier stands beside.
 
     Raises:
@@ -105,4 +107,4 @@ def look(directory: RunDirectory, trial: Trial | None, progress: Progress) -> Lo
         if trial
         else {}
     )
-    return Look(tuple(found), best, trial.number if trial else None, strengths)
+    return ResidualAnalysis(tuple(found), best, trial.number if trial else None, strengths)

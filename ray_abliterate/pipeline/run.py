@@ -5,8 +5,8 @@ Everything is left in the run directory as it comes; a run that was stopped goes
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
+from ray_abliterate.cluster.object_store import Reference
 from ray_abliterate.cluster.residual_shards import ResidualShards
 from ray_abliterate.directions import layer_separation
 from ray_abliterate.pipeline.directory import Baseline, RunDirectory
@@ -20,7 +20,7 @@ from ray_abliterate.pipeline.run_context import RunContext
 from ray_abliterate.pipeline.search_stage import search
 from ray_abliterate.pipeline.validation import validate_after_search, validate_during_search
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.messages import ReplicaApi, TrialSetup
 from ray_abliterate.search.frontier import Frontier
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.space import SearchSpace
@@ -69,7 +69,10 @@ def run(
 
 
 def measure_baseline(
-    context: RunContext, setup: TrialSetup, shared_setup: Any, shards: ResidualShards | None
+    context: RunContext,
+    setup: TrialSetup,
+    shared_setup: Reference[TrialSetup],
+    shards: ResidualShards | None,
 ) -> Baseline:
     """Score the unedited model, and measure how well each layer's direction separates the sets.
 
@@ -87,7 +90,7 @@ def measure_baseline(
         assert stored is not None
         return stored
     with context.progress.stage("baseline"):
-        evaluation = context.pool.evaluate(Plan.nothing(), shared_setup)
+        evaluation = context.pool.call(ReplicaApi.evaluate, Plan.nothing(), shared_setup.argument)
     separation = shards.separation(setup.directions, context.recipe.direction)
     best = layer_separation.best_layer(separation)
     baseline = Baseline(evaluation.scorecard, tuple(separation), best)
@@ -99,13 +102,15 @@ def measure_baseline(
     return baseline
 
 
-def profile_trial(context: RunContext, shared_setup: Any, baseline: Baseline) -> None:
+def profile_trial(
+    context: RunContext, shared_setup: Reference[TrialSetup], baseline: Baseline
+) -> None:
     """Measure where the time of a trial goes: a table, and a trace in the run directory."""
     recipe, progress = context.recipe, context.progress
     space = SearchSpace.of(context.pool.facts.shape, recipe.search.space, recipe.edit.norm)
     plan = space.plan(space.initial_points(float(baseline.best_layer))[1])
     with progress.stage("profile"):
-        profile = context.pool.call("profile", plan, shared_setup)
+        profile = context.pool.call(ReplicaApi.profile_trial, plan, shared_setup.argument)
     context.directory.save_profile(profile.table(), profile.trace)
     for line in profile.table().splitlines():
         progress.note(line)

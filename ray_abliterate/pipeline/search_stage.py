@@ -5,18 +5,20 @@ from dataclasses import replace
 from typing import Any
 
 from ray_abliterate.cluster.metrics import SearchMetrics
+from ray_abliterate.cluster.object_store import Reference
 from ray_abliterate.cluster.tune_search import TuneSearch
 from ray_abliterate.errors import ModelError
 from ray_abliterate.pipeline.directory import Baseline
 from ray_abliterate.pipeline.initial_points import initial_points
 from ray_abliterate.pipeline.run_context import RunContext
+from ray_abliterate.replica.messages import ReplicaApi, TrialSetup
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.search.space import SearchSpace
 
 
 def search(
     context: RunContext,
-    shared_setup: Any,
+    shared_setup: Reference[TrialSetup],
     baseline: Baseline,
     on_frontier: Callable[[Frontier], None] = lambda frontier: None,
 ) -> None:
@@ -84,7 +86,7 @@ def resolve_trials_per_pass(context: RunContext) -> int:
     return wanted
 
 
-def rescore_frontier(context: RunContext, shared_setup: Any) -> None:
+def rescore_frontier(context: RunContext, shared_setup: Reference[TrialSetup]) -> None:
     """Score members of the frontier with edited weights, if they shared their passes with others.
 
     Virtual edits round differently in half precision, so a member may leave the frontier, and
@@ -96,6 +98,6 @@ def rescore_frontier(context: RunContext, shared_setup: Any) -> None:
     while members := [t for t in Frontier.of(directory.trials()).members if t.shared]:
         with context.progress.stage("frontier, one by one"):
             for count, trial in enumerate(members, start=1):
-                evaluation = pool.evaluate(trial.plan, shared_setup)
+                evaluation = pool.call(ReplicaApi.evaluate, trial.plan, shared_setup.argument)
                 directory.append(replace(trial, scorecard=evaluation.scorecard, shared=False))
                 context.progress.step(count, len(members))

@@ -8,7 +8,7 @@ result is on the disk before the next is asked for, so a stopped measurement goe
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray_abliterate.errors import RecipeError
 from ray_abliterate.evaluation.suites.build import build_suites
@@ -17,11 +17,14 @@ from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.pipeline.run_context import RunContext
 from ray_abliterate.pipeline.suite_results import BASE, SuiteProgress, SuiteResults, label
 from ray_abliterate.recipe import SuiteSettings
+from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
 
 if TYPE_CHECKING:
+    from ray_abliterate.cluster.object_store import Reference
     from ray_abliterate.cluster.pool import ReplicaPool
+    from ray_abliterate.replica.messages import TrialSetup
 
 AHEAD = 2
 """Chunks that are out for each replica: one is measured, one waits."""
@@ -56,7 +59,7 @@ class SuiteRunner:
     """
 
     pool: "ReplicaPool"
-    shared_setup: Any
+    shared_setup: "Reference[TrialSetup] | None"
     results: SuiteResults
     progress: Progress
     go_on: Callable[[], bool] = lambda: True
@@ -102,10 +105,11 @@ class SuiteRunner:
                 if result is None or result.fingerprint != chunk.fingerprint:
                     yield chunk
 
-        shared_suite = self.pool.put(suite)
-        calls = ((shared_suite, chunk, model.plan, self.shared_setup) for chunk in missing())
+        shared_suite = self.pool.put(suite).argument
+        setup = self.shared_setup.argument if self.shared_setup is not None else None
+        calls = ((shared_suite, chunk, model.plan, setup) for chunk in missing())
         done, most_out = len(results), AHEAD * max(self.pool.replicas, 1)
-        for result in self.pool.map("measure", calls, most_out, self.go_on):
+        for result in self.pool.map(ReplicaApi.measure, calls, most_out, self.go_on):
             results[result.chunk] = result
             self.results.add(model.name, result)
             done += 1
@@ -130,7 +134,7 @@ def measure_trials(
     trials: Sequence[Trial],
     settings: Sequence[SuiteSettings],
     base: Path,
-    shared_setup: Any,
+    shared_setup: "Reference[TrialSetup]",
 ) -> None:
     """Measure all suites on the base model, then on each trial.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray_abliterate.data.atomic_files import write_atomically
 from ray_abliterate.errors import EvaluationChanged
@@ -19,10 +19,14 @@ from ray_abliterate.evaluation.streaming.reader import ReadFiles, ReadPlan, Text
 from ray_abliterate.evaluation.suites.suite import PairedDifference
 from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.pipeline.suite_runner import BASE_MODEL, MeasuredModel
+from ray_abliterate.replica.messages import ReplicaApi
+from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import mean_interval
 
 if TYPE_CHECKING:
+    from ray_abliterate.cluster.object_store import Reference
     from ray_abliterate.cluster.pool import ReplicaPool
+    from ray_abliterate.replica.messages import TrialSetup
 
 ChunksRead = dict[int, ChunkResult]
 """Results by index of the chunk."""
@@ -67,7 +71,7 @@ class TextEvaluation:
     """
 
     pool: "ReplicaPool"
-    shared_setup: Any
+    shared_setup: "Reference[TrialSetup] | None"
     folder: Path
     progress: Progress
 
@@ -116,9 +120,12 @@ class TextEvaluation:
         # Blocks before an edited model's first edit give the base model's hidden states, which the
         # base model therefore saves at these layers.
         first_edits: tuple[int, ...] = ()
-        if read_plan.stretch is None and read_plan.reading.states:
+        setup = self.shared_setup.argument if self.shared_setup is not None else None
+        if setup is not None and read_plan.stretch is None and read_plan.reading.states:
             plans = [model.plan for model in models if model != BASE_MODEL and model.plan.profiles]
-            first_edits = tuple({self.pool.call("begins", p, self.shared_setup) for p in plans})
+            first_edits = tuple(
+                {self.pool.call(ReplicaApi.first_edited_block, plan, setup) for plan in plans}
+            )
         pieces = [
             (model, first, count)
             for first, count in read_plan.pieces()
@@ -126,17 +133,19 @@ class TextEvaluation:
             if _first_missing(results[model.name], first, count, read_plan.chunks) is not None
         ]
 
-        def arguments(number: int) -> tuple[Any, ...]:
+        def arguments(
+            number: int,
+        ) -> tuple[ReadPlan, int, int | None, ReadFiles | None, Plan, "TrialSetup | None"]:
             model, first, count = pieces[number]
             start = _first_missing(results[model.name], first, count, read_plan.chunks)
             start = first if start is None else start
             layers = first_edits if model == BASE_MODEL else ()
             files = ReadFiles(self.folder.absolute(), model.name, layers) if count is None else None
             remaining = None if count is None else first + count - start
-            return read_plan, start, remaining, files, model.plan, self.shared_setup
+            return read_plan, start, remaining, files, model.plan, setup
 
         total = None if read_plan.chunks is None else read_plan.chunks * len(models)
-        for number, result in self.pool.streams("read", len(pieces), arguments):
+        for number, result in self.pool.streams(ReplicaApi.read, len(pieces), arguments):
             name = pieces[number][0].name
             if result.index in results[name]:
                 continue  # read once more after a replica died
@@ -150,7 +159,8 @@ class TextEvaluation:
 
         The tokens of a text on the Hub are not counted, since that would be to read it twice.
         """
-        chosen: ReadPlan = self.pool.call("route", request, not request.text.startswith("hub:"))
+        count = not request.text.startswith("hub:")
+        chosen = self.pool.call(ReplicaApi.plan_reading, request, count)
         asked = {"model": dict(base), "asked": asdict(request), "text": chosen.fingerprint}
         file = self.folder / "reading.json"
         if file.exists():

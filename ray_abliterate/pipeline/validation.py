@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.evaluation.suites.build import build_suites
@@ -27,7 +27,9 @@ from ray_abliterate.pipeline.suite_runner import (
 from ray_abliterate.search.frontier import Frontier
 
 if TYPE_CHECKING:
+    from ray_abliterate.cluster.object_store import Reference
     from ray_abliterate.cluster.pool import ReplicaPool
+    from ray_abliterate.replica.messages import TrialSetup
 
 REPORT_SECONDS = 2.0
 """How often the state of a suite is shown while it is measured."""
@@ -36,7 +38,7 @@ StartPool = Callable[[Callable[[], bool]], AbstractContextManager["ReplicaPool"]
 """Starts the evaluation's own replicas; its argument says whether they are still wanted."""
 
 
-def validate_after_search(context: RunContext, shared_setup: Any) -> None:
+def validate_after_search(context: RunContext, shared_setup: "Reference[TrialSetup]") -> None:
     """Measure what is missing of the frontier, on all of the run's replicas."""
     settings = context.directory.read_recipe().suites
     if settings:
@@ -46,7 +48,7 @@ def validate_after_search(context: RunContext, shared_setup: Any) -> None:
 
 @contextmanager
 def validate_during_search(
-    context: RunContext, shared_setup: Any
+    context: RunContext, shared_setup: "Reference[TrialSetup]"
 ) -> Iterator[Callable[[Frontier], None]]:
     """Measure the frontier in the background of the block, if the recipe has replicas for it.
 
@@ -68,7 +70,9 @@ def validate_during_search(
 class Validation:
     """Measures the base model, then the members of the frontier, in a thread of its own."""
 
-    def __init__(self, context: RunContext, start: StartPool, shared_setup: Any) -> None:
+    def __init__(
+        self, context: RunContext, start: StartPool, shared_setup: "Reference[TrialSetup]"
+    ) -> None:
         """Build the suites; nothing is measured before the block begins.
 
         Args:

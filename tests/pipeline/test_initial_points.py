@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cluster.tune_search import TuneSearch
 from ray_abliterate.data.builtin.planted_model import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import SearchError
@@ -31,7 +32,7 @@ from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import ModelShape
 from ray_abliterate.search.space import SearchSpace
-from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.finished_runs import FLAGGED, THINGS, InProcessPool
 from tests.support.run_contexts import run_context
 
 RECIPE = """
@@ -65,7 +66,7 @@ def meaningless() -> torch.Tensor:
     return torch.nn.functional.normalize(drawn, dim=-1)
 
 
-class Layers(InProcess):
+class Layers(InProcessPool):
     """Counts layers that are tried, and may give them in another order."""
 
     def __init__(self, replica: Replica) -> None:
@@ -73,9 +74,9 @@ class Layers(InProcess):
         self.tried: list[int] = []
         self.backwards = False
 
-    def map(self, method: str, calls: Any, *rest: Any, **more: Any) -> Iterator[Any]:
+    def map(self, method: Any, calls: Any, *rest: Any, **more: Any) -> Iterator[Any]:
         given = list(reversed(list(calls)) if self.backwards else calls)
-        self.tried += [layer for _, layer, *_ in given] if method == "probe" else []
+        self.tried += [layer for _, layer, *_ in given] if method is ReplicaApi.direction_effect else []
         yield from super().map(method, given, *rest, **more)
 
 
@@ -200,14 +201,14 @@ def test_the_model_is_the_base_model_again_and_its_learning_is_kept(
     before = {name: value.clone() for name, value in replica.model.module.state_dict().items()}
     prompts = tried.sets.scored["kl-divergence"].prompts
     logits = replica.model.next_token_logits(prompts)
-    known = dict(replica.model._known)
+    known = dict(replica.model._stored_batches)
     probe = effect_prompts(tried.recipe, tried.sets.scored)
     first = replica.direction_effect(probe, 2, 3.0, tried.setup)
     assert replica.direction_effect(probe, 2, 3.0, tried.setup) == first
     assert torch.equal(replica.model.next_token_logits(prompts), logits)
     for name, value in replica.model.module.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert replica.model._known == known and known
+    assert replica.model._stored_batches == known and known
     assert not any(block._forward_hooks for block in replica.model.blocks)
 
 

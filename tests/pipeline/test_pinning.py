@@ -56,7 +56,7 @@ def test_a_model_of_the_hub_is_loaded_at_the_commit_that_the_run_began_with(tmp_
         monkeypatch.setattr(module.ReplicaPool, "start", refuse)
     monkeypatch.setattr(chat, "model_source", lambda *_: "")
     monkeypatch.setattr(chat, "Replica", refuse)
-    reading, options = TextRequest("hub:owner/text"), chat.Options("one", 1, None)
+    reading, options = TextRequest("hub:owner/text"), chat.ChatOptions("one", 1, None)
     for load in (
         lambda: run.run(recipe, directory, tmp_path, SilentProgress()),
         lambda: evaluating.evaluate_run(directory, (), (), tmp_path, SilentProgress()),

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cli.app import app
 from ray_abliterate.errors import PromptSourceError, RunDirectoryError, ScoreError
-from ray_abliterate.export.model_card import _direction
+from ray_abliterate.export.model_card import _direction_facts
 from ray_abliterate.pipeline import run
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.extraction import extract, find_directions
@@ -23,7 +24,7 @@ from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import Plan
 from tests.conftest import MODEL_AND_PROMPTS
-from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.finished_runs import FLAGGED, THINGS, InProcessPool
 from tests.support.run_contexts import run_context
 
 RECIPE = (
@@ -48,7 +49,7 @@ NEUTRAL = (*THINGS[:4], "cake", *THINGS[4:6])
 """At 3 and 6, and at 4, stands what belongs into the other set."""
 
 
-class Answers(InProcess):
+class Answers(InProcessPool):
     """Counts batches that are answered, may fail, and may give them in another order."""
 
     def __init__(self, replica: Replica, backwards: bool = False) -> None:
@@ -56,8 +57,8 @@ class Answers(InProcess):
         self.answered: list[tuple[str, int]] = []
         self.backwards, self.fail_at = backwards, -1
 
-    def map(self, method: str, calls: Any, *rest: Any, **more: Any) -> Iterator[Any]:
-        if method != "shows":
+    def map(self, method: Any, calls: Any, *rest: Any, **more: Any) -> Iterator[Any]:
+        if method is not ReplicaApi.shows_behaviour:
             yield from super().map(method, calls, *rest, **more)
             return
         for args in reversed(list(calls)) if self.backwards else calls:
@@ -155,7 +156,7 @@ def test_it_is_said_how_many_and_which_were_left_out(
     page = build_report(filtered.directory)
     assert "2 of 7 prompts are left out" in page[page.index('id="warnings"') :]
     assert filtered.progress.steps[:1] == [(0, 6)] and (6, 6) in filtered.progress.steps
-    sets = _direction(filtered.directory, Plan.nothing())["sets"]
+    sets = _direction_facts(filtered.directory, Plan.nothing())["sets"]
     assert [one["prompts"] for one in sets] == [5, 6]
     assert sets[0]["fingerprint"] == one["fingerprint"][:16]
 

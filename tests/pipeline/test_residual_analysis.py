@@ -21,11 +21,16 @@ from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.extraction import extract
 from ray_abliterate.pipeline.progress import SilentProgress
-from ray_abliterate.pipeline.residual_analysis import compare_run, look, methods_of
+from ray_abliterate.pipeline.residual_analysis import (
+    ResidualAnalysis,
+    analyse_residuals,
+    compare_run,
+    methods_to_compare,
+)
 from ray_abliterate.pipeline.stored_residuals import StoredSet, stored_sets
 from ray_abliterate.recipe import DirectionSettings, Recipe
 from ray_abliterate.report.directions_page import comparison_page
-from ray_abliterate.report.pages import write_comparison, write_look
+from ray_abliterate.report.pages import write_directions, write_residuals
 from ray_abliterate.report.residuals_page import residuals_page
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
@@ -204,7 +209,7 @@ def test_a_prompt_in_the_wrong_set_is_listed(recipe: Recipe, tmp_path: Path) -> 
         ("neutral", 11),
     }
     assert all(0.5 < beyond < 2 for _, _, beyond in misplaced_prompts(found))
-    html = residuals_page([found], "m", "mean-difference", 0, {}, None).html()
+    html = residuals_page(ResidualAnalysis((found,), 0, None, {}), "m", "mean-difference").html()
     assert "Prompts that lie with the other set: 2 of 83" in html
 
 
@@ -222,15 +227,13 @@ def test_residuals_are_shown_beside_the_chosen_trials_strengths(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     directory = a_run(tmp_path / "run", recipe, prompts=40)
-    assert look(directory, None, SilentProgress()).trial is None
+    assert analyse_residuals(directory, None, SilentProgress()).trial is None
     finished(directory)
-    found = look(directory, None, SilentProgress())
+    found = analyse_residuals(directory, None, SilentProgress())
     assert found.trial == 7
     assert found.strengths == {"attn": pytest.approx((0.0, 0.83333, 1.25, 0.83333), abs=1e-4)}
-    page = residuals_page(
-        found.views, "a<b>", "mean-difference", found.best, found.strengths, found.trial
-    )
-    written = write_look(found, page, tmp_path / "out")
+    page = residuals_page(found, "a<b>", "mean-difference")
+    written = write_residuals(found, page, tmp_path / "out")
     html = written.read_text("utf-8")
     assert "a&lt;b&gt;: residuals" in html and "<b>:" not in html
     assert "src=" not in html.partition("<script>")[0] and "where trial 7 edits" in html
@@ -258,16 +261,16 @@ def test_a_layer_without_a_direction_is_shown_without_bars(recipe: Recipe, tmp_p
 
     found = list(view_layers(Same(), Same(), DirectionSettings()))
     assert found[0].held_out is None and found[0].measures["auroc"] == 0.5
-    page = residuals_page(found, "m", "mean-difference", 0, {}, None)
+    page = residuals_page(ResidualAnalysis(tuple(found), 0, None, {}), "m", "mean-difference")
     assert figures(page.html())[-1]["views"][0]["data"] == []
 
 
 def test_a_comparison_is_written_as_numbers_and_as_a_page(recipe: Recipe, tmp_path: Path) -> None:
     directory = a_run(tmp_path / "run", recipe, prompts=40)
-    methods = methods_of(recipe.direction, ("mean-difference", "whitened", "pca-paired"))
+    methods = methods_to_compare(recipe.direction, ("mean-difference", "whitened", "pca-paired"))
     found = compare_run(directory, methods, 2, SilentProgress())
     page = comparison_page(found, "model")
-    html = write_comparison(found, page, directory.path).read_text("utf-8")
+    html = write_directions(found, page, directory.path).read_text("utf-8")
     assert f"Take {found.advice.method}" in html
     assert "pca-paired has no direction here: pca-paired needs sets of equal size" in html
     separation, heat, layers, steady = figures(html)
@@ -284,7 +287,7 @@ def test_a_comparison_is_written_as_numbers_and_as_a_page(recipe: Recipe, tmp_pa
 
 def test_the_same_comparison_again_is_the_same(recipe: Recipe, tmp_path: Path) -> None:
     behaviour, neutral = stored_sets(a_run(tmp_path / "run", recipe, prompts=20))
-    methods = methods_of(recipe.direction, ("mean-difference", "inlp"))
+    methods = methods_to_compare(recipe.direction, ("mean-difference", "inlp"))
     one, other = (compare_methods(behaviour, neutral, methods, 2) for _ in range(2))
     assert one.to_json() == other.to_json()
 
@@ -293,16 +296,16 @@ def test_the_recipes_own_method_keeps_its_options_and_all_share_what_is_spared()
     settings = DirectionSettings(
         method="whitened", options={"shrinkage": 0.3}, project_out_components=2
     )
-    found = methods_of(settings)
+    found = methods_to_compare(settings)
     assert len(found) == 13 and next(iter(found)) == "mean-difference"
     assert found["whitened"] == settings
     assert found["inlp"].options == {} and found["inlp"].project_out_components == 2
     own = DirectionSettings(method="tests.support.own_methods:trimmed_difference")
-    assert [*methods_of(own)][-1] == "tests.support.own_methods:trimmed_difference"
+    assert [*methods_to_compare(own)][-1] == "tests.support.own_methods:trimmed_difference"
     with pytest.raises(RecipeError, match=r"--method whitend: .*Did you mean whitened"):
-        methods_of(settings, ("whitend",))
+        methods_to_compare(settings, ("whitend",))
     with pytest.raises(ScoreError):
-        methods_of(settings, ("no.such:thing",))
+        methods_to_compare(settings, ("no.such:thing",))
 
 
 def test_residuals_of_the_same_prompts_and_model_are_not_extracted_again(

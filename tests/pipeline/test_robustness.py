@@ -22,7 +22,7 @@ from ray_abliterate.pipeline.replicas import record_environment
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.testing.tiny import tiny_model
-from tests.support.finished_runs import FLAGGED, RECIPE, THINGS, InProcess, finish
+from tests.support.finished_runs import FLAGGED, RECIPE, THINGS, InProcessPool, finish
 from tests.support.run_contexts import run_context
 
 SCORERS = (
@@ -63,7 +63,7 @@ def found(
     recipe = Recipe.parse(text, "recipe.toml")
     directory, progress = RunDirectory.create(folder / "run", recipe, text), SilentProgress()
     sets = load_prompts(recipe, directory, folder, progress)
-    pool: Any = InProcess(Replica(recipe, str(model), sets.scored))
+    pool: Any = InProcessPool(Replica(recipe, str(model), sets.scored))
     context = run_context(directory, pool, recipe, progress, folder)
     record_environment(context)
     setup, shards = find_directions(context, sets)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cli.tables import suites_table
 from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
 from ray_abliterate.evaluation.suites.build import build_suites
@@ -22,7 +23,7 @@ from ray_abliterate.replica.messages import TrialSetup
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import Plan
-from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.finished_runs import FLAGGED, THINGS, InProcessPool
 from tests.support.run_contexts import run_context
 
 SUITES = """
@@ -42,7 +43,7 @@ chunk = 3
 """
 
 
-class Counting(InProcess):
+class Counting(InProcessPool):
     """Counts what is measured, and may fail."""
 
     def __init__(self, replica: Replica) -> None:
@@ -50,8 +51,8 @@ class Counting(InProcess):
         self.measured: list[str] = []
         self.fail_at: int | None = None
 
-    def call(self, method: str, *args: Any) -> Any:
-        if method == "measure":
+    def call(self, method: Any, *args: Any) -> Any:
+        if method is ReplicaApi.measure:
             if self.fail_at == len(self.measured):
                 raise ScoreError("as told to")
             self.measured.append(args[1].id)
@@ -93,7 +94,7 @@ def measured(
 ) -> dict[str, Any]:
     kept = SuiteResults(folder / "kept", settings)
     suites = build_suites(settings, folder)
-    runner = SuiteRunner(pool, setup, kept, SilentProgress())
+    runner = SuiteRunner(pool, pool.put(setup), kept, SilentProgress())
     return runner.measure(MeasuredModel(label(trial), plan), suites, settings)
 
 

@@ -9,6 +9,7 @@ import numpy
 import pytest
 from rich.console import Console
 
+from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cli.tables import text_table
 from ray_abliterate.errors import EvaluationChanged, EvaluationError
 from ray_abliterate.evaluation.streaming.reader import TextRequest
@@ -21,7 +22,7 @@ from ray_abliterate.replica.replica import Replica
 from ray_abliterate.replica.unedited_replica import UneditedReplica
 from ray_abliterate.report.text_page import text_page
 from ray_abliterate.search.plan import Plan, Profile
-from tests.support.finished_runs import InProcess
+from tests.support.finished_runs import InProcessPool
 
 NAMED = {"name": "planted", "weights": "its own"}
 
@@ -33,14 +34,14 @@ def text(tmp_path: Path) -> str:
     return str(file)
 
 
-class Stopping(InProcess):
+class Stopping(InProcessPool):
     """Stops after so many chunks."""
 
     left = 10**9
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: Any, *args: Any) -> Any:
         found = super().call(method, *args)
-        return self._until_stopped(found) if method == "read" else found
+        return self._until_stopped(found) if method is ReplicaApi.read else found
 
     def _until_stopped(self, results: Any) -> Any:
         for result in results:
@@ -63,7 +64,7 @@ def read(pool: Stopping, planted_run: Any, tmp_path: Path) -> Any:
     subjects = (BASE_MODEL, MeasuredModel.of(planted_run.trial))
 
     def reads(reading: TextRequest, folder: str = "found") -> TextResults:
-        evaluation = TextEvaluation(pool, setup, tmp_path / folder, SilentProgress())
+        evaluation = TextEvaluation(pool, pool.put(setup), tmp_path / folder, SilentProgress())
         return evaluation.read(reading, subjects, NAMED)
 
     return reads
@@ -94,25 +95,25 @@ def test_base_model_and_trial_read_the_same_text_and_differ(
     assert plain.totals["model"].nats == found.totals["base"].nats
 
 
-class Bare(InProcess):
+class Bare(InProcessPool):
     """The same for a model of no run."""
 
 
 def test_pieces_are_the_texts_own_and_meet_without_a_gap(
     pool: Stopping, text: str, tmp_path: Path
 ) -> None:
-    none = pool.call("route", TextRequest(text, carry="none", chunk_size=16, overlap=4), True)
+    none = pool.call(ReplicaApi.plan_reading, TextRequest(text, carry="none", chunk_size=16, overlap=4), True)
     assert none.chunks == 167 and none.pieces()[:2] == ((0, 16), (16, 16))
     assert sum(count for _, count in none.pieces()) == none.chunks
-    window = pool.call("route", TextRequest(text, carry="window", window=9, chunk_size=8), True)
+    window = pool.call(ReplicaApi.plan_reading, TextRequest(text, carry="window", window=9, chunk_size=8), True)
     layers = pool.replica.model.module.config.num_hidden_layers
     assert window.stretch == max(16, layers * 8)
-    assert pool.call("route", TextRequest(text, carry="kv"), True).pieces() == ((0, None),)
+    assert pool.call(ReplicaApi.plan_reading, TextRequest(text, carry="kv"), True).pieces() == ((0, None),)
     words = tmp_path / "words.txt"
     words.write_text("tell me about the rain " * 40)
-    counted = pool.call("route", TextRequest(str(words), carry="none", chunk_size=32), True)
+    counted = pool.call(ReplicaApi.plan_reading, TextRequest(str(words), carry="none", chunk_size=32), True)
     assert counted.tokens is not None and counted.tokens >= 200
-    assert pool.call("route", TextRequest(str(words), carry="none"), False).stretch is None
+    assert pool.call(ReplicaApi.plan_reading, TextRequest(str(words), carry="none"), False).stretch is None
 
 
 @pytest.mark.parametrize("carry", ["kv", "window", "none"])
@@ -169,13 +170,13 @@ def test_a_trial_begins_where_its_edit_does_with_states_of_the_base_model(
     profiles = tuple((name, Profile(1.0, 3.0, 1.0, 1.0)) for name, _ in first.plan.profiles)
     later = MeasuredModel("trial-1", replace(first.plan, profiles=profiles))
     setup = TrialSetup(directory.directions(), (), directory.tuning())
-    assert pool.call("begins", later.plan, setup) > 0
+    assert pool.call(ReplicaApi.first_edited_block, later.plan, setup) > 0
 
     def read(states: float, folder: str) -> dict[str, float]:
         reading = TextRequest(text, carry="kv", chunk_size=500, states=states)
         place = tmp_path / folder
         subjects = (BASE_MODEL, later)
-        evaluation = TextEvaluation(pool, setup, place, SilentProgress())
+        evaluation = TextEvaluation(pool, pool.put(setup), place, SilentProgress())
         found = evaluation.read(reading, subjects, NAMED)
         return {name: totals.nats for name, totals in found.totals.items()}
 
@@ -217,7 +218,7 @@ def test_a_text_shorter_than_its_chunk_is_refused(
     pool: Stopping, read: Any, text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(EvaluationError, match=r"2000 tokens, fewer than chunk_size = 4000"):
-        pool.call("route", TextRequest(text, carry="none", chunk_size=4000), True)
+        pool.call(ReplicaApi.plan_reading, TextRequest(text, carry="none", chunk_size=4000), True)
     few = str(tmp_path / "few.npy")
     numpy.save(few, numpy.arange(5, 95, dtype=numpy.uint16) % 15 + 5)
     found = read(TextRequest(few, carry="none"), "few")

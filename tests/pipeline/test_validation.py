@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_abliterate.cli.progress_display import LineWatch, LiveWatch
+from ray_abliterate.replica.messages import ReplicaApi
+from ray_abliterate.cli.progress_display import LineDisplay, LiveDisplay
 from ray_abliterate.errors import ModelError, ScoreError
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.suite_results import BASE, Finding
@@ -21,7 +22,7 @@ from ray_abliterate.replica.messages import TrialSetup
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.search.plan import Plan
-from tests.support.finished_runs import FLAGGED, InProcess
+from tests.support.finished_runs import FLAGGED, InProcessPool
 from tests.support.run_contexts import run_context
 
 SUITE = {
@@ -35,7 +36,7 @@ SUITE = {
 }
 
 
-class Gated(InProcess):
+class Gated(InProcessPool):
     """Measures a chunk only when the test lets it."""
 
     def __init__(self, replica: Replica) -> None:
@@ -45,8 +46,8 @@ class Gated(InProcess):
         self.began = threading.Semaphore(0)
         self.broken = False
 
-    def call(self, method: str, *args: Any) -> Any:
-        if method == "measure":
+    def call(self, method: Any, *args: Any) -> Any:
+        if method is ReplicaApi.measure:
             _, chunk, plan, _ = args
             self.asked.append((plan == Plan.nothing(), chunk.id))
             self.began.release()
@@ -193,11 +194,11 @@ def test_findings_stand_beside_the_frontier_as_it_grows(planted_run: Any, made: 
         pool.gate.release(2)
         heard(progress, 1)
     found = validation._results.finding(BASE, validation._suites[0])
-    for kind in (LineWatch, LiveWatch):
+    for kind in (LineDisplay, LiveDisplay):
         output = Console(width=160, record=True, quiet=False)
         with kind(output) as shown:
             shown.trial(planted_run.trial, 1, 2, frontier(planted_run.trial))
             shown.finding("trial-0", "asked", found, True)
-            if kind is LiveWatch:
+            if kind is LiveDisplay:
                 output.print(shown._panel())
         assert "asked" in output.export_text()

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from ray_abliterate.cluster.tune_search import TuneSearcher
+from ray_abliterate.cluster.tune_searcher import OutcomeHandlers, TuneSearcher
 from ray_abliterate.errors import ForeignStudyError, ModelError, RunExists
 from ray_abliterate.model.architecture import Writer
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.extraction import find_directions
-from ray_abliterate.pipeline.heretic_study import read_study
-from ray_abliterate.pipeline.import_heretic import components, import_heretic, to_toml
+from ray_abliterate.pipeline.heretic.heretic_study import read_study
+from ray_abliterate.pipeline.heretic.import_study import import_study, matching_components
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.prompt_sets import load_prompts
 from ray_abliterate.pipeline.replicas import record_environment
@@ -27,10 +27,10 @@ from ray_abliterate.search.plan import ModelShape, Plan
 from ray_abliterate.search.space import SearchSpace
 from ray_abliterate.search.study import STUDY_NAME, make_sampler, open_storage, open_study
 from ray_abliterate.testing.tiny import tiny_model
-from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.finished_runs import FLAGGED, THINGS, InProcessPool
 from tests.support.run_contexts import run_context
 
-DATA = Path(__file__).parents[1] / "support" / "heretic"
+DATA = Path(__file__).parents[2] / "support" / "heretic"
 BOTH = pytest.mark.parametrize("version", ["1.4", "master"])
 SHAPE = ModelShape(4, 32, ("attn", "mlp"))
 
@@ -50,7 +50,7 @@ def place(tmp_path, monkeypatch):
 
 
 def taken_over(version: str, folder: Path, model: Path, **options: Any) -> RunDirectory:
-    made = import_heretic(journal(version), folder, SilentProgress(), str(model), **options)
+    made = import_study(journal(version), folder, SilentProgress(), str(model), **options)
     return made.directory
 
 
@@ -139,7 +139,7 @@ def test_the_verdicts_are_heretics(place, planted_folder, version):
     directory = taken_over(version, place / "run", planted_folder)
     recipe, progress = directory.read_recipe(), SilentProgress()
     sets = load_prompts(recipe, directory, directory.read_base(), progress)
-    pool: Any = InProcess(Replica(recipe, str(planted_folder), sets.scored))
+    pool: Any = InProcessPool(Replica(recipe, str(planted_folder), sets.scored))
     context = run_context(directory, pool, recipe, progress)
     record_environment(context)
     setup, _ = find_directions(context, sets)
@@ -147,7 +147,7 @@ def test_the_verdicts_are_heretics(place, planted_folder, version):
     assert [trial["number"] for trial in found["trials"]] == list(range(5))
     for trial, known in zip(waiting(directory), found["trials"], strict=True):
         plan = space(directory).plan(trial.system_attrs["fixed_params"])
-        score = pool.evaluate(plan, setup).scorecard["keyword-rate"]
+        score = pool.replica.evaluate(plan, setup).scorecard["keyword-rate"]
         counted = known["scores"].get("refusals") or known["scores"]["Keywords"]
         assert f"{score.detail['hits']}/{score.detail['total']}" == counted
 
@@ -187,7 +187,7 @@ def test_prompt_sets_of_the_hub_are_named_with_what_is_put_around_them(place, pl
     file = changed(place, old, new.replace("[:4]", "train[:40]"))
     text = file.read_text().replace('\\"column\\":null', '\\"column\\":\\"text\\"')
     file.write_text(text.replace('\\"prefix\\":\\"\\"', '\\"prefix\\":\\"Please\\"'))
-    made = import_heretic(file, place / "run", SilentProgress(), str(planted_folder))
+    made = import_study(file, place / "run", SilentProgress(), str(planted_folder))
     source = made.directory.read_recipe().prompts.behaviour
     assert (source.dataset, source.revision, source.column) == ("owner/set", "abc", "text")
     assert source.split == "train[:40]" and source.prefix == "Please "
@@ -220,27 +220,25 @@ def test_toml_holds_what_it_was_made_of():
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused(place, planted_folder, old, new, words):
     with pytest.raises(ForeignStudyError, match=words):
-        import_heretic(
-            changed(place, old, new), place / "run", SilentProgress(), str(planted_folder)
-        )
+        import_study(changed(place, old, new), place / "run", SilentProgress(), str(planted_folder))
     assert not (place / "run").exists()
 
 
 def test_another_plugin_as_scorer_is_refused(place, planted_folder):
     file = changed(place, "heretic.scorers.keyword_rate.KeywordRate", "mine.Own", "master")
     with pytest.raises(ForeignStudyError, match=r"scorer mine\.Own"):
-        import_heretic(file, place / "run", SilentProgress(), str(planted_folder))
+        import_study(file, place / "run", SilentProgress(), str(planted_folder))
 
 
 def test_files_that_are_no_journal_and_models_that_are_not_there_are_named(place, planted_folder):
     for data in (b"not a journal\nat all\n", b"", b'{"op_code": 4}\n{"x": 1}\n'):
         (place / "x.jsonl").write_bytes(data)
         with pytest.raises(ForeignStudyError, match=r"x\.jsonl"):
-            import_heretic(place / "x.jsonl", place / "run", SilentProgress())
+            import_study(place / "x.jsonl", place / "run", SilentProgress())
     with pytest.raises(ForeignStudyError, match="is not there"):
-        import_heretic(place / "y.jsonl", place / "run", SilentProgress())
+        import_study(place / "y.jsonl", place / "run", SilentProgress())
     with pytest.raises(ModelError, match="--model"):
-        import_heretic(journal("1.4"), place / "run", SilentProgress(), str(place / "nowhere"))
+        import_study(journal("1.4"), place / "run", SilentProgress(), str(place / "nowhere"))
     taken_over("1.4", place / "run", planted_folder)
     with pytest.raises(RunExists):
         taken_over("1.4", place / "run", planted_folder)
@@ -251,9 +249,7 @@ def test_a_torn_journal_is_read_up_to_there_and_left_as_it_is(place, planted_fol
     end = data.index(b'"trial_id":3')
     torn = data[: end + 20]
     (place / "torn.jsonl").write_bytes(torn)
-    made = import_heretic(
-        place / "torn.jsonl", place / "run", SilentProgress(), str(planted_folder)
-    )
+    made = import_study(place / "torn.jsonl", place / "run", SilentProgress(), str(planted_folder))
     assert len(made.trials) == 3 and made.study.unfinished == 1
     assert (place / "torn.jsonl").read_bytes() == torn
     assert not list(place.glob("torn.jsonl.*"))
@@ -270,18 +266,18 @@ def test_components_are_those_that_edit_the_same_matrices():
         writer("mlp", "mlp.down_proj"), writer("experts", "mlp.experts.down_proj"),
         writer("shared_experts", "mlp.shared_expert.down_proj"),
     ]  # fmt: skip
-    assert components(known, theirs) == {
+    assert matching_components(known, theirs) == {
         "attn": "attn.o_proj", "linear_attn": "attn.o_proj", "mlp": "mlp.down_proj",
         "experts": None, "shared_experts": None,
     }  # fmt: skip
-    assert components([writer("experts", "mlp.experts.7.down_proj")], theirs) == {
+    assert matching_components([writer("experts", "mlp.experts.7.down_proj")], theirs) == {
         "experts": "mlp.down_proj"
     }
     mixed = [writer("mlp", "mlp.down_proj"), writer("mlp", "mlp.other")]
     with pytest.raises(ForeignStudyError, match="as a whole"):
-        components(mixed, theirs)
+        matching_components(mixed, theirs)
     with pytest.raises(ForeignStudyError, match="as a whole"):
-        components([writer("mlp", "mlp.down_proj")], ("attn.o_proj",))
+        matching_components([writer("mlp", "mlp.down_proj")], ("attn.o_proj",))
 
 
 def test_a_study_of_a_mixture_of_experts_leaves_stacked_experts_alone(place):
@@ -289,7 +285,7 @@ def test_a_study_of_a_mixture_of_experts_leaves_stacked_experts_alone(place):
     tiny_model("mixtral", layers=4).config.save_pretrained(place / "moe")
     lines = journal("1.4").read_text().splitlines(keepends=True)
     (place / "moe.jsonl").write_text("".join(x for x in lines if '"param_name":"mlp' not in x))
-    directory = import_heretic(
+    directory = import_study(
         place / "moe.jsonl", place / "run", SilentProgress(), str(place / "moe")
     ).directory
     assert any("leaves experts alone" in note for note in directory.foreign()["notes"])

@@ -6,7 +6,6 @@ scores the plans anew, in parallel: those of Heretic's Pareto front first, so th
 stopped early.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ray_abliterate.errors import ForeignStudyError, ModelError
 from ray_abliterate.model.architecture import Writer, find_writers, hidden_size, text_config
 from ray_abliterate.model.skeleton import build_skeleton
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.heretic_study import (
+from ray_abliterate.pipeline.heretic.heretic_study import (
     ForeignTrial,
     HereticStudy,
     read_study,
@@ -25,6 +24,7 @@ from ray_abliterate.pipeline.heretic_study import (
 )
 from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.recipe import Recipe
+from ray_abliterate.recipe.toml_writer import to_toml
 from ray_abliterate.search.plan import ModelShape
 from ray_abliterate.search.space import SearchSpace
 
@@ -49,7 +49,7 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_heretic(
+def import_study(
     journal: Path, to: Path, progress: Progress, model: str | None = None, front_only: bool = False
 ) -> Imported:
     """Make a run directory of a study's journal, which is left as it is.
@@ -75,7 +75,7 @@ def import_heretic(
             f"the study is of a model with {study.last_layer + 1} layers, and "
             f"{values['model']['name']} has {shape.layers}.\n  Name the right one with --model."
         )
-    sources = components(writers, study.components)
+    sources = matching_components(writers, study.components)
     trials = study.trials[: study.front] if front_only else study.trials
     values["search"] |= {"trials": len(trials), "space": space_values(study, sources)}
     notes = tuple(_notes(study, values, writers, sources))
@@ -101,7 +101,7 @@ def import_heretic(
 # Components and plans
 
 
-def components(writers: Sequence[Writer], theirs: Sequence[str]) -> dict[str, str | None]:
+def matching_components(writers: Sequence[Writer], theirs: Sequence[str]) -> dict[str, str | None]:
     """For each of our components the one of Heretic's that edits the same matrices.
 
     None where Heretic edits none of them: stacked experts, for instance.
@@ -157,7 +157,7 @@ def space_values(study: HereticStudy, sources: Mapping[str, str | None]) -> dict
         low, high = study.bounds[name]
         return [round(low / last, 12), round(high / last, 12)]
 
-    space: dict[str, Any] = {"direction_layer": share("direction_index"), "components": {}}
+    space: dict[str, Any] = {"direction_layer": share("direction_index"), "matching_components": {}}
     for ours, theirs in sources.items():
         if theirs is None:
             ranges = {"peak": list(OFF), "peak_layer": [0.6, 1.0], "reach": [0.0, 1.0]}
@@ -168,7 +168,7 @@ def space_values(study: HereticStudy, sources: Mapping[str, str | None]) -> dict
                 "floor": list(study.bounds[f"{theirs}.min_weight"]),
                 "reach": share(f"{theirs}.min_weight_distance"),
             }
-        space["components"][ours] = ranges
+        space["matching_components"][ours] = ranges
     return space
 
 
@@ -238,26 +238,3 @@ def _notes(
         yield "the journal doesn't hold Heretic's own list of markers; ours is used"
     if len(study.settings.get("dtypes", ())) > 1:
         yield f"the journal doesn't say which dtype was used; taking {values['model']['dtype']}"
-
-
-def to_toml(values: Mapping[str, Any]) -> str:
-    """A recipe's values as TOML text: a table for each section, the rest inline."""
-    lines = []
-    for section, own in values.items():
-        for table in own if isinstance(own, list) else [own]:
-            lines += ["", f"[[{section}]]" if isinstance(own, list) else f"[{section}]"]
-            lines += [f"{_key(name)} = {_inline(value)}" for name, value in table.items()]
-    return "\n".join([*lines, ""])
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(k)} = {_inline(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_inline, value)) + "]"
-    # JSON's strings, numbers and truth values are TOML's, but for this character
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name)
