@@ -1,6 +1,6 @@
-"""Asks a model itself, on a short made-up text, what it carries from pass to pass, and how well.
+"""Checks on the model itself what it can carry from pass to pass, on a short made-up text.
 
-No family is believed by its name: transformers 5.23 drops the state of some recurrent models when a
+No family is trusted by its name: transformers 5.23 drops the state of some recurrent models when a
 pass after the first has more than one token.
 """
 
@@ -18,299 +18,330 @@ from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
 from ray_abliterate.evaluation.streaming.runners import ModuleRunner, Runner, StatefulRunner
 
 TOKENS = 32
+"""Tokens of the made-up text."""
 SHARES = (0.27, 0.44, 0.02, 0.27)
-"""Parts of the text that the passes get: several tokens after the first, and a single one."""
+"""Shares of the text that its passes get: after the first, one of several tokens, and one of a
+single token."""
 WINDOW = 5
-"""Of the check; shorter than each long part, so that a pass reaches over its own edge."""
+"""Window of the check: shorter than each long pass, so that attention crosses the pass's edge."""
 SLICE = 7
 """Positions whose logits are computed at a time."""
 EXACT, HALF = 1e-3, 0.1
-"""Limits, as shares of what forgetting changes, in float32 and in half precision."""
+"""Differences that count as rounding, as shares of what forgetting the context changes: in float32,
+and in half precision."""
 FLOOR = 0.3
-"""Nats that these are shares of at least: losses are of that size, and so is their rounding."""
+"""Nats that the limits are at least shares of: losses are of that size, and so is their
+rounding."""
 SINGLE = (
-    "several tokens after the first pass give other losses than one full pass (their state is "
-    "dropped by the model's code); one token at a time is right, and slow"
+    "several tokens after the first pass give losses that differ from one full pass (the model's "
+    "code drops their state); one token at a time is exact, and slow"
 )
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model can carry.
+    """What a model can carry from chunk to chunk.
 
     Attributes:
-        memory: What its cache is made of.
-        per_pass: By carry: tokens a pass may have after the first one; 0 for any number.
-        refused: By carry: why it can't be.
-        notes: What else was found.
+        cache_layers: The kinds of layers that its cache has.
+        pass_limits: For each context it can carry, the tokens that a pass may have after the
+            first one; 0 for any number.
+        refused: For each context it cannot carry, the reason.
+        notes: What else the user should know.
     """
 
-    memory: CacheLayers
-    per_pass: dict[CarriedContext, int]
+    cache_layers: CacheLayers
+    pass_limits: dict[CarriedContext, int]
     refused: dict[CarriedContext, str]
     notes: tuple[str, ...] = ()
 
-    @property
-    def constant(self) -> bool:
-        """Whether what it keeps of a text has a size of its own, whatever the text's."""
-        return CarriedContext.STATE in self.per_pass or not (self.memory.full or self.memory.opaque)
 
-
-def check_capabilities(runner: Runner, reach: int | None) -> Capabilities:
+def check_capabilities(runner: Runner, position_limit: int | None) -> Capabilities:
     """Check everything that a model could carry.
 
     Args:
-        runner: The model; left as if it had seen nothing.
-        reach: Positions that it has, if there is a table of them.
+        runner: The model; afterwards it has forgotten the check's text.
+        position_limit: Positions that the model has, if there is a table of them.
     """
-    count = min(TOKENS, reach or TOKENS) - 1
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, runner.vocab, (count + 1,), generator=draw)
+    count = min(TOKENS, position_limit or TOKENS) - 1
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, runner.vocab, (count + 1,), generator=generator)
     try:
         if isinstance(runner, StatefulRunner):
-            return _stateful(runner, ids)
+            return _check_stateful(runner, ids)
         assert isinstance(runner, ModuleRunner)
-        return _module(runner, ids)
+        return _check_module(runner, ids)
     finally:
         runner.begin()
 
 
-def _stateful(runner: StatefulRunner, ids: Tensor) -> Capabilities:
-    """A state of the model's own: its one-call losses are what it is held to."""
-    full = _read(runner, ids, [len(ids) - 1])
-    per_pass, why = _carrying(runner, ids, full, EXACT)
+def _check_stateful(runner: StatefulRunner, ids: Tensor) -> Capabilities:
+    """Check a model with a state of its own against its losses in a single call."""
+    reference = _losses(runner, ids, [len(ids) - 1])
+    pass_limit, why_not = _check_carrying(runner, ids, reference, EXACT)
     none = {CarriedContext.NONE: 0}
-    kept = "the model carries a state of its own, not keys and values that could be bounded"
-    refused = {CarriedContext.KV: kept, CarriedContext.WINDOW: kept}
-    if why:
-        return Capabilities(CacheLayers(opaque=True), none, {**refused, CarriedContext.STATE: why})
-    return Capabilities(CacheLayers(recurrent=1), {**none, CarriedContext.STATE: per_pass}, refused)
+    no_cache = "the model carries a state of its own, not keys and values that could be bounded"
+    refused = {CarriedContext.KV: no_cache, CarriedContext.WINDOW: no_cache}
+    if why_not:
+        refused = {**refused, CarriedContext.STATE: why_not}
+        return Capabilities(CacheLayers(opaque=True), none, refused)
+    pass_limits = {**none, CarriedContext.STATE: pass_limit}
+    return Capabilities(CacheLayers(recurrent=1), pass_limits, refused)
 
 
-def _module(runner: ModuleRunner, ids: Tensor) -> Capabilities:
+def _check_module(runner: ModuleRunner, ids: Tensor) -> Capabilities:
+    """Check a model of transformers; switch off what the runner can't do with it."""
     notes = []
-    full = _full(runner, ids)
+    reference = _reference_losses(runner, ids)
     dtype = next(runner.module.parameters()).dtype
     limit = EXACT if dtype in (torch.float32, torch.float64) else HALF
-    if missing := _no_cache(runner, ids):
+    if no_cache := _why_no_cache(runner, ids):
         runner.cache_name = ""
-    if runner.head_slices and (why := _wrong_head(runner, ids, full, limit)):
-        runner.head_slices = False
-        notes.append(f"logits exist for whole passes: {why}")
+    if runner.slices_logits and (why_not := _why_no_slices(runner, ids, reference, limit)):
+        runner.slices_logits = False
+        notes.append(f"logits exist for whole passes: {why_not}")
     if not runner.cache_name:
-        runner.splits = False
-        refused = dict.fromkeys(_CARRIED, missing)
-        return Capabilities(
-            CacheLayers(opaque=True), {CarriedContext.NONE: 0}, refused, tuple(notes)
-        )
-    per_pass, why = _carrying(runner, ids, full, limit)
-    memory = CacheLayers.of(runner.cache)
-    able, refused = {CarriedContext.NONE: 0}, dict[CarriedContext, str]()
-    own, other = _names(memory)
-    if why:
-        refused |= {CarriedContext.KV: why, CarriedContext.STATE: why}
+        runner.multi_pass = False
+        refused = dict.fromkeys(_CARRYING, no_cache)
+        pass_limits = {CarriedContext.NONE: 0}
+        return Capabilities(CacheLayers(opaque=True), pass_limits, refused, tuple(notes))
+    pass_limit, why_not = _check_carrying(runner, ids, reference, limit)
+    layers = CacheLayers.of(runner.cache)
+    pass_limits, refused = {CarriedContext.NONE: 0}, dict[CarriedContext, str]()
+    exact, other = _exact_context(layers)
+    if why_not:
+        refused |= {CarriedContext.KV: why_not, CarriedContext.STATE: why_not}
+        window_limit, no_window = 0, why_not
     else:
-        able[own] = per_pass
-        refused[other] = _not_its_kind(other, memory)
-    window, no_window = (0, why) if why else _windowed(runner, ids, full, memory, per_pass, limit)
+        pass_limits[exact] = pass_limit
+        refused[other] = _why_not_exact(other, layers)
+        window_limit, no_window = _check_window(runner, ids, reference, layers, pass_limit, limit)
     if no_window:
         refused[CarriedContext.WINDOW] = no_window
     else:
-        able[CarriedContext.WINDOW] = window
-    return Capabilities(memory, able, refused, tuple(notes))
+        pass_limits[CarriedContext.WINDOW] = window_limit
+    return Capabilities(layers, pass_limits, refused, tuple(notes))
 
 
-_CARRIED = (CarriedContext.KV, CarriedContext.WINDOW, CarriedContext.STATE)
+_CARRYING = (CarriedContext.KV, CarriedContext.WINDOW, CarriedContext.STATE)
 
 
-def _names(memory: CacheLayers) -> tuple[CarriedContext, CarriedContext]:
-    """What the cache of such a model is called, and what it is not."""
-    states = memory.recurrent and not memory.full
-    return (
-        (CarriedContext.STATE, CarriedContext.KV)
-        if states or memory.opaque
-        else (CarriedContext.KV, CarriedContext.STATE)
-    )
+def _exact_context(layers: CacheLayers) -> tuple[CarriedContext, CarriedContext]:
+    """Return which of `kv` and `state` names a cache of such layers, and which does not."""
+    recurrent = layers.recurrent and not layers.full
+    if recurrent or layers.opaque:
+        return CarriedContext.STATE, CarriedContext.KV
+    return CarriedContext.KV, CarriedContext.STATE
 
 
-def _not_its_kind(carry: CarriedContext, memory: CacheLayers) -> str:
+def _why_not_exact(carry: CarriedContext, layers: CacheLayers) -> str:
     if carry is CarriedContext.KV:
         return "the model keeps a recurrent state; carry = state is the exact one"
-    if memory.recurrent:
+    if layers.recurrent:
         return (
-            f"{memory.full} of its layers have full attention, whose keys and values grow with the "
-            "text; carry = kv is exact, carry = window constant"
+            f"{layers.full} of its layers have full attention, whose keys and values grow with the "
+            "text; carry = kv is exact, carry = window takes constant memory"
         )
     return "the model has no recurrent state; carry = kv is the exact one"
 
 
-def _full(runner: ModuleRunner, ids: Tensor) -> Tensor:
-    """Losses of one plain forward pass, without any of our ways."""
+def _reference_losses(runner: ModuleRunner, ids: Tensor) -> Tensor:
+    """Return the losses of one plain forward pass, without anything of the runner's."""
     with torch.inference_mode():
         fed = ids[None, :-1].to(runner.device)
         logits = runner.module(input_ids=fed, use_cache=False).logits[0].float()
     return torch.nn.functional.cross_entropy(logits.cpu(), ids[1:], reduction="none")
 
 
-def _no_cache(runner: ModuleRunner, ids: Tensor) -> str:
-    """Why nothing of a text can be kept; empty if it can."""
+def _why_no_cache(runner: ModuleRunner, ids: Tensor) -> str:
+    """Return why the model can't remember anything of a text; empty if it can."""
     if not runner.cache_name:
         return "the model takes no cache"
     runner.begin()
     try:
-        for part in torch.split(ids, _parts(len(ids))):
+        for part in torch.split(ids, _pass_sizes(len(ids))):
             runner.feed(part, ids[:0])
-    except (*_ANY, EvaluationError) as error:
+    except (*_MODEL_ERRORS, EvaluationError) as error:
         return first_line(error)
     return ""
 
 
-def _wrong_head(runner: ModuleRunner, ids: Tensor, full: Tensor, limit: float) -> str:
-    """Why logits can't be made from slices of hidden states; empty if they can."""
-    rows, runner.rows = runner.rows, SLICE
+def _why_no_slices(runner: ModuleRunner, ids: Tensor, reference: Tensor, limit: float) -> str:
+    """Return why logits can't be made from slices of hidden states; empty if they can."""
+    rows, runner.logit_rows = runner.logit_rows, SLICE
     try:
-        sliced = _read(runner, ids, [len(ids) - 1])
-    except (*_ANY, EvaluationError) as error:
+        sliced = _losses(runner, ids, [len(ids) - 1])
+    except (*_MODEL_ERRORS, EvaluationError) as error:
         return first_line(error)
     finally:
-        runner.rows = rows
-    return "" if same(sliced, full, full, limit) else "slices give other losses"
+        runner.logit_rows = rows
+    equal = equal_but_for_rounding(sliced, reference, reference, limit)
+    return "" if equal else "slices give other losses"
 
 
-_ANY = (RuntimeError, TypeError, AttributeError, KeyError, ValueError, IndexError)
-"""What a model's code may raise when it is asked for what it was not made for."""
+_MODEL_ERRORS = (RuntimeError, TypeError, AttributeError, KeyError, ValueError, IndexError)
+"""What a model's code may raise when it is used in a way it was not made for."""
 
 
-def _carrying(runner: Runner, ids: Tensor, full: Tensor, limit: float) -> tuple[int, str]:
-    """Tokens that a pass may have after the first, 0 for any number; or why nothing is carried."""
-    parts = _parts(len(ids) - 1)
-    effect = _apart(runner, ids, parts) - full
-    why, right = _try(lambda: _rolled_back(runner, ids, parts), full, effect, limit)
-    if right:
+def _check_carrying(
+    runner: Runner, ids: Tensor, reference: Tensor, limit: float
+) -> tuple[int, str]:
+    """Return how many tokens a pass may have after the first, or why nothing can be carried.
+
+    0 stands for any number of tokens.
+    """
+    sizes = _pass_sizes(len(ids) - 1)
+    effect = _losses_without_context(runner, ids, sizes) - reference
+    why_not, equal = _compare(
+        lambda: _losses_with_rollback(runner, ids, sizes), reference, effect, limit
+    )
+    if equal:
         return 0, ""
-    _, right = _try(lambda: _read(runner, ids, [1] * (len(ids) - 1)), full, effect, limit)
-    return (1, "") if right else (0, why or "passes in a row give other losses than one full pass")
+    one_by_one = [1] * (len(ids) - 1)
+    _, equal = _compare(lambda: _losses(runner, ids, one_by_one), reference, effect, limit)
+    if equal:
+        return 1, ""
+    return 0, why_not or "passes in a row give other losses than one full pass"
 
 
-def _windowed(
+def _check_window(
     runner: ModuleRunner,
     ids: Tensor,
-    full: Tensor,
-    memory: CacheLayers,
-    per_pass: int,
+    reference: Tensor,
+    layers: CacheLayers,
+    pass_limit: int,
     limit: float,
 ) -> tuple[int, str]:
-    """The same for a bounded window, held to token by token, where no mask is needed."""
-    if memory.opaque or not (memory.full or memory.bounded):
-        return 0, "the model has no attention; carry = state is exact and constant"
+    """Check a bounded window as `_check_carrying` does.
+
+    The text is compared with itself token by token, where no mask is needed: the cache alone bounds
+    what a token sees.
+    """
+    if layers.opaque or not (layers.full or layers.bounded):
+        return 0, "the model has no attention; carry = state is exact and takes constant memory"
     runner.window = WINDOW
     try:
-        single = _read(runner, ids, [1] * (len(ids) - 1))
-        if per_pass == 1:
+        single = _losses(runner, ids, [1] * (len(ids) - 1))
+        if pass_limit == 1:
             return 1, ""
-        # single tokens have code of their own in recurrent models, a little off in some
-        wanted = HALF if memory.recurrent else limit
-        parts = _parts(len(ids) - 1)
-        why, right = _try(lambda: _rolled_back(runner, ids, parts), single, single - full, wanted)
-    except _ANY as error:
+        # recurrent models have separate code for single tokens, which is a little off in some
+        window_limit = HALF if layers.recurrent else limit
+        sizes = _pass_sizes(len(ids) - 1)
+        why_not, equal = _compare(
+            lambda: _losses_with_rollback(runner, ids, sizes),
+            single,
+            single - reference,
+            window_limit,
+        )
+    except _MODEL_ERRORS as error:
         return 0, f"its cache can't be bounded ({first_line(error)})"
     finally:
         runner.window = None
         runner.begin()
-    return 0, "" if right else why or "its attention does not heed the window"
+    return 0, "" if equal else why_not or "its attention does not heed the window"
 
 
 def can_begin_at(runner: ModuleRunner, layer: int) -> bool:
-    """Whether passes that begin at a block give the same to the last bit; in the carry that is set.
+    """Return whether passes that begin at a block give the same losses to the last bit.
+
+    The context that is set on the runner is the one that is checked.
 
     Args:
-        runner: The model; left as if it had seen nothing.
+        runner: The model; afterwards it has forgotten the check's text.
         layer: The block.
     """
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, runner.vocab, (TOKENS,), generator=draw)
-    sizes = _parts(TOKENS - 1) if runner.splits else [TOKENS - 1]
-    answers: list[Any] = []
-    handle = runner.blocks[layer - 1].register_forward_hook(lambda _m, _a, out: answers.append(out))
-    runner.start, runner.record = 0, (layer,)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, runner.vocab, (TOKENS,), generator=generator)
+    sizes = _pass_sizes(TOKENS - 1) if runner.multi_pass else [TOKENS - 1]
+    outputs: list[Any] = []
+    handle = runner.blocks[layer - 1].register_forward_hook(lambda _m, _a, out: outputs.append(out))
+    runner.start_block, runner.recorded_blocks = 0, (layer,)
     try:
-        whole, states = _begun(runner, ids, sizes, layer, None)
-        runner.in_tuples = isinstance(answers[0], tuple)
-        runner.start, runner.record = layer, ()
-        return torch.equal(whole, _begun(runner, ids, sizes, layer, states)[0])
-    except (*_ANY, EvaluationError):
+        reference, states = _losses_and_inputs(runner, ids, sizes, None)
+        runner.blocks_return_tuples = isinstance(outputs[0], tuple)
+        runner.start_block, runner.recorded_blocks = layer, ()
+        return torch.equal(reference, _losses_and_inputs(runner, ids, sizes, states)[0])
+    except (*_MODEL_ERRORS, EvaluationError):
         return False
     finally:
         handle.remove()
-        runner.start, runner.record, runner.states = 0, (), None
+        runner.start_block, runner.recorded_blocks, runner.start_states = 0, (), None
         runner.begin()
 
 
-def _begun(
-    runner: ModuleRunner, ids: Tensor, parts: Sequence[int], layer: int, states: Tensor | None
+def _losses_and_inputs(
+    runner: ModuleRunner, ids: Tensor, sizes: Sequence[int], states: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses, and the inputs of a block; in passes that begin there if they are given."""
+    """Return the losses of a text, and the recorded inputs of a block, `"token hidden"`.
+
+    Passes begin at the runner's block if its inputs `states` are given.
+    """
     runner.begin()
-    found, inputs, at = [], [], 0
-    for size in parts:
-        runner.states = None if states is None else states[at : at + size]
-        found.append(runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1]))
-        inputs += [own[0] for own in runner.inputs.values()]
+    losses, inputs, at = [], [], 0
+    for size in sizes:
+        runner.start_states = None if states is None else states[at : at + size]
+        losses.append(runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1]))
+        inputs += [recorded[0] for recorded in runner.block_inputs.values()]
         at += size
-    return torch.cat(found), torch.cat(inputs) if inputs else torch.empty(0)
+    return torch.cat(losses), torch.cat(inputs) if inputs else torch.empty(0)
 
 
-def _try(
-    read: Callable[[], Tensor], wanted: Tensor, effect: Tensor, limit: float
+def _compare(
+    measure: Callable[[], Tensor], reference: Tensor, effect: Tensor, limit: float
 ) -> tuple[str, bool]:
-    """What went wrong, if something was raised; whether the losses are those that are wanted."""
+    """Return what the model raised, if anything, and whether its losses equal the reference."""
     try:
-        return "", same(read(), wanted, effect, limit)
-    except _ANY as error:
+        return "", equal_but_for_rounding(measure(), reference, effect, limit)
+    except _MODEL_ERRORS as error:
         return first_line(error), False
 
 
-def same(found: Tensor, wanted: Tensor, effect: Tensor, limit: float) -> bool:
-    """Equal but for rounding: root mean square against what forgetting the context changes; a
-    model that context hardly matters to may differ by a quarter of that, up to `FLOOR`."""
-    away, whole = (float(x.square().mean().sqrt()) for x in (found - wanted, effect))
-    return away <= max(limit * whole, min(FLOOR * limit, whole / 4))
+def equal_but_for_rounding(losses: Tensor, reference: Tensor, effect: Tensor, limit: float) -> bool:
+    """Return whether two tensors of losses are equal but for rounding.
+
+    Their root mean square difference is compared with `limit` times that of `effect`, which is what
+    forgetting the context changes. Where context hardly matters to a model, a quarter of the effect
+    may be rounding, up to `FLOOR * limit` nats.
+    """
+    difference, whole = (float(x.square().mean().sqrt()) for x in (losses - reference, effect))
+    return difference <= max(limit * whole, min(FLOOR * limit, whole / 4))
 
 
-def _parts(count: int) -> list[int]:
+def _pass_sizes(count: int) -> list[int]:
+    """Return the sizes of four passes over `count` tokens, as `SHARES` says."""
     sizes = [max(1, int(share * count)) for share in SHARES[:-1]]
     return [*sizes, count - sum(sizes)]
 
 
-def _read(runner: Runner, ids: Tensor, parts: Sequence[int]) -> Tensor:
-    """Losses of a text that comes in passes of these sizes."""
+def _losses(runner: Runner, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the losses of a text that is fed in passes of these sizes."""
     runner.begin()
-    found, at = [], 0
-    for size in parts:
-        found.append(runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1]))
+    losses, at = [], 0
+    for size in sizes:
+        losses.append(runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1]))
         at += size
-    return torch.cat(found)
+    return torch.cat(losses)
 
 
-def _rolled_back(runner: Runner, ids: Tensor, parts: Sequence[int]) -> Tensor:
-    """The same, each pass done twice: what comes back must be what was there."""
+def _losses_with_rollback(runner: Runner, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the same, with each pass undone and run again, so that restoring is checked too."""
     runner.begin()
-    found, at = [], 0
-    for size in parts:
-        kept = runner.snapshot()
+    losses, at = [], 0
+    for size in sizes:
+        snapshot = runner.snapshot()
         for _ in range(2):
-            runner.restore(kept)
-            losses = runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1])
-        found.append(losses)
+            runner.restore(snapshot)
+            of_pass = runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1])
+        losses.append(of_pass)
         at += size
-    return torch.cat(found)
+    return torch.cat(losses)
 
 
-def _apart(runner: Runner, ids: Tensor, parts: Sequence[int]) -> Tensor:
-    """The same, with everything forgotten before each pass."""
-    found, at = [], 0
-    for size in parts:
+def _losses_without_context(runner: Runner, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the same, with everything forgotten before each pass."""
+    losses, at = [], 0
+    for size in sizes:
         runner.begin()
-        found.append(runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1]))
+        losses.append(runner.feed(ids[at : at + size], ids[at + 1 : at + size + 1]))
         at += size
-    return torch.cat(found)
+    return torch.cat(losses)

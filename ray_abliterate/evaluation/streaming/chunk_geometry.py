@@ -8,13 +8,13 @@ from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Where a chunk lies in the text, in tokens.
+    """Where one chunk lies in the text, in tokens.
 
     Attributes:
         index: Number of the chunk.
-        first: The first token that is fed.
-        start: The first of its own tokens; those before are context.
-        stop: One after its last.
+        first: The first token that is fed to the model.
+        start: The first token that belongs to the chunk; those before it are context.
+        stop: One after the chunk's last token.
     """
 
     index: int
@@ -31,6 +31,9 @@ class ChunkGeometry:
         carry: What a chunk knows of the text before it.
         chunk_size: Tokens of a chunk, the overlap included.
         overlap: Tokens of a chunk that are context only; they belong to the chunk before.
+
+    Raises:
+        EvaluationError: the sizes are impossible, or contradict what is carried.
     """
 
     carry: CarriedContext
@@ -49,8 +52,8 @@ class ChunkGeometry:
             )
         if self.overlap and self.carry is not CarriedContext.NONE:
             raise EvaluationError(
-                f"overlap = {self.overlap} with carry = {self.carry.value}: what is carried is the "
-                "context already.\n  Set overlap = 0, or carry = none."
+                f"overlap = {self.overlap} with carry = {self.carry.value}: what is carried is "
+                "already the context.\n  Set overlap = 0, or carry = none."
             )
         if self.overlap >= self.chunk_size:
             raise EvaluationError(
@@ -60,22 +63,24 @@ class ChunkGeometry:
 
     @property
     def stride(self) -> int:
-        """New tokens of each chunk but the first."""
+        """Return the number of new tokens in each chunk but the first."""
         return self.chunk_size - self.overlap
 
     def span(self, index: int) -> TokenSpan:
-        """Chunk number `index`, if the text reaches that far."""
+        """Return where chunk number `index` lies, if the text reaches that far."""
         begin = index * self.stride
         stop, start = begin + self.chunk_size, begin + (self.overlap if index else 0)
         if self.carry is CarriedContext.NONE:
             return TokenSpan(index, begin, start, stop)
+        # the token before the chunk has been held back: its output predicts the chunk's first one
         return TokenSpan(index, max(start - 1, 0), start, stop)
 
     def chunks(self, tokens: int) -> int:
-        """How many chunks a text of so many tokens makes."""
+        """Return how many chunks a text of `tokens` tokens makes."""
         if tokens < 2:
             return 0
-        beyond = max(0, tokens - self.chunk_size)
-        count = 1 + -(-beyond // self.stride)
-        alone = count > 1 and self.carry is CarriedContext.NONE and not self.overlap
-        return count - (alone and beyond % self.stride == 1)
+        beyond_first = max(0, tokens - self.chunk_size)
+        count = 1 + -(-beyond_first // self.stride)
+        # an independent chunk of one token has nothing to predict
+        isolated = count > 1 and self.carry is CarriedContext.NONE and not self.overlap
+        return count - (isolated and beyond_first % self.stride == 1)

@@ -1,4 +1,4 @@
-"""One chunk through a model, in as many passes as memory asks for. Knows no texts."""
+"""Reads one chunk with a model, in as many passes as memory requires. Knows no texts."""
 
 import logging
 import math
@@ -23,164 +23,194 @@ log = logging.getLogger(__name__)
 
 
 class PassSize:
-    """Tokens of a pass that fit: by what they cost, and by what has not fitted."""
+    """How many tokens fit into a pass: estimated from their cost, lowered by what did not fit."""
 
     def __init__(self, module: object, device: torch.device) -> None:
         self._module, self._device = module, device
-        self._most: int | None = None
+        self._max_tokens: int | None = None
 
-    def most(self, window: int | None) -> int:
-        """For attention that reaches back so far; as far as the model was made for if None."""
-        if self._most is None:
+    def max_tokens(self, window: int | None) -> int:
+        """Return how many tokens fit into a pass.
+
+        Args:
+            window: Tokens that attention reaches back to; as many as the model was made for if
+                None.
+        """
+        if self._max_tokens is None:
             reach = window or trained_positions(getattr(self._module, "config", None)) or CHUNK
-            self._most = tokens_per_pass(self._module, self._device, reach)
-        return self._most
+            self._max_tokens = tokens_per_pass(self._module, self._device, reach)
+        return self._max_tokens
 
     def halve(self, size: int) -> int:
-        """Half of what did not fit, from now on."""
-        self._most = (size + 1) // 2
-        log.warning("a pass of %d tokens does not fit; going on with %d", size, self._most)
-        return self._most
+        """Return half of a size that did not fit, and allow no more from now on."""
+        self._max_tokens = (size + 1) // 2
+        log.warning(
+            "a pass of %d tokens does not fit into memory; passes now have %d",
+            size,
+            self._max_tokens,
+        )
+        return self._max_tokens
 
 
 class ChunkReader:
-    """Feeds chunks to a model, and tells the losses of their tokens."""
+    """Feeds chunks to a model, and returns the losses of their tokens.
+
+    Attributes:
+        runner: The model.
+        text_states: Cached states of the text that is read, if there is a cache.
+    """
 
     def __init__(
         self,
         runner: Runner,
         name: str,
-        findings: Capabilities,
+        capabilities: Capabilities,
         sizes: PassSize,
-        positions: int | None,
+        position_limit: int | None,
     ) -> None:
         """
         Args:
             runner: The model.
-            name: What it is called in errors.
-            findings: What it can carry.
-            sizes: Tokens of a pass.
-            positions: Positions that it has, if there is a table of them.
+            name: What errors call the model.
+            capabilities: What it can carry.
+            sizes: How many tokens fit into a pass.
+            position_limit: Positions that the model has, if there is a limit.
         """
-        self._runner, self._name, self._findings = runner, name, findings
-        self._sizes, self._positions = sizes, positions
-        self.kept: TextStates | None = None
-        """States of the text that is read, if they are kept."""
-        self._inputs: dict[int, list[Tensor]] = {}
-        """Of the last chunk's passes, by block."""
+        self.runner, self._name, self._capabilities = runner, name, capabilities
+        self._sizes, self._position_limit = sizes, position_limit
+        self.text_states: TextStates | None = None
+        self._block_inputs: dict[int, list[Tensor]] = {}
+        """Inputs of the recorded blocks in the passes of the chunk, by block, `"token hidden"`."""
 
     def begin(self, choice: CarryChoice, position: int = 0) -> None:
-        """The model has seen nothing; the next token is number `position`."""
-        if isinstance(self._runner, ModuleRunner):
-            self._runner.window = choice.window
-            able = {CarriedContext.KV, CarriedContext.STATE} & set(self._findings.per_pass)
-            whole = [self._findings.per_pass[carry] == 0 for carry in able]
-            self._runner.splits = choice.carry is not CarriedContext.NONE or any(whole)
-            self._runner.start = 0
-        self._runner.begin(position)
+        """Let the model forget all it has seen; the next token is number `position`."""
+        if isinstance(self.runner, ModuleRunner):
+            limits = self._capabilities.pass_limits
+            self.runner.window = choice.window
+            exact = {CarriedContext.KV, CarriedContext.STATE} & set(limits)
+            any_length = any(limits[carry] == 0 for carry in exact)
+            self.runner.multi_pass = choice.carry is not CarriedContext.NONE or any_length
+            self.runner.start_block = 0
+        self.runner.begin(position)
 
-    def forget(self) -> None:
-        """States are neither read nor kept any more."""
-        self.kept, self._inputs = None, {}
-        if isinstance(self._runner, ModuleRunner):
-            self._runner.record, self._runner.states, self._runner.inputs = (), None, {}
+    def drop_states(self) -> None:
+        """Neither read nor store hidden states any more."""
+        self.text_states, self._block_inputs = None, {}
+        if isinstance(self.runner, ModuleRunner):
+            self.runner.recorded_blocks = ()
+            self.runner.start_states, self.runner.block_inputs = None, {}
 
     def replay(self, ids: Tensor, choice: CarryChoice) -> None:
-        """Feed tokens whose losses are not asked for."""
-        size = self._size(choice, len(ids))
+        """Feed tokens without computing their losses."""
+        size = self._pass_size(choice, len(ids))
         for first in range(0, len(ids), size):
-            self._runner.feed(ids[first : first + size], ids[:0])
+            self.runner.feed(ids[first : first + size], ids[:0])
 
-    def measure(
-        self, span: TokenSpan, ids: Tensor, choice: CarryChoice
-    ) -> tuple[ChunkResult, Tensor]:
-        """A chunk, and the losses of its own tokens; halved passes are tried if memory runs out.
+    def read(self, span: TokenSpan, ids: Tensor, choice: CarryChoice) -> tuple[ChunkResult, Tensor]:
+        """Read a chunk; if memory runs out, read it again in passes half as long.
+
+        Args:
+            span: Where the chunk lies.
+            ids: Its tokens from `span.first` on, fewer than the span's at the end of the text.
+            choice: How the text is read.
+
+        Returns:
+            The result, and the losses of the tokens that belong to the chunk.
 
         Raises:
             EvaluationError: a single token does not fit, or a loss is not finite.
-            StatesMissing: the model has to see the text before it again.
+            UnsupportedCarry: the text goes on beyond the model's positions.
+            StatesMissing: the model has to see the text before the chunk again.
         """
-        self._refuse_far(span.first + len(ids), choice)
-        own = span.first + len(ids) - max(span.start, span.first + 1)
-        started, size = time.perf_counter(), self._size(choice, len(ids) - 1)
-        states = self._begun(span, ids, size, choice)
-        kept = self._runner.snapshot()
-        while (found := self._in_passes(ids, own, size, states)) is None:
-            size = self._halved(size, len(ids) - 1)
-            if self.kept is not None:
-                self.kept.stop_recording()  # they would be those of other passes
-            self._runner.restore(kept)
+        self._refuse_beyond_limit(span.first + len(ids), choice)
+        predicted = span.first + len(ids) - max(span.start, span.first + 1)
+        started, size = time.perf_counter(), self._pass_size(choice, len(ids) - 1)
+        states = self._prepare(span, ids, size, choice)
+        snapshot = self.runner.snapshot()
+        while (losses := self._in_passes(ids, predicted, size, states)) is None:
+            size = self._halve(size, len(ids) - 1)
+            if self.text_states is not None:
+                self.text_states.stop_recording()  # states of other passes are other bits
+            self.runner.restore(snapshot)
             release_unused_memory()
-        del kept
-        self._record(states)
-        _refuse_infinite(found, span)
+        del snapshot
+        self._store_states(states)
+        _refuse_infinite(losses, span)
         seconds = time.perf_counter() - started
-        carried = 0 if choice.carry is CarriedContext.NONE else self._runner.carried_bytes
-        nats, passes = math.fsum(found.double().tolist()), -(-(len(ids) - 1) // size)
+        carried = 0 if choice.carry is CarriedContext.NONE else self.runner.carried_bytes
+        nats, passes = math.fsum(losses.double().tolist()), -(-(len(ids) - 1) // size)
         stop = span.first + len(ids)
-        result = ChunkResult(span.index, span.start, stop, own, nats, seconds, passes, carried)
-        return result, found
+        result = ChunkResult(
+            span.index, span.start, stop, predicted, nats, seconds, passes, carried
+        )
+        return result, losses
 
-    def _begun(self, span: TokenSpan, ids: Tensor, size: int, choice: CarryChoice) -> Tensor | None:
-        """The model is ready for a chunk's first pass; states of the chunk, if they are kept."""
+    def _prepare(
+        self, span: TokenSpan, ids: Tensor, size: int, choice: CarryChoice
+    ) -> Tensor | None:
+        """Prepare the model for a chunk's first pass; return cached states of the chunk, if any."""
         states = None
-        if self.kept is not None:
-            states = self.kept.known(ids[:-1], even_batch_size(len(ids) - 1, size))
-        if isinstance(self._runner, ModuleRunner) and self.kept is not None:
-            self._runner.start = 0 if states is None else self.kept.layer
-            self._runner.record = self.kept.record if states is None else ()
-        if choice.carry is CarriedContext.NONE or (self.kept is not None and span.index == 0):
-            self._runner.begin()
+        if self.text_states is not None:
+            states = self.text_states.look_up(ids[:-1], even_batch_size(len(ids) - 1, size))
+        if isinstance(self.runner, ModuleRunner) and self.text_states is not None:
+            self.runner.start_block = 0 if states is None else self.text_states.start_block
+            recorded = self.text_states.recorded_blocks if states is None else ()
+            self.runner.recorded_blocks = recorded
+        first_with_states = self.text_states is not None and span.index == 0
+        if choice.carry is CarriedContext.NONE or first_with_states:
+            self.runner.begin()
         return states
 
-    def _record(self, states: Tensor | None) -> None:
-        """Keep what went into blocks in the passes of the last chunk."""
-        if self.kept is not None and states is None:
-            self.kept.keep({layer: torch.cat(own) for layer, own in self._inputs.items() if own})
-        self._inputs = {}
+    def _store_states(self, states: Tensor | None) -> None:
+        """Store what went into blocks in the passes of the last chunk, if it was computed."""
+        if self.text_states is not None and states is None:
+            inputs = self._block_inputs.items()
+            self.text_states.store({block: torch.cat(parts) for block, parts in inputs if parts})
+        self._block_inputs = {}
 
-    def _in_passes(self, ids: Tensor, own: int, size: int, states: Tensor | None) -> Tensor | None:
-        """Losses of the last `own` tokens; None if memory ran out."""
-        count, found = len(ids) - 1, []
-        size = even_batch_size(
-            count, size
-        )  # a last pass of one token is other code in recurrent models
+    def _in_passes(
+        self, ids: Tensor, predicted: int, size: int, states: Tensor | None
+    ) -> Tensor | None:
+        """Return the losses of the last `predicted` tokens; None if memory runs out."""
+        count, losses = len(ids) - 1, []
+        # recurrent models have other code for a last pass of a single token
+        size = even_batch_size(count, size)
         try:
             for first in range(0, count, size):
                 stop = min(first + size, count)
-                targets = ids[max(first, count - own) + 1 : stop + 1]
-                found.append(self._fed(ids[first:stop], targets, first, states))
+                targets = ids[max(first, count - predicted) + 1 : stop + 1]
+                losses.append(self._feed(ids[first:stop], targets, first, states))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        return torch.cat(found)
+        return torch.cat(losses)
 
-    def _fed(self, ids: Tensor, targets: Tensor, first: int, states: Tensor | None) -> Tensor:
-        """One pass of a chunk, from its token `first` on."""
-        if not isinstance(self._runner, ModuleRunner):
-            return self._runner.feed(ids, targets)
-        self._runner.states = None if states is None else states[first : first + len(ids)]
-        found = self._runner.feed(ids, targets)
-        for layer, inputs in self._runner.inputs.items():
+    def _feed(self, ids: Tensor, targets: Tensor, first: int, states: Tensor | None) -> Tensor:
+        """Run one pass of a chunk, from the chunk's token `first` on."""
+        if not isinstance(self.runner, ModuleRunner):
+            return self.runner.feed(ids, targets)
+        self.runner.start_states = None if states is None else states[first : first + len(ids)]
+        losses = self.runner.feed(ids, targets)
+        for block, inputs in self.runner.block_inputs.items():
             if not first:
-                self._inputs[layer] = []
-            self._inputs[layer].append(inputs[0].cpu())
-        return found
+                self._block_inputs[block] = []
+            self._block_inputs[block].append(inputs[0].cpu())
+        return losses
 
-    def _size(self, choice: CarryChoice, count: int) -> int:
-        """Tokens of a pass."""
-        if self._findings.per_pass[choice.carry] == 1:
+    def _pass_size(self, choice: CarryChoice, count: int) -> int:
+        """Return how many of `count` tokens go into a pass."""
+        if self._capabilities.pass_limits[choice.carry] == 1:
             return 1
-        if not self._runner.splits:
+        if not self.runner.multi_pass:
             return max(count, 1)
-        most = self._sizes.most(choice.window)
-        if isinstance(self._runner, ModuleRunner) and not self._runner.head_slices:
-            most = min(most, self._runner.rows)
+        most = self._sizes.max_tokens(choice.window)
+        if isinstance(self.runner, ModuleRunner) and not self.runner.slices_logits:
+            most = min(most, self.runner.logit_rows)
         return max(1, min(count, most))
 
-    def _halved(self, size: int, count: int) -> int:
-        if size == 1 or not self._runner.splits:
+    def _halve(self, size: int, count: int) -> int:
+        if size == 1 or not self.runner.multi_pass:
             what = "a pass of one token" if size == 1 else f"a chunk of {count} tokens"
             raise EvaluationError(
                 f"{what} does not fit into memory"
@@ -189,25 +219,24 @@ class ChunkReader:
             )
         return self._sizes.halve(size)
 
-    def _refuse_far(self, stop: int, choice: CarryChoice) -> None:
-        """Nothing is fed to a position that the model doesn't have."""
-        if self._positions is None:
+    def _refuse_beyond_limit(self, stop: int, choice: CarryChoice) -> None:
+        """Refuse to feed a token to a position that the model doesn't have."""
+        limit = self._position_limit
+        if limit is None:
             return
-        far = (
-            stop - 1 if choice.carry is not CarriedContext.NONE else choice.geometry.chunk_size - 1
-        )
-        if min(far, stop - 1) > self._positions:
+        carried = choice.carry is not CarriedContext.NONE
+        last = stop - 1 if carried else choice.geometry.chunk_size - 1
+        if min(last, stop - 1) > limit:
             raise UnsupportedCarry(
-                f"the text goes on to position {far}, and {self._name} has "
-                f"{self._positions} positions.\n  Set carry = none with chunk_size = "
-                f"{self._positions} or less, or max_tokens = {self._positions}."
+                f"the text goes on to position {last}, and {self._name} has {limit} positions.\n"
+                f"  Set carry = none with chunk_size = {limit} or less, or max_tokens = {limit}."
             )
 
 
 def _refuse_infinite(losses: Tensor, span: TokenSpan) -> None:
     if not losses.isfinite().all():
-        place = int((~losses.isfinite()).nonzero()[0])
+        offset = int((~losses.isfinite()).nonzero()[0])
         raise EvaluationError(
-            f"the loss of token {max(span.start, 1) + place} is {float(losses[place])}.\n"
+            f"the loss of token {max(span.start, 1) + offset} is {float(losses[offset])}.\n"
             "  Are the weights finite? Half precision may overflow; try dtype = float32."
         )

@@ -1,7 +1,7 @@
-"""Evaluates a text of any length, chunk by chunk, and says what each number is of.
+"""Evaluates a text of any length, chunk by chunk, and says what each number means.
 
-What is carried from chunk to chunk is chosen by the user, or the most exact that fits; see
-docs/evaluation.md. Knows nothing about Ray: a chunk can be evaluated anywhere.
+What is carried from chunk to chunk is chosen by the user, or is the most exact context that fits;
+see docs/evaluation.md. Knows nothing about Ray: a chunk can be evaluated anywhere.
 """
 
 import copy
@@ -36,18 +36,23 @@ from ray_abliterate.evaluation.streaming.runners import (
     StatefulModel,
     StatefulRunner,
 )
-from ray_abliterate.evaluation.streaming.saved_state import fingerprint
-from ray_abliterate.evaluation.streaming.stream import SAVE_SECONDS, Stream, StreamFiles
-from ray_abliterate.evaluation.streaming.token_sources import TokenCursor, TokenSource
+from ray_abliterate.evaluation.streaming.stream import (
+    SAVE_SECONDS,
+    Stream,
+    StreamedText,
+    StreamOptions,
+)
+from ray_abliterate.evaluation.streaming.token_sources import TokenSource
+from ray_abliterate.model.fingerprint import weights_fingerprint
 from ray_abliterate.model.language_model import LanguageModel
 
 
 class StreamingEvaluator:
-    """Evaluates texts with one model.
+    """Evaluates texts with one model, in chunks.
 
     Attributes:
-        findings: What the model can carry; asked of the model itself.
-        positions: Positions that the model has, if there is a table of them.
+        capabilities: What the model can carry, as a check of the model itself has shown.
+        position_limit: Number of positions that the model has, if there is a limit.
     """
 
     def __init__(
@@ -63,40 +68,46 @@ class StreamingEvaluator:
         states: HiddenStateCache | None = None,
         states_at: Sequence[int] = (),
     ) -> None:
-        """
+        """Check what the model can carry.
+
+        Its parameters are the settings of an evaluation, which users give by name.
+
         Args:
-            model: A causal language model of transformers, one that is loaded here, or one that
-                carries its state itself (`StatefulModel`).
+            model: A causal language model of transformers, a `LanguageModel`, or a model that
+                carries its own state (`StatefulModel`).
             carry: What a chunk knows of the text before it; the most exact that fits if unset.
-            chunk_size: Tokens of a chunk, overlap included; by memory if unset, but 2048 at most
-                for independent chunks, whose size is part of the result.
+            chunk_size: Tokens of a chunk, the overlap included. If unset, as many as fit into
+                memory; at most 2048 for independent chunks, whose size is part of the result.
             overlap: Tokens of an independent chunk that are context only; a quarter if unset.
             window: Tokens that attention reaches back to with carry = window; 1024 if unset.
             max_tokens: Tokens of a text that count; all if unset.
-            vocab: Ids of a model that carries its state itself, if it has no `config.vocab_size`.
-            states: Where states in the middle of a model are kept, so that a model whose lower
-                blocks are the same reads a text again from there on.
-            states_at: Blocks whose inputs are kept: those at which edits of later models begin.
+            vocab: Number of token ids of a model that carries its own state, if it has no
+                `config.vocab_size`.
+            states: Cache of hidden states, with which a model whose lower blocks are unchanged
+                reads a text again from the first changed block on.
+            states_at: Blocks whose inputs are cached: those at which edits of later models begin.
 
         Raises:
-            EvaluationError: a setting can't be.
-            UnsupportedCarry: the model can't carry this.
+            EvaluationError: a setting is out of range, or contradicts another one.
+            UnsupportedCarry: the model can't carry this context.
         """
         module = model.module if isinstance(model, LanguageModel) else model
         self._module, self._states, self._states_at = module, states, tuple(states_at)
         settings = StreamingSettings(parse_carry(carry), chunk_size, overlap, window, max_tokens)
-        self._runner = _runner(module, vocab)
+        self._runner = _runner_for(module, vocab)
         self._config: Any = getattr(module, "config", None)
-        self.positions = position_limit(module)
-        self.findings = check_capabilities(self._runner, self.positions)
-        self._use(settings)
+        self.position_limit = position_limit(module)
+        self.capabilities = check_capabilities(self._runner, self.position_limit)
+        self._apply(settings)
 
-    def _use(self, settings: StreamingSettings) -> None:
+    def _apply(self, settings: StreamingSettings) -> None:
         name, sizes = type(self._module).__name__, PassSize(self._module, self._runner.device)
         self._settings = settings
-        self._reader = ChunkReader(self._runner, name, self.findings, sizes, self.positions)
+        self._reader = ChunkReader(
+            self._runner, name, self.capabilities, sizes, self.position_limit
+        )
         self._chooser = CarryChooser(
-            self._module, self._runner.device, self.findings, settings, sizes.most
+            self._module, self._runner.device, self.capabilities, settings, sizes.max_tokens
         )
 
     def with_settings(
@@ -110,22 +121,25 @@ class StreamingEvaluator:
         states: HiddenStateCache | None = None,
         states_at: Sequence[int] = (),
     ) -> "StreamingEvaluator":
-        """Another one of the same model, which is not examined again; one is used at a time.
+        """Return an evaluator of the same model with other settings, without a second check.
+
+        The two share the model, so only one of them may be reading at a time. The parameters are
+        those of the constructor.
 
         Raises:
-            EvaluationError: a setting can't be.
-            UnsupportedCarry: the model can't carry this.
+            EvaluationError: a setting is out of range, or contradicts another one.
+            UnsupportedCarry: the model can't carry this context.
         """
         other = copy.copy(self)
         other._states, other._states_at = states, tuple(states_at)
-        other._use(StreamingSettings(parse_carry(carry), chunk_size, overlap, window, max_tokens))
+        other._apply(StreamingSettings(parse_carry(carry), chunk_size, overlap, window, max_tokens))
         return other
 
     def choose(self, length: int | None) -> CarryChoice:
-        """How a text of so many tokens is evaluated; None if that is not known.
+        """Choose how a text of `length` tokens is evaluated; None if its length is unknown.
 
         Raises:
-            EvaluationError: the settings can't be.
+            EvaluationError: the settings contradict each other.
         """
         return self._chooser.choose(length)
 
@@ -140,43 +154,46 @@ class StreamingEvaluator:
         save_seconds: float = SAVE_SECONDS,
         first_wanted: int | None = None,
     ) -> Stream:
-        """The chunks of a text, one after the other; totals are those until now.
+        """Return the chunks of a text, to iterate over; `totals` are those of the chunks so far.
+
+        Its parameters are options that users give by name.
 
         Args:
             source: A `TokenSource`, or what `open_source` takes.
             tokenizer: Makes tokens of texts.
-            state: File that the evaluation is saved in, and goes on from if it is there; deleted
-                when the text has ended.
+            state: File in which the evaluation is saved, and from which it resumes if it exists;
+                deleted when the text has been read to its end.
             token_losses: Arrow file for the losses of single tokens.
-            on_progress: Is told after each chunk.
-            save_seconds: Time between two savings.
+            on_progress: Called after each chunk.
+            save_seconds: Time between two saves.
             first_wanted: Number of the first chunk that the caller lacks: a saved state beyond it
-                is not used. Chunks before it may come again.
+                is not used. Earlier chunks may come again.
 
         Raises:
-            EvaluationError: it can't be done; says why.
+            EvaluationError: the text can't be evaluated; the message says why.
         """
         text = open_source(source, tokenizer)
-        choice = self.choose(self.length(text))
+        streamed = self._streamed(text)
+        options = StreamOptions(
+            _path(state), _path(token_losses), on_progress, save_seconds, first_wanted
+        )
         return Stream(
-            text,
-            choice,
-            self._settings,
-            self._runner,
+            streamed,
             self._reader,
-            fingerprint(self._module),
-            StreamFiles(_path(state), _path(token_losses), save_seconds, first_wanted),
-            on_progress,
-            lambda: self._kept(text, choice),
+            weights_fingerprint(self._module, "state"),
+            options,
+            lambda: self._open_states(streamed),
         )
 
-    def _kept(self, text: TokenSource, choice: CarryChoice) -> TextStates | None:
-        """States of a text that is about to be read, if they are kept and can be."""
-        runner = self._runner
-        again = (
-            choice.carry is CarriedContext.NONE or text.fingerprint
-        )  # it may have to be read once more
-        if self._states is None or not isinstance(runner, ModuleRunner) or not again:
+    def _streamed(self, text: TokenSource) -> StreamedText:
+        return StreamedText(text, self.choose(self.length(text)), self._settings)
+
+    def _open_states(self, streamed: StreamedText) -> TextStates | None:
+        """Open the cached states of a text, if there is a cache and they can be used."""
+        runner, choice = self._runner, streamed.choice
+        # a text whose chunks depend on each other may have to be read once more from its beginning
+        readable_again = choice.carry is CarriedContext.NONE or streamed.source.fingerprint
+        if self._states is None or not isinstance(runner, ModuleRunner) or not readable_again:
             return None
         if not runner.blocks or has_hooks(self._module):
             return None
@@ -186,7 +203,7 @@ class StreamingEvaluator:
         )
 
     def evaluate(self, source: Any, **options: Any) -> Totals:
-        """The totals of a whole text; options are those of `stream`."""
+        """Return the totals of a whole text; options are those of `stream`."""
         chunks = self.stream(source, **options)
         for _ in chunks:
             pass
@@ -195,10 +212,10 @@ class StreamingEvaluator:
     def chunk(
         self, source: Any, index: int, *, tokenizer: Any = None, warm_up: int | None = None
     ) -> ChunkResult:
-        """Chunk number `index` alone, see `stretch`.
+        """Return the result of chunk number `index` alone; see `stretch`.
 
         Raises:
-            EvaluationError: the text has no such chunk.
+            TokenSourceError: the text has no such chunk.
         """
         text = open_source(source, tokenizer)
         for result in self.stretch(text, index, 1, warm_up=warm_up):
@@ -216,76 +233,76 @@ class StreamingEvaluator:
         tokenizer: Any = None,
         warm_up: int | None = None,
     ) -> Iterator[ChunkResult]:
-        """So many chunks from number `first` on, as `stream` finds them; any process may compute
-        any stretch.
+        """Yield `count` chunks from number `first` on, with the results that `stream` has for them.
 
-        For carry = none that is all there is to it. For window, tokens before the first chunk are
-        fed, without their losses: `layers * (window - 1)` of them reach as far back as any layer
-        sees, so that the results are those of the stream but for rounding; with fewer they are
-        close. A recurrent state has no such reach: beside a window, and for state and kv, all of
-        the text before is fed.
+        Any process may compute any stretch of a text. With carry = none it reads its own chunks and
+        nothing else. With window, tokens before the first chunk are fed without their losses:
+        `layers * (window - 1)` of them reach as far back as any layer sees, so that results are
+        those of the stream but for rounding; with fewer they are close. A recurrent state has no
+        such reach: with state and kv, and with a window in a model that also has a recurrent state,
+        all of the text before is fed.
 
         Args:
             source: A `TokenSource`, or what `open_source` takes.
             first: Number of the first chunk.
-            count: How many; fewer where the text ends.
+            count: Number of chunks; fewer where the text ends.
             tokenizer: Makes tokens of texts.
-            warm_up: Tokens before the first chunk, for carry = window.
+            warm_up: Tokens that are fed before the first chunk, for carry = window.
         """
-        text = open_source(source, tokenizer)
-        choice = self.choose(self.length(text))
+        streamed = self._streamed(open_source(source, tokenizer))
+        choice = streamed.choice
         span = choice.geometry.span(first)
-        before = self._before(choice, span, warm_up)
-        tape = TokenCursor(text, span.first - before, self._settings.max_tokens, self._runner.vocab)
+        before = self._tokens_before(choice, span, warm_up)
+        cursor = streamed.cursor(span.first - before, self._runner.vocab)
         self._reader.begin(choice, span.first - before)
-        warm = tape.read(span.first - before, span.first)
-        if len(warm) < before:
+        context = cursor.read(span.first - before, span.first)
+        if len(context) < before:
             return
-        self._reader.replay(warm, choice)
+        self._reader.replay(context, choice)
         for index in range(first, first + count):
             span = choice.geometry.span(index)
-            ids = tape.read(span.first, span.stop)
+            ids = cursor.read(span.first, span.stop)
             if len(ids) < 2 or span.first + len(ids) <= span.start:
                 return
-            yield self._reader.measure(span, ids, choice)[0]
+            yield self._reader.read(span, ids, choice)[0]
 
     def warm_up(self, choice: CarryChoice) -> int | None:
-        """Tokens that are fed before a stretch; None if all of the text before it has to be."""
+        """Return how many tokens are fed before a stretch; None if it is all of the text."""
         if choice.carry is CarriedContext.NONE:
             return 0
-        if choice.window is None or self.findings.memory.recurrent:
+        if choice.window is None or self.capabilities.cache_layers.recurrent:
             return None
         layers = int(self._config.get_text_config(decoder=True).num_hidden_layers)
         return layers * (choice.window - 1)
 
-    def _before(self, choice: CarryChoice, span: TokenSpan, warm_up: int | None) -> int:
-        """Tokens that are fed before a stretch."""
+    def _tokens_before(self, choice: CarryChoice, span: TokenSpan, warm_up: int | None) -> int:
+        """Return how many tokens are fed before a stretch that begins at `span`."""
         most = self.warm_up(choice)
         if warm_up is not None and choice.carry is CarriedContext.WINDOW:
             most = warm_up
         return span.first if most is None else min(span.first, most)
 
     def length(self, text: TokenSource) -> int | None:
-        """Tokens of a text that count, if that is known before it is read."""
+        """Return how many tokens of a text count, if that is known before it is read."""
         limit = self._settings.max_tokens
         if text.length is None or limit is None:
             return text.length
         return min(text.length, limit)
 
 
-def _runner(model: Any, vocab: int | None) -> Runner:
+def _runner_for(model: Any, vocab: int | None) -> Runner:
     if isinstance(model, StatefulModel):
-        own = getattr(getattr(model, "config", None), "vocab_size", None)
-        if vocab is None and own is None:
+        configured = getattr(getattr(model, "config", None), "vocab_size", None)
+        if vocab is None and configured is None:
             raise EvaluationError(
                 f"vocab is not set, and {type(model).__name__} has no config.vocab_size.\n"
                 "  Set vocab to the number of its token ids."
             )
-        return StatefulRunner(model, vocab or int(own or 0))
+        return StatefulRunner(model, vocab or int(configured or 0))
     if not hasattr(model, "get_input_embeddings"):
         raise EvaluationError(
-            f"model is a {type(model).__name__}, no causal language model of transformers, and has "
-            "no get_state, set_state and reset_state.\n  Give a model that has."
+            f"model is a {type(model).__name__}: no causal language model of transformers, and "
+            "without get_state, set_state and reset_state.\n  Give a model that is either."
         )
     return ModuleRunner(model)
 

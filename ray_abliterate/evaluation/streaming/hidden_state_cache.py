@@ -1,13 +1,13 @@
-"""States in the middle of a model, kept in files: what an edit above them leaves as it was.
+"""Caches the hidden states in the middle of a model in files: an edit above leaves them unchanged.
 
 The states that go into block `layer` depend on the blocks below it, on the text, and on how it was
 cut. A model whose blocks below are the same to the last bit gets the same states, whatever was
-edited above; so they are named by the content of all that, and not by a plan:
+edited above; so files are named after the content of all that, and not after a plan:
 
     key(layer, chunk) = SHA-256(all parameters and buffers but those of blocks >= layer,
                                 configuration, carry, window, cuts, tokens up to the chunk's end)
 
-Reading them in place of computing them is exact: the same bits go into the same code.
+Reading states instead of computing them is exact: the same bits go into the same code.
 """
 
 import hashlib
@@ -26,35 +26,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ray_abliterate.data.atomic_files import write_whole
+from ray_abliterate.data.atomic_files import write_atomically
 from ray_abliterate.evaluation.streaming.carried_context import CarriedContext
 from ray_abliterate.evaluation.streaming.carry_choice import CarryChoice
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 4 << 30
-WHOLE = "whole"
-"""Marks a text whose states are there to its end."""
+MAX_BYTES = 4 << 30
+COMPLETE = "whole"
+"""Name of the file that marks a text whose states are cached to its end."""
 
 
 class HiddenStateCache:
-    """A folder of states with a limit; the texts that were used longest ago go first."""
+    """A folder of hidden states with a size limit; the least recently used texts go first."""
 
-    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         """
         Args:
-            folder: Made if it is not there; nothing else should be in it.
-            most_bytes: Of all files.
+            folder: Created if it does not exist; nothing else should be in it.
+            max_bytes: Limit for all files together.
         """
-        self.folder, self._most = folder, most_bytes
+        self.folder, self._max_bytes = folder, max_bytes
 
     def has(self, text: str, carried: bool) -> bool:
-        """Whether there are states of a text; to its end, if chunks need those before them."""
+        """Return whether there are states of a text.
+
+        They have to reach its end if chunks depend on those before them (`carried`).
+        """
         place = self.folder / text
-        return (place / WHOLE).exists() if carried else place.is_dir()
+        return (place / COMPLETE).exists() if carried else place.is_dir()
 
     def read(self, text: str, chunk: str) -> Tensor | None:
-        """States of a chunk, `"token hidden"`, mapped from the file; None if they are not there."""
+        """Return the states of a chunk, `"token hidden"`, mapped from its file; None if absent."""
         path = self.folder / text / f"{chunk}.safetensors"
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -65,71 +68,78 @@ class HiddenStateCache:
         return states
 
     def write(self, text: str, chunk: str, states: Tensor) -> bool:
-        """Keep a chunk's states; False if there is no room, and the text is given up."""
+        """Store a chunk's states, `"token hidden"`.
+
+        Returns False, and drops the text, if there is no room or the disk fails.
+        """
         place = self.folder / text
         size = states.numel() * states.element_size()
         try:
-            if self._room(size, place):
+            if self._make_room(size, place):
                 place.mkdir(parents=True, exist_ok=True)
-                write_whole(place / f"{chunk}.safetensors", save({"states": states.contiguous()}))
+                data = save({"states": states.contiguous()})
+                write_atomically(place / f"{chunk}.safetensors", data)
                 return True
-            log.warning("states of a text don't fit into %s", self.folder)
-        except OSError as error:  # a full disk, another process: what is kept only saves time
-            log.warning("states can't be written to %s: %s", place, error)
+            log.warning("the hidden states of a text don't fit into %s", self.folder)
+        except OSError as error:  # a full disk, or another process; the cache only saves time
+            log.warning("hidden states can't be written to %s: %s", place, error)
         shutil.rmtree(place, ignore_errors=True)
         return False
 
-    def end(self, text: str) -> None:
-        """All chunks of a text are there."""
-        with suppress(OSError):  # then they are made anew
+    def mark_complete(self, text: str) -> None:
+        """Record that all chunks of a text are stored."""
+        with suppress(OSError):  # then the next reading computes them again
             if (self.folder / text).is_dir():
-                write_whole(self.folder / text / WHOLE, b"")
+                write_atomically(self.folder / text / COMPLETE, b"")
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
-        return sum(_size(place) for place in self._texts())
+        """Return the size of all files."""
+        return sum(_folder_bytes(place) for place in self._texts())
 
-    def _room(self, size: int, own: Path) -> bool:
-        """Make room by deleting other texts, the ones used longest ago first."""
-        sizes = {place: _size(place) for place in self._texts()}
-        others = sorted((p for p in sizes if p != own), key=lambda p: p.stat().st_mtime)
-        while sum(sizes.values()) + size > self._most and others:
-            shutil.rmtree(gone := others.pop(0), ignore_errors=True)
-            del sizes[gone]
-        return sum(sizes.values()) + size <= self._most
+    def _make_room(self, size: int, place: Path) -> bool:
+        """Delete other texts, the least recently used first; return whether `size` fits then."""
+        sizes = {text: _folder_bytes(text) for text in self._texts()}
+        others = sorted((p for p in sizes if p != place), key=lambda p: p.stat().st_mtime)
+        while sum(sizes.values()) + size > self._max_bytes and others:
+            shutil.rmtree(oldest := others.pop(0), ignore_errors=True)
+            del sizes[oldest]
+        return sum(sizes.values()) + size <= self._max_bytes
 
     def _texts(self) -> list[Path]:
         return [p for p in self.folder.iterdir() if p.is_dir()] if self.folder.is_dir() else []
 
 
-def _size(place: Path) -> int:
+def _folder_bytes(place: Path) -> int:
     return sum(file.stat().st_size for file in place.iterdir())
 
 
 def layer_keys(module: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:
-    """For each block, what its input depends on beside the text: all weights but those of this
-    block and of those behind it, bit for bit, and how they are computed with."""
+    """Return, for each block, a hash of everything but the text that its input depends on.
+
+    That is all weights but those of this block and of the blocks behind it, bit for bit, and the
+    settings that decide how they are computed with.
+    """
     digest = hashlib.sha256()
     config: Any = getattr(module, "config", None)
-    facts = {
+    settings = {
         "config": config.to_dict() if config is not None else {},
         "attention": getattr(config, "_attn_implementation", ""),
         "versions": (torch.__version__, version("transformers")),
         "threads": torch.get_num_threads(),
         "device": str(next(module.parameters()).device),
     }
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    inside = {id(tensor) for block in blocks for _, tensor in _tensors(block)}
-    _update(digest, ((name, t) for name, t in _tensors(module) if id(t) not in inside))
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    in_blocks = {id(tensor) for block in blocks for _, tensor in _named_tensors(block)}
+    _update(digest, ((name, t) for name, t in _named_tensors(module) if id(t) not in in_blocks))
     keys = []
     for block in blocks:
         keys.append(digest.hexdigest())
-        _update(digest, _tensors(block))
+        _update(digest, _named_tensors(block))
     return keys
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
 
@@ -142,98 +152,101 @@ def _update(digest: Any, named: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something other than weights decides what a module computes."""
+    """Return whether something other than weights decides what a module computes."""
     return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 class StatesMissing(Exception):
-    """States of a text that were there at its beginning are not there any more."""
+    """States of a text that were cached when its reading began are no longer there."""
 
 
 class TextStates:
-    """The states of one text, while it is read.
+    """The cached states of one text, while it is read.
 
     Attributes:
-        layer: Block that passes begin at; 0 if all are run.
-        record: Blocks whose inputs are kept.
+        start_block: Block that passes begin at; 0 if all blocks are run.
+        recorded_blocks: Blocks whose inputs are stored.
     """
 
     def __init__(
         self,
-        files: HiddenStateCache,
-        models: Sequence[str],
-        record: Sequence[int],
+        cache: HiddenStateCache,
+        layer_keys: Sequence[str],
+        recorded_blocks: Sequence[int],
         choice: CarryChoice,
-        serves: Callable[[int], bool],
+        can_begin_at: Callable[[int], bool],
     ) -> None:
         """
         Args:
-            files: Where they are.
-            models: By block, what its input depends on beside the text.
-            record: Blocks whose inputs are wanted by later evaluations.
+            cache: Where states are stored.
+            layer_keys: For each block, what its input depends on besides the text.
+            recorded_blocks: Blocks whose inputs later evaluations will want.
             choice: How the text is read.
-            serves: Whether passes of this model can begin at a block.
+            can_begin_at: Returns whether passes of this model can begin at a block.
         """
         geometry = choice.geometry
         self._cuts = (choice.carry.value, choice.window, geometry.chunk_size, geometry.overlap)
         self._carried = choice.carry is not CarriedContext.NONE
-        self._files, self._models, self._serves = files, models, serves
+        self._cache, self._layer_keys, self._can_begin_at = cache, layer_keys, can_begin_at
         self._texts: dict[int, str] = {}
         self._chunk = ""
-        self.layer = 0
-        self.record = tuple(layer for layer in record if 0 < layer < len(models))
+        self.start_block = 0
+        self.recorded_blocks = tuple(b for b in recorded_blocks if 0 < b < len(layer_keys))
 
-    def known(self, ids: Tensor, size: int) -> Tensor | None:
-        """States of the next chunk, `"token hidden"`, if they are there; its first chunk names a
-        text whose chunks depend on those before them.
+    def look_up(self, ids: Tensor, size: int) -> Tensor | None:
+        """Return the states of the next chunk, `"token hidden"`, or None if there are none.
+
+        The first chunk names the text, if chunks depend on those before them.
 
         Args:
             ids: Tokens that are fed.
             size: Tokens of a pass.
 
         Raises:
-            StatesMissing: chunks before it had states.
+            StatesMissing: the chunks before it had states, but this one has none.
         """
-        behind = self._chunk if self._carried else ""
-        self._chunk = _name(behind, self._cuts, size, ids.numpy().tobytes())
+        preceding = self._chunk if self._carried else ""
+        self._chunk = _hash(preceding, self._cuts, size, ids.numpy().tobytes())
         if not self._texts:
             self._open(self._chunk if self._carried else "")
-        if not self.layer:
+        if not self.start_block:
             return None
-        found = self._files.read(self._texts[self.layer], self._chunk)
-        if found is None and self._carried:
+        states = self._cache.read(self._texts[self.start_block], self._chunk)
+        if states is None and self._carried:
             raise StatesMissing
-        return found
+        return states
 
-    def keep(self, states: Mapping[int, Tensor]) -> None:
-        """States of the chunk that was asked for last, by block."""
-        for layer in self.record:
-            if not self._files.write(self._texts[layer], self._chunk, states[layer]):
-                self.record = tuple(other for other in self.record if other != layer)
+    def store(self, states: Mapping[int, Tensor]) -> None:
+        """Store the states, by block, of the chunk that was looked up last."""
+        for block in self.recorded_blocks:
+            if not self._cache.write(self._texts[block], self._chunk, states[block]):
+                self.recorded_blocks = tuple(b for b in self.recorded_blocks if b != block)
 
-    def end(self) -> None:
-        """The text has ended."""
-        for layer in self.record:
-            self._files.end(self._texts[layer])
+    def mark_complete(self) -> None:
+        """Record that the text has been read to its end."""
+        for block in self.recorded_blocks:
+            self._cache.mark_complete(self._texts[block])
 
     def stop_recording(self) -> None:
-        """Nothing is kept any more."""
-        self.record = ()
+        """Store no states from now on."""
+        self.recorded_blocks = ()
 
-    def _open(self, first: str) -> None:
+    def _open(self, first_chunk: str) -> None:
+        """Find the deepest block that this text's states let passes begin at."""
         self._texts = {
-            layer: _name(model, self._cuts, 0, first.encode())
-            for layer, model in enumerate(self._models)
-            if layer
+            block: _hash(key, self._cuts, 0, first_chunk.encode())
+            for block, key in enumerate(self._layer_keys)
+            if block
         }
-        there = [n for n, text in self._texts.items() if self._files.has(text, self._carried)]
-        self.layer = next((layer for layer in reversed(there) if self._serves(layer)), 0)
-        self.record = tuple(layer for layer in self.record if self._serves(layer))
-        if self.layer and self._carried:
-            self.record = ()
+        cached = [n for n, text in self._texts.items() if self._cache.has(text, self._carried)]
+        able = (block for block in reversed(cached) if self._can_begin_at(block))
+        self.start_block = next(able, 0)
+        self.recorded_blocks = tuple(b for b in self.recorded_blocks if self._can_begin_at(b))
+        if self.start_block and self._carried:
+            self.recorded_blocks = ()
 
 
-def _name(*parts: Any) -> str:
+def _hash(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else f"{part} ".encode())

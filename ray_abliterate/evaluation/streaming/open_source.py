@@ -1,16 +1,35 @@
-"""Opens what a user names: arrays, iterators, token files on disk, texts, data sets of the Hub."""
+"""Opens a source of tokens: arrays, iterators, files of tokens, texts, data sets of the Hub."""
 
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 from torch import Tensor
 
+from ray_abliterate.data.safetensors_header import read_header
 from ray_abliterate.errors import TokenSourceError
-from ray_abliterate.evaluation.streaming import text_sources as text
+from ray_abliterate.evaluation.streaming.text_sources import (
+    TABLES,
+    HubText,
+    TextFile,
+    TextSource,
+    open_table,
+    require_tokenizer,
+)
 from ray_abliterate.evaluation.streaming.token_sources import TokenArray, TokenSource, TokenStream
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How a file or data set is read; see `open_source`."""
+
+    column: str | None
+    split: str
+    config: str | None
+    revision: str | None
+    dtype: str
 
 
 def open_source(
@@ -23,7 +42,10 @@ def open_source(
     revision: str | None = None,
     dtype: str = "uint16",
 ) -> TokenSource:
-    """The tokens of a text, read as they are needed.
+    """Open a text as tokens that are read as they are needed.
+
+    It has many parameters because each of them belongs to one kind of source, and users give them
+    by name.
 
     Args:
         spec: A one-dimensional tensor, array or list of ids; an iterator of ids or blocks of them;
@@ -31,7 +53,7 @@ def open_source(
             only tensor, or the one named `tokens`); `.parquet`, `.arrow` or `.feather` (`column`
             of texts, of ids, or of lists of ids); `.txt` and any other ending for a text file;
             `hub:owner/name` for a data set that is streamed from the Hub.
-        tokenizer: Makes tokens of texts; not needed where there are tokens already.
+        tokenizer: Makes tokens of texts; not needed for sources that hold tokens.
         column: Column of a table or data set; `tokens`, `input_ids` or `text` if unset.
         split: Split of a Hub data set.
         config: Configuration of a Hub data set.
@@ -39,7 +61,7 @@ def open_source(
         dtype: Type of the ids in a `.bin` file.
 
     Raises:
-        TokenSourceError: it is not there, or not what it should be.
+        TokenSourceError: the source does not exist, or is not what it should be.
     """
     if isinstance(spec, TokenSource):
         return spec
@@ -48,7 +70,8 @@ def open_source(
     if isinstance(spec, numpy.ndarray | list | tuple):
         return TokenArray(numpy.asarray(spec, None if len(spec) else numpy.int64), "array")
     if isinstance(spec, str | Path):
-        return _at(str(spec), tokenizer, column, split, config, revision, dtype)
+        options = _Options(column, split, config, revision, dtype)
+        return _open_location(str(spec), tokenizer, options)
     if hasattr(spec, "__iter__"):
         return TokenStream(iter(spec))
     raise TokenSourceError(
@@ -57,50 +80,45 @@ def open_source(
     )
 
 
-def _at(
-    place: str,
-    tokenizer: Any,
-    column: str | None,
-    split: str,
-    config: str | None,
-    revision: str | None,
-    dtype: str,
-) -> TokenSource:
-    if place.startswith("hub:"):
-        where = text.HubText(place.removeprefix("hub:"), split, config, revision)
-        return text.TextSource(where, text.require_tokenizer(tokenizer, place), column)
-    path = Path(place).expanduser()
+def _open_location(location: str, tokenizer: Any, options: _Options) -> TokenSource:
+    """Open a file, or a data set of the Hub."""
+    if location.startswith("hub:"):
+        dataset = HubText(
+            location.removeprefix("hub:"), options.split, options.config, options.revision
+        )
+        return TextSource(dataset, require_tokenizer(tokenizer, location), options.column)
+    path = Path(location).expanduser()
     if not path.is_file():
         raise TokenSourceError(
-            f"source = {place!r} is not a file (looked up from {Path.cwd()}).\n"
+            f"source = {location!r} is not a file (looked up from {Path.cwd()}).\n"
             "  Give a file that exists, or hub:owner/name for a data set of the Hub."
         )
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".npy": _npy,
-        ".safetensors": _safetensors,
-        ".bin": lambda p: _bin(p, dtype),
+    mappers: dict[str, Callable[[Path], Any]] = {
+        ".npy": _map_npy,
+        ".safetensors": _map_safetensors,
+        ".bin": lambda p: _map_bin(p, options.dtype),
     }
     ending = path.suffix.lower()
-    if ending in readers:
-        return TokenArray(readers[ending](path), str(path))
-    if ending in text.TABLES:
-        return text.open_table(path, tokenizer, column)
-    return text.TextSource(text.TextFile(path), text.require_tokenizer(tokenizer, place), column)
+    if ending in mappers:
+        return TokenArray(mappers[ending](path), str(path))
+    if ending in TABLES:
+        return open_table(path, tokenizer, options.column)
+    return TextSource(TextFile(path), require_tokenizer(tokenizer, location), options.column)
 
 
-def _npy(path: Path) -> Any:
+def _map_npy(path: Path) -> Any:
     try:
         return numpy.load(path, mmap_mode="r")
     except ValueError as error:
         raise TokenSourceError(f"{path} is not a .npy array of integers: {error}.") from None
 
 
-def _bin(path: Path, dtype: str) -> Any:
+def _map_bin(path: Path, dtype: str) -> Any:
     try:
-        kind = numpy.dtype(dtype).newbyteorder("<")
+        little_endian = numpy.dtype(dtype).newbyteorder("<")
         if not path.stat().st_size:
-            return numpy.empty(0, kind)
-        return _mapped(path, kind)
+            return numpy.empty(0, little_endian)  # an empty file cannot be mapped
+        return _map_array(path, little_endian)
     except (TypeError, ValueError) as error:
         raise TokenSourceError(
             f"{path} can't be read as ids of dtype = {dtype!r}: {error}.\n"
@@ -108,31 +126,26 @@ def _bin(path: Path, dtype: str) -> Any:
         ) from None
 
 
-def _mapped(path: Path, kind: Any, first: int = 0, shape: tuple[int, ...] | None = None) -> Any:
-    """An array that is read from the file where it is looked at."""
-    mapped: Any = numpy.memmap
-    return mapped(path, dtype=kind, mode="r", offset=first, shape=shape)
+def _map_array(path: Path, dtype: Any, start: int = 0, shape: tuple[int, ...] | None = None) -> Any:
+    """Map an array from a file, whose bytes are read only where they are looked at."""
+    memmap: Any = numpy.memmap
+    return memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
 
 
-def _safetensors(path: Path) -> Any:
-    """Mapped, as the format is a header and bare little-endian arrays."""
-    kinds = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1", "U16": "<u2", "U32": "<u4"}
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            entries = json.loads(file.read(size)) if size < path.stat().st_size else {}
-        except ValueError:
-            entries = {}
-    entries.pop("__metadata__", None)
+def _map_safetensors(path: Path) -> Any:
+    """Map a tensor: the format is a header and bare little-endian arrays."""
+    dtypes = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1", "U16": "<u2", "U32": "<u4"}
+    try:
+        entries = read_header(path).tensors
+    except ValueError:
+        entries = {}
     name = "tokens" if "tokens" in entries else next(iter(entries), "")
     if not name or (len(entries) > 1 and name != "tokens"):
-        found = ", ".join(entries) or "no tensor"
+        names = ", ".join(entries) or "no tensor"
         raise TokenSourceError(
-            f"{path} holds {found}; expected one tensor, or one that is named tokens."
+            f"{path} holds {names}; expected one tensor, or one that is named tokens."
         )
     entry = entries[name]
-    if entry["dtype"] not in kinds:
-        raise TokenSourceError(f"{path}: {name} is {entry['dtype']}; tokens are integers.")
-    first = 8 + size + entry["data_offsets"][0]
-    shape = tuple(entry["shape"])
-    return _mapped(path, kinds[entry["dtype"]], first, shape)
+    if entry.dtype not in dtypes:
+        raise TokenSourceError(f"{path}: {name} is {entry.dtype}; tokens are integers.")
+    return _map_array(path, dtypes[entry.dtype], entry.start, entry.shape)

@@ -1,7 +1,7 @@
-"""One long text through one model, wherever: how it is read, and stretches of it.
+"""Reads one long text with one model, anywhere: how it is read, and stretches of its chunks.
 
-All replicas read a text in the same way, which one of them chooses; so a stretch is the same
-whoever reads it.
+All replicas read a text in the same way, which one of them chooses; so a stretch has the same
+results whichever replica reads it.
 """
 
 from collections.abc import Iterator
@@ -21,16 +21,21 @@ from ray_abliterate.model.language_model import LanguageModel
 
 STRETCH = 16
 """Independent chunks that are read in one go."""
-WARM_SHARE = 8
-"""A stretch is this many times as long as what is fed before it."""
+WARM_UP_SHARE = 8
+"""A stretch is so many times as long as what is fed before it."""
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """How a text is read; fields are those of `StreamingEvaluator`.
+    """A text, and how the user wants it read; fields are those of `StreamingEvaluator`.
 
     Attributes:
-        states: GB of disk for the states in the middle of the base model that trials begin with.
+        text: A file, or `hub:owner/name` for a data set of the Hub.
+        states: GB of disk for the base model's hidden states, from which trials begin.
+
+    Raises:
+        EvaluationError: the text or a setting is wrong, as far as that can be known before a model
+            is loaded.
     """
 
     text: str
@@ -42,11 +47,6 @@ class TextRequest:
     states: float = 1.0
 
     def __post_init__(self) -> None:
-        """What can be known before a model is loaded.
-
-        Raises:
-            EvaluationError: a setting or the text can't be.
-        """
         if self.states < 0:
             raise EvaluationError(f"states = {self.states} is negative.\n  Set it to 0 or more GB.")
         options = self.options()
@@ -58,7 +58,7 @@ class TextRequest:
             )
 
     def options(self) -> dict[str, Any]:
-        """Arguments of the evaluator."""
+        """Return the settings, as `StreamingEvaluator` takes them."""
         return {
             "carry": self.carry,
             "chunk_size": self.chunk_size,
@@ -70,16 +70,16 @@ class TextRequest:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What was chosen.
+    """How a text is read, as one replica has chosen for all.
 
     Attributes:
-        reading: With everything set.
-        fingerprint: Of the text.
+        reading: The request, with every setting filled in.
+        fingerprint: The text's.
         tokens: Tokens of the text that count; None if nobody has counted them.
-        chunks: Its chunks; None likewise.
-        stretch: Chunks that are read in one go, by any replica; None if all are, by one. It follows
-            from model and text alone, so that results don't depend on the number of replicas.
-        notes: Why, where it was not the user who chose.
+        chunks: Number of its chunks; None likewise.
+        stretch: Chunks that any replica reads in one go; None if one replica reads all of them. It
+            follows from model and text alone, so results don't depend on the number of replicas.
+        notes: What was chosen on the user's behalf, and why.
     """
 
     reading: TextRequest
@@ -90,136 +90,134 @@ class ReadPlan:
     notes: tuple[str, ...]
 
     def pieces(self) -> tuple[tuple[int, int | None], ...]:
-        """Number of the first chunk and how many, for each piece that is read in one go."""
+        """Return the first chunk and the number of chunks of each stretch; None for all chunks."""
         if self.stretch is None or self.chunks is None:
             return ((0, None),)
         starts = range(0, self.chunks, self.stretch)
         return tuple((first, min(self.stretch, self.chunks - first)) for first in starts)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the plan as plain JSON values."""
         return {**asdict(self), "notes": list(self.notes)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ReadPlan":
-        """The inverse of `to_json`."""
-        own = {"reading": TextRequest(**values["reading"]), "notes": tuple(values["notes"])}
-        return cls(**{**values, **own})
+        """Read back what `to_json` gave."""
+        parsed = {"reading": TextRequest(**values["reading"]), "notes": tuple(values["notes"])}
+        return cls(**{**values, **parsed})
 
 
 @dataclass(frozen=True)
 class ReadFiles:
-    """What is kept on the disk of the machine that reads a whole text, where the folder is there.
+    """Files that the reader of a whole text keeps on its own machine, if it has the folder.
 
     Attributes:
-        folder: Of what is found.
-        name: The model's.
-        begins: Blocks at which edits begin whose models read the text later.
+        folder: Where the results of the evaluation are.
+        model: Name of the model that reads.
+        cached_blocks: Blocks at which the edits of models begin that will read the text later.
     """
 
     folder: Path
-    name: str
-    begins: tuple[int, ...] = ()
+    model: str
+    cached_blocks: tuple[int, ...] = ()
 
-    @property
-    def state(self) -> Path | None:
-        """File for what a text that is stopped goes on from."""
-        return self.folder / f"{self.name}.state" if self.folder.is_dir() else None
+    def state_file(self) -> Path | None:
+        """Return the file from which a reading that was interrupted resumes."""
+        return self.folder / f"{self.model}.state" if self.folder.is_dir() else None
 
-    def states(self, gigabytes: float) -> HiddenStateCache | None:
-        """Folder for states in the middle of the model."""
+    def state_cache(self, gigabytes: float) -> HiddenStateCache | None:
+        """Return a cache of hidden states with a size limit; None for a limit of 0."""
         if not gigabytes or not self.folder.is_dir():
             return None
         return HiddenStateCache(self.folder / "states", int(gigabytes * 1e9))
 
 
 class TextReader:
-    """Reads texts with a model."""
+    """Reads texts with one model, whose capabilities are checked when the first text comes."""
 
     def __init__(self, model: LanguageModel) -> None:
-        """Examine nothing yet."""
         self._model = model
-        self._examined: StreamingEvaluator | None = None
+        self._checked: StreamingEvaluator | None = None
         self._evaluators: dict[TextRequest, StreamingEvaluator] = {}
 
-    def route(self, reading: TextRequest, count: bool) -> ReadPlan:
-        """How the text is read.
+    def plan_reading(self, request: TextRequest, count: bool) -> ReadPlan:
+        """Decide how a text is read.
 
         Args:
-            reading: What is asked for.
+            request: What the user asks for.
             count: Read the text through, if need be, to know how long it is.
 
         Raises:
-            EvaluationError: it can't be read so.
+            EvaluationError: the text can't be read in this way.
         """
-        evaluator, text = self._evaluator(reading), self._open(reading)
-        length, chosen = evaluator.length(text), reading
+        evaluator, text = self._evaluator(request), self._open(request)
+        length, chosen = evaluator.length(text), request
         if length is None and count:
-            length = _counted(self._open(reading), reading.max_tokens)
+            length = _count_tokens(self._open(request), request.max_tokens)
         choice, chunks, stretch = evaluator.choose(length), None, None
         if length is not None:
-            refuse_short(text.name, length, reading.chunk_size)
+            refuse_short(text.name, length, request.chunk_size)
             geometry = choice.geometry
-            one = length <= geometry.chunk_size
-            size, overlap = (length, 0) if one else (geometry.chunk_size, geometry.overlap)
-            chosen = replace(reading, chunk_size=size, overlap=overlap)
+            single = length <= geometry.chunk_size
+            size, overlap = (length, 0) if single else (geometry.chunk_size, geometry.overlap)
+            chosen = replace(request, chunk_size=size, overlap=overlap)
             chunks = geometry.chunks(length)
-            warm = evaluator.warm_up(choice)
-            if warm is not None:
-                stretch = max(STRETCH, -(-WARM_SHARE * warm // geometry.stride))
+            warm_up = evaluator.warm_up(choice)
+            if warm_up is not None:
+                stretch = max(STRETCH, -(-WARM_UP_SHARE * warm_up // geometry.stride))
         chosen = replace(chosen, carry=choice.carry.value, window=choice.window)
         return ReadPlan(chosen, text.fingerprint, length, chunks, stretch, choice.notes)
 
     def read(
-        self, route: ReadPlan, first: int, count: int | None, keeping: ReadFiles | None = None
+        self, plan: ReadPlan, first: int, count: int | None, files: ReadFiles | None = None
     ) -> Iterator[ChunkResult]:
-        """Chunks of a text, one by one.
+        """Yield the results of a stretch of chunks, one by one.
 
         Args:
-            route: How it is read.
+            plan: How the text is read.
             first: Number of the first chunk that is wanted; earlier ones may come, too.
-            count: How many; all there are if None.
-            keeping: What is kept on the disk, if all are wanted.
+            count: Number of chunks; all there are if None.
+            files: Files that the reading of all chunks keeps.
 
         Raises:
             EvaluationError: a chunk can't be read.
         """
-        text = self._open(route.reading)
+        text = self._open(plan.reading)
         if count is not None:
-            yield from self._evaluator(route.reading).stretch(text, first, count)
+            yield from self._evaluator(plan.reading).stretch(text, first, count)
             return
-        states = keeping.states(route.reading.states) if keeping else None
-        begins = keeping.begins if keeping else ()
-        evaluator = self._like(route.reading, states, begins)
-        state = keeping.state if keeping else None
+        cache = files.state_cache(plan.reading.states) if files else None
+        cached_blocks = files.cached_blocks if files else ()
+        evaluator = self._new_evaluator(plan.reading, cache, cached_blocks)
+        state = files.state_file() if files else None
         yield from evaluator.stream(text, state=state, first_wanted=first)
 
-    def _evaluator(self, reading: TextRequest) -> StreamingEvaluator:
-        if reading not in self._evaluators:
-            self._evaluators[reading] = self._like(reading)
-        return self._evaluators[reading]
+    def _evaluator(self, request: TextRequest) -> StreamingEvaluator:
+        if request not in self._evaluators:
+            self._evaluators[request] = self._new_evaluator(request)
+        return self._evaluators[request]
 
-    def _like(
+    def _new_evaluator(
         self,
-        reading: TextRequest,
-        states: HiddenStateCache | None = None,
-        begins: tuple[int, ...] = (),
+        request: TextRequest,
+        cache: HiddenStateCache | None = None,
+        cached_blocks: tuple[int, ...] = (),
     ) -> StreamingEvaluator:
-        """A new one, of the model that was examined."""
-        if self._examined is None:
-            self._examined = StreamingEvaluator(self._model)
-        options = reading.options()
-        return self._examined.with_settings(**options, states=states, states_at=begins)
+        """Return an evaluator with the request's settings; the model is checked only once."""
+        if self._checked is None:
+            self._checked = StreamingEvaluator(self._model)
+        options = request.options()
+        return self._checked.with_settings(**options, states=cache, states_at=cached_blocks)
 
-    def _open(self, reading: TextRequest) -> TokenSource:
-        return open_source(reading.text, self._model.chat.tokenizer)
+    def _open(self, request: TextRequest) -> TokenSource:
+        return open_source(request.text, self._model.chat.tokenizer)
 
 
-def _counted(text: TokenSource, limit: int | None) -> int:
-    """Tokens of a text, read through as far as they count."""
-    found = 0
+def _count_tokens(text: TokenSource, limit: int | None) -> int:
+    """Return the number of tokens of a text, which is read through as far as they count."""
+    count = 0
     for block in text.blocks():
-        found += len(block)
-        if limit is not None and found >= limit:
+        count += len(block)
+        if limit is not None and count >= limit:
             return limit
-    return found
+    return count

@@ -1,4 +1,4 @@
-"""What an evaluation finds, chunk by chunk and in sum. Plain values that JSON can hold."""
+"""The results of an evaluation, chunk by chunk and in total. Plain values that JSON can hold."""
 
 import math
 from collections.abc import Iterable
@@ -6,27 +6,27 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MOST_NATS = 700.0
-"""The exponential of more is no float."""
+"""The exponential of more nats than this overflows a float."""
 
 
 def perplexity(loss: float) -> float:
-    """exp(mean nats per token)."""
+    """Return exp(`loss`), where `loss` is in nats per token."""
     return math.exp(min(loss, MOST_NATS))
 
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """One chunk.
+    """The result of one chunk.
 
     Attributes:
-        index: Its number.
-        start: Its first own token in the text.
-        stop: One after its last.
+        index: Number of the chunk.
+        start: Position in the text of the first token that belongs to the chunk.
+        stop: One after the position of its last token.
         tokens: Tokens that were predicted; the first token of a text is not.
         nats: Sum of their losses.
-        seconds: Time it took.
-        passes: Forward passes it took.
-        carried_bytes: Memory of what it handed on.
+        seconds: Time the chunk took.
+        passes: Forward passes the chunk took.
+        carried_bytes: Memory of what the chunk handed on.
     """
 
     index: int
@@ -40,44 +40,44 @@ class ChunkResult:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Return the mean loss in nats per predicted token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Return the exponential of the chunk's mean loss."""
         return perplexity(self.loss)
 
     @property
     def tokens_per_second(self) -> float:
-        """Predicted tokens."""
+        """Return the number of predicted tokens per second."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, and what is derived from them."""
+        """Return the fields, and what is derived from them."""
         derived = ("loss", "perplexity", "tokens_per_second")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ChunkResult":
-        """The other way."""
+        """Read back what `to_json` gave; derived values are ignored."""
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over chunks.
+    """Sums and statistics over chunks.
 
     Attributes:
-        chunks: How many.
+        chunks: Number of chunks.
         tokens: Tokens that were predicted.
         nats: Sum of their losses.
         seconds: Time that the chunks took.
-        carried_bytes: The most that a chunk handed on.
+        carried_bytes: The most that any chunk handed on.
         mean: Mean of the chunks' losses, each chunk counting once.
         squares: Sum of squared distances from that mean.
         carry: What chunks handed on.
-        notes: What was chosen, and why.
+        notes: What was chosen on the user's behalf, and why.
     """
 
     chunks: int = 0
@@ -94,17 +94,17 @@ class Totals:
     def of(
         cls, results: Iterable[ChunkResult], carry: str = "", notes: Iterable[str] = ()
     ) -> "Totals":
-        """Chunks from wherever, added by number: who computed them when does not show."""
-        found = cls(carry=str(carry), notes=tuple(notes))
+        """Add up chunks by number, so that the sums do not depend on who computed them when."""
+        totals = cls(carry=str(carry), notes=tuple(notes))
         for result in sorted(results, key=lambda result: result.index):
-            found = found.plus(result)
-        return found
+            totals = totals.plus(result)
+        return totals
 
     def plus(self, result: ChunkResult) -> "Totals":
-        """With one chunk more (Welford's update)."""
+        """Return the totals with one chunk more (Welford's update)."""
         chunks = self.chunks + 1
-        away = result.loss - self.mean
-        mean = self.mean + away / chunks
+        deviation = result.loss - self.mean
+        mean = self.mean + deviation / chunks
         return Totals(
             chunks,
             self.tokens + result.tokens,
@@ -112,54 +112,54 @@ class Totals:
             self.seconds + result.seconds,
             max(self.carried_bytes, result.carried_bytes),
             mean,
-            self.squares + away * (result.loss - mean),
+            self.squares + deviation * (result.loss - mean),
             self.carry,
             self.notes,
         )
 
     @property
     def loss(self) -> float:
-        """Nats per token; each token counts once."""
+        """Return the mean loss in nats per token; each token counts once."""
         return self.nats / max(self.tokens, 1)
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Return the exponential of the mean loss over all tokens."""
         return perplexity(self.loss)
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the chunks' losses; 0 for one chunk."""
+        """Return the standard deviation of the chunks' losses; 0 for one chunk."""
         return math.sqrt(self.squares / (self.chunks - 1)) if self.chunks > 1 else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Predicted tokens."""
+        """Return the number of predicted tokens per second."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, and what is derived from them."""
+        """Return the fields, and what is derived from them."""
         derived = ("loss", "perplexity", "deviation", "tokens_per_second")
         values = asdict(self) | {"notes": list(self.notes)}
         return {**values, **{name: getattr(self, name) for name in derived}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Totals":
-        """The other way."""
-        own = {name: values[name] for name in cls.__dataclass_fields__}
-        return cls(**{**own, "notes": tuple(own["notes"])})
+        """Read back what `to_json` gave; derived values are ignored."""
+        fields = {name: values[name] for name in cls.__dataclass_fields__}
+        return cls(**{**fields, "notes": tuple(fields["notes"])})
 
 
 @dataclass(frozen=True)
 class ReadingProgress:
-    """How far an evaluation is.
+    """How far the reading of a text has come.
 
     Attributes:
         chunk: The chunk that has just ended.
-        totals: All until now.
-        position: Tokens of the text that are behind.
-        length: Tokens of the text, if that is known.
-        seconds_left: What the rest takes at the pace until now, if its length is known.
+        totals: Totals of all chunks so far.
+        position: Tokens of the text that have been read.
+        length: Tokens of the text, if known.
+        seconds_left: Time for the rest at the pace so far, if the length is known.
     """
 
     chunk: ChunkResult

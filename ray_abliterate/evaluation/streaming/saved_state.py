@@ -1,10 +1,9 @@
-"""The saved state of an evaluation: one safetensors file, written whole.
+"""The saved state of an evaluation: one safetensors file, written atomically.
 
-Its tensors are what the model keeps of the text; its metadata say where the text was, what was
-found until there, and of what.
+Its tensors are what the model remembers of the text; its metadata say how far the text was read,
+the totals so far, and which model, text and settings they are of.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,27 +13,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ray_abliterate.data.atomic_files import write_whole
+from ray_abliterate.data.atomic_files import write_atomically
 from ray_abliterate.errors import EvaluationChanged
 from ray_abliterate.evaluation.streaming.results import Totals
-from ray_abliterate.model.quantization import plain_tensors
 
 VERSION = 1
-SAMPLE = 16
-"""Values of each parameter that tell one model from another."""
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """Where an evaluation was.
+    """How far an evaluation has come.
 
     Attributes:
         identity: The model, the text and the settings.
-        totals: Chunks until there.
-        next_chunk: The first that is not among them.
-        losses_bytes: Bytes of the file of token losses.
-        tensors: What the model keeps of the text.
-        rest: What of it is no tensor; None if the text is to be read again.
+        totals: Totals of the chunks so far.
+        next_chunk: Number of the first chunk that is not in the totals.
+        losses_bytes: Size of the file of token losses.
+        tensors: What the model remembers of the text.
+        rest: What it remembers apart from tensors; None if the text has to be read again.
     """
 
     identity: dict[str, Any]
@@ -45,7 +41,7 @@ class SavedState:
     rest: list[dict[str, Any]] | None = None
 
     def write(self, path: Path) -> None:
-        """To a file."""
+        """Write the state to a file, atomically."""
         values = {
             "version": VERSION,
             "identity": self.identity,
@@ -54,14 +50,18 @@ class SavedState:
             "losses_bytes": self.losses_bytes,
             "rest": self.rest,
         }
-        write_whole(path, save(self.tensors, {"evaluation": json.dumps(values)}))
+        write_atomically(path, save(self.tensors, {"evaluation": json.dumps(values)}))
 
     @classmethod
     def read(cls, path: Path, identity: dict[str, Any]) -> "SavedState | None":
-        """From a file; None if there is none.
+        """Read the state from a file; return None if the file does not exist.
+
+        Args:
+            path: The file.
+            identity: The model, the text and the settings that the state has to be of.
 
         Raises:
-            EvaluationChanged: it is of another model, text or setting, or can't be read.
+            EvaluationChanged: the state is of another model, text or setting, or can't be read.
         """
         if not path.exists():
             return None
@@ -92,17 +92,8 @@ def _refuse_changed(path: Path, values: dict[str, Any], identity: dict[str, Any]
     if changed:
         lines = [f"    {name}: {saved.get(name)!r} saved, {wanted[name]!r} now" for name in changed]
         raise EvaluationChanged(
-            f"state = {str(path)!r} was saved of something else:\n" + "\n".join(lines) + "\n"
-            "  Go on with what was saved, or delete the file to begin anew."
+            f"state = {str(path)!r} is the saved state of another evaluation:\n"
+            + "\n".join(lines)
+            + "\n"
+            "  Use the saved settings again, or delete the file to begin anew."
         )
-
-
-def fingerprint(model: Any) -> str:
-    """Of a sample of every parameter: tells whether the weights are the same."""
-    digest = hashlib.sha256()
-    named = model.named_parameters() if hasattr(model, "named_parameters") else ()
-    for name, parameter in named:
-        parts = [part for part in plain_tensors(parameter.detach()) if not part.is_meta]
-        samples = [part.flatten()[:SAMPLE].float().cpu().numpy().tobytes() for part in parts]
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + b"".join(samples))
-    return digest.hexdigest()[:16]

@@ -1,9 +1,9 @@
 """Texts that become tokens while they are read: files, columns of tables, data sets of the Hub.
 
-A text is tokenized piece by piece, so that it never has to be in memory: a file in pieces of about
-64 kB that end where a line ends, a table or data set row by row, with the tokenizer's end token
-after each row. At the edge of two pieces of a file, a tokenizer may cut words otherwise than it
-would in the whole text.
+A text is tokenized piece by piece, so that it is never in memory as a whole: a file in pieces of
+about 64 kB that end where a line ends, a table or data set row by row, with the tokenizer's end
+token after each row. At the border of two pieces of a file, a tokenizer may split words differently
+than it would in the whole text.
 """
 
 import hashlib
@@ -14,64 +14,71 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ray_abliterate.data.hub import advice_for, first_line, retry
+from ray_abliterate.data.hub import dataset_advice, first_line, retry
 from ray_abliterate.errors import TokenSourceError
 from ray_abliterate.evaluation.streaming.token_sources import SAMPLE, TokenSource, skip_tokens
 
 PIECE = 1 << 16
 """Characters that are tokenized at once."""
 IDS_AT_ONCE, ROWS_AT_ONCE = 1 << 16, 64
-"""Rows of a Parquet file: of one id each, and of whole documents."""
+"""Rows of a Parquet file that are read at once: rows of one id each, and rows of documents."""
 TABLES = (".parquet", ".arrow", ".feather")
 COLUMNS = ("tokens", "input_ids", "text")
+"""Columns that are looked for, in this order, if none is named."""
 
 
 class TextPieces(Protocol):
-    """Pieces of text.
+    """A text that can be read in pieces.
 
     Attributes:
-        name: What it is called in errors.
-        rows: Pieces are documents of their own.
+        name: What errors call it.
+        rows: Each piece is a document of its own.
     """
 
     name: str
     rows: bool
 
     def pieces(self, column: str | None) -> Iterator[Any]:
-        """Texts, or lists of ids."""
+        """Yield texts, or lists of token ids."""
 
-    def facts(self) -> bytes:
-        """What tells it from others."""
+    def identity(self) -> bytes:
+        """Return what distinguishes this text from others."""
 
 
 class TextSource:
-    """Tokens of texts, or of rows that hold ids already."""
+    """The tokens of a text, or of rows that hold token ids already."""
 
     def __init__(self, texts: TextPieces, tokenizer: Any, column: str | None) -> None:
+        """
+        Args:
+            texts: The text, in pieces.
+            tokenizer: Makes tokens of texts; None where all rows hold token ids.
+            column: Column of a table or data set; the first usual one if None.
+        """
         self.name = texts.name
         self.length: int | None = None
         self._texts, self._tokenizer, self._column = texts, tokenizer, column
-        template = getattr(tokenizer, "name_or_path", ""), getattr(tokenizer, "vocab_size", 0)
-        digest = hashlib.sha256(texts.facts() + repr((template, column)).encode())
+        reading = getattr(tokenizer, "name_or_path", ""), getattr(tokenizer, "vocab_size", 0)
+        digest = hashlib.sha256(texts.identity() + repr((reading, column)).encode())
         self.fingerprint = digest.hexdigest()[:16]
 
     def blocks(self, start: int = 0) -> Iterator[Tensor]:
-        """Token ids; what lies before `start` is tokenized and dropped."""
-        return skip_tokens(self._all(), start)
+        """Yield token ids; what lies before `start` is tokenized and dropped."""
+        return skip_tokens(self._all_blocks(), start)
 
-    def _all(self) -> Iterator[Tensor]:
+    def _all_blocks(self) -> Iterator[Tensor]:
         end = getattr(self._tokenizer, "eos_token_id", None)
         for piece in self._texts.pieces(self._column):
             if not isinstance(piece, str):
-                yield self._ids(piece)
+                yield self._token_ids(piece)
                 continue
             ids = require_tokenizer(self._tokenizer, self.name).encode(
                 piece, add_special_tokens=False
             )
-            close = [end] if self._texts.rows and end is not None else []
-            yield torch.tensor([*ids, *close], dtype=torch.int64)
+            end_of_row = [end] if self._texts.rows and end is not None else []
+            yield torch.tensor([*ids, *end_of_row], dtype=torch.int64)
 
-    def _ids(self, piece: Any) -> Tensor:
+    def _token_ids(self, piece: Any) -> Tensor:
         try:
             return torch.as_tensor(piece, dtype=torch.int64).reshape(-1)
         except (TypeError, ValueError, RuntimeError):
@@ -82,7 +89,11 @@ class TextSource:
 
 
 def require_tokenizer(tokenizer: Any, name: str) -> Any:
-    """The tokenizer, which a text can't do without."""
+    """Return the tokenizer, without which a text cannot be read.
+
+    Raises:
+        TokenSourceError: it is None.
+    """
     if tokenizer is None:
         raise TokenSourceError(
             f"source = {name!r} is text, and tokenizer is not set.\n"
@@ -100,18 +111,24 @@ class TextFile:
         self.name, self._path = str(path), path
 
     def pieces(self, column: str | None) -> Iterator[str]:
-        """About 64 kB each, cut after the end of a line; a longer line is cut where it must be."""
-        held = ""
+        """Yield about 64 kB at a time, cut after the end of a line.
+
+        A line longer than eight such pieces is cut where it happens to be.
+
+        Raises:
+            TokenSourceError: the file is not UTF-8.
+        """
+        pending = ""
         with self._path.open(encoding="utf-8-sig", newline="") as file:
             while text := self._read(file):
-                held += text
-                cut = held.rfind("\n") + 1
-                if cut or len(held) > 8 * PIECE:
-                    cut = cut or len(held)
-                    yield held[:cut]
-                    held = held[cut:]
-        if held:
-            yield held
+                pending += text
+                cut = pending.rfind("\n") + 1
+                if cut or len(pending) > 8 * PIECE:
+                    cut = cut or len(pending)
+                    yield pending[:cut]
+                    pending = pending[cut:]
+        if pending:
+            yield pending
 
     def _read(self, file: Any) -> str:
         try:
@@ -120,9 +137,9 @@ class TextFile:
             raise TokenSourceError(f"{self.name} is not UTF-8 text; convert it first.") from None
         return text
 
-    def facts(self) -> bytes:
-        """Size, and both ends."""
-        return file_facts(self._path)
+    def identity(self) -> bytes:
+        """Return the file's size and both its ends."""
+        return _size_and_ends(self._path)
 
 
 class TableText:
@@ -134,7 +151,7 @@ class TableText:
         self.name, self._path, self._column = str(path), path, column
 
     def pieces(self, column: str | None) -> Iterator[Any]:
-        """Cell by cell; null cells are passed over. A column of ids comes batch by batch."""
+        """Yield cell by cell, without null cells; a column of ids comes batch by batch."""
         for batch in self._batches():
             values = batch.column(self._column)
             if str(values.type).startswith(("int", "uint")):
@@ -153,9 +170,9 @@ class TableText:
             return
         yield from _arrow_batches(self._path)
 
-    def facts(self) -> bytes:
-        """Size, and both ends."""
-        return file_facts(self._path)
+    def identity(self) -> bytes:
+        """Return the file's size and both its ends."""
+        return _size_and_ends(self._path)
 
 
 class HubText:
@@ -168,13 +185,17 @@ class HubText:
         self._split, self._config, self._revision = split, config, revision
 
     def pieces(self, column: str | None) -> Iterator[Any]:
-        """Cells of the column, as they arrive."""
+        """Yield cells of the column as they arrive.
+
+        Raises:
+            TokenSourceError: the data set cannot be read, or has no such column.
+        """
         import datasets
         from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
         try:
-            data = retry(
+            rows = retry(
                 lambda: datasets.load_dataset(
                     self._dataset,
                     self._config,
@@ -183,21 +204,25 @@ class HubText:
                     streaming=True,
                 )
             )
-            for number, row in enumerate(data):
+            for number, row in enumerate(rows):
                 chosen = column if number else (column := resolve_column(self.name, row, column))
                 if row.get(chosen):
                     yield row[chosen]
         except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
-            advice = advice_for(error, self._dataset)
+            advice = dataset_advice(error, self._dataset)
             raise TokenSourceError(f"{self.name}: {first_line(error)}\n  {advice}") from None
 
-    def facts(self) -> bytes:
-        """Its name; pin `revision` for a text that can't change."""
+    def identity(self) -> bytes:
+        """Return what the data set is called; only with `revision` is its content fixed."""
         return repr((self._dataset, self._split, self._config, self._revision)).encode()
 
 
 def open_table(path: Path, tokenizer: Any, column: str | None) -> TokenSource:
-    """A column of a table; a tokenizer is asked for only if it holds text."""
+    """Open a column of a table; a tokenizer is needed only if it holds text.
+
+    Raises:
+        TokenSourceError: the file is no table, lacks the column, or needs a tokenizer.
+    """
     import pyarrow
 
     try:
@@ -210,13 +235,19 @@ def open_table(path: Path, tokenizer: Any, column: str | None) -> TokenSource:
     return TextSource(TableText(path, chosen), tokenizer, chosen)
 
 
-def resolve_column(place: str, names: Any, column: str | None) -> str:
-    """The column that is asked for, or the first usual name that is there."""
-    found = column or next((name for name in COLUMNS if name in names), "")
-    if found not in names:
-        asked = f"no column {found!r}" if found else f"none of the columns {', '.join(COLUMNS)}"
-        raise TokenSourceError(f"{place} has {asked}.\n  Set column to one of: {', '.join(names)}.")
-    return found
+def resolve_column(source: str, names: Any, column: str | None) -> str:
+    """Return the column that is asked for, or the first of `COLUMNS` that exists.
+
+    Raises:
+        TokenSourceError: there is no such column.
+    """
+    chosen = column or next((name for name in COLUMNS if name in names), "")
+    if chosen not in names:
+        asked = f"no column {chosen!r}" if chosen else f"none of the columns {', '.join(COLUMNS)}"
+        raise TokenSourceError(
+            f"{source} has {asked}.\n  Set column to one of: {', '.join(names)}."
+        )
+    return chosen
 
 
 def _schema(path: Path) -> Any:
@@ -224,19 +255,19 @@ def _schema(path: Path) -> Any:
         from pyarrow import parquet
 
         return parquet.read_schema(path)
-    return next(iter(_readers(path))).schema
+    return next(iter(_arrow_readers(path))).schema
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:
-    for reader in _readers(path):
+    for reader in _arrow_readers(path):
         if hasattr(reader, "num_record_batches"):
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             yield from reader
 
 
-def _readers(path: Path) -> Iterator[Any]:
-    """The reader of an Arrow file, or of an Arrow stream."""
+def _arrow_readers(path: Path) -> Iterator[Any]:
+    """Yield the one reader of an Arrow file, or of an Arrow stream, while the file is mapped."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as file:
@@ -247,8 +278,8 @@ def _readers(path: Path) -> Iterator[Any]:
             yield pyarrow.ipc.open_stream(file)
 
 
-def file_facts(path: Path) -> bytes:
-    """Size of a file, and what both its ends hold."""
+def _size_and_ends(path: Path) -> bytes:
+    """Return the size of a file, and `SAMPLE` bytes from both its ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(SAMPLE)

@@ -1,4 +1,7 @@
-"""Tokens, block by block: arrays in memory or mapped from a file, iterators. Knows no models."""
+"""Token sources: arrays in memory or mapped from a file, and iterators, read block by block.
+
+Knows nothing about models.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ from ray_abliterate.errors import TokenSourceError
 BLOCK = 1 << 16
 """Tokens that are read at once."""
 SAMPLE = 4096
-"""Tokens from either end that tell one text from another."""
+"""Tokens, or bytes, at either end of a text that go into its fingerprint."""
 
 
 @runtime_checkable
@@ -22,9 +25,9 @@ class TokenSource(Protocol):
     """A text as tokens, in order.
 
     Attributes:
-        name: What it is called in errors.
-        length: Its tokens, if that is known before reading.
-        fingerprint: Tells it from other texts; empty if nothing can.
+        name: What errors call it.
+        length: Its number of tokens, if known before reading.
+        fingerprint: Differs from that of other texts; empty if the text cannot be identified.
     """
 
     name: str
@@ -32,13 +35,18 @@ class TokenSource(Protocol):
     fingerprint: str
 
     def blocks(self, start: int = 0) -> Iterator[Tensor]:
-        """Token ids from token number `start` on, int64."""
+        """Yield token ids from token number `start` on, `"token"`, int64."""
 
 
 class TokenArray:
-    """Tokens that can be looked up by number: in memory, or mapped from a file."""
+    """Tokens with random access: in memory, or mapped from a file."""
 
     def __init__(self, values: Any, name: str) -> None:
+        """Look at both ends of the array, which identify the text.
+
+        Raises:
+            TokenSourceError: `values` is not a one-dimensional array of integers.
+        """
         if values.ndim != 1 or values.dtype.kind not in "iu":
             raise TokenSourceError(
                 f"{name} holds {values.dtype} of shape {tuple(values.shape)}; tokens are a "
@@ -51,14 +59,14 @@ class TokenArray:
         self.fingerprint = f"{self.length}:{digest[:16]}"
 
     def blocks(self, start: int = 0) -> Iterator[Tensor]:
-        """Token ids, copied block by block."""
+        """Yield copies of the token ids, block by block."""
         for first in range(start, len(self._values), BLOCK):
             block = numpy.array(self._values[first : first + BLOCK], dtype=numpy.int64)
             yield torch.from_numpy(block)
 
 
 class TokenStream:
-    """An iterator of tokens or blocks of them; it is read once."""
+    """An iterator of tokens, or of blocks of them, which can be read only once."""
 
     def __init__(self, blocks: Iterator[Any], name: str = "iterator") -> None:
         self.name, self.fingerprint = name, ""
@@ -67,10 +75,10 @@ class TokenStream:
         self._begun = False
 
     def blocks(self, start: int = 0) -> Iterator[Tensor]:
-        """What the iterator yields, from token `start` on.
+        """Yield what the iterator yields, from token `start` on.
 
         Raises:
-            TokenSourceError: it was read before.
+            TokenSourceError: it has been read before, or yields something other than token ids.
         """
         if self._begun:
             raise TokenSourceError(
@@ -78,9 +86,9 @@ class TokenStream:
                 "  Give a new iterator for each evaluation, or write its tokens to a .npy file."
             )
         self._begun = True
-        return skip_tokens(map(self._block, self._blocks), start)
+        return skip_tokens(map(self._token_ids, self._blocks), start)
 
-    def _block(self, block: Any) -> Tensor:
+    def _token_ids(self, block: Any) -> Tensor:
         try:
             ids = torch.as_tensor(block)
         except (TypeError, ValueError, RuntimeError):
@@ -94,7 +102,7 @@ class TokenStream:
 
 
 def skip_tokens(blocks: Iterator[Tensor], start: int) -> Iterator[Tensor]:
-    """Blocks without their first `start` tokens."""
+    """Yield blocks without their first `start` tokens."""
     for block in blocks:
         if start < len(block):
             yield block[start:]
@@ -109,33 +117,39 @@ class TokenCursor:
         Args:
             source: The text.
             start: The first token that will be asked for.
-            limit: Tokens of the text that count.
-            vocab: Ids of the model.
+            limit: Tokens of the text that count; all if None.
+            vocab: Number of token ids of the model.
         """
         self._source, self._limit, self._vocab = source, limit, vocab
-        self._held, self._first = torch.empty(0, dtype=torch.int64), start
+        self._buffer, self._buffer_start = torch.empty(0, dtype=torch.int64), start
         self._blocks = chain(source.blocks(start))
 
     def read(self, first: int, stop: int) -> Tensor:
-        """Tokens `first` to `stop`, fewer at the end of the text; `first` never goes back."""
+        """Return tokens `first` to `stop`, fewer at the end of the text.
+
+        `first` must not decrease from call to call: tokens before it are dropped.
+
+        Raises:
+            TokenSourceError: a token is not an id of the model.
+        """
         stop = stop if self._limit is None else min(stop, self._limit)
-        self._held = self._held[first - self._first :]
-        self._first = first
-        while first + len(self._held) < stop:
+        self._buffer = self._buffer[first - self._buffer_start :]
+        self._buffer_start = first
+        while first + len(self._buffer) < stop:
             block = next(self._blocks, None)
             if block is None:
                 break
-            self._held = torch.cat([self._held, block])
-        read = self._held[: max(0, stop - first)]
-        self._refuse_unknown(read, first)
-        return read
+            self._buffer = torch.cat([self._buffer, block])
+        tokens = self._buffer[: max(0, stop - first)]
+        self._refuse_unknown_ids(tokens, first)
+        return tokens
 
-    def _refuse_unknown(self, read: Tensor, at: int) -> None:
-        wrong = ((read < 0) | (read >= self._vocab)).nonzero()
+    def _refuse_unknown_ids(self, tokens: Tensor, first: int) -> None:
+        wrong = ((tokens < 0) | (tokens >= self._vocab)).nonzero()
         if len(wrong):
-            place = int(wrong[0])
+            offset = int(wrong[0])
             raise TokenSourceError(
-                f"{self._source.name}: token {at + place} is {int(read[place])}, and the model "
-                f"has ids from 0 to {self._vocab - 1}.\n"
+                f"{self._source.name}: token {first + offset} is {int(tokens[offset])}, and the "
+                f"model has ids from 0 to {self._vocab - 1}.\n"
                 "  Was it made with another model's tokenizer, or written with another dtype?"
             )

@@ -39,7 +39,7 @@ def test_without_overlap_the_first_token_of_each_chunk_has_no_context(size, toke
         (CarriedContext.NONE, 8, 8, "overlap = 8 leaves nothing of chunk_size = 8"),
         (CarriedContext.NONE, 8, 9, "Set overlap below 8, or chunk_size above 9"),
         (CarriedContext.NONE, 8, -1, "overlap = -1 is negative"),
-        (CarriedContext.KV, 8, 2, "carry = kv: what is carried is the context already"),
+        (CarriedContext.KV, 8, 2, "carry = kv: what is carried is already the context"),
         (CarriedContext.STATE, 1, 0, "chunk_size = 1: a chunk needs two tokens"),
     ],
 )

@@ -280,7 +280,7 @@ def test_no_more_tokens_than_asked_for_are_evaluated(limit, text):
 def test_logits_of_a_whole_chunk_never_exist(family, text, monkeypatch):
     module = model(family)
     evaluator = StreamingEvaluator(module, carry="none", chunk_size=100, overlap=0)
-    evaluator._runner.rows = 8
+    evaluator._runner.logit_rows = 8
     seen = []
     head = module.get_output_embeddings()
     hook = head.register_forward_hook(lambda _m, _a, logits: seen.append(logits.shape[-2]))
@@ -295,8 +295,8 @@ def test_logits_of_a_whole_chunk_never_exist(family, text, monkeypatch):
 
 def test_a_head_that_reaches_past_its_body_is_given_short_passes(text):
     evaluator = StreamingEvaluator(model("opt"), carry="kv", chunk_size=100)
-    assert "logits exist for whole passes" in evaluator.findings.notes[0]
-    evaluator._runner.rows = 8
+    assert "logits exist for whole passes" in evaluator.capabilities.notes[0]
+    evaluator._runner.logit_rows = 8
     assert {c.passes for c in evaluator.stream(text)} == {13}
 
 
@@ -411,7 +411,7 @@ def test_a_short_text_is_one_chunk_if_no_size_was_asked_for():
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(EvaluationError, match="model is a dict, no causal language model"):
+    with pytest.raises(EvaluationError, match="model is a dict: no causal language model"):
         StreamingEvaluator({})
     with pytest.raises(EvaluationError, match="vocab is not set, and Averages has no config"):
         StreamingEvaluator(Averages())

@@ -62,7 +62,7 @@ def test_a_state_that_is_dropped_goes_token_by_token_and_says_so(family, text):
     assert [c.passes for c in chunks] == [39, 40, 20]
     wanted = losses_by_chunk(full_losses(model(family), text[:100]), chunks)
     assert close([c.loss for c in chunks], wanted)
-    assert "dropped by the model's code" in " ".join(stream.totals.notes)
+    assert "the model's code drops their state" in " ".join(stream.totals.notes)
     assert StreamingEvaluator(model(family)).choose(100).carry is CarriedContext.NONE
 
 
@@ -213,7 +213,7 @@ def test_positions_that_a_model_lacks_are_refused(text):
 
 def test_half_precision_is_held_to_its_own_rounding():
     half = {name: copy.deepcopy(model(name)).bfloat16() for name in ("llama", "mamba2", "mamba")}
-    able = {name: StreamingEvaluator(half[name]).findings.per_pass for name in half}
+    able = {name: StreamingEvaluator(half[name]).capabilities.pass_limits for name in half}
     assert able["llama"][CarriedContext.KV] == able["llama"][CarriedContext.WINDOW] == 0
     assert able["mamba2"][CarriedContext.STATE] == 0
     assert able["mamba"].get(CarriedContext.STATE) != 0
@@ -228,7 +228,7 @@ def test_a_model_that_forgets_is_found_out(monkeypatch):
 
     monkeypatch.setattr(type(module.backbone), "forward", forgets)
     evaluator = StreamingEvaluator(module)
-    assert CarriedContext.STATE not in evaluator.findings.per_pass
+    assert CarriedContext.STATE not in evaluator.capabilities.pass_limits
     assert evaluator.choose(None).carry is CarriedContext.NONE
     with pytest.raises(UnsupportedCarry, match="other losses than one full pass"):
         StreamingEvaluator(module, carry=CarriedContext.STATE)

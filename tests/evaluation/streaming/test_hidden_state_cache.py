@@ -51,9 +51,9 @@ class Reader:
         with torch.no_grad():
             matrices[-1] += 0.05
 
-    def read(self, ids, kept: bool = True, at=(2,), most_bytes: int = 1 << 30, **options):
+    def read(self, ids, kept: bool = True, at=(2,), max_bytes: int = 1 << 30, **options):
         """Chunks; `ran` has the blocks that were run for them."""
-        files = HiddenStateCache(self.folder, most_bytes) if kept else None
+        files = HiddenStateCache(self.folder, max_bytes) if kept else None
         evaluator = StreamingEvaluator(
             self.module, chunk_size=60, states=files, states_at=at, **self.own
         )
@@ -182,18 +182,18 @@ def test_the_folder_has_a_limit_and_the_oldest_texts_go_first(reader):
     each = 310 * 32 * 4 * 2  # two blocks, float32, hidden 32; files have heads
     limit = int(2.2 * each)
     for ids, nats in zip(texts, wanted, strict=True):
-        assert one.read(ids, at=(1, 2), most_bytes=limit) == nats
+        assert one.read(ids, at=(1, 2), max_bytes=limit) == nats
         assert HiddenStateCache(one.folder).bytes <= limit
-    one.read(texts[2], most_bytes=limit)
+    one.read(texts[2], max_bytes=limit)
     assert one.ran == {2, 3}
-    one.read(texts[0], most_bytes=limit)
+    one.read(texts[0], max_bytes=limit)
     assert one.ran == {0, 1, 2, 3}
 
 
 def test_a_text_that_does_not_fit_is_not_kept(reader, text):
     one = reader("llama", **KV)
     wanted = one.read(text, kept=False)
-    assert one.read(text, most_bytes=20_000) == wanted
+    assert one.read(text, max_bytes=20_000) == wanted
     assert HiddenStateCache(one.folder).bytes == 0
 
 
@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(reader, text, monkeypat
 
     one = reader("llama", **KV)
     wanted = one.read(text, kept=False)
-    monkeypatch.setattr("ray_abliterate.evaluation.streaming.hidden_state_cache.write_whole", full)
+    monkeypatch.setattr("ray_abliterate.evaluation.streaming.hidden_state_cache.write_atomically", full)
     assert one.read(text) == wanted
     assert HiddenStateCache(one.folder).bytes == 0
 

@@ -222,7 +222,7 @@ def test_a_tape_holds_no_more_than_was_asked_for_and_a_block():
     tape = TokenCursor(open_source(iter(IDS.split(10))), 0, None, 97)
     for first in range(0, 900, 50):
         assert torch.equal(tape.read(first, first + 60), IDS[first : first + 60])
-        assert len(tape._held) <= 70
+        assert len(tape._buffer) <= 70
 
 
 def test_a_token_file_is_not_read_into_memory(tmp_path):
