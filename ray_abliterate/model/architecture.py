@@ -15,19 +15,16 @@ from torch import Tensor, nn
 
 from ray_abliterate.errors import ModelError, UnknownArchitecture
 from ray_abliterate.model.families import (
-    COMPONENTS,
     FAMILIES,
     UNSUPPORTED,
-    Component,
     Family,
     WriterRow,
     families_markdown,
 )
+from ray_abliterate.recipe import COMPONENT_NAMES
 
 __all__ = [
-    "COMPONENTS",
     "FAMILIES",
-    "Component",
     "Family",
     "Writer",
     "WriterRow",
@@ -53,7 +50,7 @@ class Writer:
 
     Attributes:
         layer: Index of the block, from 0.
-        component: One of `COMPONENTS`.
+        component: One of `COMPONENT_NAMES`.
         parameter: Dotted name in the model, e.g. `model.layers.3.self_attn.o_proj.weight`.
         hidden_axis: The axis of the parameter in residual units.
         bias: Dotted name of its bias, `"hidden"` or `"expert hidden"`, if it has one.
@@ -156,7 +153,7 @@ def find_writers(
                 "  A pattern is a regex for the whole name relative to a block, such as "
                 r"'mlp\.down_proj\.weight'."
             )
-    writers.sort(key=lambda w: (w.layer, COMPONENTS.index(w.component), w.parameter))
+    writers.sort(key=lambda w: (w.layer, COMPONENT_NAMES.index(w.component), w.parameter))
     return tuple(writers)
 
 
@@ -231,9 +228,9 @@ def _rows_of(model: nn.Module, refuse: bool) -> tuple[WriterRow, ...]:
 
 def _check_rows(rows: Iterable[WriterRow]) -> None:
     for row in rows:
-        if row.component not in COMPONENTS:
+        if row.component not in COMPONENT_NAMES:
             raise ModelError(
-                f"{row.component!r} is not a component; expected one of {', '.join(COMPONENTS)}."
+                f"{row.component!r} is not a component; expected one of {', '.join(COMPONENT_NAMES)}."
             )
 
 

@@ -5,10 +5,7 @@ Knows names only: no torch, no transformers. `architecture` reads the table, and
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-Component = Literal["attn", "mlp", "experts", "shared_experts", "mixer", "linear_attn"]
-COMPONENTS: tuple[str, ...] = get_args(Component)
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,7 +15,7 @@ class WriterRow:
     Attributes:
         pattern: Regex for the whole name of the parameter relative to its block, such as
             `mlp\.down_proj\.weight`.
-        component: One of `COMPONENTS`.
+        component: One of `recipe.COMPONENT_NAMES`.
         hidden_axis: The axis in residual units: 0 for Linear (out, in), 1 for Conv1D (in, out) and
             for experts (expert, out, in), 2 for experts (expert, in, out).
         post_norm: Name, relative to the block, of a norm between the writer and the stream. A name

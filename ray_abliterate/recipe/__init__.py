@@ -3,6 +3,7 @@
 from ray_abliterate.recipe.direction import METHOD_NAMES, DirectionSettings, EnsembleMember
 from ray_abliterate.recipe.model import (
     COMPONENT_NAMES,
+    Component,
     ModelSettings,
     Quantization,
     WriterSettings,
@@ -27,6 +28,7 @@ __all__ = [
     "COMPONENT_NAMES",
     "INTERVALS",
     "METHOD_NAMES",
+    "Component",
     "ComponentSpace",
     "DirectionSettings",
     "EditSettings",

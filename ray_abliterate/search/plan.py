@@ -138,7 +138,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Parse `to_json`'s output."""
+        """Parse a plan from `to_json`'s output."""
         values = json.loads(text)
         return cls.from_params(values, values.pop("norm"))
 

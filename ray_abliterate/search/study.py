@@ -150,11 +150,11 @@ def end_interrupted_trials(study: Any, names: Sequence[str]) -> int:
 
 def finished_trials(study: Any, space: SearchSpace) -> tuple[Trial, ...]:
     """Return every trial that ended with scores or its own error; interrupted ones don't count."""
-    trials = (outcome_of(frozen, space) for frozen in study.get_trials(deepcopy=False))
+    trials = (read_trial(frozen, space) for frozen in study.get_trials(deepcopy=False))
     return tuple(trial for trial in trials if trial is not None)
 
 
-def outcome_of(frozen: FrozenTrial, space: SearchSpace) -> Trial | None:
+def read_trial(frozen: FrozenTrial, space: SearchSpace) -> Trial | None:
     """Return a trial of the journal with its result; None if it is unfinished or interrupted."""
     attributes: Mapping[str, Any] = frozen.user_attrs
     if attributes.get(INTERRUPTED) or not frozen.state.is_finished():

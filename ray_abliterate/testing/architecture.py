@@ -24,7 +24,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ray_abliterate.model.architecture import (
-    COMPONENTS,
     Writer,
     WriterRow,
     find_blocks,
@@ -34,6 +33,7 @@ from ray_abliterate.model.architecture import (
     post_norm_gain,
     text_config,
 )
+from ray_abliterate.recipe import COMPONENT_NAMES
 from ray_abliterate.testing.tiny import TINY, randomised, tiny_config, tiny_model
 
 __all__ = [
@@ -226,7 +226,7 @@ class ArchitectureContract:
         """The order is the same every time, and no parameter comes twice."""
         writers = find_writers(model, self.rows)
         assert writers == find_writers(model, self.rows)
-        order = [(w.layer, COMPONENTS.index(w.component), w.parameter) for w in writers]
+        order = [(w.layer, COMPONENT_NAMES.index(w.component), w.parameter) for w in writers]
         assert order == sorted(order)
         assert len({writer.parameter for writer in writers}) == len(writers)
 

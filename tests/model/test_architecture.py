@@ -9,7 +9,6 @@ from torch import nn
 
 from ray_abliterate.errors import ModelError, UnknownArchitecture
 from ray_abliterate.model.architecture import (
-    COMPONENTS,
     FAMILIES,
     Writer,
     WriterRow,
@@ -20,6 +19,7 @@ from ray_abliterate.model.architecture import (
     post_norm_gain,
 )
 from ray_abliterate.model.families import UNSUPPORTED, families_markdown, unsupported_markdown
+from ray_abliterate.recipe import COMPONENT_NAMES
 from ray_abliterate.testing.architecture import (
     CLOSED,
     NOTICED,
@@ -105,7 +105,7 @@ def test_every_row_of_the_table_matches_in_a_tiny_model():
 def test_no_model_type_is_declared_twice():
     names = [name for family in FAMILIES for name in family.model_types]
     assert len(names) == len(set(names))
-    assert {row.component for family in FAMILIES for row in family.rows} == set(COMPONENTS)
+    assert {row.component for family in FAMILIES for row in family.rows} == set(COMPONENT_NAMES)
 
 
 def test_writers_are_found_in_layers_of_every_type():
