@@ -17,13 +17,15 @@ from rich.console import Console
 
 from ray_abliterate.cli.chat_session import BASE, Mode, Session, Speaker, refuse_taken
 from ray_abliterate.cli.chat_view import view_for, write
-from ray_abliterate.cli.progress_display import describe_score, frontier_table
+from ray_abliterate.cli.tables import frontier_table
 from ray_abliterate.errors import ChatError, RayAbliterateError, RunDirectoryError
 from ray_abliterate.model.source import model_source
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.frontier import Frontier, Trial
+from ray_abliterate.search.score_text import describe_score
 
 HELP = """\
 /trial N     talk to trial N
@@ -40,7 +42,7 @@ HELP = """\
 
 
 @dataclass(frozen=True)
-class Options:
+class ChatOptions:
     """How to talk.
 
     Attributes:
@@ -57,7 +59,7 @@ class Options:
 def converse(
     directory: RunDirectory,
     trial: Trial,
-    options: Options,
+    options: ChatOptions,
     output: Console,
     source: TextIO,
     rng: random.Random | None = None,
@@ -81,10 +83,12 @@ def converse(
     directions = directory.directions()
     if directions is None:
         raise RunDirectoryError(f"{directory.path} has no directions; start a new run")
-    prefix = tuple(directory.environment["response_prefix"])
-    setup = Setup(directions, prefix, directory.tuning())
-    name = directory.recipe.model.name
-    replica = Replica(directory.pinned(directory.recipe), model_source(name, Unwatched().note), {})
+    prefix = tuple(directory.read_environment()["response_prefix"])
+    setup = TrialSetup(directions, prefix, directory.tuning())
+    name = directory.read_recipe().model.name
+    replica = Replica(
+        directory.pinned(directory.read_recipe()), model_source(name, SilentProgress().note), {}
+    )
     edited, rng = Speaker.of(trial), rng or random.Random()
     session = Session(directory, replica, setup, options.tokens, edited, options.mode, rng)
     session.seat(options.mode)
@@ -108,7 +112,7 @@ def converse(
 
 def greet(directory: RunDirectory, trial: Trial, session: Session, output: Console) -> None:
     """Say who talks, and how the trial scored."""
-    _say(output, f"{directory.recipe.model.name}: {session.who}")
+    _say(output, f"{directory.read_recipe().model.name}: {session.who}")
     baseline = directory.baseline()
     for score in trial.scorecard.scores if trial.scorecard else ():
         base = f" (original: {describe_score(baseline.scorecard[score.name])})" if baseline else ""

@@ -1,4 +1,4 @@
-"""The verbs `chat` and `serve`: trying an edited model out."""
+"""The verbs that try an edited model out: `chat` and `serve`."""
 
 import sys
 from pathlib import Path
@@ -6,60 +6,83 @@ from typing import Annotated
 
 import typer
 
-from ray_abliterate.cli.options import RunFolder, TrialNumber, chosen_trial
+from ray_abliterate.cli.options import RunFolder, RunOrExport, TrialNumber, choose_trial, open_run
+from ray_abliterate.cli.terminal import console, give_back, log_to
 from ray_abliterate.errors import ChatError, ServeError
 
+commands = typer.Typer()
 
+
+@commands.command()
 def chat(
     run: RunFolder,
     trial: TrialNumber = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Original and edited model, side by side.")
+        bool,
+        typer.Option(
+            "--compare", help="Let the original and the edited model answer, side by side."
+        ),
     ] = False,
     blind: Annotated[
-        bool, typer.Option("--blind", help="Both, as A and B in an order drawn at random.")
+        bool, typer.Option("--blind", help="Let both answer, as A and B in a random order.")
     ] = False,
     save: Annotated[
-        Path | None, typer.Option(help="Write what was said, as JSON Lines.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Write the conversation to this file, as JSON Lines.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Talk to the edited model: alone, beside the original, or blind. Lines may come by pipe."""
+    """Talk to the edited model: alone, compared with the original, or blind.
+
+    Questions may also come through a pipe, a line each.
+    """
     if compare and blind:
         raise ChatError("--compare names the models, --blind hides them: choose one of the two")
-    from ray_abliterate.cli.chat import Options, converse
-    from ray_abliterate.cli.progress_display import console
-    from ray_abliterate.pipeline.directory import RunDirectory
+    directory = open_run(run)
+    chosen = choose_trial(directory, trial)
+    log_to(directory.log)
+    from ray_abliterate.cli.chat import ChatOptions, converse
 
-    directory = RunDirectory.open(run)
-    options = Options("blind" if blind else "compare" if compare else "one", tokens, save)
-    converse(directory, chosen_trial(directory, trial), options, console(), sys.stdin)
+    options = ChatOptions("blind" if blind else "compare" if compare else "one", tokens, save)
+    converse(directory, chosen, options, console(), sys.stdin)
 
 
+@commands.command()
 def serve(
-    place: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported folder.")],
+    place: RunOrExport,
     trial: TrialNumber = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     host: Annotated[
-        str, typer.Option(help="Address it listens at; any but a loopback one opens it to others.")
+        str,
+        typer.Option(
+            help="Address to listen at; any but a loopback address is open to other machines."
+        ),
     ] = "127.0.0.1",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
 ) -> None:
-    """Answer OpenAI-compatible requests with an edited model, by transformers' own server."""
-    from ray_abliterate.cli.progress_display import LineWatch, console
-    from ray_abliterate.export.serve import exported, is_export, of_trial, refuse_early, start
+    """Serve an edited model to OpenAI-compatible clients, with transformers' own server."""
+    from ray_abliterate.cli.progress_display import LineDisplay
+    from ray_abliterate.export.find_export import is_export
+    from ray_abliterate.export.serve import (
+        refuse_unservable,
+        serve_folder,
+        serve_trial,
+        start_server,
+    )
 
     if is_export(place) and trial is not None:
         raise ServeError(f"--trial {trial}: {place} is an export, not a run; leave it out")
-    watch = LineWatch(console())
-    refuse_early(host, port, watch)
+    progress = LineDisplay(console())
+    refuse_unservable(host, port, progress)
     if is_export(place):
-        served = exported(place, trust_remote_code)
+        served = serve_folder(place, trust_remote_code)
     else:
-        from ray_abliterate.pipeline.directory import RunDirectory
-
-        directory = RunDirectory.open(place)
-        served = of_trial(directory, chosen_trial(directory, trial), watch, trust_remote_code)
-    start(served, host, port, watch)
+        directory = open_run(place)
+        log_to(directory.log)
+        served = serve_trial(directory, choose_trial(directory, trial), progress, trust_remote_code)
+    give_back()  # the server takes this process over
+    start_server(served, host, port, progress)

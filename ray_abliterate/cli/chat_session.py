@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from ray_abliterate.cli.chat_view import View
-from ray_abliterate.data.atomic_files import write_whole
+from ray_abliterate.data.atomic_files import write_atomically
 from ray_abliterate.errors import ChatError
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import wilson
@@ -63,7 +64,7 @@ class Session:
 
     directory: RunDirectory
     replica: Replica
-    setup: Setup
+    setup: TrialSetup
     tokens: int
     edited: Speaker
     mode: Mode
@@ -170,14 +171,14 @@ class Session:
         """
         if path not in self.written:
             refuse_taken(path)
-        models = {"base": self.directory.recipe.model.name, "run": self.directory.path.name}
+        models = {"base": self.directory.read_recipe().model.name, "run": self.directory.path.name}
         lines = []
         for row in self.said:
             vote = self.votes.get(int(str(row["number"]))) if "label" in row else None
             voted = {"preferred": vote.winner} if vote else {}
             lines.append(json.dumps({**models, **row, **voted}, ensure_ascii=False) + "\n")
         try:
-            write_whole(path, "".join(lines).encode())
+            write_atomically(path, "".join(lines).encode())
         except OSError as error:
             raise ChatError(f"{path} cannot be written ({error.strerror})") from None
         self.written.add(path)

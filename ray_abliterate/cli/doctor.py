@@ -22,16 +22,22 @@ from ray_abliterate.cluster.placement import Layout, plan_layout
 from ray_abliterate.data.builtin import demo_model as demo
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.errors import ModelError, PromptSourceError, RayAbliterateError
-from ray_abliterate.evaluation.scorers.build import build
+from ray_abliterate.evaluation.scorers.build import build_scorers
 from ray_abliterate.model import quantization
 from ray_abliterate.model.architecture import WriterRow, find_writers
 from ray_abliterate.model.chat_format import ChatFormat
-from ray_abliterate.model.devices import cpu_cores, gpu_memory, ram_available, standing
+from ray_abliterate.model.devices import (
+    cpu_cores,
+    gpu_memory,
+    nearest_existing_folder,
+    ram_available,
+)
 from ray_abliterate.model.loading import advice as advice_on_loading
+from ray_abliterate.model.skeleton import build_skeleton
 from ray_abliterate.model.source import model_source
-from ray_abliterate.pipeline.run import LIBRARIES
+from ray_abliterate.pipeline.replicas import LIBRARIES
 from ray_abliterate.recipe import ModelSettings, PromptSource, Recipe
-from ray_abliterate.replica.memory_estimate import USUAL_BATCH, Footprint, footprint, outline
+from ray_abliterate.replica.memory_estimate import USUAL_BATCH, MemoryEstimate, estimate_memory
 
 State = Literal["ok", "warn", "FAIL"]
 COLOURS: dict[State, str] = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
@@ -51,7 +57,7 @@ class Check:
     fix: str = ""
 
 
-def examine(recipe: Recipe | None, base: Path, output: Console) -> int:
+def check_all(recipe: Recipe | None, base: Path, output: Console) -> int:
     """Print a table of checks.
 
     Args:
@@ -152,7 +158,7 @@ def disks() -> Iterator[Check]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for name, folder in (("model cache", Path(HF_HUB_CACHE)), ("working folder", Path.cwd())):
-        free = shutil.disk_usage(standing(folder)).free
+        free = shutil.disk_usage(nearest_existing_folder(folder)).free
         state: State = "warn" if free < LITTLE_DISK else "ok"
         fix = "Free some space." + (" Or set HF_HOME." if name == "model cache" else "")
         yield Check(name, state, f"{folder}: {free / GB:.1f} GB free", fix)
@@ -178,7 +184,7 @@ def hub_token() -> Check:
 
 def run_folder() -> Check:
     """Whether a run could be written where runs go."""
-    place = standing(Path("runs").absolute())
+    place = nearest_existing_folder(Path("runs").absolute())
     writable = os.access(place, os.W_OK)
     found = f"{place} is {'' if writable else 'not '}writable"
     return Check("run folder", "ok" if writable else "FAIL", found, "Use --to, or another folder.")
@@ -253,25 +259,25 @@ def model_checks(recipe: Recipe, sets: dict[str, PromptSet], layout: Layout) -> 
     yield from quantized(settings, config)
     yield _attempt("chat template", lambda: str(ChatFormat(tokenizer, settings) and "found"))
     try:
-        module = outline(config, settings.trust_remote_code)
+        module = build_skeleton(config, settings.trust_remote_code)
         rows = tuple(WriterRow(**row.model_dump()) for row in settings.writers)
-        writers = find_writers(module, rows)
+        writers = find_writers(module, rows, in_memory=False)
     except ModelError as error:
         yield _failure("architecture", error)
         return
     components = ", ".join(sorted({writer.component for writer in writers}))
     found = f"{config.model_type}: {len(writers)} writers ({components})"
     yield Check("architecture", "ok", found)
-    yield fit(footprint(module, writers, recipe, sets.values()), recipe, layout)
+    yield fit(estimate_memory(module, writers, recipe, sets.values()), recipe, layout)
 
 
 def quantized(settings: ModelSettings, config: Any) -> Iterator[Check]:
     """Whether quantized weights can be loaded, and what can be made of them."""
-    method = quantization.method_of(config)
+    method = quantization.quantization_method(config)
     if not (method or settings.quantization):
         return
     try:
-        quantization.check(settings.name, config, settings.quantization)
+        quantization.refuse_unloadable(settings.name, config, settings.quantization)
     except ModelError as error:
         yield _failure("weights", error)
         return
@@ -283,7 +289,7 @@ def quantized(settings: ModelSettings, config: Any) -> Iterator[Check]:
     yield Check("weights", "warn", f"the checkpoint is quantized ({method})", fix)
 
 
-def fit(need: Footprint, recipe: Recipe, layout: Layout) -> Check:
+def fit(need: MemoryEstimate, recipe: Recipe, layout: Layout) -> Check:
     """Whether a replica fits into the memory that it gets."""
     on_gpu = layout.gpus > 0
     location = recipe.model.cache_location(on_gpu)
@@ -307,7 +313,7 @@ def fit(need: Footprint, recipe: Recipe, layout: Layout) -> Check:
     return Check("fits", state, found, " ".join(_savings(need, recipe, layout, share)))
 
 
-def _savings(need: Footprint, recipe: Recipe, layout: Layout, share: float) -> Iterator[str]:
+def _savings(need: MemoryEstimate, recipe: Recipe, layout: Layout, share: float) -> Iterator[str]:
     """What would make it fit, the cheapest first."""
     batch = recipe.run.batch_size or USUAL_BATCH
     if need.batch > 0.2 * need.total and batch > 1:
@@ -338,7 +344,7 @@ def _attempt(name: str, look: Callable[[], str]) -> Check:
 
 
 def _built(scorer: Any, sets: dict[str, PromptSet]) -> str:
-    build([scorer], sets)
+    build_scorers([scorer], sets)
     return f"{scorer.kind}, goal {scorer.goal}"
 
 

@@ -18,28 +18,12 @@ FRONTIER_ROWS = 12
 """Members shown while the search runs; `show` has them all."""
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-def watching(output: Console) -> "LiveWatch | LineWatch":
+def open_display(output: Console) -> "LiveDisplay | LineDisplay":
     """What fits where the output goes; to be opened with `with`."""
-    return LiveWatch(output) if output.is_terminal else LineWatch(output)
+    return LiveDisplay(output) if output.is_terminal else LineDisplay(output)
 
 
-class LiveWatch:
+class LiveDisplay:
     """A panel that is redrawn: stage, trials done, rate, time left, frontier."""
 
     def __init__(self, output: Console) -> None:
@@ -59,7 +43,7 @@ class LiveWatch:
         self._clock = _Clock()
         self._live = Live(console=output, get_renderable=self._panel, refresh_per_second=4)
 
-    def __enter__(self) -> "LiveWatch":
+    def __enter__(self) -> "LiveDisplay":
         self._live.__enter__()
         return self
 
@@ -112,14 +96,14 @@ class LiveWatch:
         self._findings[model, suite] = found
 
 
-class LineWatch:
+class LineDisplay:
     """One line per event, for logs and pipes."""
 
     def __init__(self, output: Console) -> None:
         self._console = output
         self._clock = _Clock()
 
-    def __enter__(self) -> "LineWatch":
+    def __enter__(self) -> "LineDisplay":
         return self
 
     def __exit__(self, *error: object) -> None:

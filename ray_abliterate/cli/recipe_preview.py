@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ray_abliterate.data.prompt_sources import load_prompt_set
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.evaluation.suites.build import build
+from ray_abliterate.evaluation.suites.build import build_suites
 from ray_abliterate.recipe import PromptSource, TableSource
 from ray_abliterate.recipe.suites import SuiteSettings
 
@@ -50,7 +50,7 @@ def asked(setting: SuiteSettings, base: Path) -> str:
             _few(source, base) if name == "prompts" else (source, _hub(source, base))
         )
         partly = partly or on_hub
-    (suite,) = build([setting.model_copy(update=few)], base)
+    (suite,) = build_suites([setting.model_copy(update=few)], base)
     chunks = islice(suite.chunks(), 1 if partly else None)
     count = sum(len(chunk.items) for chunk in chunks)
     return f"{setting.kind}, {'first ' if partly else ''}{count} items"

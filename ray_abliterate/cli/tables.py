@@ -15,7 +15,7 @@ from ray_abliterate.pipeline.suite_results import (
     comparison_text,
     label,
 )
-from ray_abliterate.pipeline.text_evaluation import Text
+from ray_abliterate.pipeline.text_evaluation import TextResults
 from ray_abliterate.report.directions_page import (
     METHODS_HEADER,
     cosine_rows,
@@ -163,7 +163,7 @@ def _method_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str
     return table
 
 
-def text_table(text: Text) -> Table:
+def text_table(text: TextResults) -> Table:
     """Return perplexity, loss and speed on a long text: a row per model.
 
     The first model is the one that the others are compared with, chunk by chunk.

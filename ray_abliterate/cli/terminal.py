@@ -1,10 +1,276 @@
-"""What the terminal shows."""
+"""Keep the terminal for our own lines; what libraries say goes into a log file.
 
+    terminal = Terminal()
+    terminal.quiet()                      # file descriptors 1 and 2 now lead into a log
+    say("a line that the user sees")
+    log_to(directory.log)                 # the log moves into the run directory
+    terminal.restore()
+    terminal.close()                      # deletes a log that nobody needs
+
+Libraries print while they are imported, warn through `warnings` and `logging`, and write to file
+descriptors from C++. All of it is caught in one place, below Python's streams. Without `quiet`
+everything goes where `sys.stdout` and `sys.stderr` go.
+"""
+
+import atexit
+import faulthandler
+import logging
+import os
 import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
+PIPE_WIDTH = 110
+"""Characters of a line where the output is no terminal."""
+OURS = "ray_abliterate"
+"""Loggers below this name speak to the user."""
+
+_active: "Terminal | None" = None
+_console: Console | None = None
+
+
+def own_stdout() -> TextIO:
+    """Return the stream that leads to the user, whether libraries are silenced or not."""
+    return _active.own[0] if _active and _active.own else sys.stdout
+
+
+def own_stderr() -> TextIO:
+    """Return the stream for errors and warnings that leads to the user."""
+    return _active.own[1] if _active and _active.own else sys.stderr
+
 
 def console() -> Console:
-    """Where people read: standard output, at a sensible width when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    """Return the console on standard output; the same one while the output stays the same.
+
+    Where the output is no terminal, its lines are `PIPE_WIDTH` wide.
+    """
+    global _console
+    stream = own_stdout()
+    if _console is None or _console.file is not stream:
+        width = None if stream.isatty() else PIPE_WIDTH
+        _console = Console(file=stream, width=width, highlight=False)
+    return _console
+
+
+def say(text: object, err: bool = False) -> None:
+    """Write one line to the user's standard output, or to standard error."""
+    stream = own_stderr() if err else own_stdout()
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+def is_quiet() -> bool:
+    """Return whether libraries are silenced now."""
+    return _active is not None
+
+
+def log_to(path: Path) -> None:
+    """Move the log of the current command to `path`, a file of its run directory.
+
+    A file that cannot be written to is left alone: the log then stays where it is.
+    """
+    if _active is not None:
+        _active.log_to(path)
+
+
+def give_back() -> None:
+    """Let libraries speak from here on, as where another program takes this process over."""
+    if _active is not None:
+        _active.restore()
+
+
+class OwnWarnings(logging.Handler):
+    """Shows the package's own warnings to the user, above a live display if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write `warning: …`, or the level that the record has."""
+        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        if own_stdout().isatty():
+            console().print(text, markup=False, soft_wrap=True)
+        else:
+            say(text, err=True)
+
+
+class Terminal:
+    """Represents the terminal of one command, and the log of what libraries say meanwhile."""
+
+    def __init__(self) -> None:
+        self._log: Path | None = None
+        self._start = 0  # size of the log before this command, in bytes
+        self._header = 0  # bytes of the line that begins this command's part
+        self._is_temporary = True
+        self._is_needed = False
+        self._saved: tuple[int, int] | None = None
+        self._streams: tuple[TextIO, TextIO] | None = None
+        self.own: tuple[TextIO, TextIO] | None = None
+        self._handlers: list[tuple[logging.Logger, logging.Handler]] = []
+        self._excepthook = threading.excepthook
+
+    @property
+    def log(self) -> Path | None:
+        """The file that holds what libraries said; None if nothing was silenced."""
+        return self._log
+
+    def show_all(self) -> None:
+        """Leave libraries on the terminal, their loggers' warnings included."""
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+        handler.addFilter(lambda record: record.name.split(".")[0] != OURS)
+        self._handle(logging.getLogger(), handler)
+        self._handle(logging.getLogger(OURS), OwnWarnings())
+
+    def quiet(self) -> None:
+        """Lead file descriptors 1 and 2, and Python's streams, into a temporary log."""
+        global _active
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="ray-abliterate-", suffix=".log")
+        except OSError:  # no temporary folder: a noisy terminal is better than no command
+            return self.show_all()
+        self._log = Path(name)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = os.dup(1), os.dup(2)
+        self._streams = sys.stdout, sys.stderr
+        self.own = (
+            _duplicate(sys.stdout, 1, self._saved[0]),
+            _duplicate(sys.stderr, 2, self._saved[1]),
+        )
+        _active = self
+        self._lead_into(descriptor)
+        sys.stdout, sys.stderr = _line_stream(1), _line_stream(2)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+        self._handle(logging.getLogger(), handler)
+        self._handle(logging.getLogger(OURS), OwnWarnings())
+        threading.excepthook = self._report_thread
+        if not faulthandler.is_enabled():
+            with suppress(OSError, ValueError):  # a stream without a file descriptor
+                faulthandler.enable(own_stderr())
+
+    def log_to(self, path: Path) -> None:
+        """Append the log so far to a file, and go on there; a file that can't be written is left.
+
+        The command line stands above this command's part of the file.
+        """
+        if self._log is None or not self._is_temporary:
+            return
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError:
+            return
+        self._flush()
+        self._start = os.fstat(descriptor).st_size
+        command = " ".join(["ray-abliterate", *sys.argv[1:]])
+        header = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode()
+        self._header = len(header)
+        os.write(descriptor, header + self._log.read_bytes())
+        self._log.unlink(missing_ok=True)
+        self._log, self._is_temporary = path, False
+        if self._saved is not None:
+            self._lead_into(descriptor)
+        else:
+            os.close(descriptor)
+
+    def report_crash(self, error: BaseException) -> None:
+        """Write the traceback into the log, and one line about it to the user.
+
+        Without a log, the traceback itself goes to the user.
+        """
+        text = "".join(traceback.format_exception(error))
+        if self._log is None:
+            own_stderr().write(text)
+            own_stderr().flush()
+            return
+        self._is_needed = True
+        self._flush()
+        with self._log.open("a", encoding="utf-8", errors="replace") as stream:
+            stream.write(text)
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"crashed: {what}. The traceback is in {self._log}", err=True)
+
+    def restore(self) -> None:
+        """Give file descriptors and streams back; the log stays until `close`."""
+        global _active
+        for logger, handler in self._handlers:
+            logger.removeHandler(handler)
+        self._handlers.clear()
+        if self._saved is None or self._streams is None:
+            return
+        self._flush()
+        for stream in self.own or ():
+            with suppress(OSError, ValueError):
+                stream.flush()
+        sys.stdout, sys.stderr = self._streams
+        for descriptor, saved in enumerate(self._saved, start=1):
+            os.dup2(saved, descriptor)
+        # The duplicates stay open: a console may hold a stream that writes to them.
+        self._saved = self._streams = self.own = _active = None
+        threading.excepthook = self._excepthook
+
+    def close(self) -> None:
+        """End the command: delete a temporary log, and an empty part of a run's log.
+
+        What libraries say while the process ends goes into the run's log, or nowhere.
+        """
+        self.restore()
+        if self._log is None:
+            return
+        if self._is_temporary:
+            if not self._is_needed:
+                self._log.unlink(missing_ok=True)
+        elif self._log.exists() and self._log.stat().st_size == self._start + self._header:
+            if self._start:
+                os.truncate(self._log, self._start)
+            else:
+                self._log.unlink()
+        atexit.register(_end_quietly, None if self._is_temporary else self._log)
+
+    def _handle(self, logger: logging.Logger, handler: logging.Handler) -> None:
+        logger.addHandler(handler)
+        self._handlers.append((logger, handler))
+
+    def _lead_into(self, descriptor: int) -> None:
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+
+    def _flush(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+
+    def _report_thread(self, failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is not None and failure.exc_type is not SystemExit:
+            self.report_crash(failure.exc_value)
+
+
+def _duplicate(stream: TextIO, descriptor: int, saved: int) -> TextIO:
+    """Return a stream to where `stream` led, or itself if it never led to the descriptor."""
+    try:
+        if stream.fileno() != descriptor:
+            return stream
+    except (OSError, ValueError):
+        return stream
+    return open(saved, "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
+
+
+def _line_stream(descriptor: int) -> TextIO:
+    return open(
+        descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+    )
+
+
+def _end_quietly(log: Path | None) -> None:
+    """Lead what is said after the last line of ours into the log, or nowhere."""
+    with suppress(OSError):
+        path = log if log is not None and log.exists() else Path(os.devnull)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)

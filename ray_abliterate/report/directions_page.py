@@ -8,17 +8,14 @@ from ray_abliterate.directions.comparison.compare import MethodComparison
 from ray_abliterate.directions.layer_selection import TABLE_HEADER as HEAD_LAYERS
 from ray_abliterate.directions.layer_selection import LayerSelection
 from ray_abliterate.directions.separability import auroc_error
-from ray_abliterate.report.page import (
+from ray_abliterate.report.figures.plotly_parts import (
     Figure,
-    Page,
-    Plot,
-    Section,
-    Table,
-    line,
-    short,
-    upright,
+    four_digits,
+    numbered_line,
+    vertical_rule,
     view,
 )
+from ray_abliterate.report.page import Page, PageSection, PageTable, Plot
 
 COLUMNS = (
     ("fisher", "Fisher"), ("silhouette", "silhouette"), ("mutual_information", "bits"),
@@ -78,35 +75,37 @@ def stability_rows(found: MethodComparison) -> tuple[list[str], list[list[str]]]
     return [f"{size} prompts" for size in sizes], rows
 
 
-
-
 def comparison_page(
     found: MethodComparison, model: str, selection: LayerSelection | None = None
 ) -> Page:
     """The page; with what layers' directions do, if they were tried."""
     sizes, steady = stability_rows(found)
     said = (selection.sentence(),) if selection else ()
-    advice = Section(f"Take {found.advice.method}", (*found.advice.reasons, *said))
+    advice = PageSection(f"Take {found.advice.method}", (*found.advice.reasons, *said))
     failed = [f"{name} has no direction here: {why}" for name, why in found.failed.items()]
-    methods = Section(
+    methods = PageSection(
         "Methods",
         (ABOUT_METHODS, *failed),
-        (Table(METHODS_HEADER, method_rows(found)),),
+        (PageTable(METHODS_HEADER, method_rows(found)),),
         (_separation(found),),
     )
-    alike = Section(
+    alike = PageSection(
         "How alike their directions are",
         ("Methods with cosines near 1 find the same; a search with either ends alike.",),
-        (Table(("method", *found.methods), cosine_rows(found), f"Cosines at layer {found.layer}"),),
+        (
+            PageTable(
+                ("method", *found.methods), cosine_rows(found), f"Cosines at layer {found.layer}"
+            ),
+        ),
         (_heat(found), _layers(found)),
     )
-    enough = Section(
+    enough = PageSection(
         "Whether there are enough prompts",
         (
             f"Cosines of two directions at layer {found.layer} from samples that share no prompt, "
             "so many of each set. Where they still rise at the right end, more prompts would help.",
         ),
-        (Table(("method", *sizes), steady, "Mean cosine"),),
+        (PageTable(("method", *sizes), steady, "Mean cosine"),),
         (_steadiness(found),),
     )
     counts = f"{found.counts[0]} prompts that show the behaviour and {found.counts[1]} that don't"
@@ -115,9 +114,9 @@ def comparison_page(
     return Page(f"{model}: directions", lead, (advice, methods, *tried, alike, enough))
 
 
-def _tried(selection: LayerSelection) -> Section:
-    table = Table(HEAD_LAYERS, selection.rows())
-    return Section("What each layer's direction does", (ABOUT_LAYERS,), (table,))
+def _tried(selection: LayerSelection) -> PageSection:
+    table = PageTable(HEAD_LAYERS, selection.rows())
+    return PageSection("What each layer's direction does", (ABOUT_LAYERS,), (table,))
 
 
 def _separation(found: MethodComparison) -> Plot:
@@ -126,8 +125,8 @@ def _separation(found: MethodComparison) -> Plot:
         data = []
         for number, (name, rows) in enumerate(found.separation.items()):
             values = [None if row is None else row[key] for row in rows]
-            data.append(line(name, list(range(found.layers)), short(values), number))
-        mark = upright(found.layer, f"layer {found.layer}")
+            data.append(numbered_line(name, list(range(found.layers)), four_digits(values), number))
+        mark = vertical_rule(found.layer, f"layer {found.layer}")
         y = {"title": {"text": f"{title} ({unit})"}, **axis}
         views.append(view(title, data, "layer", y, **mark))
     note = "On held-out prompts, layer by layer. Tap a name to hide its line."
@@ -150,7 +149,7 @@ def _layers(found: MethodComparison) -> Plot:
 
 def _cosines(label: str, names: Sequence[Any], matrix: Any, axis: str) -> Figure:
     heat = {
-        "type": "heatmap", "x": names, "y": names, "z": [short(row) for row in matrix],
+        "type": "heatmap", "x": names, "y": names, "z": [four_digits(row) for row in matrix],
         "zmin": -1, "zmax": 1, "hoverongaps": False,
         "colorscale": [[0, "var(--warm)"], [0.5, "var(--paper)"], [1, "var(--cold)"]],
         "colorbar": {"thickness": 8, "outlinewidth": 0, "len": 0.6},
@@ -163,12 +162,14 @@ def _steadiness(found: MethodComparison) -> Plot:
     lines, views = [], []
     for number, (name, points) in enumerate(found.stability.items()):
         sizes = [point.prompts for point in points]
-        means = line(name, sizes, short(p.mean for p in points), number, mode="lines+markers")
+        means = numbered_line(
+            name, sizes, four_digits(p.mean for p in points), number, mode="lines+markers"
+        )
         lines.append(means)
         pairs = {
             "type": "scatter", "mode": "markers", "name": "one pair of samples",
             "x": [p.prompts for p in points for _ in p.cosines],
-            "y": short(c for p in points for c in p.cosines),
+            "y": four_digits(c for p in points for c in p.cosines),
             "marker": {"color": "var(--muted)", "size": 6},
         }  # fmt: skip
         views.append((name, [means | {"name": "mean"}, pairs]))
@@ -180,8 +181,6 @@ def _steadiness(found: MethodComparison) -> Plot:
         for label, data in [("all methods", lines), *views]
     ]
     return Plot("Cosine by the number of prompts", "", drawn)
-
-
 
 
 def _text(value: float) -> str:

@@ -7,18 +7,18 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ray_abliterate.data.atomic_files import write_whole
+from ray_abliterate.data.atomic_files import write_atomically
 from ray_abliterate.directions.comparison.compare import MethodComparison
 from ray_abliterate.directions.layer_selection import LayerSelection
 from ray_abliterate.directions.layer_views import misplaced_prompts
 from ray_abliterate.errors import RunDirectoryError
-from ray_abliterate.pipeline.residual_analysis import Look
-from ray_abliterate.pipeline.text_evaluation import Text
+from ray_abliterate.pipeline.residual_analysis import ResidualAnalysis
+from ray_abliterate.pipeline.text_evaluation import TextResults
 from ray_abliterate.report.page import Page
 from ray_abliterate.report.text_page import text_page
 
 
-def write_look(found: Look, page: Page, folder: Path) -> Path:
+def write_residuals(found: ResidualAnalysis, page: Page, folder: Path) -> Path:
     """Write `residuals.json` and `residuals.html`; says where the page is."""
     facts = {
         "best_layer": found.best,
@@ -39,7 +39,7 @@ def write_look(found: Look, page: Page, folder: Path) -> Path:
     return _write(folder, "residuals", facts, page)
 
 
-def write_comparison(
+def write_directions(
     found: MethodComparison, page: Page, folder: Path, selection: LayerSelection | None = None
 ) -> Path:
     """Write `directions.json` and `directions.html`; says where the page is."""
@@ -49,8 +49,10 @@ def write_comparison(
 
 def _write(folder: Path, name: str, facts: object, page: Page) -> Path:
     try:
-        write_whole(folder / f"{name}.json", json.dumps(facts, indent=1, allow_nan=False).encode())
-        write_whole(folder / f"{name}.html", page.html().encode())
+        write_atomically(
+            folder / f"{name}.json", json.dumps(facts, indent=1, allow_nan=False).encode()
+        )
+        write_atomically(folder / f"{name}.html", page.html().encode())
     except OSError as error:
         raise RunDirectoryError(
             f"{folder} cannot be written ({error.strerror}).\n"
@@ -59,8 +61,8 @@ def _write(folder: Path, name: str, facts: object, page: Page) -> Path:
     return folder / f"{name}.html"
 
 
-def write_text_page(text: Text, folder: Path) -> Path:
+def write_text_page(text: TextResults, folder: Path) -> Path:
     """Write `chunks.html`, the loss of each chunk of each model, and return its path."""
     file = folder / "chunks.html"
-    write_whole(file, text_page(text).encode())
+    write_atomically(file, text_page(text).encode())
     return file

@@ -9,10 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_abliterate.directions.layer_selection import HEAD
+from ray_abliterate.directions.layer_selection import TABLE_HEADER
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.report_exports import exports
-from ray_abliterate.pipeline.rescored import FACT, gaps, rescored
+from ray_abliterate.pipeline.export_notes import (
+    FULL_PRECISION_FACT,
+    full_precision_scores,
+    quantization_gaps,
+    verified_exports,
+)
 from ray_abliterate.pipeline.suite_results import BASE, label
 from ray_abliterate.recipe import PromptSource
 from ray_abliterate.report.figures.frontier import frontier_figure
@@ -21,21 +25,15 @@ from ray_abliterate.report.figures.layers import members_figure, separation_figu
 from ray_abliterate.report.figures.search import progress_figures
 from ray_abliterate.report.figures.timeline import timeline_figure
 from ray_abliterate.report.figures.validation import validation_figures
-from ray_abliterate.report.run_data import (
-    Figure,
-    RunData,
-    counts_text,
-    finding_texts,
-    model_text,
-    value_text,
-)
+from ray_abliterate.report.run_data import RunData, finding_texts, model_text
 from ray_abliterate.report.timeline import Timeline
 from ray_abliterate.report.trial_sheets import GOALS, choices, headline, sheets
 from ray_abliterate.search.bound_warnings import bound_warnings
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.score import Scorecard
+from ray_abliterate.search.score_text import counts_text, value_text
 
-HIDDEN = ("warnings", "suites", FACT)
+HIDDEN = ("warnings", "suites", FULL_PRECISION_FACT)
 """Of `environment.json`, shown elsewhere."""
 
 
@@ -86,12 +84,12 @@ def build_report(directory: RunDirectory) -> str:
         suites=_suites(run),
         rows=[_row(run, trial, directory.path) for trial in run.frontier.members],
         others=[_row(run, trial, directory.path) for trial in run.trials if trial.scorecard],
-        layers_head=HEAD,
+        layers_head=TABLE_HEADER,
         choices=choices(run),
         sheets=sheets(run),
-        exports=exports(directory),
-        rescored=rescored(run.environment),
-        gaps=gaps(rescored(run.environment)),
+        exports=verified_exports(directory),
+        rescored=full_precision_scores(run.environment),
+        gaps=quantization_gaps(full_precision_scores(run.environment)),
         warnings=[*_bounds(run), *run.environment.get("warnings", []), *run.suites.problems],
         environment=list(_flat({k: v for k, v in run.environment.items() if k not in HIDDEN})),
         plotly=Markup(get_plotlyjs()),
@@ -132,7 +130,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", "" if value is None else str(value)
 
 
-def _row(run: RunData, trial: Trial, path: Path) -> Figure:
+def _row(run: RunData, trial: Trial, path: Path) -> dict[str, Any]:
     """One line of a table of trials."""
     assert trial.scorecard is not None
     where, number = shlex.quote(path.as_posix()), trial.number

@@ -8,17 +8,15 @@ import numpy
 
 from ray_abliterate.directions.geometry import Plane
 from ray_abliterate.directions.layer_views import LayerView, misplaced_prompts
-from ray_abliterate.report.page import (
+from ray_abliterate.pipeline.residual_analysis import ResidualAnalysis
+from ray_abliterate.report.figures.plotly_parts import (
     Figure,
-    Page,
-    Plot,
-    Section,
-    Table,
-    line,
-    short,
-    upright,
+    four_digits,
+    numbered_line,
+    vertical_rule,
     view,
 )
+from ray_abliterate.report.page import Page, PageSection, PageTable, Plot
 
 BARS = 40
 NAMES = ("behaviour", "neutral")
@@ -52,30 +50,22 @@ ABOUT_PLANES = (
 )
 
 
-def residuals_page(
-    found: Sequence[LayerView],
-    model: str,
-    method: str,
-    best: int,
-    strengths: Mapping[str, Sequence[float]],
-    trial: int | None,
-) -> Page:
-    """The page.
+def residuals_page(analysis: ResidualAnalysis, model: str, method: str) -> Page:
+    """Return the page of the verb `residuals`.
 
     Args:
-        found: A view a layer.
-        model: Its name.
-        method: Whose direction held-out prompts are measured along.
-        best: The layer that separates best; shown first.
-        strengths: By component, the chosen trial's strength at every layer.
-        trial: That trial's number, if there is one.
+        analysis: A view of each layer, the best of them, and a trial's strengths.
+        model: Name of the model.
+        method: The method whose direction held-out prompts are measured along.
     """
+    found, best = analysis.views, analysis.best
+    strengths, trial = analysis.strengths, analysis.trial
     steps = [
         f"layer {one.layer}: AUROC {one.measures['auroc']:.3f}, "
         f"overlap {one.measures['overlap']:.0%}"
         for one in found
     ]
-    planes = Section(
+    planes = PageSection(
         "Layer by layer",
         (ABOUT_PLANES,),
         plots=(
@@ -86,12 +76,12 @@ def residuals_page(
         steps=steps,
         start=best,
     )
-    where = Section(
+    where = PageSection(
         "Where the behaviour shows" + (f", and where trial {trial} edits" if strengths else ""),
         plots=(_separation(found, best, strengths, trial), _norms(found), _cosine(found)),
     )
     first = found[0]
-    table = Section("Geometry", (ABOUT_TABLE,), (geometry_table(found),))
+    table = PageSection("Geometry", (ABOUT_TABLE,), (geometry_table(found),))
     lead = (
         f"Residuals of {first.first} prompts that show the behaviour and "
         f"{len(first.components) - first.first} that don't, at the last token, after every block."
@@ -99,7 +89,7 @@ def residuals_page(
     return Page(f"{model}: residuals", lead, (where, planes, _astray(found[best]), table))
 
 
-def geometry_table(found: Sequence[LayerView]) -> Table:
+def geometry_table(found: Sequence[LayerView]) -> PageTable:
     """A row a layer."""
     head = ("layer", *(title for _, title in GEOMETRY), *(title for _, title in MEASURES))
     rows = []
@@ -109,15 +99,15 @@ def geometry_table(found: Sequence[LayerView]) -> Table:
             [str(one.layer), *(f"{values[key]:.3g}" for key, _ in GEOMETRY)]
             + [f"{one.measures[key]:.3f}" for key, _ in MEASURES]
         )
-    return Table(head, rows)
+    return PageTable(head, rows)
 
 
-def _astray(one: LayerView) -> Section:
+def _astray(one: LayerView) -> PageSection:
     found = misplaced_prompts(one)
     title = f"Prompts that lie with the other set: {len(found)} of {len(one.components)}"
     rows = [(name, str(number), f"{beyond:.2f}") for name, number, beyond in found[:LISTED]]
-    tables = (Table(("set", "prompt", "beyond the middle"), rows),) if rows else ()
-    return Section(title, (ABOUT_ASTRAY,), tables)
+    tables = (PageTable(("set", "prompt", "beyond the middle"), rows),) if rows else ()
+    return PageSection(title, (ABOUT_ASTRAY,), tables)
 
 
 def _planes(title: str, found: Sequence[LayerView], kind: str) -> Plot:
@@ -142,8 +132,8 @@ def _planes(title: str, found: Sequence[LayerView], kind: str) -> Plot:
 
 def _cloud(name: str, part: Plane, color: str) -> Figure:
     return {
-        "type": "scatter", "mode": "markers", "name": name, "x": short(part[:, 0]),
-        "y": short(part[:, 1]), "marker": {"color": color, "size": 6, "opacity": 0.7},
+        "type": "scatter", "mode": "markers", "name": name, "x": four_digits(part[:, 0]),
+        "y": four_digits(part[:, 1]), "marker": {"color": color, "size": 6, "opacity": 0.7},
         "hovertemplate": f"{name}, prompt %{{pointNumber}}<extra></extra>",
     }  # fmt: skip
 
@@ -155,10 +145,10 @@ def _histogram(found: Sequence[LayerView], method: str) -> Plot:
         if one.held_out is not None:
             both = one.held_out.behaviour, one.held_out.neutral
             edges = numpy.histogram_bin_edges(numpy.concatenate(both), BARS)
-            middles = short(0.5 * (edges[1:] + edges[:-1]))
+            middles = four_digits(0.5 * (edges[1:] + edges[:-1]))
             for name, part, color in zip(NAMES, both, COLORS, strict=True):
                 shares = numpy.histogram(part, edges)[0] / len(part)
-                bars = {"type": "bar", "name": name, "x": middles, "y": short(shares)}
+                bars = {"type": "bar", "name": name, "x": middles, "y": four_digits(shares)}
                 data.append(bars | {"marker": {"color": color, "opacity": 0.6}})
         x = "along the direction (units of the residual stream)"
         more = {"barmode": "overlay", "bargap": 0}
@@ -178,14 +168,21 @@ def _separation(
 ) -> Plot:
     layers = [one.layer for one in found]
     data = [
-        line(title, layers, short(one.measures[key] for one in found), number)
+        numbered_line(title, layers, four_digits(one.measures[key] for one in found), number)
         for number, (key, title) in enumerate(MEASURES)
     ]
-    data.append(line("silhouette", layers, short(o.geometry.silhouette for o in found), 3))
-    more: dict[str, Any] = upright(best, f"best layer {best}")
+    data.append(
+        numbered_line("silhouette", layers, four_digits(o.geometry.silhouette for o in found), 3)
+    )
+    more: dict[str, Any] = vertical_rule(best, f"best layer {best}")
     if strengths:
         for number, (name, values) in enumerate(strengths.items(), start=4):
-            bars = {"type": "bar", "name": f"{name}, strength", "x": layers, "y": short(values)}
+            bars = {
+                "type": "bar",
+                "name": f"{name}, strength",
+                "x": layers,
+                "y": four_digits(values),
+            }
             mark = {"color": f"var(--c{number % 6})", "opacity": 0.35}
             data.append(bars | {"marker": mark, "yaxis": "y2"})
         title = {"text": f"strength of trial {trial}"}
@@ -206,13 +203,13 @@ def _norms(found: Sequence[LayerView]) -> Plot:
     for number, (key, title) in enumerate(GEOMETRY[:4]):
         values = [getattr(one.geometry, key) for one in found]
         least = 1e-6 * max(values)  # rounding of nothing, which a log scale would dwell on
-        known = short(value if value > least else None for value in values)
-        data.append(line(title, layers, known, number))
+        known = four_digits(value if value > least else None for value in values)
+        data.append(numbered_line(title, layers, known, number))
     y = {"title": {"text": "length (log scale)"}, "type": "log"}
     return Plot("Lengths", "", [view("lengths", data, "layer", y)])
 
 
 def _cosine(found: Sequence[LayerView]) -> Plot:
-    values = short(one.geometry.cosine for one in found)
-    data = [line("cosine of means", [one.layer for one in found], values, 0)]
+    values = four_digits(one.geometry.cosine for one in found)
+    data = [numbered_line("cosine of means", [one.layer for one in found], values, 0)]
     return Plot("Angle between the two means", "", [view("cosine", data, "layer", "cosine")])

@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_abliterate.directions.layer_selection import Selection
+from ray_abliterate.directions.layer_selection import LayerSelection
 from ray_abliterate.pipeline.directory import Baseline, RunDirectory
 from ray_abliterate.pipeline.suite_results import BASE, Finding, comparison_text
-from ray_abliterate.report.suite_curves import SuiteResults
+from ray_abliterate.report.suite_curves import SuiteCurves
 from ray_abliterate.search.frontier import Frontier, Trial
-from ray_abliterate.search.plan import ModelShape, Plan, Space
+from ray_abliterate.search.plan import ModelShape, Plan
 from ray_abliterate.search.score import Score, Scorecard
-
-Figure = dict[str, Any]
+from ray_abliterate.search.score_text import counts_text, number_text, value_text
+from ray_abliterate.search.space import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -25,28 +25,28 @@ class RunData:
     trials: tuple[Trial, ...]
     frontier: Frontier
     base: Baseline | None
-    suites: SuiteResults
-    selection: Selection | None = None
+    suites: SuiteCurves
+    selection: LayerSelection | None = None
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "RunData":
         """Read a run directory."""
         trials = directory.trials()
-        environment, base = directory.environment, directory.baseline()
-        found = SuiteResults.read(directory)
+        environment, base = directory.read_environment(), directory.baseline()
+        found = SuiteCurves.read(directory)
         frontier, selection = Frontier.of(trials), directory.selection()
-        return cls(directory.recipe, environment, trials, frontier, base, found, selection)
+        return cls(directory.read_recipe(), environment, trials, frontier, base, found, selection)
 
     @property
     def finished(self) -> list[tuple[Trial, Scorecard]]:
         """Trials that were scored in full."""
-        scored = [t for t in self.trials if not t.bounded]
+        scored = [t for t in self.trials if not t.pruned]
         return [(t, t.scorecard) for t in scored if t.scorecard is not None]
 
     @property
-    def bounded(self) -> list[tuple[Trial, Scorecard]]:
+    def pruned(self) -> list[tuple[Trial, Scorecard]]:
         """Trials that were stopped early, with bounds for scores."""
-        return [(t, t.scorecard) for t in self.trials if t.bounded and t.scorecard is not None]
+        return [(t, t.scorecard) for t in self.trials if t.pruned and t.scorecard is not None]
 
     @property
     def failed(self) -> list[Trial]:
@@ -69,13 +69,13 @@ class RunData:
         return self.best[0].objectives if self.best else ()
 
     @property
-    def space(self) -> Space | None:
+    def space(self) -> SearchSpace | None:
         """The search space, if the model is known."""
         facts = self.environment.get("model")
         if not isinstance(facts, Mapping) or not {"layers", "hidden", "components"} <= set(facts):
             return None
         shape = ModelShape(facts["layers"], facts["hidden"], tuple(facts["components"]))
-        return Space.of(shape, self.recipe.search.space, self.recipe.edit.norm)
+        return SearchSpace.of(shape, self.recipe.search.space, self.recipe.edit.norm)
 
     @property
     def layers(self) -> int:
@@ -99,24 +99,6 @@ class RunData:
 def escaped(text: str) -> str:
     """A text as plotly shows it, whatever is in it; it knows `&lt;`, but not `&quot;`."""
     return html.escape(text, quote=False)
-
-
-def number_text(value: float) -> str:
-    """A number in few digits."""
-    return f"{value:.3g}"
-
-
-def value_text(score: Score) -> str:
-    """A score with its interval, or a bound."""
-    if score.bound:
-        return f"{score.relation}{number_text(score.value)}"
-    return f"{number_text(score.value)} [{number_text(score.low)}, {number_text(score.high)}]"
-
-
-def counts_text(score: Score) -> str:
-    """Hits and total, if the score has them."""
-    hits, total = score.detail.get("hits"), score.detail.get("total")
-    return f"{hits}/{total}" if isinstance(hits, int) and isinstance(total, int) else ""
 
 
 def title_text(score: Score) -> str:

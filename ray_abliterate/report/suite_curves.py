@@ -5,10 +5,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ray_abliterate.errors import RayAbliterateError, ScoreError
-from ray_abliterate.evaluation.suites.build import build
+from ray_abliterate.evaluation.suites.build import build_suites
 from ray_abliterate.evaluation.suites.suite import Suite, SuiteChunk
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.suite_results import Finding, Measurements, label
+from ray_abliterate.pipeline.suite_results import Finding, SuiteResults, label
 from ray_abliterate.recipe import SuiteFile
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.score import Score
@@ -18,7 +18,7 @@ Curve = tuple[tuple[int, Score], ...]
 
 
 @dataclass(frozen=True)
-class SuiteResults:
+class SuiteCurves:
     """All that suites found.
 
     Attributes:
@@ -34,11 +34,14 @@ class SuiteResults:
     problems: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, directory: RunDirectory) -> "SuiteResults":
+    def read(cls, directory: RunDirectory) -> "SuiteCurves":
         """What the run directory holds; the report is made without what can't be read."""
         try:
-            settings = SuiteFile.of(directory.environment.get("suites", ()))
-            suites, kept = build(settings, directory.base), directory.measurements(settings)
+            settings = SuiteFile.of(directory.read_environment().get("suites", ()))
+            suites, kept = (
+                build_suites(settings, directory.read_base()),
+                directory.suite_results(settings),
+            )
         except (RayAbliterateError, ValueError) as error:
             return cls(problems=(f"What suites found is left out: {error}",))
         names, problems = [], []
@@ -62,12 +65,12 @@ class SuiteResults:
         return self.findings.get(label(trial.number if trial else None), {})
 
 
-def _findings(kept: Measurements, suite: Suite) -> dict[str, Finding]:
+def _findings(kept: SuiteResults, suite: Suite) -> dict[str, Finding]:
     found = {model: kept.finding(model, suite) for model in kept.labels}
     return {model: finding for model, finding in found.items() if finding is not None}
 
 
-def _curves(kept: Measurements, suite: Suite) -> dict[str, Curve]:
+def _curves(kept: SuiteResults, suite: Suite) -> dict[str, Curve]:
     found = {model: _curve(suite, kept.of(model, suite.name).chunks) for model in kept.labels}
     return {model: curve for model, curve in found.items() if curve}
 

@@ -1,9 +1,9 @@
 """Draw the loss of each chunk of a long text, one line per model, as a page."""
 
-from ray_abliterate.pipeline.text_evaluation import Text
+from ray_abliterate.pipeline.text_evaluation import TextResults
 
 
-def text_page(text: Text) -> str:
+def text_page(text: TextResults) -> str:
     """A page with the loss of every chunk of every model; needs no network."""
     from plotly.graph_objects import Figure, Scatter
 

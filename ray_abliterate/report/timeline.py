@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
-from ray_abliterate.cluster.events import describe
+from ray_abliterate.cluster.events import event_text
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.search.frontier import Trial
 
@@ -22,7 +22,7 @@ INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
-class Span:
+class TimelineSpan:
     """A plan that was evaluated, or out.
 
     Where the replica is known, from so many seconds before its outcome was told as its evaluation
@@ -54,13 +54,13 @@ class Happening:
 class Timeline:
     """A search over time."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[TimelineSpan, ...]
     happenings: tuple[Happening, ...]
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "Timeline":
         """What a run directory tells; nothing is made up where it tells nothing."""
-        zone = _zone(str(directory.environment.get("started", "")))
+        zone = _zone(str(directory.read_environment().get("started", "")))
         known = {trial.number: trial for trial in directory.trials()}
         return cls(_spans(directory, known, zone), _happenings(directory.events()))
 
@@ -82,7 +82,7 @@ def outcome_of(trial: Trial) -> str:
     """In a word or two."""
     if trial.scorecard is None:
         return "failed"
-    return "stopped early" if trial.bounded else "finished"
+    return "stopped early" if trial.pruned else "finished"
 
 
 def _zone(started: str) -> tzinfo | None:
@@ -94,8 +94,8 @@ def _zone(started: str) -> tzinfo | None:
 
 def _spans(
     directory: RunDirectory, known: Mapping[int, Trial], zone: tzinfo | None
-) -> tuple[Span, ...]:
-    found: dict[str, list[Span]] = {}
+) -> tuple[TimelineSpan, ...]:
+    found: dict[str, list[TimelineSpan]] = {}
     for number, asked, told in _asked(directory):
         start, end = (time.astimezone(zone).replace(tzinfo=None) for time in (asked, told))
         trial = known.get(number)
@@ -103,9 +103,9 @@ def _spans(
         seconds, replica = (trial.seconds, trial.replica) if trial else (None, "")
         if replica and seconds is not None:
             start = max(start, end - timedelta(seconds=seconds))
-        span = Span(number, start, end, outcome, seconds, 0, replica)
+        span = TimelineSpan(number, start, end, outcome, seconds, 0, replica)
         found.setdefault(replica, []).append(span)
-    spans: list[Span] = []
+    spans: list[TimelineSpan] = []
     for name in sorted(found, key=_place):
         spans += _in_lanes(found[name], 1 + max((span.lane for span in spans), default=-1))
     return tuple(spans)
@@ -117,7 +117,7 @@ def _place(name: str) -> tuple[bool, list[tuple[int, str]]]:
     return not name, words
 
 
-def _in_lanes(spans: Iterable[Span], first: int) -> list[Span]:
+def _in_lanes(spans: Iterable[TimelineSpan], first: int) -> list[TimelineSpan]:
     """Each in the first lane that is free when it begins."""
     until: list[datetime] = []
     placed = []
@@ -176,5 +176,5 @@ def _who(event: Mapping[str, Any]) -> str:
 
 def _text(event: Mapping[str, Any]) -> str:
     with suppress(KeyError, ValueError):
-        return describe(dict(event)) or str(event["event"])
+        return event_text(dict(event)) or str(event["event"])
     return str(event["event"])

@@ -5,16 +5,10 @@ from typing import Any
 
 from ray_abliterate.pipeline.suite_results import Finding
 from ray_abliterate.report.figures.layers import strengths_of
-from ray_abliterate.report.run_data import (
-    Figure,
-    RunData,
-    counts_text,
-    finding_texts,
-    number_text,
-    value_text,
-)
+from ray_abliterate.report.run_data import RunData, finding_texts
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import Score, Scorecard
+from ray_abliterate.search.score_text import counts_text, number_text, value_text
 
 GOALS = {
     "minimize": "lower is better",
@@ -23,7 +17,7 @@ GOALS = {
 }
 
 
-def headline(run: RunData) -> list[Figure]:
+def headline(run: RunData) -> list[dict[str, Any]]:
     """A card for each score of the knee: what it is, what it was, and where both lie."""
     if not run.frontier or run.frontier.knee.scorecard is None:
         return []
@@ -76,7 +70,7 @@ def strip(score: Score, base: Score | None) -> dict[str, float]:
     return found | ({"base": place(base.value)} if base else {})
 
 
-def sheets(run: RunData) -> Figure:
+def sheets(run: RunData) -> dict[str, Any]:
     """What the page needs to put any two models side by side.
 
     Returns:
@@ -107,7 +101,7 @@ def choices(run: RunData) -> dict[str, list[tuple[str, str]]]:
     on = [(str(t.number), f"trial {t.number}" + (" (knee)" if t is knee else "")) for t in members]
     taken = {key for key, _ in on}
     finished = [(str(t.number), f"trial {t.number}") for t, _ in run.finished]
-    stopped = [(str(t.number), f"trial {t.number}") for t, _ in run.bounded]
+    stopped = [(str(t.number), f"trial {t.number}") for t, _ in run.pruned]
     groups = {
         "Original": [("base", "base model")] if run.baseline else [],
         "On the frontier": on,
@@ -142,7 +136,7 @@ def _sheet(
     plan: Plan | None,
     found: Mapping[str, Finding],
     fields: Sequence[Mapping[str, str]],
-) -> Figure:
+) -> dict[str, Any]:
     scores = {score.name: score for score in card.scores} if card else {}
     values: dict[str, Any] = {"norm": plan.norm, **plan.to_params()} if plan else {}
     direction = plan.direction_layer if plan and plan.scope == "global" else None

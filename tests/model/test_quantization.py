@@ -15,21 +15,22 @@ from torch import nn
 from ray_abliterate.ablation import layer_hooks as beside
 from ray_abliterate.ablation import live_writers as held_writers
 from ray_abliterate.ablation.weight_cache import WeightCache
-from ray_abliterate.cli.show import print_trial
+from ray_abliterate.cli.trial_view import print_trial
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError
-from ray_abliterate.evaluation.streaming.reader import Reading
+from ray_abliterate.evaluation.streaming.reader import TextRequest
 from ray_abliterate.export.export import export_trial
 from ray_abliterate.export.merged import EditedTensors
 from ray_abliterate.model import quantization
 from ray_abliterate.model.architecture import find_writers
-from ray_abliterate.model.float32_linears import Upcast
+from ray_abliterate.model.float32_linears import Float32Linears
 from ray_abliterate.model.loading import load
-from ray_abliterate.model.quantization import outline
-from ray_abliterate.pipeline.progress import Unwatched
-from ray_abliterate.pipeline.run import load_prompts
+from ray_abliterate.model.skeleton import unquantized_skeleton
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.pipeline.prompt_sets import load_prompts
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import ModelShape, Plan
 from ray_abliterate.testing.tiny import tiny_model
@@ -80,14 +81,14 @@ def test_an_edit_beside_quantized_weights_is_the_edit_of_dequantized_ones(
     wide_folder: Path, kind: str, norm: str
 ) -> None:
     quantized = held(wide_folder, kind)
-    writers = find_writers(outline(quantized), in_memory=False)
+    writers = find_writers(unquantized_skeleton(quantized), in_memory=False)
     plain = held(wide_folder, None)
     for name, module in quantized.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             matrix = beside.matrix_of(module, module.in_features, torch.float32, CPU)
             plain.get_submodule(name).weight.data.copy_(matrix)
     cache, reference = WeightCache(quantized, writers), WeightCache(plain, writers)
-    assert cache.closed and not reference.closed and cache.bytes == 0
+    assert cache.has_hooked_writers and not reference.has_hooked_writers and cache.bytes == 0
     ids = torch.arange(3, 27).view(2, 12)
     with torch.inference_mode():
         before = quantized(ids).logits
@@ -113,11 +114,11 @@ def searched(
     return finish(tmp_path_factory.mktemp(f"run-{request.param}"), wide_folder, held=lines)
 
 
-def replica_of(finished: Finished) -> tuple[Replica, Setup]:
+def replica_of(finished: Finished) -> tuple[Replica, TrialSetup]:
     directory = finished.directory
-    sets = load_prompts(directory.recipe, directory, directory.base, Unwatched())
-    setup = Setup(directory.directions(), tuple(directory.environment["response_prefix"]))
-    return Replica(directory.recipe, str(finished.model), sets.scored), setup
+    sets = load_prompts(directory.read_recipe(), directory, directory.read_base(), SilentProgress())
+    setup = TrialSetup(directory.directions(), tuple(directory.read_environment()["response_prefix"]))
+    return Replica(directory.read_recipe(), str(finished.model), sets.scored), setup
 
 
 def test_a_trial_reads_no_weights_and_scores_the_same_wherever_it_runs(
@@ -139,7 +140,7 @@ def test_a_trial_reads_no_weights_and_scores_the_same_wherever_it_runs(
     assert cards[1] == searched.trial.scorecard
     assert replica.evaluate(Plan.nothing(), setup).scorecard == base
     assert base["kl-divergence"].value == 0 < cards[2]["kl-divergence"].value
-    together = replica.evaluate_together(plans, setup)
+    together = replica.evaluate_in_shared_passes(plans, setup)
     for one, other in zip(cards, together, strict=True):
         assert not isinstance(other, Exception)
         apart = abs(one["kl-divergence"].value - other.scorecard["kl-divergence"].value)
@@ -165,7 +166,7 @@ def test_what_else_a_replica_does_sees_the_edit_and_the_base_model(
             assert torch.equal(module(ids).logits, other) and not torch.equal(other, base)
     text = tmp_path / "text.txt"
     text.write_text("tell me about the old river " * 8)
-    route = replica.route(Reading(str(text), carry="none", chunk_size=16), True)
+    route = replica.plan_reading(TextRequest(str(text), carry="none", chunk_size=16), True)
     nats = [
         [piece.nats for piece in replica.read(route, 0, None, None, one, setup)]
         for one in (Plan.nothing(), edited, Plan.nothing())
@@ -176,7 +177,7 @@ def test_what_else_a_replica_does_sees_the_edit_and_the_base_model(
 
 
 def fingerprint_of(finished: Finished) -> str:
-    return str(finished.directory.environment["model"]["fingerprint"])
+    return str(finished.directory.read_environment()["model"]["fingerprint"])
 
 
 def test_an_export_is_that_of_the_same_plan_on_the_originals_and_its_scores_are_shown(
@@ -186,7 +187,7 @@ def test_an_export_is_that_of_the_same_plan_on_the_originals_and_its_scores_are_
     plain = finish(tmp_path / "plain", wide_folder)
     plain.directory.save_directions(directory.directions())
     same = replace(plain.trial, plan=trial.plan)
-    expected = export_trial(plain.directory, same, tmp_path / "expected", Unwatched(), False)
+    expected = export_trial(plain.directory, same, tmp_path / "expected", SilentProgress(), False)
     notes = Notes()
     found = export_trial(directory, trial, tmp_path / "found", notes)
     assert read_all(found) == read_all(expected) != read_all(wide_folder)
@@ -201,14 +202,14 @@ def test_an_export_is_that_of_the_same_plan_on_the_originals_and_its_scores_are_
     shown = Console(record=True, width=150)
     print_trial(directory, trial, shown)
     text, page = shown.export_text(), build_report(directory)
-    method = directory.environment["model"]["quantization"]
+    method = directory.read_environment()["model"]["quantization"]
     for value in (f"{full['kl-divergence']:.4g}", method):
         assert value in text and value in page
     assert "differs by" in page
     assert method in (found / "README.md").read_text()
 
 
-class Notes(Unwatched):
+class Notes(SilentProgress):
     """Remembers what is said."""
 
     def __init__(self) -> None:
@@ -230,7 +231,7 @@ def test_files_that_are_not_the_plans_fail_although_the_search_was_quantized(
         "ray_abliterate.export.export.EditedTensors", lambda t, _, d: EditedTensors(t, other, d)
     )
     with pytest.raises(ExportError, match="do not score as the trial did"):
-        export_trial(searched.directory, searched.trial, tmp_path / "out", Unwatched())
+        export_trial(searched.directory, searched.trial, tmp_path / "out", SilentProgress())
 
 
 # What can't be
@@ -259,7 +260,7 @@ def test_experts_that_stay_as_they_are_are_written_to_beside_quantized_attention
 ) -> None:
     quantized = held(mixtral_folder, "torchao-int8", dtype="float32")
     plain = held(mixtral_folder, None, dtype="float32")
-    writers = find_writers(outline(quantized), in_memory=False)
+    writers = find_writers(unquantized_skeleton(quantized), in_memory=False)
     attention = [writer for writer in writers if writer.component == "attn"]
     for writer in attention:
         owner = writer.parameter.removesuffix(".weight")
@@ -271,7 +272,7 @@ def test_experts_that_stay_as_they_are_are_written_to_beside_quantized_attention
             matrix = beside.matrix_of(quantized.get_submodule(owner), 32, torch.float32, CPU)
             plain.get_parameter(f"{owner}.weight").data.copy_(matrix)
     caches = WeightCache(quantized, writers), WeightCache(plain, writers)
-    assert 0 < caches[0].bytes < caches[1].bytes and "experts" in caches[0].experts
+    assert 0 < caches[0].bytes < caches[1].bytes and "experts" in caches[0].stacked_experts
     some = Plan.uniform(ModelShape(2, 32, ("attn", "experts")), 1.0, "row", 0.9)
     vectors = nn.functional.normalize(torch.randn(2, 32), dim=-1)
     found = Directions(vectors, "random", {})
@@ -293,10 +294,10 @@ def test_a_quantized_checkpoint_is_searched_and_not_exported_by_itself(
         shutil.copy(file, folder)
     made = finish(tmp_path / "made", wide_folder, held='quantization = "nf4"')
     given = finish(tmp_path / "given", folder)
-    assert given.directory.environment["model"]["quantization"] == "bitsandbytes nf4"
+    assert given.directory.read_environment()["model"]["quantization"] == "bitsandbytes nf4"
     assert given.trial.scorecard == made.trial.scorecard
     with pytest.raises(ExportError, match=r"is quantized \(bitsandbytes nf4\), and only"):
-        export_trial(given.directory, given.trial, tmp_path / "out", Unwatched())
+        export_trial(given.directory, given.trial, tmp_path / "out", SilentProgress())
     with pytest.raises(ModelError, match=r"'nf4', but .* is quantized already"):
         held(folder, "nf4")
 
@@ -329,7 +330,7 @@ def test_in_bfloat16_edits_beside_agree_as_closely_as_it_rounds(
     wide_folder: Path, kind: str
 ) -> None:
     model = held(wide_folder, kind, dtype="bfloat16")
-    Upcast(model)
+    Float32Linears(model)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
     assert not any("forward" in vars(layer) for layer in layers)
     plain = held(wide_folder, None, dtype="bfloat16")
@@ -337,7 +338,7 @@ def test_in_bfloat16_edits_beside_agree_as_closely_as_it_rounds(
         if module in layers:
             matrix = beside.matrix_of(module, module.in_features, torch.bfloat16, CPU)
             plain.get_submodule(name).weight.data.copy_(matrix)
-    writers = find_writers(outline(model), in_memory=False)
+    writers = find_writers(unquantized_skeleton(model), in_memory=False)
     caches, ids = (WeightCache(model, writers), WeightCache(plain, writers)), torch.arange(3, 27)
     edits = [cache.edited(plan("row"), directions()) for cache in caches]
     with torch.inference_mode(), edits[0], edits[1]:
@@ -370,7 +371,7 @@ def test_layers_without_a_weight_are_what_they_answer(norm: str) -> None:
             packed.set_submodule(name, layer)
             plain.get_submodule(name).weight.data.copy_(layer.codes.T * layer.scales)
     packed.hf_quantizer = object()  # as transformers marks quantized models
-    writers = find_writers(outline(packed), in_memory=False)
+    writers = find_writers(unquantized_skeleton(packed), in_memory=False)
     assert writers == find_writers(plain)
     store = Unasked()
     caches = WeightCache(packed, writers, "node", store), WeightCache(plain, writers)

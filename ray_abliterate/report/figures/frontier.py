@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from ray_abliterate.report.figures.plotly_parts import Axis, figure, line, marks, view
-from ray_abliterate.report.run_data import Figure, RunData, hover_text, number_text, title_text
+from ray_abliterate.report.figures.plotly_parts import Axis, Figure, figure, line, marks, view
+from ray_abliterate.report.run_data import RunData, hover_text, title_text
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.score import Scorecard
+from ray_abliterate.search.score_text import number_text
 
 STOPPED = "stopped early (bound)"
 """What the legend calls trials whose scores are bounds."""
@@ -66,7 +67,7 @@ def _trials(
     """Points that are trials: they can be pointed at, and taken into the comparison."""
     hover = [
         hover_text(
-            f"trial {trial.number}" + (", stopped early" if trial.bounded else ""),
+            f"trial {trial.number}" + (", stopped early" if trial.pruned else ""),
             card,
             trial.plan,
             run.validation_texts(trial),
@@ -79,11 +80,11 @@ def _trials(
 
 def _bounds(run: RunData, x: Sequence[Any], y: Sequence[Any]) -> list[Figure]:
     """Trials that were stopped early, apart and faint: they lie here, or further out."""
-    if not run.bounded:
+    if not run.pruned:
         return []
     mark = {"size": 8, "symbol": "circle-open", "color": "var(--muted)", "opacity": 0.6}
     mark["line"] = {"color": "var(--muted)", "width": 1}
-    return [_trials(run, STOPPED, run.bounded, x, y, mark)]
+    return [_trials(run, STOPPED, run.pruned, x, y, mark)]
 
 
 def _single_view(run: RunData, name: str) -> Figure:
@@ -95,12 +96,12 @@ def _single_view(run: RunData, name: str) -> Figure:
         line("best so far", numbers, best, "knee")
         | {"line": {"color": "var(--knee)", "shape": "hv"}},
         _points(run, numbers, values),
-        *_bounds(run, [t.number for t, _ in run.bounded], [c[name].value for _, c in run.bounded]),
+        *_bounds(run, [t.number for t, _ in run.pruned], [c[name].value for _, c in run.pruned]),
     ]
     trial, score = run.frontier.members[0], run.best[0][name]
     mark = {"size": 10, "color": "var(--knee)"}
     top = _trials(run, "best", [(trial, run.best[0])], [trial.number], [score.value], mark)
-    data.append(top | Axis([score], log=False).error([score], "y"))
+    data.append(top | Axis([score], log=False).error_bars([score], "y"))
     if run.baseline:
         base = [run.baseline[name].value] * 2
         data.append(line("base model", [numbers[0], numbers[-1]], base, "base"))
@@ -109,8 +110,8 @@ def _single_view(run: RunData, name: str) -> Figure:
 
 def _pair_view(run: RunData, x_name: str, y_name: str, joined: bool) -> Figure:
     cards = [card for _, card in run.finished]
-    bounded = [card for _, card in run.bounded]
-    every = [*cards, *bounded, *([run.baseline] if run.baseline else [])]
+    pruned = [card for _, card in run.pruned]
+    every = [*cards, *pruned, *([run.baseline] if run.baseline else [])]
     x_axis = Axis([card[x_name] for card in every], log=True)
     y_axis = Axis([card[y_name] for card in every], log=False)
 
@@ -123,11 +124,11 @@ def _pair_view(run: RunData, x_name: str, y_name: str, joined: bool) -> Figure:
     members, best, knee = run.frontier.members, run.best, run.frontier.knee
     pairs = list(zip(members, best, strict=True))
     edge = _trials(run, "frontier", pairs, x(best), y(best), {"size": 10, "color": "var(--knee)"})
-    edge |= x_axis.error([c[x_name] for c in best], "x")
-    edge |= y_axis.error([c[y_name] for c in best], "y")
+    edge |= x_axis.error_bars([c[x_name] for c in best], "x")
+    edge |= y_axis.error_bars([c[y_name] for c in best], "y")
     joint = {"mode": "lines+markers", "line": {"color": "var(--knee)", "width": 1.5}}
     edge |= joint if joined else {}
-    data = [*_bounds(run, x(bounded), y(bounded)), _points(run, x(cards), y(cards)), edge]
+    data = [*_bounds(run, x(pruned), y(pruned)), _points(run, x(cards), y(cards)), edge]
     star = {"size": 17, "color": "var(--knee)", "symbol": "star"}
     top = [pairs[members.index(knee)]]
     data.append(_trials(run, "knee", top, x([top[0][1]]), y([top[0][1]]), star))

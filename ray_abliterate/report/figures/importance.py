@@ -3,9 +3,11 @@
 import warnings
 from typing import Any
 
-from ray_abliterate.report.figures.plotly_parts import figure, view
-from ray_abliterate.report.run_data import Figure, RunData, escaped, number_text
-from ray_abliterate.search.plan import Choice, Range, Value
+from ray_abliterate.report.figures.plotly_parts import Figure, figure, view
+from ray_abliterate.report.run_data import RunData, escaped
+from ray_abliterate.search.plan import ParameterValue
+from ray_abliterate.search.score_text import number_text
+from ray_abliterate.search.space import CategoricalRange, RealRange
 
 ENOUGH_TRIALS = 8
 """Finished trials below which parameter importances would be noise."""
@@ -74,14 +76,14 @@ def _importances(run: RunData, values: list[float]) -> dict[str, float]:
     return {name: share / total for name, share in found.items()} if total > 0 else {}
 
 
-def _domain(values: list[Value], bounds: Range | Choice | None) -> Any:
+def _domain(values: list[ParameterValue], bounds: RealRange | CategoricalRange | None) -> Any:
     """The distribution of one parameter, wide enough for every value that was tried."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     texts = [value for value in values if isinstance(value, str)]
     if texts:
-        options = bounds.options if isinstance(bounds, Choice) else ()
+        options = bounds.options if isinstance(bounds, CategoricalRange) else ()
         return CategoricalDistribution(sorted({*texts, *options}))
-    ends = [bounds.low, bounds.high] if isinstance(bounds, Range) else []
+    ends = [bounds.low, bounds.high] if isinstance(bounds, RealRange) else []
     reals = [float(value) for value in values] + ends
     return FloatDistribution(min(reals), max(reals))

@@ -4,9 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ray_abliterate.pipeline.directory import Baseline
-from ray_abliterate.report.figures.plotly_parts import figure, line, log_ticks, vertical, view
-from ray_abliterate.report.run_data import Figure, RunData, escaped, number_text
+from ray_abliterate.report.figures.plotly_parts import (
+    Figure,
+    figure,
+    line,
+    log_ticks,
+    vertical_rule,
+    view,
+)
+from ray_abliterate.report.run_data import RunData, escaped
 from ray_abliterate.search.plan import Plan
+from ray_abliterate.search.score_text import number_text
 
 
 def strengths_of(plan: Plan, layers: int) -> dict[str, list[float]]:
@@ -106,7 +114,7 @@ def separation_figures(base: Baseline | None) -> dict[str, Figure]:
             if key == "norms" and above:
                 ticks = log_ticks(min(above), max(above))
                 y |= {"type": "log", "tickvals": ticks, "ticktext": [*map(number_text, ticks)]}
-            mark = vertical(base.best_layer, f"best layer {base.best_layer}")
+            mark = vertical_rule(base.best_layer, f"best layer {base.best_layer}")
             views = [view(title, data, "layer", y, **mark)]
         figures[key] = figure(title, "", views, told)
     return figures

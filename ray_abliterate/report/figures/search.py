@@ -3,9 +3,10 @@
 import math
 from statistics import median
 
-from ray_abliterate.report.figures.plotly_parts import figure, line, marks, view
-from ray_abliterate.report.run_data import Figure, RunData, number_text
+from ray_abliterate.report.figures.plotly_parts import Figure, figure, line, marks, view
+from ray_abliterate.report.run_data import RunData
 from ray_abliterate.search.frontier import Frontier
+from ray_abliterate.search.score_text import number_text
 
 
 def progress_figures(run: RunData) -> dict[str, Figure]:
@@ -13,7 +14,7 @@ def progress_figures(run: RunData) -> dict[str, Figure]:
     runs: list[Figure] = []
     for name, trials, color in (
         ("finished", [trial for trial, _ in run.finished], "c0"),
-        ("stopped early", [trial for trial, _ in run.bounded], "muted"),
+        ("stopped early", [trial for trial, _ in run.pruned], "muted"),
         ("failed", run.failed, "c1"),
     ):
         hover = [f"trial {trial.number}: {trial.seconds:.1f} s" for trial in trials]

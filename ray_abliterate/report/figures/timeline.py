@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from ray_abliterate.report.figures.plotly_parts import figure, marks, view
-from ray_abliterate.report.run_data import Figure, escaped
-from ray_abliterate.report.timeline import Happening, Span, Timeline
+from ray_abliterate.report.figures.plotly_parts import Figure, figure, marks, view
+from ray_abliterate.report.run_data import escaped
+from ray_abliterate.report.timeline import Happening, Timeline, TimelineSpan
 
 COLORS = {"finished": "c0", "stopped early": "muted", "failed": "c1", "interrupted": "c4"}
 LABEL_CHARACTERS = 32
@@ -51,7 +51,7 @@ def timeline_figure(timeline: Timeline) -> Figure:
     return figure(title, note, [view("time", data, x, y, **look)], _told(timeline))
 
 
-def _bars(outcome: str, spans: Sequence[Span], color: str) -> Figure:
+def _bars(outcome: str, spans: Sequence[TimelineSpan], color: str) -> Figure:
     return {
         "type": "bar",
         "orientation": "h",
@@ -66,7 +66,7 @@ def _bars(outcome: str, spans: Sequence[Span], color: str) -> Figure:
     }
 
 
-def _hover(span: Span) -> str:
+def _hover(span: TimelineSpan) -> str:
     out = (span.end - span.start).total_seconds()
     took = "" if span.seconds is None else f"<br>evaluated in {span.seconds:.1f} s"
     times = f"{span.start:%H:%M:%S} to {span.end:%H:%M:%S}, {out:.1f} s"
@@ -110,7 +110,7 @@ def _short(name: str) -> str:
     return name if len(name) <= LABEL_CHARACTERS else f"{name[: LABEL_CHARACTERS - 1]}…"
 
 
-def _pauses(spans: Sequence[Span]) -> list[dict[str, list[str]]]:
+def _pauses(spans: Sequence[TimelineSpan]) -> list[dict[str, list[str]]]:
     """Long times without a plan out, but for a little at each end."""
     found = []
     last: datetime | None = None

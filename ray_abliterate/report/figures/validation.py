@@ -3,19 +3,18 @@
 from collections.abc import Mapping, Sequence
 
 from ray_abliterate.pipeline.suite_results import BASE, label
-from ray_abliterate.report.figures.plotly_parts import Axis, figure, line, marks, view
+from ray_abliterate.report.figures.plotly_parts import Axis, Figure, figure, line, marks, view
 from ray_abliterate.report.run_data import (
-    Figure,
     RunData,
     escaped,
     finding_texts,
     model_text,
-    number_text,
     title_text,
 )
 from ray_abliterate.report.suite_curves import Curve
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.score import Score
+from ray_abliterate.search.score_text import number_text
 
 MOST_CURVES = 4
 """Models whose curves are drawn: the base model, the knee and both ends of the frontier, or others
@@ -73,7 +72,7 @@ def _along(run: RunData, name: str) -> list[Figure]:
     x = [axis.place(score.value) for score in places]
     mark = {"size": 10, "color": "var(--c0)"}
     points = marks("trials", x, [score.value for score in scores], hover, mark)
-    points |= Axis(scores, log=False).error(scores, "y", "c0")
+    points |= Axis(scores, log=False).error_bars(scores, "y", "c0")
     points["customdata"] = [str(trial.number) for trial, _ in trials]
     base = run.suites.of(None).get(name)
     layout = _band(base.score) if base is not None and base.score is not None else {}
