@@ -1,4 +1,4 @@
-"""Without the wheel, the planted model stands in for the demo's, and says so."""
+"""Which model a name stands for: the demo's, the planted one in its place, a folder, the Hub."""
 
 from pathlib import Path
 
