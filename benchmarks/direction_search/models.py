@@ -1,9 +1,9 @@
 """The models that direction methods are compared on, and a search on one of them, without Ray.
 
-Part of `direction_search`. Three are planted models on the demo's prompts: `clean`, whose words say
-something beside the behaviour; `outliers`, the same with a few prompts that drive one unit of the
-stream far out; `entangled`, the same with a second behaviour that is to stay, along a direction
-that is not orthogonal to the first. The fourth is the demo's real model.
+Three are planted models on the demo's prompts: `clean`, whose words say something besides the
+behaviour; `outliers`, the same with a few prompts that drive one unit of the residual stream far
+out; `entangled`, the same with a second behaviour that is to stay, along a direction that is not
+orthogonal to the first. The fourth is the demo's real model.
 """
 
 import random
@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.direction_search.hypervolumes import Job, Outcome
-from ray_abliterate.data.builtin.planted_model import Traits
+from benchmarks.direction_search.hypervolumes import SearchJob, SearchOutcome
+from ray_abliterate.data.builtin.planted_model import PlantedTraits
 
 EXTRACTED = 128
-"""Prompts of each set whose residuals are read; seeds draw from these."""
+"""Prompts of each set whose residuals are extracted; seeds draw from these."""
 EVERY = 32
-"""In `outliers`, each so manieth behaviour prompt has a word that no other has."""
+"""In `outliers`, one of so many behaviour prompts has a word that no other has."""
 OUTLYING = "glitch"
 BATCH = 64
 
@@ -51,26 +51,26 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "winsorized mean-difference": {"method": "mean-difference", "winsorize_quantile": 0.95},
 }
-"""What is compared: the recipe's `[direction]`, by the name in tables."""
+"""What is compared: the recipe's `[direction]` by the name in tables."""
 
-PLANTED = Traits(layers=8, planted=(3, 4, 5, 6), topics=0.7)
+PLANTED = PlantedTraits(layers=8, planted_layers=(3, 4, 5, 6), topic_loudness=0.7)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to compare on: all that decides what a search finds there, beside method and seed.
+    """A model to compare on: all that decides a search's result there, besides method and seed.
 
     Attributes:
-        traits: Of the planted model; None: the demo's.
-        norm: What edits keep. A planted weight matrix is a few outer products, whose rows have no
-            norms of their own to keep.
-        drawn: Prompts of each set that a seed draws, to compute directions from.
+        traits: Traits of the planted model; None for the demo's.
+        norm: What edits preserve: nothing in a planted model, whose weight matrices are a few outer
+            products, with rows that have no norms of their own.
+        drawn: Prompts of each set that a seed draws to compute directions from.
         trials: Plans of a search.
         scored: Prompts of each of the two scored sets, none of which directions come from.
-        tokens: Of an answer.
+        tokens: Tokens of an answer.
     """
 
-    traits: Traits | None
+    traits: PlantedTraits | None
     norm: str
     drawn: int
     trials: int
@@ -80,8 +80,10 @@ class Subject:
 
 SUBJECTS = {
     "clean": Subject(PLANTED, "none", 24, 40, 32, 1),
-    "outliers": Subject(replace(PLANTED, outlying=(OUTLYING,)), "none", 24, 40, 32, 1),
-    "entangled": Subject(replace(PLANTED, kept=("how",), overlap=0.5), "none", 24, 40, 32, 1),
+    "outliers": Subject(replace(PLANTED, outlier_words=(OUTLYING,)), "none", 24, 40, 32, 1),
+    "entangled": Subject(
+        replace(PLANTED, second_words=("how",), overlap=0.5), "none", 24, 40, 32, 1
+    ),
     "demo": Subject(None, "row", 96, 20, 20, 8),
 }
 REFERENCES = {
@@ -90,12 +92,12 @@ REFERENCES = {
     "entangled": (1.0, 0.1),
     "demo": (1.0, 0.2),
 }
-"""By model the rate and the divergence that volumes are measured from: every answer shows the
-behaviour, and about the most that a plan with the difference of means costs in `clean`, or in the
-demo. The same for all methods of a model."""
+"""Rate and KL divergence that volumes are measured from, by model, the same for all methods: every
+answer shows the behaviour, and about the most that a plan with the difference of means costs in
+`clean`, or in the demo."""
 
 
-class Bench:
+class SearchBench:
     """One model in this process, and the residuals that all directions are computed from."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -112,47 +114,47 @@ class Bench:
         self._shape = self._replica.describe().shape
         self._residuals = {kind: self._extracted(kind) for kind in ("behaviour", "neutral")}
 
-    def run(self, job: Job) -> Outcome:
-        """Directions, and a search with them: every trial's rate and divergence, in order."""
-        from ray_abliterate.replica.replica import Setup
+    def run(self, job: SearchJob) -> SearchOutcome:
+        """Compute directions, search with them, and return every plan's rate and divergence."""
+        from ray_abliterate.replica.messages import TrialSetup
 
         started = time.perf_counter()
         directions, layer = self._directions(METHODS[job.method], job.seed)
-        found = tuple(self._search(job, Setup(directions, (), self._tuning), layer))
+        losses = tuple(self._search(job, TrialSetup(directions, (), self._tuning), layer))
         seconds = time.perf_counter() - started
-        return Outcome(job, found, layer, self._cosine(directions, layer), round(seconds, 2))
+        return SearchOutcome(job, losses, layer, self._cosine(directions, layer), round(seconds, 2))
 
     def base(self, method: str = "mean-difference") -> tuple[float, ...]:
-        """The base model's rate and divergence."""
-        from ray_abliterate.replica.replica import Setup
+        """Return the base model's rate and KL divergence."""
+        from ray_abliterate.replica.messages import TrialSetup
         from ray_abliterate.search.plan import Plan
 
         directions, _ = self._directions(METHODS[method], 0)
-        setup = Setup(directions, (), self._tuning)
+        setup = TrialSetup(directions, (), self._tuning)
         return self._replica.evaluate(Plan.nothing(), setup).scorecard.losses
 
     def _extracted(self, kind: str) -> Any:
-        """Residuals of a whole set, `"prompt layer hidden"`."""
+        """Return the residuals of a whole set, `"prompt layer hidden"`."""
         import numpy
 
         from ray_abliterate.directions.residuals.shard import ResidualShard
 
         shards = [
-            ResidualShard(self._replica.residuals(kind, 0, some, (), self._tuning))
-            for _, some in self._sets[kind].batches(BATCH)
+            ResidualShard(self._replica.extract_residuals(kind, 0, batch, (), self._tuning))
+            for _, batch in self._sets[kind].batches(BATCH)
         ]
         return numpy.concatenate([shard.values() for shard in shards])
 
     def _directions(self, settings: dict[str, Any], seed: int) -> tuple[Any, int]:
-        """Directions from the prompts that a seed draws, and the layer that separates best."""
+        """Return directions from the prompts of a seed, and the layer that separates best."""
         import torch
 
         from ray_abliterate.directions import compute, layer_separation
-        from ray_abliterate.directions.comparison.fitting import Sets
-        from ray_abliterate.directions.comparison.held_out import HeldOut, held_out
+        from ray_abliterate.directions.comparison.fitting import ContrastSets
+        from ray_abliterate.directions.comparison.held_out import HeldOut, measure_held_out
         from ray_abliterate.directions.residuals.folds import Folds
         from ray_abliterate.directions.residuals.residual_set import Residuals
-        from ray_abliterate.directions.separability import BLIND
+        from ray_abliterate.directions.separability import CHANCE_LEVEL
         from ray_abliterate.recipe import DirectionSettings
 
         drawn = [
@@ -160,41 +162,43 @@ class Bench:
             for values in self._residuals.values()
         ]
         sets = [Residuals(torch.from_numpy(values)) for values in drawn]
-        wanted = DirectionSettings.model_validate(settings)
+        direction = DirectionSettings.model_validate(settings)
         folds = Folds.of(
             *([(name, i) for i in range(len(v))] for name, v in zip("bn", drawn, strict=True))
         )
         rows = []
         for layer in range(sets[0].layers):
-            held = (s.winsorized(wanted.winsorize_quantile).values[:, layer] for s in sets)
-            own = Sets(*(values.contiguous() for values in held))
-            found = held_out(own, wanted, folds) if own.differ else None
-            measured = found.measures() if isinstance(found, HeldOut) else BLIND
-            rows.append({"layer": layer, **measured})
-        return compute.compute(*sets, wanted), layer_separation.best_layer(rows)
+            values = (s.winsorized(direction.winsorize_quantile).values[:, layer] for s in sets)
+            contrast = ContrastSets(*(v.contiguous() for v in values))
+            result = measure_held_out(contrast, direction, folds) if contrast.differ else None
+            measures = result.measures() if isinstance(result, HeldOut) else CHANCE_LEVEL
+            rows.append({"layer": layer, **measures})
+        return compute.directions_from_residuals(*sets, direction), layer_separation.best_layer(
+            rows
+        )
 
-    def _search(self, job: Job, setup: Any, layer: int) -> Iterator[tuple[float, ...] | None]:
-        """Rate and divergence of each plan; None where it failed.
+    def _search(self, job: SearchJob, setup: Any, layer: int) -> Iterator[tuple[float, ...] | None]:
+        """Yield rate and divergence of each plan; None where it failed.
 
-        The run's own sampler, space and seed points; one plan at a time, so that the sampler knows
-        of all that came before.
+        Sampler, space and initial points are those of a run; plans are tried one at a time, so that
+        the sampler knows all that came before.
         """
         import optuna
 
         from ray_abliterate.errors import ScoreError
         from ray_abliterate.recipe import SearchSettings
-        from ray_abliterate.search import study as journal
-        from ray_abliterate.search.plan import Space
+        from ray_abliterate.search.space import SearchSpace
+        from ray_abliterate.search.study import make_sampler, optuna_distributions
 
         settings = SearchSettings(trials=job.trials, seed=job.seed)
-        space = Space.of(self._shape, settings.space, self._recipe.edit.norm)
+        space = SearchSpace.of(self._shape, settings.space, self._recipe.edit.norm)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
-            directions=["minimize", "minimize"], sampler=journal.sampler(settings, 0)
+            directions=["minimize", "minimize"], sampler=make_sampler(settings, 0)
         )
-        for point in space.seeds(float(layer)) if job.seed_points else ():
+        for point in space.initial_points(float(layer)) if job.seed_points else ():
             study.enqueue_trial(dict(point))
-        domains = journal.distributions(space)
+        domains = optuna_distributions(space)
         for _ in range(job.trials):
             asked = study.ask(domains)
             try:
@@ -207,7 +211,7 @@ class Bench:
             yield tuple(round(loss, 7) for loss in card.losses)
 
     def _cosine(self, directions: Any, layer: int) -> float | None:
-        """How much of the planted direction lies in the directions of the best layer."""
+        """Return how much of the planted direction lies in a layer's directions."""
         from ray_abliterate.data.builtin.planted_model import planted_axes
 
         if self.subject.traits is None:
@@ -216,36 +220,38 @@ class Bench:
 
 
 def draw(prompts: int, drawn: int, seed: int) -> list[int]:
-    """The prompts that a seed's directions come from: the same for all methods."""
+    """Return the indices of the prompts that a seed draws: the same for all methods."""
     return sorted(random.Random(seed).sample(range(prompts), drawn))
 
 
 def prompts(subject: Subject) -> Iterator[tuple[str, Any]]:
-    """The four prompt sets by name."""
+    """Yield the four prompt sets with their names."""
     from ray_abliterate.data.prompt_sources import load_prompt_set
     from ray_abliterate.data.prompts import PromptSet
     from ray_abliterate.recipe import PromptSource
 
-    wanted = {
+    sources = {
         "behaviour": ("cooking-train", EXTRACTED),
         "neutral": ("other-train", EXTRACTED),
         "keyword-rate": ("cooking-heldout", subject.scored),
         "kl-divergence": ("other-heldout", subject.scored),
     }
-    outlying = subject.traits is not None and subject.traits.outlying
-    for name, (builtin, count) in wanted.items():
-        found = load_prompt_set(name, PromptSource(builtin=builtin, split=f"[:{count}]"), Path())
+    outlying = subject.traits is not None and subject.traits.outlier_words
+    for name, (builtin, count) in sources.items():
+        prompt_set = load_prompt_set(
+            name, PromptSource(builtin=builtin, split=f"[:{count}]"), Path()
+        )
         if outlying and name == "behaviour":
             users = [
                 prompt.user if number % EVERY else f"{prompt.user} {OUTLYING}"
-                for number, prompt in enumerate(found.prompts)
+                for number, prompt in enumerate(prompt_set.prompts)
             ]
-            found = PromptSet.of(name, *users)
-        yield name, found
+            prompt_set = PromptSet.of(name, *users)
+        yield name, prompt_set
 
 
 def recipe(model: str, subject: Subject) -> dict[str, Any]:
-    """The recipe's values for a subject; prompt sets are given to the replica."""
+    """Return the recipe's values for a subject; the replica is given the prompt sets themselves."""
     sources = {"behaviour": "cooking-train", "neutral": "other-train"}
     scorers = [
         {
@@ -267,11 +273,11 @@ def recipe(model: str, subject: Subject) -> dict[str, Any]:
 
 
 def model_folder(name: str, folder: Path) -> Path:
-    """The model's folder, built if need be."""
+    """Return the model's folder; build the model if it is not there."""
     from ray_abliterate.data.builtin import demo_model as demo
     from ray_abliterate.data.builtin.planted_model import build_planted_model
 
     traits = SUBJECTS[name].traits
     if traits is None:
-        return demo.build_demo_model(demo.default_folder())
+        return demo.build_demo_model(demo.demo_folder())
     return build_planted_model(folder / f"planted-{name}", traits=traits)

@@ -1,4 +1,7 @@
-"""Files that are written whole or line by line, and the folder of those that outlive a run."""
+"""Files that are written atomically, whole or line by line, and the folder of cached ones.
+
+A reader sees a whole file or none, also after a crash. Knows nothing about what files hold.
+"""
 
 import contextlib
 import json
@@ -11,16 +14,19 @@ from typing import Any
 
 
 def cache_root() -> Path:
-    """`$RAY_ABLITERATE_CACHE`, or `ray_abliterate` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    own = os.environ.get("RAY_ABLITERATE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "ray_abliterate"
+    """Return the folder of files that outlive a run.
+
+    It is `$RAY_ABLITERATE_CACHE`, or `ray_abliterate` in `$XDG_CACHE_HOME` or `~/.cache`.
+    """
+    chosen = os.environ.get("RAY_ABLITERATE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    user_cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user_cache) if user_cache else Path.home() / ".cache") / "ray_abliterate"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename it."""
+    """Write a file under a temporary name in the same folder, then rename it."""
 
     def fill(name: Path) -> None:
         with name.open("wb") as file:
@@ -29,11 +35,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         name.chmod(0o644)
 
-    _appear(path, fill)
+    _replace_with(path, fill)
 
 
 def link_atomically(path: Path, source: Path) -> None:
-    """Give a file a second name; copy it where the file system can't do that."""
+    """Hard-link a file under a second name; copy it where the file system has no hard links."""
 
     def fill(name: Path) -> None:
         name.unlink()
@@ -42,20 +48,20 @@ def link_atomically(path: Path, source: Path) -> None:
         except OSError:
             shutil.copyfile(source, name)
 
-    _appear(path, fill)
+    _replace_with(path, fill)
 
 
 def read_json_lines(file: Path) -> tuple[dict[str, Any], ...]:
-    """The objects of an append-only file, a line each; a torn line is skipped."""
-    found = []
+    """Read the objects of an append-only file, one a line; torn lines are skipped."""
+    objects = []
     for line in file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []:
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return tuple(found)
+            objects.append(json.loads(line))
+    return tuple(objects)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line; one that was torn before it stays alone on its own."""
+    """Append a line and flush it; a torn line before it stays on a line of its own."""
     with path.open("ab+") as file:
         if file.tell() and not _ends_line(file):
             file.write(b"\n")
@@ -68,7 +74,7 @@ def _ends_line(file: Any) -> bool:
     return bool(file.read(1) == b"\n")
 
 
-def _appear(path: Path, fill: Callable[[Path], None]) -> None:
+def _replace_with(path: Path, fill: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, text = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

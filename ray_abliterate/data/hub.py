@@ -1,4 +1,4 @@
-"""What goes wrong between this machine and the Hub: what to try again, and what to advise.
+"""Errors between this machine and the Hub: which to retry, and what to advise.
 
 Knows nothing about what is read from it.
 """
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
-"""Of a model on the Hub, with its owner; to be matched as a whole."""
+"""The name of a model on the Hub, with its owner; to be matched as a whole."""
 SECRETS = re.compile(r"\bhf_\w{16,}|(?<=://)[^/@\s]+@|\?\w[\w.-]*=[^\s'\"]+|(?i:bearer)\s+\S+")
 """Tokens, passwords of proxies, and queries of URLs, which may be signed."""
 
@@ -28,20 +28,24 @@ def retry(
 ) -> T:
     """Return `call()`, called again while it fails for a reason that may pass.
 
-    The delay in seconds doubles each time, with up to half of it added by chance, so that many
-    processes don't come back together.
+    Args:
+        call: What may fail.
+        attempts: How often it is called at most.
+        first_delay: Seconds before the second attempt. The delay doubles each time, with up to half
+            of it added at random, so that many processes don't come back together.
+        sleep: Waits for so many seconds.
 
     Raises:
         Exception: what the last attempt raised, or the first that another attempt cannot mend.
     """
-    chance = random.Random()  # The global generator belongs to the run.
+    jitter = random.Random()  # the global generator belongs to the run
     for attempt in range(1, attempts):
         try:
             return call()
         except Exception as error:
             if not is_transient(error):
                 raise
-            delay = first_delay * 2 ** (attempt - 1) * chance.uniform(1.0, 1.5)
+            delay = first_delay * 2 ** (attempt - 1) * jitter.uniform(1.0, 1.5)
             tries, why = f"attempt {attempt} of {attempts}", first_line(error)
             log.warning("%s failed (%s); the next is in %.1f s", tries, why, delay)
         sleep(delay)
@@ -49,7 +53,7 @@ def retry(
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed later: no connection, a timeout, 408, 429 or a 5xx."""
+    """Return whether the same call may succeed later: no connection, timeout, 408, 429 or 5xx."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     status = http_status(error)
@@ -63,7 +67,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def dataset_advice(error: Exception, dataset: str) -> str:
-    """What to do about an error that a Hub data set raised."""
+    """Return the next step after an error that a Hub data set raised."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub import errors as hub
 
@@ -80,7 +84,7 @@ def dataset_advice(error: Exception, dataset: str) -> str:
         ),
         (
             http_status(error) in (401, 403),
-            "Log in with `hf auth login`, as someone who may read it.",
+            "Log in with `hf auth login`, as a user who may read it.",
         ),
         (isinstance(error, hub.OfflineModeIsEnabled), "Unset HF_HUB_OFFLINE, or set `file`."),
         (is_transient(error), "The Hub cannot be reached; try again later, or set `file`."),
@@ -89,12 +93,12 @@ def dataset_advice(error: Exception, dataset: str) -> str:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status behind an error; None if there is none."""
+    """Return the HTTP status behind an error; None if there is none."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
 def first_line(error: BaseException) -> str:
-    """The message's first line without secrets, or the error's kind."""
+    """Return the message's first line without secrets, or the error's type if it has none."""
     lines = SECRETS.sub("…", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

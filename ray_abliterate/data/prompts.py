@@ -12,25 +12,29 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the user says, and the system prompt above it (None: the template's own)."""
+    """What the user says, and the system prompt before it (None: the template's own)."""
 
     user: str
     system: str | None = None
 
     @property
-    def folded(self) -> str:
-        """What the user says, case and spacing aside."""
+    def normalized(self) -> str:
+        """What the user says, in lower case and with single blanks."""
         return " ".join(self.user.split()).casefold()
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order; never empty."""
+    """Prompts in a fixed order; never empty.
+
+    Raises:
+        ValueError: there are no prompts.
+    """
 
     name: str
     prompts: tuple[Prompt, ...]
     origin: str = ""
-    """Where the prompts came from, for `environment.json` (source, split, revision)."""
+    """Source, split and revision of the prompts, for `environment.json`."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -38,7 +42,7 @@ class PromptSet:
 
     @classmethod
     def of(cls, name: str, *users: str) -> "PromptSet":
-        """A set of plain prompts."""
+        """Make a set of prompts without a system prompt."""
         return cls(name, tuple(Prompt(user) for user in users))
 
     def __len__(self) -> int:
@@ -51,15 +55,19 @@ class PromptSet:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def overlap(self, other: "PromptSet") -> tuple[Prompt, ...]:
-        """Prompts of this set whose text is in `other` too, case and spacing aside."""
-        known = {prompt.folded for prompt in other.prompts}
-        return tuple(prompt for prompt in self.prompts if prompt.folded in known)
+        """Return the prompts whose text is in `other` too, case and spacing aside."""
+        others = {prompt.normalized for prompt in other.prompts}
+        return tuple(prompt for prompt in self.prompts if prompt.normalized in others)
 
-    def only(self, places: Iterable[int]) -> "PromptSet":
-        """The prompts at some places of this set, as a set of their own; one at least."""
-        return replace(self, prompts=tuple(self.prompts[place] for place in places))
+    def subset(self, indices: Iterable[int]) -> "PromptSet":
+        """Return the prompts with these indices as a set of their own.
+
+        Raises:
+            ValueError: there are no indices.
+        """
+        return replace(self, prompts=tuple(self.prompts[index] for index in indices))
 
     def batches(self, size: int) -> Iterator[tuple[int, tuple[Prompt, ...]]]:
-        """Fixed batches in order, each with its number: the unit of distributed work."""
+        """Yield fixed batches in order, each with its number: the unit of distributed work."""
         for index, start in enumerate(range(0, len(self.prompts), size)):
             yield index, self.prompts[start : start + size]

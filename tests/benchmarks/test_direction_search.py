@@ -137,7 +137,7 @@ def test_the_planted_models_show_the_behaviour_and_a_search_takes_it_out(bench: 
 
 
 def test_a_trait_shows_in_the_residuals_and_in_the_answers(bench: Bench) -> None:
-    layer, along = SUBJECTS[bench.name].traits.planted[-1], planted_axes()[0].numpy()
+    layer, along = SUBJECTS[bench.name].traits.planted_layers[-1], planted_axes()[0].numpy()
     residuals = {name: values[:, layer] for name, values in bench._residuals.items()}
     gap = residuals["behaviour"].mean(0) - residuals["neutral"].mean(0)
     assert gap @ along > 0
