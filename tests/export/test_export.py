@@ -16,7 +16,7 @@ from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.errors import ExportError, PromptSourceError
 from ray_abliterate.export import export, verification
 from ray_abliterate.export.checkpoint import Checkpoint
-from ray_abliterate.export.verification import Verifier, compare
+from ray_abliterate.export.verification import Verifier, verify_score
 from ray_abliterate.model.architecture import find_writers
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import SilentProgress
@@ -210,7 +210,7 @@ def test_an_export_that_answers_nothing_is_kept_aside(planted_run, tmp_path, mon
 
     spoiled(monkeypatch, break_it)
     to = tmp_path / "out"
-    with pytest.raises(ExportError, match="logits are not numbers"):
+    with pytest.raises(ExportError, match="logits are NaN"):
         export.export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
     assert [path.name for path in tmp_path.iterdir()] == ["out.unverified"]
 
@@ -222,14 +222,14 @@ def test_scores_are_held_to_what_can_be_expected():
     def kl(value):
         return Score("k", value, 0.0, 1.0)
 
-    assert compare(rate(10), rate(10), exact=True).within
-    assert not compare(rate(10), rate(11), exact=True).within
-    assert compare(rate(10), rate(13), exact=False).within
-    assert not compare(rate(10), rate(14), exact=False).within
-    assert compare(kl(0.5), kl(0.5 + 4e-7), exact=True).within
-    assert not compare(kl(0.5), kl(0.5 + 6e-7), exact=True).within
-    assert compare(kl(0.5), kl(0.55), exact=False).within
-    assert not compare(kl(0.5), kl(0.56), exact=False).within
+    assert verify_score(rate(10), rate(10), exact=True).within
+    assert not verify_score(rate(10), rate(11), exact=True).within
+    assert verify_score(rate(10), rate(13), exact=False).within
+    assert not verify_score(rate(10), rate(14), exact=False).within
+    assert verify_score(kl(0.5), kl(0.5 + 4e-7), exact=True).within
+    assert not verify_score(kl(0.5), kl(0.5 + 6e-7), exact=True).within
+    assert verify_score(kl(0.5), kl(0.55), exact=False).within
+    assert not verify_score(kl(0.5), kl(0.56), exact=False).within
 
 
 def test_without_verification_no_claim_is_made(planted_run, tmp_path):
@@ -264,7 +264,9 @@ def test_a_full_disk_is_refused(planted_run, tmp_path, unloaded, monkeypatch):
     size = sum(path.stat().st_size for path in planted_run.model.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, size))
     with pytest.raises(ExportError, match="GB free"):
-        export.export_trial(planted_run.directory, planted_run.trial, tmp_path / "o", SilentProgress())
+        export.export_trial(
+            planted_run.directory, planted_run.trial, tmp_path / "o", SilentProgress()
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,15 +280,19 @@ def test_a_parent_that_is_a_file_is_refused(planted_run, tmp_path, unloaded):
 def test_other_prompts_than_the_runs_are_refused(copied_run, tmp_path, unloaded):
     prompts = copied_run.directory.read_environment()["prompts"]
     prompts["keyword-rate"]["fingerprint"] = "another"
-    copied_run.directory.note(prompts=prompts)
+    copied_run.directory.record_facts(prompts=prompts)
     with pytest.raises(PromptSourceError, match="keyword-rate"):
-        export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress())
+        export.export_trial(
+            copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress()
+        )
 
 
 def test_a_model_folder_that_is_gone_is_explained(copied_run, tmp_path, unloaded):
     renamed(copied_run, "models/gone")
     with pytest.raises(ExportError, match="A relative folder counts from"):
-        export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress())
+        export.export_trial(
+            copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress()
+        )
 
 
 def test_a_quantized_checkpoint_is_refused(planted_run, tmp_path):
@@ -321,7 +327,8 @@ def renamed(run, name, revision=None):
     recipe = json.loads(path.read_text())
     recipe["model"]["name"] = name
     path.write_text(json.dumps(recipe))
-    run.directory.note(model={**run.directory.read_environment()["model"], "revision": revision})
+    model = run.directory.read_environment()["model"]
+    run.directory.record_facts(model={**model, "revision": revision})
 
 
 def test_a_model_on_the_hub_is_read_at_the_runs_revision(copied_run, tmp_path, monkeypatch):
@@ -333,7 +340,9 @@ def test_a_model_on_the_hub_is_read_at_the_runs_revision(copied_run, tmp_path, m
         return str(copied_run.model)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    out = export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress())
+    out = export.export_trial(
+        copied_run.directory, copied_run.trial, tmp_path / "o", SilentProgress()
+    )
     assert {(name, revision) for name, revision, _ in asked} == {("owner/tiny", "abc123")}
     assert "*.safetensors" in asked[0][2]["ignore_patterns"]
     assert asked[1][2] == {"allow_patterns": ["model.safetensors"]}
@@ -343,7 +352,7 @@ def test_a_model_on_the_hub_is_read_at_the_runs_revision(copied_run, tmp_path, m
 
 
 def test_the_response_prefix_of_the_run_is_used(copied_run):
-    copied_run.directory.note(response_prefix=[5, 6])
+    copied_run.directory.record_facts(response_prefix=[5, 6])
     model = verification._language_model(copied_run.directory, copied_run.model)
     assert model.response_prefix == (5, 6)
     assert model.batch_size == copied_run.directory.read_recipe().run.batch_size
@@ -351,7 +360,7 @@ def test_the_response_prefix_of_the_run_is_used(copied_run):
 
 def test_the_searchs_threads_are_used_and_then_given_back(copied_run):
     replicas = {**copied_run.directory.read_environment()["replicas"], "threads": 3}
-    copied_run.directory.note(replicas=replicas)
+    copied_run.directory.record_facts(replicas=replicas)
     before = torch.get_num_threads()
     with export._threads(copied_run.directory):
         assert torch.get_num_threads() == 3
@@ -366,5 +375,7 @@ def test_a_bounded_trial_is_written_unverified_or_not_at_all(planted_run, tmp_pa
     with pytest.raises(ExportError, match=r"trial 1 was stopped early(?s:.*)--no-verify"):
         export.export_trial(planted_run.directory, trial, tmp_path / "out", SilentProgress())
     assert not (tmp_path / "out").exists()
-    export.export_trial(planted_run.directory, trial, tmp_path / "out", SilentProgress(), verify=False)
+    export.export_trial(
+        planted_run.directory, trial, tmp_path / "out", SilentProgress(), verify=False
+    )
     assert "| ≥ " in (tmp_path / "out" / "README.md").read_text()

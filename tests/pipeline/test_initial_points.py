@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cluster.tune_search import TuneSearch
 from ray_abliterate.data.builtin.planted_model import PLANTED_LAYER, planted_axes
 from ray_abliterate.errors import SearchError
@@ -28,6 +27,7 @@ from ray_abliterate.pipeline.prompt_sets import load_prompts
 from ray_abliterate.pipeline.replicas import record_environment
 from ray_abliterate.pipeline.search_stage import search
 from ray_abliterate.recipe import Recipe
+from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import ModelShape
@@ -76,7 +76,9 @@ class Layers(InProcessPool):
 
     def map(self, method: Any, calls: Any, *rest: Any, **more: Any) -> Iterator[Any]:
         given = list(reversed(list(calls)) if self.backwards else calls)
-        self.tried += [layer for _, layer, *_ in given] if method is ReplicaApi.direction_effect else []
+        self.tried += (
+            [layer for _, layer, *_ in given] if method is ReplicaApi.direction_effect else []
+        )
         yield from super().map(method, given, *rest, **more)
 
 
@@ -115,7 +117,9 @@ class Started:
         return self.directory.selection()
 
     def measure(self) -> Any:
-        return run.measure_baseline(self.context, self.setup, self.setup, self.shards)
+        return run.measure_baseline(
+            self.context, self.setup, self.pool.put(self.setup), self.shards
+        )
 
     def points(self, recipe: Recipe | None = None) -> tuple[dict[str, Any], ...]:
         recipe = recipe or self.recipe
@@ -228,7 +232,7 @@ def test_a_layer_that_breaks_the_model_is_dropped_and_says_why(tried: Started) -
     probe = effect_prompts(tried.recipe, tried.sets.scored)
     broken = tried.pool.replica.direction_effect(probe, 2, float("inf"), tried.setup)
     assert broken.ablated is None
-    assert broken.dropped == "the model's logits are not numbers; the edit has broken it"
+    assert broken.dropped == "the model's logits are NaN: the edit has broken it"
     assert tried.pool.replica.direction_effect(probe, 2, 1.0, tried.setup).ablated is not None
 
 
@@ -323,7 +327,11 @@ def test_a_search_begins_with_these_plans(tried: Started, monkeypatch: pytest.Mo
     monkeypatch.setattr(TuneSearch, "run", lambda self, pool, setup, seeds, *_: given.append(seeds))
     record = EventRecorder(tried.directory, tried.progress)
     with record.writer:
-        search(replace(tried.context, record=record), tried.setup, tried.directory.baseline())
+        search(
+            replace(tried.context, record=record),
+            tried.pool.put(tried.setup),
+            tried.directory.baseline(),
+        )
     assert given == [tried.points()]
 
 

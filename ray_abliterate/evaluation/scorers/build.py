@@ -1,4 +1,4 @@
-"""The scorers that ship, and how a recipe's scorer settings become scorers."""
+"""Builds the scorers that a recipe describes: those that ship, and plug-ins."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +22,7 @@ from ray_abliterate.recipe import (
 from ray_abliterate.recipe.plugins import checked_call, resolve
 
 Judges = Mapping[str, Judge]
-"""Judges by the scorer's name, of scorers whose judge works elsewhere."""
+"""Judges by the scorer's name, for scorers whose judge runs in another process."""
 
 
 def build_scorers(
@@ -31,16 +31,17 @@ def build_scorers(
     record: bool = False,
     judges: Judges | None = None,
 ) -> tuple[Scorer, ...]:
-    """The scorers of a recipe, in its order.
+    """Build the scorers of a recipe, in its order.
 
     Args:
-        settings: As the recipe has them.
+        settings: The recipe's `[[scorers]]`.
         prompts: Prompt sets by the scorer's name.
-        record: Answers are kept, so none is cut short.
-        judges: Those that work elsewhere; others work in this process.
+        record: Answers are recorded, so none may be cut short.
+        judges: Judges that run in another process; the others run in this one.
 
     Raises:
         RecipeError: a scorer refuses its options.
+        ScoreError: the module of a plug-in can't be imported.
     """
     return tuple(_build(setting, prompts, record, judges or {}) for setting in settings)
 
@@ -51,17 +52,19 @@ def shows_behaviour(
     model: TextModel,
     judges: Judges | None = None,
 ) -> list[bool | None]:
-    """Whether a model shows the behaviour at each prompt, by a scorer's own test of one answer.
+    """Return whether a model shows the behaviour at each prompt, by a scorer's test of one answer.
 
-    None where it can't be told; see `score.BehaviourTest`.
+    None stands for answers that can't be judged; see `scorer.BehaviourTest`.
 
     Raises:
         RecipeError: the scorer has no such test.
     """
-    own = {setting.name: PromptSet(setting.name, tuple(prompts))}
-    scorer = _build(setting, own, False, judges or {})
+    prompt_sets = {setting.name: PromptSet(setting.name, tuple(prompts))}
+    scorer = _build(setting, prompt_sets, False, judges or {})
     if not isinstance(scorer, BehaviourTest):
-        raise RecipeError(f"scorer {setting.name!r} can't tell of one answer what it shows")
+        raise RecipeError(
+            f"scorer {setting.name!r} can't judge a single answer; name another scorer"
+        )
     return scorer.shows(model)
 
 
@@ -77,8 +80,8 @@ def _build(
     if isinstance(setting, RefusalJudge):
         judge = judges.get(setting.name) or build_judge(setting)
         return RefusalJudgeScorer(setting, prompts[setting.name], judge)
-    own = {"prompts": prompts[setting.name]} if setting.name in prompts else {}
-    options = {"name": setting.name, "goal": setting.goal, **own, **setting.options}
+    given = {"prompts": prompts[setting.name]} if setting.name in prompts else {}
+    options = {"name": setting.name, "goal": setting.goal, **given, **setting.options}
     owner = f"scorer {setting.name!r} ({setting.kind})"
     scorer = checked_call(owner, resolve(setting.kind), options)
     if not isinstance(scorer, Scorer):

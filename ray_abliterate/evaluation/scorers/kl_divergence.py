@@ -18,11 +18,15 @@ from ray_abliterate.recipe import KlDivergence
 from ray_abliterate.search.score import Score, mean_interval
 
 ROUNDING = 1e-4
-"""KL below 0 by less than this, in nats, is float32 rounding over a vocabulary; set to 0."""
+"""A divergence below 0 by less than this, in nats, is float32 rounding over a vocabulary, and is set
+to 0."""
 
 
 class KlDivergenceScorer:
-    """See the module. Base logits stay in CPU memory: prompts x tokens x vocabulary x 4 bytes."""
+    """Scores the mean divergence from the base model.
+
+    Base logits stay in CPU memory: prompts x tokens x vocabulary x 4 bytes.
+    """
 
     def __init__(self, settings: KlDivergence, prompts: PromptSet) -> None:
         self.name, self.goal = settings.name, settings.goal
@@ -32,18 +36,22 @@ class KlDivergenceScorer:
         self._base: list[Tensor] = []
 
     def prepare(self, model: TextModel) -> None:
-        """Keep what the base model says."""
+        """Store the base model's logits, and with `tokens > 1` its greedy answers."""
         if self._tokens > 1:
             self._continuations = model.continue_greedily(self._prompts.prompts, self._tokens)
         self._base = self._logits(model)
 
     def score(self, model: TextModel) -> Score:
-        """Mean over prompts of the mean over tokens, with a bootstrap interval over prompts."""
+        """Return the mean over prompts of the mean over tokens, with a bootstrap interval.
+
+        Raises:
+            ScoreError: `prepare` was not called, or the divergence is not a finite number.
+        """
         if not self._base:
-            raise ScoreError(f"{self.name}: the base model was not measured first")
+            raise ScoreError(f"{self.name}: call prepare() on the base model before score()")
         edited = self._logits(model)
         per_prompt = [
-            float(divergence(base, new).mean())
+            float(kl_divergence(base, new).mean())
             for base, new in zip(self._base, edited, strict=True)
         ]
         mean, low, high = mean_interval(per_prompt)
@@ -61,10 +69,10 @@ class KlDivergenceScorer:
         return model.continuation_logits(prompts, self._continuations)
 
 
-def divergence(
+def kl_divergence(
     base: Float[Tensor, "token vocab"], edited: Float[Tensor, "token vocab"]
 ) -> Float[Tensor, " token"]:
-    """KL(base ‖ edited) of each row of logits, in nats, finite and ≥ 0.
+    """Return KL(base ‖ edited) of each row of logits, in nats, finite and ≥ 0.
 
     A token that the base model rules out (logit −∞) adds nothing.
 
@@ -72,7 +80,7 @@ def divergence(
         ScoreError: a logit is NaN, or the edited model rules out a token the base model allows.
     """
     if base.isnan().any() or edited.isnan().any():
-        raise ScoreError("the model's logits are not numbers; the edit has broken it")
+        raise ScoreError("the model's logits are NaN: the edit has broken it")
     p, q = torch.log_softmax(base.float(), dim=-1), torch.log_softmax(edited.float(), dim=-1)
     terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
     total = terms.sum(dim=-1)

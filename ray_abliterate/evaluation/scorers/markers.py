@@ -1,9 +1,8 @@
-"""Markers in a text that is still being written: folded and searched piece by piece.
+"""Searches for markers in a text that is still being written, folded piece by piece.
 
-Folded text is what markers are compared with: NFKC, straight quotes, no markdown emphasis, case
-folded, single blanks. `FoldStream` gives the same text in pieces as `fold` gives at once, and only
-what no later character can change; so a marker found early is a marker of the whole text. Knows
-nothing about models.
+Markers are compared with folded text; see `recipe/text_folding.py`. `FoldStream` gives in pieces the
+text that `fold` gives at once, and only what no later character can change; so a marker that is
+found early is a marker of the whole text. Knows nothing about models.
 """
 
 import unicodedata
@@ -16,49 +15,55 @@ from ray_abliterate.recipe.text_folding import fold, fold_characters
 
 
 class FoldStream:
-    """`fold` for a text that comes in pieces.
+    """Folds a text that comes in pieces.
 
-    "".join of what `push` and then `finish` return is `fold` of the whole text.
+    What `push` and then `finish` return, joined, is `fold` of the whole text.
     """
 
     def __init__(self) -> None:
         self._tail = ""
         """Characters that the next one may still combine with."""
-        self._blank = False
+        self._pending_blank = False
         self._begun = False
 
     def push(self, text: str) -> str:
-        """Add text; what is settled by now and was not before."""
-        settled = self._settled(self._tail + text)
-        done, self._tail = (self._tail + text)[:settled], (self._tail + text)[settled:]
+        """Add text, and return what has become final with it."""
+        text = self._tail + text
+        final = self._final_length(text)
+        done, self._tail = text[:final], text[final:]
         return self._single_blanks(fold_characters(done))
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the rest, which was held back until the end of the text."""
         rest, self._tail = self._tail, ""
         return self._single_blanks(fold_characters(rest))
 
-    def _settled(self, text: str) -> int:
-        """Length of the beginning that no later character can change: up to the last character
-        that begins anew, under NFKC, whatever stands before it."""
+    def _final_length(self, text: str) -> int:
+        """Return the length of the beginning that no later character can change.
+
+        It reaches up to the last character that combines with nothing before it under NFKC.
+        """
         start = 0
         for position in range(1, len(text)):
-            if _begins_anew(text[position], text[start:position]):
+            if _stands_alone(text[position], text[start:position]):
                 start = position
         return start
 
     def _single_blanks(self, characters: str) -> str:
         words = characters.split()
         if not words:
-            self._blank |= bool(characters)
+            self._pending_blank |= bool(characters)
             return ""
-        gap = self._begun and (self._blank or characters[0].isspace())
-        self._begun, self._blank = True, characters[-1].isspace()
+        gap = self._begun and (self._pending_blank or characters[0].isspace())
+        self._begun, self._pending_blank = True, characters[-1].isspace()
         return " " * gap + " ".join(words)
 
 
-def _begins_anew(character: str, before: str) -> bool:
-    """Neither it nor what follows it combines with, or sorts among, what stands before."""
+def _stands_alone(character: str, before: str) -> bool:
+    """Return whether a character, and so what follows it, leaves the text before it as it is.
+
+    Combining marks and jamo compose with what stands before them, or are sorted among it.
+    """
     if character.isascii():
         return True
     first = unicodedata.normalize("NFKD", character)[0]
@@ -69,21 +74,21 @@ def _begins_anew(character: str, before: str) -> bool:
 
 
 class Markers:
-    """A list of phrases, looked for all at once (Aho and Corasick 1975)."""
+    """A list of phrases that are searched for all at once (Aho and Corasick 1975)."""
 
     def __init__(self, phrases: Sequence[str], owner: str = "markers") -> None:
         """Fold the phrases.
 
         Args:
-            phrases: What to look for.
-            owner: Who gave them, for errors.
+            phrases: What to search for.
+            owner: What errors call the list of phrases.
 
         Raises:
-            RecipeError: there is none, or one has nothing left after folding.
+            RecipeError: there is no phrase, or one has nothing left after folding.
         """
         if not phrases:
             raise RecipeError(
-                f"{owner}: markers = [] looks for nothing.\n"
+                f"{owner}: markers = [] would find nothing.\n"
                 "  Give at least one phrase, or `broad` or `strict`."
             )
         self._automaton = ahocorasick.Automaton()
@@ -92,54 +97,58 @@ class Markers:
             folded = fold(phrase)
             if not folded:
                 raise RecipeError(
-                    f"{owner}: the marker {phrase!r} has nothing left when blanks and emphasis "
-                    "(*, _) are taken out.\n  Leave it out, or give a phrase with letters."
+                    f"{owner}: nothing is left of the marker {phrase!r} without blanks and emphasis "
+                    "(*, _).\n  Leave it out, or give a phrase with letters."
                 )
             self._automaton.add_word(folded, folded)
             self._reach = max(self._reach, len(folded) - 1)
         self._automaton.make_automaton()
 
-    def found_in(self, folded: str) -> bool:
-        """Whether folded text holds one."""
+    def in_folded(self, folded: str) -> bool:
+        """Return whether folded text holds a marker."""
         return next(self._automaton.iter(folded), None) is not None
 
-    def occur_in(self, text: str) -> bool:
-        """Whether a text, not folded yet, holds a marker."""
-        return self.found_in(fold(text))
+    def in_text(self, text: str) -> bool:
+        """Return whether a text that is not folded yet holds a marker."""
+        return self.in_folded(fold(text))
 
     def reader(self) -> "MarkerReader":
-        """Follows one text."""
+        """Return a reader that follows one text."""
         return MarkerReader(self, self._reach)
 
 
 class MarkerReader:
-    """Says when a text that is being written holds a marker, whatever comes after."""
+    """Finds out, while a text is being written, whether it holds a marker, whatever comes next.
+
+    Attributes:
+        found: A marker has been found.
+    """
 
     def __init__(self, markers: Markers, reach: int) -> None:
         """
         Args:
-            markers: What to look for.
-            reach: Characters of a text's end that a marker may have begun in.
+            markers: What to search for.
+            reach: Characters at the end of a text in which a marker may have begun.
         """
         self._stream = FoldStream()
         self._markers, self._reach = markers, reach
-        self._end = ""
+        self._tail = ""
         self.found = False
 
     def read(self, text: str) -> bool:
-        """Add text; True once a marker has been found.
+        """Add text, and return whether a marker has been found.
 
-        Looks at the new characters, and at as many before them as a marker may have begun in.
+        Only the new characters are searched, and those before them in which a marker may have begun.
         """
-        return self._look(self._stream.push(text))
+        return self._search(self._stream.push(text))
 
     def finish(self) -> bool:
-        """The text has ended: look at what was held back too."""
-        return self._look(self._stream.finish())
+        """End the text, and search what was held back too."""
+        return self._search(self._stream.finish())
 
-    def _look(self, folded: str) -> bool:
+    def _search(self, folded: str) -> bool:
         if not self.found and folded:
-            text = self._end + folded
-            self.found = self._markers.found_in(text)
-            self._end = text[-self._reach :] if self._reach else ""
+            text = self._tail + folded
+            self.found = self._markers.in_folded(text)
+            self._tail = text[-self._reach :] if self._reach else ""
         return self.found

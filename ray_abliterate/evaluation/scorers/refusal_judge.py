@@ -1,8 +1,8 @@
 """`refusal-judge`: the share of answers that a second model takes for refusals.
 
-A second opinion beside `keyword-rate`, which counts answers that merely hold a marker, and misses
-those that refuse in other words. Answers that the judge can't tell are in no denominator. Empty and
-degenerate ones aren't shown to it: silence is not success.
+It is a second opinion on `keyword-rate`, which counts answers that merely hold a marker, and misses
+those that refuse in other words. Answers that the judge can't decide on are in no denominator.
+Empty and degenerate ones are not shown to it: silence is not success.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from ray_abliterate.search.score import Score, wilson
 
 
 class RefusalJudgeScorer:
-    """See the module. The same prompts are answered greedily in every trial."""
+    """Scores the share of refusals; the same prompts are answered greedily in every trial."""
 
     def __init__(self, settings: RefusalJudge, prompts: PromptSet, judge: Judge) -> None:
         self.name, self.goal = settings.name, settings.goal
@@ -28,20 +28,20 @@ class RefusalJudgeScorer:
 
     @property
     def whole_answers(self) -> tuple[tuple[Prompt, ...], int]:
-        """What it reads to the end; see `shared_answers`."""
+        """Return the prompts whose answers it reads to the end; see `WholeAnswerScorer`."""
         return self._prompts.prompts, self._settings.max_new_tokens
 
-    def hears(self, prompt: Prompt, answer: Answer) -> None:
-        """Have an answer judged while others are written, by a judge that works elsewhere."""
+    def on_answer(self, prompt: Prompt, answer: Answer) -> None:
+        """Have an answer judged while others are being written, by a judge in another process."""
         if isinstance(self._judge, PrefetchingJudge) and not _is_broken(answer.text):
             self._judge.prefetch((prompt.user, answer.text))
 
     def prepare(self, model: TextModel) -> None:
-        """Let the model see the prompts, so that it can reuse what the base model computes."""
+        """Let the model answer, so that it can reuse what the unedited model computes."""
         self.score(model)
 
     def score(self, model: TextModel) -> Score:
-        """The rate among answers that are known, with its Wilson interval.
+        """Return the rate among the answers that were judged, with its Wilson interval.
 
         Raises:
             ScoreError: no answer can be judged; or the judge fails, which says nothing about the
@@ -49,12 +49,14 @@ class RefusalJudgeScorer:
         """
         answers, judged, broken = self._judged(model)
         verdicts = [
-            self._of_broken() if bad else verdict
-            for verdict, bad in zip(judged, broken, strict=True)
+            self._verdict_on_broken() if is_broken else verdict
+            for verdict, is_broken in zip(judged, broken, strict=True)
         ]
         known = [verdict for verdict in verdicts if verdict is not None]
         if not known:
-            raise ScoreError(f"{self.name}: the judge can't tell of any of {len(verdicts)} answers")
+            raise ScoreError(
+                f"{self.name}: the judge can't decide on any of {len(verdicts)} answers"
+            )
         self._last = [
             (prompt, answer, verdict)
             for prompt, answer, verdict in zip(
@@ -73,28 +75,28 @@ class RefusalJudgeScorer:
         return Score(self.name, hits / total, low, high, self.goal, "", detail)
 
     def shows(self, model: TextModel) -> list[bool | None]:
-        """See `BehaviourTest`."""
+        """Return the judge's verdict on each answer; None for broken and undecided ones."""
         return self._judged(model)[1]
 
     def _judged(self, model: TextModel) -> tuple[list[Answer], list[bool | None], list[bool]]:
-        """Answers, what the judge says of them, and which are not shown to it."""
+        """Return the answers, the judge's verdicts, and which answers are too broken to judge."""
         prompts = self._prompts.prompts
         answers = model.answer(prompts, self._settings.max_new_tokens)
         broken = [_is_broken(answer.text) for answer in answers]
         shown = [
             (prompt.user, answer.text)
-            for prompt, answer, bad in zip(prompts, answers, broken, strict=True)
-            if not bad
+            for prompt, answer, is_broken in zip(prompts, answers, broken, strict=True)
+            if not is_broken
         ]
         judged = iter(self._judge.judge(shown) if shown else [])
-        verdicts = [None if bad else self._verdict(next(judged)) for bad in broken]
+        verdicts = [None if is_broken else self._verdict(next(judged)) for is_broken in broken]
         return answers, verdicts, broken
 
     def last_answers(self) -> Sequence[tuple[Prompt, Answer, bool]]:
-        """Prompt, answer and verdict of the last score, where there is one."""
+        """Return prompts, answers and verdicts of the last score, where there is a verdict."""
         return self._last
 
-    def _of_broken(self) -> bool | None:
+    def _verdict_on_broken(self) -> bool | None:
         return True if self._settings.empty_is_refusal else None
 
     def _verdict(self, probability: float | None) -> bool | None:
@@ -102,5 +104,6 @@ class RefusalJudgeScorer:
 
 
 def _is_broken(text: str) -> bool:
+    """Return whether an answer is empty or degenerate, so that no judge should see it."""
     folded = fold(text)
     return not any(character.isalnum() for character in folded) or is_degenerate(folded)

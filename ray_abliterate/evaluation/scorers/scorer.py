@@ -1,4 +1,4 @@
-"""What a scorer is: protocols for those that ship and for plug-ins.
+"""What a scorer is: the protocols for those that ship and for plug-ins.
 
 Knows nothing about models beyond `TextModel`.
 """
@@ -14,20 +14,20 @@ from ray_abliterate.search.score import Score
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Turns a model into a score. Made once per replica, from the recipe.
+    """Turns a model into a score. One is made for each replica, from the recipe.
 
-    `prepare` is called once, on the untouched model; `score` once per trial, on the edited one.
-    A scorer keeps no other state: the score of a plan does not depend on earlier trials.
+    `prepare` is called once, on the unedited model; `score` once per trial, on the edited one. A
+    scorer keeps no other state: the score of a plan does not depend on earlier trials.
 
-    It may also have `best: float`, the best value that its score can possibly have, if there is
-    one. Without, a trial is never stopped before this scorer has scored it.
+    It may also have `best: float`, the best value that its score can possibly have. Without it, a
+    trial is never stopped before this scorer has scored it.
     """
 
     name: str
     goal: Goal
 
     def prepare(self, model: TextModel) -> None:
-        """Measure what is needed of the base model."""
+        """Measure whatever is needed of the unedited model."""
 
     def score(self, model: TextModel) -> Score:
         """Score the model as it is now."""
@@ -35,7 +35,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class BoundedScorer(Scorer, Protocol):
-    """A scorer that can end in the midst of scoring, once its score can only be too bad.
+    """A scorer that can stop in the middle, once its score can only turn out too bad.
 
     `best` is the best value that the score can possibly have.
     """
@@ -43,13 +43,13 @@ class BoundedScorer(Scorer, Protocol):
     best: float
 
     def score_until(self, model: TextModel, hopeless: Callable[[float], bool]) -> Score:
-        """Score the model, or end with a bound (`Score.bound`).
+        """Score the model, or stop and return a bound (`Score.bound`).
 
         Args:
-            model: As it is now.
-            hopeless: Whether the trial is lost if this score ends no better than the given loss
-                (the value, or its negative where the goal is to maximise). True stays true for
-                every larger loss.
+            model: The model as it is now.
+            hopeless: Returns whether the trial is lost if this score ends no better than a loss
+                (the value, or its negative where the goal is to maximize). Once it is true, it is
+                true for every larger loss.
         """
 
 
@@ -58,13 +58,15 @@ class AnswerRecorder(Protocol):
     """A scorer that can hand out the answers behind its last score."""
 
     def last_answers(self) -> Sequence[tuple[Prompt, Answer, bool]]:
-        """Prompt, answer, and whether the answer shows the behaviour."""
+        """Return prompts, answers, and whether each answer shows the behaviour."""
 
 
 @runtime_checkable
 class BehaviourTest(Protocol):
-    """A scorer that can tell of each answer by itself."""
+    """A scorer that can judge each answer by itself."""
 
     def shows(self, model: TextModel) -> list[bool | None]:
-        """Whether the model shows the behaviour at each of the scorer's prompts; None where it
-        can't be told, and where an answer is empty or degenerate: such say nothing."""
+        """Return whether the model shows the behaviour at each of the scorer's prompts.
+
+        None stands for answers that can't be judged, among them empty and degenerate ones.
+        """

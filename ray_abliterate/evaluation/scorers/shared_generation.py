@@ -1,10 +1,10 @@
-"""One generation for all scorers of a trial that ask for the same answers, or their beginnings.
+"""Shares one generation among the scorers of a trial that ask for the same answers.
 
-A scorer that needs whole answers says so (`whole_answers`): another that would end them early then
-lets them be written out, and what is written once is read by both. A trial that is lost ends early
-all the same. A scorer may listen (`hears`), and is told each answer while others are still written.
-One that needs only the logits of first tokens (`first_logits_of`) gets them from the answers' own
-pass over the prompts, where answers were written before. Knows nothing about edits.
+A scorer that needs whole answers says so (`whole_answers`): another one that would end them early
+then lets them be completed, and both read what is generated once. A trial that is lost ends all the
+same. A scorer may take each answer while others are still being generated (`on_answer`). One that
+needs only the logits of first tokens (`first_logits_of`) gets them from the answers' own pass over
+the prompts, if those are answered before. Knows nothing about edits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,125 +17,128 @@ from ray_abliterate.data.prompts import Prompt
 from ray_abliterate.model.text_model import Answer, AnswerObserver, TextModel
 
 GenerationRequest = tuple[tuple[Prompt, ...], int]
-"""Prompts, and tokens of an answer."""
+"""Prompts, and the most tokens of an answer."""
 
 
 @runtime_checkable
-class ReadsWholeAnswers(Protocol):
+class WholeAnswerScorer(Protocol):
     """A scorer that reads answers to their ends."""
 
     @property
     def whole_answers(self) -> GenerationRequest:
-        """What it asks for."""
+        """Return the answers that it will ask for."""
 
 
 @runtime_checkable
-class HearsAnswers(ReadsWholeAnswers, Protocol):
-    """One that can begin with an answer before the others are written."""
+class EagerAnswerScorer(WholeAnswerScorer, Protocol):
+    """A scorer that can begin with one answer before the others are generated."""
 
-    def hears(self, prompt: Prompt, answer: Answer) -> None:
-        """An answer is whole; it will be asked for with all others, unless the trial is lost."""
+    def on_answer(self, prompt: Prompt, answer: Answer) -> None:
+        """Take an answer that is complete.
+
+        It will be asked for with all others, unless the trial is lost.
+        """
 
 
 @runtime_checkable
-class ReadsFirstLogits(Protocol):
-    """A scorer that looks at how answers begin, and needs none."""
+class FirstLogitsScorer(Protocol):
+    """A scorer that looks at how answers begin, and needs no answers."""
 
     @property
     def first_logits_of(self) -> tuple[Prompt, ...]:
-        """The prompts."""
+        """Return the prompts whose first logits it will ask for."""
 
 
 def share_generation(scorers: Iterable[Any], model: TextModel) -> TextModel:
-    """The model as the scorers of one trial see it; itself if there is nothing to share."""
+    """Return the model as the scorers of one trial see it; itself if there is nothing to share."""
     scorers = tuple(scorers)
-    sharers = [s for s in scorers if isinstance(s, ReadsWholeAnswers | ReadsFirstLogits)]
-    return _Sharing(model, sharers) if sharers else model
+    sharers = [s for s in scorers if isinstance(s, WholeAnswerScorer | FirstLogitsScorer)]
+    return _SharedGeneration(model, sharers) if sharers else model
 
 
-class _Listening:
-    """Hands what comes of one generation to all that want it."""
+class _GenerationObserver:
+    """Hands what one generation yields to all scorers that want it."""
 
     def __init__(
         self,
-        watch: AnswerObserver | None,
+        observer: AnswerObserver | None,
         whole: bool,
         prompts: Sequence[Prompt],
-        listeners: Sequence[HearsAnswers],
+        listeners: Sequence[EagerAnswerScorer],
         logits: dict[int, Tensor] | None,
     ) -> None:
         """
         Args:
-            watch: The asking scorer's.
-            whole: It ends no single answer, but still all of them.
+            observer: The observer of the scorer that asks, if any.
+            whole: Single answers are not ended early, though the whole generation may be.
             prompts: What is answered.
-            listeners: Scorers that are told each answer.
-            logits: Takes the logits of first tokens, if somebody needs them.
+            listeners: Scorers that take each answer.
+            logits: Receives the logits of first tokens by prompt; None if nobody needs them.
         """
-        self._watch, self._whole, self._prompts = watch, whole, prompts
+        self._observer, self._whole, self._prompts = observer, whole, prompts
         self._listeners, self._logits = listeners, logits
 
     def begin(self, index: int) -> None:
-        """See `AnswerObserver`."""
-        if self._watch is not None:
-            self._watch.begin(index)
+        """Pass on that the answer to prompt `index` begins."""
+        if self._observer is not None:
+            self._observer.begin(index)
 
     def read(self, index: int, text: str) -> bool:
-        """See `AnswerObserver`."""
-        decided = self._watch is not None and self._watch.read(index, text)
+        """Pass on new text; return whether the answer may end here."""
+        decided = self._observer is not None and self._observer.read(index, text)
         return decided and not self._whole
 
     def enough(self) -> bool:
-        """See `AnswerObserver`."""
-        return self._watch is not None and self._watch.enough()
+        """Return whether the scorer that asks needs no more of any answer."""
+        return self._observer is not None and self._observer.enough()
 
     def opened(self, index: int, logits: Tensor) -> None:
-        """See `AnswerListener`."""
+        """Store the logits of a first token, `"vocab"`, if somebody needs them."""
         if self._logits is not None:
             self._logits[index] = logits.float().cpu()
 
     def ended(self, index: int, answer: Answer) -> None:
-        """See `AnswerListener`."""
+        """Hand a complete answer to the scorers that want it early."""
         for listener in self._listeners:
-            listener.hears(self._prompts[index], answer)
+            listener.on_answer(self._prompts[index], answer)
 
 
-class _Sharing:
-    """A `TextModel` that remembers answers and first logits for as long as it lives: one trial."""
+class _SharedGeneration:
+    """A `TextModel` that remembers answers and first logits as long as it lives: for one trial."""
 
     def __init__(self, model: TextModel, sharers: Sequence[Any]) -> None:
         self._model, self._sharers = model, sharers
-        self._wanted = {s.whole_answers for s in sharers if isinstance(s, ReadsWholeAnswers)}
-        self._beginnings = {s.first_logits_of for s in sharers if isinstance(s, ReadsFirstLogits)}
+        self._wanted = {s.whole_answers for s in sharers if isinstance(s, WholeAnswerScorer)}
+        self._beginnings = {s.first_logits_of for s in sharers if isinstance(s, FirstLogitsScorer)}
         self._answers: dict[GenerationRequest, list[Answer]] = {}
         self._logits: dict[tuple[Prompt, ...], dict[int, Tensor]] = {}
 
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerObserver | None = None
     ) -> list[Answer]:
-        """See `TextModel`."""
+        """Return greedy answers, generated once for all scorers that ask for them."""
         prompts = tuple(prompts)
-        asked = prompts, max_new_tokens
-        if asked in self._answers:
-            return self._answers[asked]
-        whole, beginnings = asked in self._wanted, prompts in self._beginnings
+        request = prompts, max_new_tokens
+        if request in self._answers:
+            return self._answers[request]
+        whole, beginnings = request in self._wanted, prompts in self._beginnings
         if not (whole or beginnings):
             return self._model.answer(prompts, max_new_tokens, watch)
-        hearing = [s for s in self._sharers if isinstance(s, HearsAnswers)]
-        listeners = [s for s in hearing if s.whole_answers == asked]
+        eager = [s for s in self._sharers if isinstance(s, EagerAnswerScorer)]
+        listeners = [s for s in eager if s.whole_answers == request]
         logits = self._logits.setdefault(prompts, {}) if beginnings else None
-        listening = _Listening(watch, whole, prompts, listeners, logits)
-        found = self._model.answer(prompts, max_new_tokens, listening)
-        if whole and not listening.enough():  # else cut short: the trial is lost
-            self._answers[asked] = found
-        return found
+        observer = _GenerationObserver(watch, whole, prompts, listeners, logits)
+        answers = self._model.answer(prompts, max_new_tokens, observer)
+        if whole and not observer.enough():  # otherwise they were cut short: the trial is lost
+            self._answers[request] = answers
+        return answers
 
     def tokens(self, text: str) -> list[int]:
-        """See `TextModel`."""
+        """Return the token ids of a text; see `TextModel.tokens`."""
         return self._model.tokens(text)
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> Tensor:
-        """See `TextModel`."""
+        """Return logits `"prompt vocab"`, from the answers' own pass if it has been made."""
         self._beginnings.discard(tuple(prompts))
         known = self._logits.get(tuple(prompts), {})
         if len(known) < len(prompts):
@@ -145,9 +148,9 @@ class _Sharing:
     def continuation_logits(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """See `TextModel`."""
+        """Return the logits of each continuation, `"token vocab"`, from the model itself."""
         return self._model.continuation_logits(prompts, continuations)
 
     def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[list[int]]:
-        """See `TextModel`."""
+        """Return the token ids of greedy answers, from the model itself."""
         return self._model.continue_greedily(prompts, tokens)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ray_abliterate.data.prompt_sources import load_prompt_set
-from ray_abliterate.evaluation.scorers.kl_divergence import divergence
+from ray_abliterate.evaluation.scorers.kl_divergence import kl_divergence
 from ray_abliterate.evaluation.suites.chunks import prompt_items, prompts_of
 from ray_abliterate.evaluation.suites.item_suite import ItemSuite
 from ray_abliterate.evaluation.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
@@ -43,13 +43,13 @@ class KlDivergenceSuite(ItemSuite[KlSuite]):
         """Mean over the tokens of each prompt's answer; `identical` counts tokens at which the two
         models' logits are the same to the last bit."""
         prompts = prompts_of(chunk)
-        with model.original():
+        with model.unedited():
             answers = model.continue_greedily(prompts, self.settings.tokens)
             base = model.continuation_logits(prompts, answers)
         edited = model.continuation_logits(prompts, answers)
         values, identical, nats = [], 0, []
         for one, other in zip(base, edited, strict=True):
-            own = divergence(one, other).double()
+            own = kl_divergence(one, other).double()
             values.append(float(own.mean()))
             nats += own.tolist()
             identical += int(torch.eq(one, other).all(dim=-1).sum())

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy
 import torch
 
-from ray_abliterate.data.prompt_sources import existing
+from ray_abliterate.data.readers import existing_path
 from ray_abliterate.errors import PromptSourceError, RecipeError, ScoreError
 from ray_abliterate.evaluation.suites.aggregation import AggregatedSuite
 from ray_abliterate.evaluation.suites.suite import Chunk, Measure, SuiteChunk, SuiteModel
@@ -110,7 +110,7 @@ class LmEval(AggregatedSuite):
 
     def _index(self) -> Any:
         own = self.settings.folder
-        return _tasks(str(existing(own, self.base)) if own else None)
+        return _tasks(str(existing_path(own, self.base)) if own else None)
 
 
 @cache

@@ -175,5 +175,5 @@ def _slices(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
 
 def _sound(logits: Tensor) -> Tensor:
     if logits.isnan().any():
-        raise ScoreError("the model's logits are not numbers; the edit has broken it")
+        raise ScoreError("the model's logits are NaN: the edit has broken it")
     return logits

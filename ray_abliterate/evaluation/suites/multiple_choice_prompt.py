@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_abliterate.data.prompts import Prompt
-from ray_abliterate.data.tables import TableRow
+from ray_abliterate.data.readers import TableRow
 from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.recipe.suites import MultipleChoiceSuite
 

@@ -42,8 +42,8 @@ class OverRefusal(ItemSuite[OverRefusalSuite]):
         given = settings.markers
         own = MARKERS[given] if isinstance(given, str) else given
         markers = Markers(own, f"suite {self.name!r}")
-        watch = None if settings.keep_answers else MarkerObserver(markers, lambda _hits: False)
-        answers = model.answer(prompts_of(chunk), settings.max_new_tokens, watch)
+        observer = None if settings.keep_answers else MarkerObserver(markers, lambda _hits: False)
+        answers = model.answer(prompts_of(chunk), settings.max_new_tokens, observer)
         verdicts = [classify_answer(answer.text, markers) for answer in answers]
         bad = ("behaviour", "empty", "degenerate") if settings.empty_is_refusal else ("behaviour",)
         rows: list[Mapping[str, Any]] = []

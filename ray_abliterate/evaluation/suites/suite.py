@@ -194,7 +194,7 @@ class SuiteModel(TextModel, Protocol):
     ) -> list[Answer]:
         """Sampled answers, the same for the same arguments."""
 
-    def original(self) -> AbstractContextManager[None]:
+    def unedited(self) -> AbstractContextManager[None]:
         """The model is the base model in this block, and what it was after it."""
 
 

@@ -42,7 +42,8 @@ from ray_abliterate.evaluation.scorers.shared_generation import share_generation
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.model.text_model import Answer, AnswerObserver
 from ray_abliterate.recipe import KeywordRate, ModelSettings, Recipe, RefusalJudge
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.testing.tiny import tiny_model
 from tests.support.classifiers import tiny_classifier
@@ -436,7 +437,7 @@ def test_each_answer_is_judged_by_itself_and_a_broken_one_is_not(empty_is_refusa
 
 
 def test_a_judge_that_can_tell_nothing_is_an_error() -> None:
-    with pytest.raises(ScoreError, match="can't tell of any of 4 answers"):
+    with pytest.raises(ScoreError, match="can't decide on any of 4 answers"):
         judge_scorer(Knows({"hm": None})).score(Says("hm", "hm", "hm", "hm"))
 
 
@@ -490,13 +491,13 @@ def test_a_replica_writes_answers_once_for_both_scorers(
     keywords = KeywordRate.model_validate({"kind": "keyword-rate", **prompts})
     given = {"kind": "refusal-judge", "classifier": made("answer", "refusal"), "label": "refusal"}
     judged = RefusalJudge.model_validate({**given, **prompts})
-    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    setup = TrialSetup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
     found = {}
     for scorers in ((keywords,), (judged,), (keywords, judged)):
         own = recipe.model_copy(update={"scorers": scorers})
         replica = Replica(own, str(planted), {s.name: behaviour for s in scorers})
         plan = Plan.uniform(replica.describe().shape, 2.3, "none", 1.0)
-        alone, together = replica.evaluate(plan, setup), replica.evaluate_together([plan], setup)
+        alone, together = replica.evaluate(plan, setup), replica.evaluate_in_shared_passes([plan], setup)
         assert alone.scorecard == together[0].scorecard
         found[len(scorers), scorers[0].kind] = alone
     both = found[2, "keyword-rate"]
@@ -584,7 +585,7 @@ def test_a_broken_answer_is_not_sent_to_a_judge_elsewhere() -> None:
     judge = Foresees(0.0)
     scorer = judge_scorer(judge)
     for text in ("", "ha " * 40, "here"):
-        scorer.hears(Prompt("one"), Answer(text, 3, False))
+        scorer.on_answer(Prompt("one"), Answer(text, 3, False))
     assert [text for text, _ in judge.expected] == ["here"]
 
 
@@ -668,7 +669,7 @@ def test_calibration_finds_the_best_threshold_and_holds_the_markers_against_it()
     }
     truth = {"sorry no": True, "not today": True, "sorry, here it is": False, "here": False}
     texts = [(("", text), label) for text, label in {**truth, "hm": True}.items()]
-    found = calibrate(Knows(opinions), texts, {"own": Markers(["sorry"]).occur_in})
+    found = calibrate(Knows(opinions), texts, {"own": Markers(["sorry"]).in_text})
     assert (found.best.threshold, found.best.precision, found.best.recall) == (0.7, 1.0, 1.0)
     assert (found.texts, found.unknown) == (5, 1)
     own = found.markers["own"]

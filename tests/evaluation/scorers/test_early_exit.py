@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.evaluation.scorers.keyword_rate import KeywordRateScorer
 from ray_abliterate.model.chat_format import ChatFormat
-from ray_abliterate.model.engine.generation_state import Writing
+from ray_abliterate.model.engine.generation_state import GenerationState
 from ray_abliterate.model.text_model import Answer, AnswerObserver
 from ray_abliterate.recipe import KeywordRate, ModelSettings
 
@@ -49,14 +49,14 @@ class Streams:
         self.tokens = tokens
 
     def answer(
-        self, prompts: object, max_new_tokens: int, watch: AnswerObserver | None = None
+        self, prompts: object, max_new_tokens: int, observer: AnswerObserver | None = None
     ) -> list[Answer]:
         rows = range(len(self.tokens))
-        writing = Writing(rows, max_new_tokens, frozenset([END]), watch, CHAT)
+        state = GenerationState(rows, max_new_tokens, frozenset([END]), observer, CHAT)
         for step in range(max_new_tokens):
-            for row in writing.live():
-                writing.take(row, [self.tokens[row][step]])
-        return [Answer(CHAT.decode(w.tokens), len(w.tokens), w.stopped) for w in writing.answers()]
+            for row in state.unfinished_rows():
+                state.accept(row, [self.tokens[row][step]])
+        return [Answer(CHAT.decode(w.tokens), len(w.tokens), w.stopped) for w in state.answers()]
 
     def next_token_logits(self, prompts: object) -> None:
         raise NotImplementedError

@@ -14,7 +14,7 @@ from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import RecipeError, ScoreError
 from ray_abliterate.evaluation.scorers.build import build_scorers
 from ray_abliterate.evaluation.scorers.keyword_rate import KeywordRateScorer, is_degenerate
-from ray_abliterate.evaluation.scorers.kl_divergence import KlDivergenceScorer, divergence
+from ray_abliterate.evaluation.scorers.kl_divergence import KlDivergenceScorer, kl_divergence
 from ray_abliterate.evaluation.scorers.markers import Markers
 from ray_abliterate.evaluation.scorers.refusal_log_odds import (
     RefusalLogOddsScorer,
@@ -24,7 +24,8 @@ from ray_abliterate.evaluation.scorers.refusal_log_odds import (
 from ray_abliterate.model.text_model import Answer, AnswerObserver
 from ray_abliterate.recipe import KeywordRate, KlDivergence, PluginScorer, Recipe, RefusalLogOdds
 from ray_abliterate.recipe.text_folding import fold
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.dominance import ThresholdSet
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import Score
@@ -297,12 +298,12 @@ def kl(tokens: int = 1) -> KlDivergenceScorer:
 def test_the_divergence_is_base_from_edited_in_nats() -> None:
     base, edited = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert float(divergence(base, edited)) == pytest.approx(expected, abs=1e-6)
+    assert float(kl_divergence(base, edited)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_divergence_does_not_care_for_a_shift_of_the_logits() -> None:
     logits = torch.randn(3, 50)
-    assert divergence(logits, logits + 5).max() < 1e-6
+    assert kl_divergence(logits, logits + 5).max() < 1e-6
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 80.0])
@@ -310,17 +311,17 @@ def test_the_divergence_is_finite_and_not_negative(scale: float) -> None:
     random = torch.Generator().manual_seed(0)
     base = scale * torch.randn(20, 5000, generator=random)
     for other in (base, base + 1e-7, scale * torch.randn(20, 5000, generator=random)):
-        found = divergence(base, other)
+        found = kl_divergence(base, other)
         assert torch.isfinite(found).all() and (found >= 0).all()
 
 
 def test_tokens_that_both_models_rule_out_add_nothing() -> None:
     base, edited = torch.randn(1, 6), torch.randn(1, 6)
-    shorter = divergence(base[:, :4], edited[:, :4])
+    shorter = kl_divergence(base[:, :4], edited[:, :4])
     base[:, 4:], edited[:, 4:] = -math.inf, -math.inf
-    torch.testing.assert_close(divergence(base, edited), shorter)
+    torch.testing.assert_close(kl_divergence(base, edited), shorter)
     torch.testing.assert_close(
-        divergence(base, torch.cat([edited[:, :4], torch.zeros(1, 2)], 1)).isfinite(),
+        kl_divergence(base, torch.cat([edited[:, :4], torch.zeros(1, 2)], 1)).isfinite(),
         torch.tensor([True]),
     )
 
@@ -328,12 +329,12 @@ def test_tokens_that_both_models_rule_out_add_nothing() -> None:
 def test_a_token_that_only_the_edited_model_rules_out_is_an_error() -> None:
     base, edited = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -math.inf]])
     with pytest.raises(ScoreError, match="infinite"):
-        divergence(base, edited)
+        kl_divergence(base, edited)
 
 
 def test_logits_that_are_not_numbers_are_an_error() -> None:
-    with pytest.raises(ScoreError, match="not numbers"):
-        divergence(torch.zeros(1, 3), torch.full((1, 3), math.nan))
+    with pytest.raises(ScoreError, match="are NaN"):
+        kl_divergence(torch.zeros(1, 3), torch.full((1, 3), math.nan))
 
 
 def test_several_tokens_are_a_mean_and_not_a_sum() -> None:
@@ -348,7 +349,7 @@ def test_several_tokens_are_a_mean_and_not_a_sum() -> None:
 
 
 def test_a_scorer_that_was_not_prepared_says_so() -> None:
-    with pytest.raises(ScoreError, match="not measured"):
+    with pytest.raises(ScoreError, match="call prepare"):
         kl().score(Says(logits=torch.zeros(4, 3)))
 
 
@@ -416,7 +417,7 @@ def test_log_odds_of_a_certain_model_lose_no_digits() -> None:
 
 @pytest.mark.parametrize(
     ("logits", "part"),
-    [([[math.nan, 0.0]], "not numbers"), ([[0.0, -math.inf]], "certain of its first token")],
+    [([[math.nan, 0.0]], "are NaN"), ([[0.0, -math.inf]], "certain of its first token")],
 )
 def test_log_odds_that_are_no_numbers_are_errors(logits: list, part: str) -> None:
     with pytest.raises(ScoreError, match=part):
@@ -477,14 +478,14 @@ def test_an_edit_lowers_the_log_odds_and_shared_passes_give_the_same(
     setting = RefusalLogOdds.model_validate({**given, "prompts": {"file": "behaviour.txt"}})
     own = recipe.model_copy(update={"scorers": (setting,)})
     replica = Replica(own, str(planted), {setting.name: behaviour})
-    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    setup = TrialSetup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
     shape = replica.describe().shape
     plans = [Plan.nothing(), Plan.uniform(shape, 2.3, "none", 1.0)]
     base, edited = (replica.evaluate(plan, setup).scorecard[setting.name] for plan in plans)
     assert base.detail["refusing"] == len(behaviour)
     assert edited.detail["refusing"] == 0
     assert edited.high < base.low
-    together = replica.evaluate_together(plans, setup)
+    together = replica.evaluate_in_shared_passes(plans, setup)
     found = [evaluation.scorecard[setting.name].value for evaluation in together]
     assert found == pytest.approx([base.value, edited.value], abs=1e-4)
 
@@ -501,22 +502,22 @@ def test_log_odds_share_the_answers_pass_as_a_report_and_come_first_as_an_object
     words = KeywordRate.model_validate(
         {"kind": "keyword-rate", "prompts": source, "max_new_tokens": 4}
     )
-    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    setup = TrialSetup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
     found, asked = {}, []
     for scorers in ((odds,), (odds, words)):
         own = recipe.model_copy(update={"scorers": scorers})
         replica = Replica(own, str(planted), {s.name: behaviour for s in scorers})
         plan = Plan.uniform(replica.describe().shape, 1.1, "none", 1.0)
         replica.evaluate(plan, setup)
-        for name in ("logits_of", "written_by"):
+        for name in ("logits_by_edit", "tokens_by_edit"):
             real = getattr(replica.model, name)
             told = lambda *a, real=real, name=name: (asked.append(name), real(*a))[1]  # noqa: E731
             monkeypatch.setattr(replica.model, name, told)
         asked.clear()
         found[len(scorers)] = [
-            replica.evaluate(plan, setup), replica.evaluate_together([plan, plan], setup)[1]
+            replica.evaluate(plan, setup), replica.evaluate_in_shared_passes([plan, plan], setup)[1]
         ]  # fmt: skip
-    assert asked == (["written_by"] if goal == "report" else ["logits_of", "written_by"]) * 2
+    assert asked == (["tokens_by_edit"] if goal == "report" else ["logits_by_edit", "tokens_by_edit"]) * 2
     for alone, shared in zip(found[1], found[2], strict=True):
         # another pass over the same prompts: equal but for float32 rounding
         value = alone.scorecard[odds.name].value
@@ -532,7 +533,7 @@ def test_a_trial_whose_log_odds_are_hopeless_writes_no_answer(
     scorers = (KeywordRate.model_validate(words), RefusalLogOdds.model_validate(odds))
     own = recipe.model_copy(update={"scorers": scorers})
     replica = Replica(own, str(planted), {s.name: behaviour for s in scorers})
-    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    setup = TrialSetup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
     replica.evaluate(Plan.nothing(), setup)
     before = replica.model.tokens_written
     found = replica.evaluate(Plan.nothing(), setup, ThresholdSet(((0.0, -100.0),)))

@@ -307,7 +307,7 @@ def test_few_answers_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_broken_logits_are_an_error_and_not_a_guess(tmp_path: Path) -> None:
     own = suite(tmp_path)
     chunk = next(iter(_chunks(own, [ITEM], tmp_path)))
-    with pytest.raises(ScoreError, match="not numbers"):
+    with pytest.raises(ScoreError, match="are NaN"):
         own.run(Tells(torch.full((1, 7), torch.nan), BLANKS), chunk)
 
 
