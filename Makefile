@@ -44,10 +44,10 @@ test: setup
 	$(MAKE) --no-print-directory -j 2 test-ray test-rest $(ALSO)
 
 test-ray: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 test-rest: setup
-	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest --ignore tests/cluster
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest -m "not ray"
 
 # In environments of their own that share the rest: what lm-eval installs is imported by transformers
 # wherever it is there, and optimum needs an older transformers.
@@ -75,7 +75,7 @@ endef
 
 # The site of docs/, in site/; a broken link or a page that no section names is an error.
 docs: setup
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 check: setup docs
 	$(BIN)/ruff format --check .

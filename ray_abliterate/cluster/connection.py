@@ -20,7 +20,7 @@ HEAD = "node:__internal_head__"
 """Every cluster has exactly 1 of this resource, on its head."""
 
 
-def ours() -> bool:
+def is_own_cluster() -> bool:
     """Whether Ray runs for us alone, on this machine; otherwise it is a cluster that was joined."""
     return not os.environ.get("RAY_ADDRESS")
 
@@ -44,7 +44,7 @@ def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         path = workers_path(python_path)
         options: dict[str, Any] = {}
-        if ours():
+        if is_own_cluster():
             options = {"address": "local", "include_dashboard": dashboard}
             options |= {"dashboard_host": "127.0.0.1"}
             # Workers inherit it. With an environment of the job's own they would all be started
@@ -53,7 +53,7 @@ def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
         elif path:
             options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        if not ours():
+        if not is_own_cluster():
             _refuse_workers_without_us(path)
     return str(getattr(ray._private.worker._global_node, "webui_url", "") or "")
 
@@ -94,7 +94,7 @@ def _refuse_workers_without_us(path: str) -> None:
         ) from None
 
 
-def nodes() -> tuple[Node, ...]:
+def live_nodes() -> tuple[Node, ...]:
     """The machines that are alive, the head first."""
     found = [
         (

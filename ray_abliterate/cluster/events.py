@@ -1,9 +1,9 @@
-"""What happened to the fleet, in order: for the run's `events.jsonl` and for those who watch."""
+"""What happened to the fleet, in order: for the run's `events.jsonl`, and for people."""
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
-WORDS = {
+TEXTS = {
     "waiting-for-nodes": "{missing} more replicas want {gpus:g} GPUs each, which are not there; a "
     "cluster that grows on demand has been asked for them (Ctrl-C ends it)",
     "node-joined": "node {node} joined",
@@ -21,18 +21,26 @@ WORDS = {
     "validation-stopped": "nothing is measured while the search goes on: {reason}",
     "trial-process-lost": "the process of a trial died; its plan is tried again",
 }
-"""How each event reads; events that are not here are for the file only."""
+"""What people read of each event; events without a text are for the file only."""
 
 
-def describe(event: dict[str, Any]) -> str:
-    """One line for people; empty for events that are only kept."""
-    pattern = WORDS.get(event["event"], "")
+class ReportEvent(Protocol):
+    """Takes the name of an event, and its details."""
+
+    def __call__(self, event: str, **details: Any) -> None:
+        """Record the event."""
+        ...
+
+
+def event_text(event: dict[str, Any]) -> str:
+    """Return one line for people; empty for events that are for the file only."""
+    pattern = TEXTS.get(event["event"], "")
     text = pattern.format(**{"reason": "no reason given", **event})
     return text + ("; it is given up" if event.get("given_up") else "")
 
 
-class Events:
-    """A list that grows, each entry with its time."""
+class EventLog:
+    """The events so far, each with its time."""
 
     def __init__(self) -> None:
         self._entries: list[dict[str, Any]] = []
@@ -40,16 +48,16 @@ class Events:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def tell(self, event: str, **details: Any) -> None:
-        """Something happened."""
-        self._entries.append({"time": stamp(), "event": event, **details})
+    def report(self, event: str, **details: Any) -> None:
+        """Add an event."""
+        self._entries.append({"time": timestamp(), "event": event, **details})
 
     def since(self, seen: int) -> list[dict[str, Any]]:
-        """Entries after the first `seen`."""
+        """Return the entries after the first `seen`."""
         return self._entries[seen:]
 
 
-def stamp() -> str:
-    """The time by this machine's clock, in milliseconds. For people: nothing is computed of it."""
+def timestamp() -> str:
+    """Return this machine's time in milliseconds, for people: nothing is computed from it."""
     now = time.time()
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now)) + f".{int(now % 1 * 1000):03d}"

@@ -20,9 +20,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_abliterate.cluster.connection import nodes
+from ray_abliterate.cluster.connection import live_nodes
 from ray_abliterate.cluster.placement import Node, without
-from ray_abliterate.cluster.remote_errors import DEATHS, death, plain
+from ray_abliterate.cluster.remote_errors import DEATHS, describe_death, original_error
 from ray_abliterate.cluster.secrets import Secrets, drivers_secrets
 from ray_abliterate.errors import RecipeError, ScoreError
 from ray_abliterate.evaluation.judges.build import build_judge
@@ -39,7 +39,7 @@ REMEMBERED = 10_000
 """Judgements that a replica has at hand."""
 
 
-class JudgeHost:
+class JudgeActor:
     """A judge in a Ray actor; it begins to load at once, and tells its first caller what fails."""
 
     def __init__(self, secrets: Secrets, settings: RefusalJudge, threads: int) -> None:
@@ -98,21 +98,21 @@ class JudgeHost:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-class FarJudge:
+class RemoteJudge:
     """A judge's actor, as scorers know it; see `PrefetchingJudge`."""
 
     def __init__(self, name: str, handle: Any) -> None:
         """
         Args:
             name: Of the scorer.
-            handle: Of a `JudgeHost`.
+            handle: Of a `JudgeActor`.
         """
         self._name, self._handle = name, handle
         self._asked: OrderedDict[Exchange, Any] = OrderedDict()
         self._turn = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FarJudge, (self._name, self._handle)
+        return RemoteJudge, (self._name, self._handle)
 
     @property
     def identity(self) -> str:
@@ -158,9 +158,9 @@ class FarJudge:
         try:
             return ray.get(waiting)
         except RayTaskError as error:
-            raise plain(error) from None
+            raise original_error(error) from None
         except DEATHS as error:
-            why = f"the judge {self._name!r} died {LIVES + 1} times ({death(error)})"
+            why = f"the judge {self._name!r} died {LIVES + 1} times ({describe_death(error)})"
             raise ScoreError(
                 f"{why}.\n  Choose a smaller classifier, or give it more room (gpus)."
             ) from None
@@ -178,15 +178,15 @@ def _has_failed(asked: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Bench:
+class RunningJudges:
     """The judges of a run, and what they leave of the nodes to replicas."""
 
-    judges: dict[str, FarJudge]
+    judges: dict[str, RemoteJudge]
     left: Callable[[Sequence[Node]], tuple[Node, ...]] = tuple
 
 
 @contextlib.contextmanager
-def judging(settings: Sequence[RefusalJudge]) -> Iterator[Bench]:
+def start_judges(settings: Sequence[RefusalJudge]) -> Iterator[RunningJudges]:
     """Judges are started, and gone after the block.
 
     Raises:
@@ -195,11 +195,11 @@ def judging(settings: Sequence[RefusalJudge]) -> Iterator[Bench]:
     handles, taken, judges = [], list[tuple[str, float]](), {}
     try:
         for own in settings:
-            node = _node_for(own, without(nodes(), taken))
+            node = _node_for(own, without(live_nodes(), taken))
             if own.gpus:
                 taken.append((node.id, own.gpus))
             handle = (
-                ray.remote(JudgeHost)
+                ray.remote(JudgeActor)
                 .options(
                     name=f"judge {own.name} {ray.get_runtime_context().get_job_id()}",
                     num_cpus=0,
@@ -216,8 +216,8 @@ def judging(settings: Sequence[RefusalJudge]) -> Iterator[Bench]:
                 )
             )
             handles.append(handle)
-            judges[own.name] = FarJudge(own.name, handle)
-        yield Bench(judges, partial(without, taken=tuple(taken)))
+            judges[own.name] = RemoteJudge(own.name, handle)
+        yield RunningJudges(judges, partial(without, taken=tuple(taken)))
     finally:
         for handle in handles:
             ray.kill(handle)

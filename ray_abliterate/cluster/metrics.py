@@ -34,31 +34,31 @@ class PoolMetrics:
         self._running = 0
         self._window = _Window()
 
-    def begins(self) -> None:
+    def work_began(self) -> None:
         """A replica got work."""
         self._window.advance(self._running)
         self._running += 1
 
-    def ends(self) -> None:
+    def work_ended(self) -> None:
         """A replica has done its work, or died of it."""
         self._window.advance(self._running)
         self._running -= 1
 
-    def moved(self) -> None:
+    def call_moved(self) -> None:
         """A call went to another replica."""
         self._moved.inc()
 
-    def trial(self, tokens: int, bounded: bool) -> None:
+    def trial_scored(self, tokens: int, pruned: bool) -> None:
         """A trial ended with scores."""
         self._done.inc()
-        if bounded:
+        if pruned:
             self._bounded.inc()
         if tokens:
             self._tokens.inc(tokens)
         self._window.trials += 1
         self._window.tokens += tokens
 
-    def failed_trial(self) -> None:
+    def trial_failed(self) -> None:
         """A trial ended with an error."""
         self._failed.inc()
 

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError
 
-from ray_abliterate.cluster.placement import Place
+from ray_abliterate.cluster.placement import Placement
 
 CLAIM_SECONDS = 120.0
 """Who was asked to make something has so long; then the next is asked."""
@@ -19,7 +19,7 @@ Arrays = Mapping[str, Any]
 class NodeStore:
     """A replica's access to what its node holds."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Placement) -> None:
         self._pool, self._node = place.pool, place.node
 
     def share(self, key: str, make: Callable[[], Arrays]) -> Arrays:
@@ -42,7 +42,7 @@ class NodeStore:
             return arrays
 
 
-class Claims:
+class NodeStoreRegister:
     """The pool's register of what each node holds; who asks first makes it."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where one replica is to be. The index is its name: a replica that is lost comes back as it.
 
     Attributes:
@@ -74,11 +74,11 @@ def plan_layout(settings: ModelSettings, cpus: float, gpus: float) -> Layout:
     """
     here = [Node("here", "here", cpus, gpus, float("inf"))]
     places = arrange(settings, here)
-    refuse_what_is_missing(settings, here, places)
+    refuse_what_does_not_fit(settings, here, places)
     return layout_of(places)
 
 
-def layout_of(places: Sequence[Place]) -> Layout:
+def layout_of(places: Sequence[Placement]) -> Layout:
     """In short; replicas differ only where nodes do."""
     first = places[0]
     return Layout(len(places), first.gpus, first.cpus, min(p.threads for p in places))
@@ -86,7 +86,7 @@ def layout_of(places: Sequence[Place]) -> Layout:
 
 def arrange(
     settings: ModelSettings, nodes: Sequence[Node], replica_bytes: float | None = None
-) -> tuple[Place, ...]:
+) -> tuple[Placement, ...]:
     """The places that the recipe wants on these nodes, as far as they fit.
 
     Without GPUs, and unless the recipe says how many, there is one place a node until the memory
@@ -126,7 +126,7 @@ def without(nodes: Sequence[Node], taken: Sequence[tuple[str, float]]) -> tuple[
     return tuple(replace(node, gpus=left[node.id]) for node in nodes)
 
 
-def _without(node: Node, places: Sequence[Place]) -> Node:
+def _without(node: Node, places: Sequence[Placement]) -> Node:
     """A node less what stands on it; of cards that are shared, the rest of one can be used."""
     if not places:
         return node
@@ -141,15 +141,15 @@ def _without(node: Node, places: Sequence[Place]) -> Node:
     return replace(node, cpus=cpus, gpus=round(node.gpus - taken, 6))
 
 
-def missing(settings: ModelSettings, places: Sequence[Place]) -> int:
+def count_unplaced(settings: ModelSettings, places: Sequence[Placement]) -> int:
     """Replicas that the recipe wants (at least one), and that have no place."""
     return max((settings.replicas or 1) - len(places), 0)
 
 
-def refuse_what_is_missing(
+def refuse_what_does_not_fit(
     settings: ModelSettings,
     nodes: Sequence[Node],
-    places: Sequence[Place],
+    places: Sequence[Placement],
     section: str = "model",
 ) -> None:
     """For machines that stay as they are.
@@ -164,7 +164,7 @@ def refuse_what_is_missing(
         ModelError: the recipe asks for more GPUs than there are.
     """
     gpus, fitting = gpus_per_replica(settings, nodes), len(places)
-    if not missing(settings, places):
+    if not count_unplaced(settings, places):
         return
     if not fitting:
         most = max((node.gpus for node in nodes), default=0.0)
@@ -219,9 +219,11 @@ def _spread(nodes: Sequence[Node], room: dict[str, int], count: int) -> list[Nod
     return chosen
 
 
-def _place(settings: ModelSettings, node: Node, gpus: float, held: int, index: int) -> Place:
+def _place(settings: ModelSettings, node: Node, gpus: float, held: int, index: int) -> Placement:
     if not gpus and not settings.replicas:
         held = _by_cores(settings, node)  # also before their memory is known
     threads = settings.threads_per_replica or max(1, int(node.cpus) // held)
     share = 1.0 if gpus else float(threads)
-    return Place(index, node.id, node.name, gpus, min(share, max(node.cpus / held, 0.1)), threads)
+    return Placement(
+        index, node.id, node.name, gpus, min(share, max(node.cpus / held, 0.1)), threads
+    )

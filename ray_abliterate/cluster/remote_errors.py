@@ -46,7 +46,7 @@ def unwrap(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        raise plain(error) from None
+        raise original_error(error) from None
     except DEATHS as error:
         raise died_while_loading(error) from None
 
@@ -64,7 +64,7 @@ def died_while_loading(error: BaseException) -> ModelError:
     )
 
 
-def plain(error: RayTaskError) -> Exception:
+def original_error(error: RayTaskError) -> Exception:
     """The error that was raised over there, if it is one of ours."""
     cause: BaseException = error
     while isinstance(cause, RayTaskError):
@@ -72,7 +72,7 @@ def plain(error: RayTaskError) -> Exception:
     return type(cause)(*cause.args) if isinstance(cause, RayAbliterateError) else error
 
 
-def death(error: BaseException) -> str:
+def describe_death(error: BaseException) -> str:
     """How a process ended, in a few words."""
     if isinstance(error, OutOfMemoryError):
         return "its node ran out of memory"
@@ -81,7 +81,7 @@ def death(error: BaseException) -> str:
     return "its process died"
 
 
-def reason(error: BaseException) -> str:
+def one_line_reason(error: BaseException) -> str:
     """One line for the trial's record."""
     if isinstance(error, RayAbliterateError):
         return f"{type(error).__name__}: {error}"

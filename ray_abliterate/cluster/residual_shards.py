@@ -1,7 +1,7 @@
-"""Residuals in the object store: made batch by batch by the replicas, reduced where they lie.
+"""Residuals in the object store: replicas extract them batch by batch; each node reduces its own.
 
 The driver holds references. It fetches a shard only to write it to a file, one at a time. For a
-direction method that wants more than means and variances it fetches residuals, one layer at a time.
+direction method that needs more than means and variances it fetches residuals, one layer at a time.
 """
 
 import logging
@@ -9,40 +9,58 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from operator import add
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from pyarrow import RecordBatch
 
-from ray_abliterate import __version__
-from ray_abliterate.data.prompts import PromptSet
+from ray_abliterate.cluster.object_store import Reference
+from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.directions import compute, layer_separation
-from ray_abliterate.directions.comparison.cross_fitting import REDUCED, along_others
+from ray_abliterate.directions.comparison.cross_fitting import (
+    REDUCIBLE_NEEDS,
+    cross_fitted_coordinates,
+)
 from ray_abliterate.directions.directions import Directions, NoDirection
-from ray_abliterate.directions.layer_separation import Projected
+from ray_abliterate.directions.layer_separation import ProjectedSet
 from ray_abliterate.directions.methods.inputs import Layer, Sample, Summary
-from ray_abliterate.directions.residuals.moments import Moments, Pairs, rows_of
+from ray_abliterate.directions.residuals.moments import Moments, PairedMoments, rows_of
 from ray_abliterate.directions.residuals.residual_set import Residuals, join
 from ray_abliterate.directions.residuals.shard import ResidualShard, Sums, content_key, sums_of
 from ray_abliterate.directions.residuals.shard_files import ShardFiles
-from ray_abliterate.directions.residuals.subspace import space_of
+from ray_abliterate.directions.residuals.subspace import choose_subspace
 from ray_abliterate.errors import SearchError
-from ray_abliterate.model.batch_size import Tuning, steady
-from ray_abliterate.pipeline.progress import Watch
+from ray_abliterate.model.batch_size import Tuning, largest_power_of_two
 from ray_abliterate.recipe import DirectionSettings, Recipe
-from ray_abliterate.replica.messages import ModelFacts
+from ray_abliterate.replica.messages import ModelFacts, ReplicaApi
+from ray_abliterate.version import __version__
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""Times that lost shards are made again in one reduction."""
+"""How often one reduction has lost shards extracted again."""
 
-Place = tuple[str, int]
-"""Prompt set, and number of the batch."""
+ShardId = tuple[str, int]
+"""Name of the prompt set, and number of the batch."""
+ExtractionCall = tuple[str, int, tuple[Prompt, ...], tuple[int, ...], Tuning]
+"""Arguments of `ReplicaApi.extract_residuals`."""
+Reduced = TypeVar("Reduced")
+Further = ParamSpec("Further")
 
 
 @dataclass(frozen=True)
-class Extraction:
-    """How residuals are read. With model and prompts, all that decides their bits."""
+class ExtractionSettings:
+    """How residuals are extracted. With model and prompts, all that decides their bits.
+
+    Attributes:
+        rows: Prompts of a batch: the rows of a shard.
+        response_prefix: Tokens after each prompt.
+        dtype: The dtype of the shards.
+        tuning: How to compute.
+        positions: Token positions, counted from the end of the prompt.
+        per_component: Extract also what each component adds to the residual stream.
+    """
 
     rows: int
     response_prefix: tuple[int, ...]
@@ -52,14 +70,14 @@ class Extraction:
     per_component: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, prefix: tuple[int, ...], tuning: Tuning) -> "Extraction":
-        """The recipe's batches, or those that memory allows.
+    def of(cls, recipe: Recipe, prefix: tuple[int, ...], tuning: Tuning) -> "ExtractionSettings":
+        """Take the recipe's batch size, or the one that memory allows.
 
-        The latter are rounded (`batch_size.steady`), so that runs can use each other's shards.
+        The latter is rounded (`largest_power_of_two`), so that runs can use each other's shards.
         """
         rows = tuning.read_rows
         if recipe.run.batch_size is None:
-            rows = steady(rows)
+            rows = largest_power_of_two(rows)
         settings = recipe.direction
         return cls(
             rows, prefix, settings.residual_dtype, tuning, settings.positions,
@@ -67,7 +85,7 @@ class Extraction:
         )  # fmt: skip
 
     def key(self, facts: ModelFacts, prompts: PromptSet) -> str:
-        """Content key of one set's shards."""
+        """Return the content key of one set's shards."""
         return content_key(
             weights=facts.fingerprint,
             revision=facts.revision,
@@ -85,23 +103,23 @@ class Extraction:
         )
 
 
-class Shards:
+class ResidualShards:
     """The shards of a run's two prompt sets, by reference."""
 
     def __init__(
         self,
-        pool: Any,
+        pool: ReplicaPool,
         files: ShardFiles,
-        extraction: Extraction,
+        extraction: ExtractionSettings,
         behaviour: PromptSet,
         neutral: PromptSet,
     ) -> None:
-        """Make nothing yet.
+        """Extract nothing yet.
 
         Args:
             pool: The replicas.
-            files: Where shards are found and kept.
-            extraction: How residuals are read.
+            files: Where shards are stored, and looked up.
+            extraction: How residuals are extracted.
             behaviour: Prompts that show the behaviour.
             neutral: Prompts that don't.
         """
@@ -112,55 +130,59 @@ class Shards:
         self._components = pool.facts.shape.components if extraction.per_component else ()
         self._keys = {s.name: extraction.key(pool.facts, s) for s in self._sets}
         rows, prefix, tuning = extraction.rows, extraction.response_prefix, extraction.tuning
-        self._calls: dict[Place, tuple[Any, ...]] = {
+        self._calls: dict[ShardId, ExtractionCall] = {
             (s.name, number): (s.name, number * rows, prompts, prefix, tuning)
             for s in self._sets
             for number, prompts in s.batches(rows)
         }
-        self._references: dict[Place, Any] = {}
-        self._made: set[Place] = set()
+        self._references: dict[ShardId, Reference[RecordBatch]] = {}
+        self._extracted: set[ShardId] = set()
 
-    def extract(self, watch: Watch) -> None:
-        """Take up the shards that were kept, and have the replicas make the others."""
+    def extract(self, step: Callable[[int, int], None]) -> None:
+        """Read the shards that are stored, and have the replicas extract the others.
+
+        Args:
+            step: Called with the number of shards so far, and of all.
+        """
         for name, number in self._calls:
             shard = self._files.find(name, number, self._keys[name])
             if shard is not None:
                 self._references[name, number] = self._pool.store.put(shard.batch)
-                watch.step(len(self._references), len(self._calls))
-        missing = [place for place in self._calls if place not in self._references]
-        self._make(missing, lambda: watch.step(len(self._references), len(self._calls)))
+                step(len(self._references), len(self._calls))
+        missing = [shard_id for shard_id in self._calls if shard_id not in self._references]
+        self._extract(missing, lambda: step(len(self._references), len(self._calls)))
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Of each set: its content key, its shards, and those that were there already."""
+        """Return for each set its content key, its shards, and those of them that were stored."""
         return {
             s.name: {
                 "key": self._keys[s.name],
-                "shards": len(self._places(s.name)),
-                "reused": sum(place not in self._made for place in self._places(s.name)),
+                "shards": len(self._ids(s.name)),
+                "reused": sum(own not in self._extracted for own in self._ids(s.name)),
             }
             for s in self._sets
         }
 
     def directions(self, settings: DirectionSettings) -> Directions:
-        """The directions; of several token positions those that tell the sets apart best.
+        """Find the directions; of several token positions, at the one that separates the sets best.
 
-        With those of components at the same position, if what these add to the stream was read.
+        With those of components at the same position, if what they add to the stream was extracted.
 
         Raises:
             NoDirection: no layer has one, at no position.
         """
-        found = dict[int, Directions]()
-        for place in range(self._positions):
+        by_position = dict[int, Directions]()
+        for position in range(self._positions):
             try:
-                own = self._directions(settings, self._columns(place))
+                own = self._directions(settings, self._columns(position))
             except NoDirection:
-                if not found and place + 1 == self._positions:
+                if not by_position and position + 1 == self._positions:
                     raise
                 continue
-            found[place] = own if self._positions == 1 else own.at_position(-1 - place)
-        best, components = min(found), {}
-        if len(found) > 1:
-            rows = {place: self.separation(own, settings) for place, own in found.items()}
+            by_position[position] = own if self._positions == 1 else own.at_position(-1 - position)
+        best, components = min(by_position), {}
+        if len(by_position) > 1:
+            rows = {at: self.separation(own, settings) for at, own in by_position.items()}
             best = layer_separation.best_position(rows)
         for number, name in enumerate(self._components, start=1):
             try:
@@ -171,48 +193,50 @@ class Shards:
                     "edited with the stream's own directions",
                     name,
                 )
-        return found[best].with_components(components)
+        return by_position[best].with_components(components)
 
-    def _columns(self, place: int, number: int = 0) -> range:
-        """Layers of the stream, or of a component by its number, at a token counted from the end.
+    def _columns(self, position: int, number: int = 0) -> range:
+        """Return the shards' columns for all layers of the stream, or of a component.
 
-        As shards have them: of every position first the stream, then the components.
+        A shard holds for each position first the stream, then the components.
+
+        Args:
+            position: Token, counted from the end of the prompt.
+            number: Of the component, from 1; 0 for the stream.
         """
         layers = self._pool.facts.shape.layers
-        first = layers * (place * (1 + len(self._components)) + number)
+        first = layers * (position * (1 + len(self._components)) + number)
         return range(first, first + layers)
 
     def _directions(self, settings: DirectionSettings, columns: range) -> Directions:
-        """The directions of some columns of the shards, from as much as the method needs.
+        """Find directions in some columns of the shards, from no more than the method needs.
 
-        Means and variances are reduced where the residuals are. Of anything else, one layer at a
-        time is here: as covariances that grow with no prompt, or as the layer's residuals.
+        Means and variances are reduced where the residuals are. Anything else is fetched one layer
+        at a time: as covariances, whose size is that of no prompt set, or as the layer's residuals.
         """
         behaviour, neutral = self._sets
         origin = {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint}
         quantile = settings.winsorize_quantile
         need = compute.need_of(settings)
-        if need in REDUCED:
-            function, find = REDUCED[need]
+        if need in REDUCIBLE_NEEDS:
+            function, find = REDUCIBLE_NEEDS[need]
             sides = [self._reduced(s.name, function, quantile, columns) for s in self._sets]
             return find(sides[0], sides[1], settings, origin)
-        space = space_of(len(behaviour) + len(neutral), self._pool.facts.shape.hidden)
+        space = choose_subspace(len(behaviour) + len(neutral), self._pool.facts.shape.hidden)
         summed = need == "covariances" and space.kind == "covariance"
         how = space.reason if need == "covariances" else "layer by layer from all residuals"
         fetched = self._layers(quantile, summed, columns)
-        return compute.from_layers(fetched, settings, {**origin, "statistics": how})
+        return compute.directions_from_layers(fetched, settings, {**origin, "statistics": how})
 
     def _layers(self, quantile: float, summed: bool, columns: range) -> Iterator[Layer]:
-        """Both sets layer by layer, as covariances or as residuals."""
+        """Yield both sets layer by layer, as covariances (`summed`) or as residuals."""
         shape = self._pool.facts.shape
         for layer in columns:
             if summed:
-                start = Pairs(Moments.nothing(shape.hidden))
+                start = PairedMoments(Moments.empty(shape.hidden))
                 yield Layer(
                     *(
-                        Summary(
-                            self._reduced(s.name, rows_of, layer, quantile, start=start).moments
-                        )
+                        Summary(self._added(s.name, rows_of, start, layer, quantile).moments)
                         for s in self._sets
                     )
                 )
@@ -222,79 +246,101 @@ class Shards:
                 yield Layer(*(Sample(value, shape.hidden) for value in values))
 
     def separation(self, directions: Directions, settings: DirectionSettings) -> list[Any]:
-        """How well each layer's direction tells the two sets apart, on prompts held out.
+        """Measure how well each layer's direction separates the two sets, on held-out prompts.
 
         Args:
-            directions: Those of all prompts.
-            settings: How they were found; those of folds are found so, too.
+            directions: Directions from all prompts.
+            settings: How they were found; those of the folds are found in the same way.
         """
-        place = -1 - int(directions.origin.get("position", -1))
-        columns = self._columns(place)
-        along = along_others(self._reduced, self._sets, settings, columns)
+        columns = self._columns(-1 - int(directions.origin.get("position", -1)))
+        along = cross_fitted_coordinates(self._reduced, self._sets, settings, columns)
         sums = [self.sums(s.name, columns=columns) for s in self._sets]
-        sides = [Projected(*both) for both in zip(sums, along, strict=True)]
-        return layer_separation.separation(sides[0], sides[1], directions)
+        sides = [ProjectedSet(*both) for both in zip(sums, along, strict=True)]
+        return layer_separation.measure_layer_separation(sides[0], sides[1], directions)
 
     def sums(self, name: str, quantile: float = 1.0, columns: range | None = None) -> Sums:
-        """Count and sum of one set, of all columns or some."""
-        found: Sums = self._reduced(name, sums_of, quantile, columns)
-        return found
+        """Return count and sum of one set, for all columns or some."""
+        return self._reduced(name, sums_of, quantile, columns)
 
     def gathered(self, prompts: PromptSet) -> Residuals:
-        """The residuals of one set, all here."""
+        """Fetch all residuals of one set.
+
+        Raises:
+            SearchError: shards were lost again and again.
+        """
         shards = []
-        for place in self._places(prompts.name):
+        for shard_id in self._ids(prompts.name):
             for _ in range(ATTEMPTS):
-                batch = self._pool.store.fetch(self._references[place])
+                batch = self._pool.store.fetch(self._references[shard_id])
                 if batch is not None:
                     shards.append(ResidualShard(batch))
                     break
-                self._make([place])
+                self._extract([shard_id])
             else:
-                raise _lost([place])
+                raise _lost([shard_id])
         return join(shards, prompts.fingerprint)
 
     def _reduced(
-        self, name: str, function: Callable[..., Any], *args: Any, start: Any = None
-    ) -> Any:
-        """`function` of every shard where it lies, added up in the order of the shards.
+        self,
+        name: str,
+        function: Callable[Concatenate[RecordBatch, Further], Reduced],
+        *args: Further.args,
+        **options: Further.kwargs,
+    ) -> Reduced:
+        """Return the sum of `function` over one set's shards, each computed where the shard is."""
+        total: Reduced = self._added(name, function, None, *args, **options)
+        return total
 
-        What comes is added as soon as all before it has come, and kept no longer; to `start`, if
-        there is one.
+    def _added(
+        self,
+        name: str,
+        function: Callable[Concatenate[RecordBatch, Further], Reduced],
+        start: Any,
+        *args: Further.args,
+        **options: Further.kwargs,
+    ) -> Any:
+        """Add `function` of each shard to `start`, in the order of the shards.
+
+        A result is added, and dropped, as soon as all before it have come: the sum has the same
+        bits on any number of replicas.
+
+        Raises:
+            SearchError: shards were lost again and again.
         """
-        left, early, total = self._places(name), dict[Place, Any](), start
+        pending, early, total = self._ids(name), dict[ShardId, Reduced](), start
         for _ in range(ATTEMPTS):
-            missing = {place: self._references[place] for place in left if place not in early}
-            for place, part in self._pool.store.each(function, missing, *args):
+            missing = {own: self._references[own] for own in pending if own not in early}
+            for own, part in self._pool.store.each(function, missing, *args, **options):
                 if part is not None:
-                    early[place] = part
-                while left and left[0] in early:
-                    part = early.pop(left.pop(0))
-                    total = part if total is None else add(total, part)
-            if not left:
+                    early[own] = part
+                while pending and pending[0] in early:
+                    following = early.pop(pending.pop(0))
+                    total = following if total is None else add(total, following)
+            if not pending:
                 return total
-            lost = [place for place in left if place not in early]
-            self._make(lost)
+            lost = [own for own in pending if own not in early]
+            self._extract(lost)
         raise _lost(lost)
 
-    def _make(self, places: list[Place], made: Callable[[], None] = lambda: None) -> None:
-        """Have the replicas make shards, and keep each as it comes."""
-        calls = [self._calls[place] for place in places]
-        for index, reference in self._pool.map_by_reference("residuals", calls):
-            name, number = places[index]
+    def _extract(self, shard_ids: list[ShardId], done: Callable[[], None] = lambda: None) -> None:
+        """Have the replicas extract shards, and store each as it comes."""
+        calls = [self._calls[own] for own in shard_ids]
+        extracted = self._pool.map_by_reference(ReplicaApi.extract_residuals, calls)
+        for index, reference in extracted:
+            name, number = shard_ids[index]
             self._references[name, number] = reference
-            self._made.add((name, number))
-            batch = self._pool.store.fetch(reference) if self._files.kept else None
+            self._extracted.add((name, number))
+            batch = self._pool.store.fetch(reference) if self._files.stores else None
             if batch is not None:
-                self._files.keep(ResidualShard(batch), number, self._keys[name])
-            made()
+                self._files.store(ResidualShard(batch), number, self._keys[name])
+            done()
 
-    def _places(self, name: str) -> list[Place]:
-        return [place for place in self._calls if place[0] == name]
+    def _ids(self, name: str) -> list[ShardId]:
+        return [own for own in self._calls if own[0] == name]
 
 
-def _lost(places: Iterable[Place]) -> SearchError:
+def _lost(shard_ids: Iterable[ShardId]) -> SearchError:
     return SearchError(
-        f"residuals were lost {ATTEMPTS} times with the machines that held them: {list(places)}.\n"
-        "  Resume the run once the cluster is stable."
+        f"residuals were lost {ATTEMPTS} times, with the machines that held them: "
+        f"{list(shard_ids)}.\n  Resume the run once the cluster is stable."
     )

@@ -11,8 +11,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,25 @@ from ray.tune import PlacementGroupFactory, RunConfig, TuneConfig
 from ray.tune.logger import TBXLoggerCallback
 
 from ray_abliterate.cluster.connection import HEAD
+from ray_abliterate.cluster.events import ReportEvent
+from ray_abliterate.cluster.object_store import Reference
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.cluster.tune_searcher import JournalSearch, OnTrial
+from ray_abliterate.cluster.tune_searcher import Answers, OnTrial, OutcomeHandlers, TuneSearcher
 from ray_abliterate.cluster.tune_trial import PlanTrial
 from ray_abliterate.recipe import Goal, SearchSettings
-from ray_abliterate.search import study as journal
-from ray_abliterate.search.dominance import Bar
-from ray_abliterate.search.journal import Submit, at_once
-from ray_abliterate.search.plan import Space, Value
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.search.dominance import ThresholdSet
+from ray_abliterate.search.journal import Submit, write_in_foreground
+from ray_abliterate.search.plan import ParameterValue
+from ray_abliterate.search.space import SearchSpace
+from ray_abliterate.search.study import (
+    STUDY_NAME,
+    end_interrupted_trials,
+    finished_trials,
+    make_sampler,
+    open_storage,
+    open_study,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,26 +60,24 @@ actor; where it hears twice, it gives the trial up at once, whatever this number
 GROWTH_SECONDS = 15.0
 """So long after replicas joined, a search makes room for them: others may be on their way."""
 
-Tell = Callable[..., None]
 
+class _RecoveryReporter(tune.Callback):  # type: ignore[misc]
+    """Reports trials whose process died."""
 
-class _Recoveries(tune.Callback):  # type: ignore[misc]
-    """Tells of trials whose process died."""
-
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
+    def __init__(self, report: ReportEvent) -> None:
+        self._report = report
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks, to restore them."""
+        """Return nothing: Tune pickles its callbacks to restore them."""
         return {}
 
     def on_trial_recover(self, **_: Any) -> None:
-        """Tune begins the trial again."""
-        self._tell("trial-process-lost")
+        """Report that Tune begins a trial again."""
+        self._report("trial-process-lost")
 
 
-class _Boards(TBXLoggerCallback):  # type: ignore[misc]
-    """Tune's files for TensorBoard, as long as the disk takes them: nothing depends on them."""
+class _TensorBoardLogger(TBXLoggerCallback):  # type: ignore[misc]
+    """Writes Tune's files for TensorBoard while the disk takes them; nothing depends on them."""
 
     def log_trial_start(self, trial: Any) -> None:
         with suppress(OSError):
@@ -82,120 +92,128 @@ class _Boards(TBXLoggerCallback):  # type: ignore[misc]
             super().log_trial_end(trial, failed)
 
 
-class Search:
-    """A study in a journal, and the means to go on with it."""
+class TuneSearch:
+    """A study in a journal, and the means to continue it.
+
+    Attributes:
+        finished: The trials that have ended.
+        reaped: Trials that a killed driver left running, and that count as failed now.
+    """
 
     def __init__(
         self,
         path: Path,
-        space: Space,
+        space: SearchSpace,
         settings: SearchSettings,
         goals: Sequence[tuple[str, Goal]],
-        submit: Submit = at_once,
+        submit: Submit = write_in_foreground,
         trials_per_pass: int = 1,
     ) -> None:
-        """Open or make the study; trials that a killed driver left running are told failed.
+        """Open or create the study; trials that a killed driver left running count as failed.
 
         Args:
             path: The journal.
             space: Where plans come from; unchanged over the study's life.
             settings: How many plans, and how they are chosen.
             goals: Names and goals of the objectives, in the recipe's order.
-            submit: Takes the writes to the journal; in the foreground if unset.
-            trials_per_pass: Plans that a replica gets at once.
+            submit: Runs the writes to the journal; in the foreground by default.
+            trials_per_pass: Plans that a replica evaluates at once.
         """
         self._trials_per_pass = trials_per_pass
         self._space, self._settings, self._submit = space, settings, submit
         self._goals = list(goals)
-        self._storage = journal.open_storage(path, submit)
-        self._study = journal.open_study(self._storage, [goal for _, goal in self._goals])
+        self._storage = open_storage(path, submit)
+        self._study = open_study(self._storage, [goal for _, goal in self._goals])
         self.reaped = self._reap()
-        self.finished = journal.outcomes(self._study, space)
+        self.finished = finished_trials(self._study, space)
         self._known = len(self._study.get_trials(deepcopy=False))
 
     def _reap(self) -> int:
-        return journal.reap(self._study, [name for name, _ in self._goals])
+        return end_interrupted_trials(self._study, [name for name, _ in self._goals])
 
     def run(
         self,
         pool: ReplicaPool,
-        setup: Any,
-        seeds: Sequence[dict[str, Value]],
+        setup: Reference[TrialSetup],
+        initial_points: Sequence[Mapping[str, ParameterValue]],
         on_trial: OnTrial,
         storage: Path,
-        tell: Tell = lambda event, **details: None,
+        report: ReportEvent = lambda event, **details: None,
     ) -> None:
         """Try plans until the study has as many as the recipe wants; Ctrl-C ends it early.
 
         Args:
             pool: Evaluates the plans.
-            setup: Reference to what all evaluations share.
-            seeds: Points to try first, in a new study.
+            setup: What all trials share.
+            initial_points: Points to try first, in a new study.
             on_trial: Called for each trial as it ends, with its answers if they are recorded.
             storage: Folder for Tune's own files.
-            tell: Told what happened: name of the event, and details.
+            report: Called with the name of each event, and its details.
         """
         replicas = pool.layout.replicas
-        own = RunConfig(
+        config = RunConfig(
             name="search",
             storage_path=str(storage.resolve()),
             verbose=0,
-            callbacks=[_Recoveries(tell), _Boards()],
+            callbacks=[_RecoveryReporter(report), _TensorBoardLogger()],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=MOST_DEATHS),
         )
+        search = _RunningSearch(pool, setup, initial_points, on_trial, config)
         with _terminated_like_interrupted() as terminated:
             while (missing := self._settings.trials - len(self.finished)) > 0:
                 replicas = max(replicas, pool.replicas)
-                again = self._round(pool, setup, seeds, on_trial, missing, replicas, own)
+                again = self._round(search, missing, replicas)
                 interrupted = self._reap()
-                self.finished = journal.outcomes(self._study, self._space)
+                self.finished = finished_trials(self._study, self._space)
                 self._known = len(self._study.get_trials(deepcopy=False))
                 if not again or interrupted or terminated.is_set():
                     break
 
-    def _round(
-        self,
-        pool: ReplicaPool,
-        setup: Any,
-        seeds: Sequence[dict[str, Value]],
-        on_trial: OnTrial,
-        missing: int,
-        replicas: int,
-        own: RunConfig,
-    ) -> bool:
-        """Try plans in slots for so many replicas; whether another round has to follow: because
-        there are more replicas now, or processes of trials died."""
+    def _round(self, search: "_RunningSearch", missing: int, replicas: int) -> bool:
+        """Try plans in slots for so many replicas.
+
+        Returns:
+            Whether another round has to follow: there are more replicas now, or processes of
+            trials died.
+        """
         concurrency = self._settings.concurrency or replicas * self._trials_per_pass
         batch = concurrency if self._settings.batch_synchronous else None
+        pool = search.pool
 
-        def raise_bar(losses: tuple[float, ...]) -> None:
-            """Once what came before, the trial among it, is on the disk."""
-            self._submit(lambda: pool.actor.raise_bar.remote(losses))
+        def add_threshold(losses: tuple[float, ...]) -> None:
+            """Count the losses once what came before, the trial among it, is on the disk."""
+            self._submit(lambda: pool.actor.add_threshold.remote(losses))
 
-        searcher = JournalSearch(
+        def take_answers(trial_id: str) -> Answers:
+            answers: Answers = ray.get(pool.actor.take_answers.remote(trial_id))
+            return answers
+
+        points = [dict(point) for point in search.initial_points[:missing]]
+        searcher = TuneSearcher(
             self._space,
-            on_trial,
-            raise_bar,
-            lambda trial_id: ray.get(pool.actor.take.remote(trial_id)) or (),
+            OutcomeHandlers(search.on_trial, add_threshold, take_answers),
             concurrency + 1,
             (lambda: False) if self._settings.concurrency else _Outgrown(pool, replicas),
             batch,
             metric=[name for name, _ in self._goals],
             mode=["min" if goal == "minimize" else "max" for _, goal in self._goals],
-            points_to_evaluate=[dict(s) for s in seeds[:missing]] if self._known == 0 else None,
-            sampler=journal.sampler(self._settings, self._known),
-            study_name=journal.STUDY_NAME,
+            points_to_evaluate=points if self._known == 0 else None,
+            sampler=make_sampler(self._settings, self._known),
+            study_name=STUDY_NAME,
             storage=self._storage,
         )
         trainable = tune.with_parameters(
-            PlanTrial, pool=pool.actor, setup=[setup], together=self._trials_per_pass
+            PlanTrial,
+            pool=pool.actor,
+            setup=[search.setup.handle],
+            per_pass=self._trials_per_pass,
         )
         slot = int(10_000 / concurrency) / 10_000
         trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
         trainable.__qualname__ = PlanTrial.__qualname__  # what dashboard and `ps` call the process
-        bar = Bar.of(self.finished) if self._settings.dominance_stop else None
-        ray.get(pool.actor.expect.remote(min(concurrency, missing), bar))
+        thresholds = ThresholdSet.of(self.finished) if self._settings.dominance_stop else None
+        ray.get(pool.actor.begin_round.remote(min(concurrency, missing), thresholds))
         with _tune_environment(concurrency):
             tune.Tuner(
                 trainable,
@@ -205,14 +223,25 @@ class Search:
                     reuse_actors=True,
                     trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
-                run_config=own,
+                run_config=search.config,
             ).fit()
-        searcher._tell_all()
+        searcher.report_outcomes()
         return searcher.ended_to_grow or 0 < searcher.lost < missing
 
 
+@dataclass(frozen=True)
+class _RunningSearch:
+    """What all rounds of one `TuneSearch.run` share."""
+
+    pool: ReplicaPool
+    setup: Reference[TrialSetup]
+    initial_points: Sequence[Mapping[str, ParameterValue]]
+    on_trial: OnTrial
+    config: RunConfig
+
+
 class _Outgrown:
-    """Whether there have been more replicas than a round has room for, for a while."""
+    """Tells whether there have been more replicas than a round has slots for, for a while."""
 
     def __init__(self, pool: ReplicaPool, replicas: int) -> None:
         self._pool, self._replicas = pool, replicas
@@ -228,7 +257,7 @@ class _Outgrown:
 
 @contextmanager
 def _tune_environment(concurrency: int) -> Iterator[None]:
-    """Settings that Tune reads from the environment only, for the time of one search."""
+    """Set what Tune reads from the environment only, for the time of one round."""
     wanted: dict[str, str | None] = {
         **dict.fromkeys(SHOWN_BY_TUNE),
         "TUNE_MAX_PENDING_TRIALS_PG": str(concurrency),
@@ -241,7 +270,9 @@ def _tune_environment(concurrency: int) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in wanted}
     _set(wanted)
-    loud = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]  # we tell
+    loud = [
+        logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")
+    ]  # our own events say it
     levels = [logger.level for logger in loud]
     for logger in loud:
         logger.setLevel(logging.CRITICAL)
@@ -263,9 +294,11 @@ def _set(values: Mapping[str, str | None]) -> None:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[threading.Event]:
-    """SIGTERM (pre-emption, `ray job stop`) ends the search as Ctrl-C does: finished is kept.
+    """End the search on SIGTERM (pre-emption, `ray job stop`) as on Ctrl-C: trials stay finished.
 
-    Yields what is set by then."""
+    Yields:
+        An event that is set once the signal has come.
+    """
     terminated = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield terminated

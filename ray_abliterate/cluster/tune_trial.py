@@ -1,4 +1,4 @@
-"""The thin trial: no GPU, no model; asks the pool for the evaluation of one plan.
+"""The thin trial: no GPU, no model. It asks the pool to evaluate one plan.
 
 Imports little, because Tune starts a process for each trial slot.
 """
@@ -9,46 +9,49 @@ from typing import Any
 import ray
 from ray import tune
 
-from ray_abliterate.cluster.remote_errors import reason, unwrap
+from ray_abliterate.cluster.remote_errors import one_line_reason, unwrap
 from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.replica.messages import Evaluation
+from ray_abliterate.search.frontier import ERROR, REPLICA, SCORES, SECONDS, SHARED
 from ray_abliterate.search.plan import Plan
-
-SCORES, SECONDS, ERROR, SHARED, REPLICA = "scores", "seconds", "error", "shared", "replica"
-"""Keys of a trial's result; its attributes in the journal have the same names."""
 
 
 class PlanTrial(tune.Trainable):  # type: ignore[misc]
-    """One slot of the search. Tune reuses it for one plan after the other."""
+    """One slot of the search. Tune reuses its process for one plan after the other."""
 
     def setup(
-        self, config: dict[str, Any], pool: Any = None, setup: Any = None, together: int = 1
+        self, config: dict[str, Any], pool: Any = None, setup: Any = None, per_pass: int = 1
     ) -> None:
-        """Keep the handles, and wait until the other slots are there.
+        """Store the handles, and wait until the other slots are there.
 
         Tune would otherwise give the first slot's process all plans that come while the others
         are still starting, and stop those.
+
+        Args:
+            config: The parameters of the first plan, and the plan itself.
+            pool: Handle of a `PoolActor`.
+            setup: Ray's reference to the run's `TrialSetup`, in a list.
+            per_pass: Plans that may share a pass.
         """
-        self._pool, self._setup, self._point = pool, setup, config
-        self._together = together
-        ray.get(pool.join.remote())
+        self._pool, self._setup, self._per_pass, self._config = pool, setup, per_pass, config
+        ray.get(pool.wait_for_slots.remote())
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next point; the process stays."""
-        self._point = new_config
+        """Take the next plan; the process stays."""
+        self._config = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        """Evaluate. What goes wrong with a plan is reported, so that the process lives on."""
-        plan = Plan.from_json(self._point["plan"])
+        """Evaluate the plan. An error is a result too, so that the process lives on."""
+        plan = Plan.from_json(self._config["plan"])
         try:
             evaluation: Evaluation = unwrap(
-                self._pool.trial.remote(plan, self._setup, self._together)
+                self._pool.evaluate_trial.remote(plan, self._setup, self._per_pass)
             )
         except (RayAbliterateError, ray.exceptions.RayTaskError) as error:
-            return {ERROR: reason(error), "done": True}
+            return {ERROR: one_line_reason(error), "done": True}
         if evaluation.answers:
-            ray.get(self._pool.keep.remote(self.trial_id, evaluation.answers))
+            ray.get(self._pool.store_answers.remote(self.trial_id, evaluation.answers))
         return {
             **evaluation.scorecard.metrics(),
             SCORES: json.dumps(evaluation.scorecard.to_list()),
@@ -59,7 +62,7 @@ class PlanTrial(tune.Trainable):  # type: ignore[misc]
         }
 
     def save_checkpoint(self, _directory: str) -> None:
-        """Nothing to keep."""
+        """Save nothing: a trial has no state."""
 
     def load_checkpoint(self, _checkpoint: Any) -> None:
-        """Nothing to take up."""
+        """Load nothing: a trial has no state."""

@@ -14,29 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ray_abliterate.ablation.weight_cache import WeightCache
-from ray_abliterate.data.prompts import Prompt
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.directions.layer_selection import LayerScores
 from ray_abliterate.errors import ScoreError
-from ray_abliterate.evaluation.scorers.kl_divergence import divergence
+from ray_abliterate.evaluation.scorers.kl_divergence import kl_divergence
 from ray_abliterate.evaluation.scorers.refusal_log_odds import first_tokens, log_odds
 from ray_abliterate.model.language_model import LanguageModel
+from ray_abliterate.replica.messages import EffectPrompts
 from ray_abliterate.search.plan import ModelShape, Plan
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What directions are tried on; the same for all layers of a run.
-
-    Attributes:
-        behaviour: Held-out prompts that show the behaviour.
-        neutral: Held-out prompts that don't.
-        openings: How refusals begin.
-    """
-
-    behaviour: tuple[Prompt, ...]
-    neutral: tuple[Prompt, ...]
-    openings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +33,7 @@ class _Base:
     neutral: Float[Tensor, "prompt vocab"]
 
 
-class Prober:
+class DirectionEffects:
     """Tries directions on one model; what its base model says is computed once per probe."""
 
     def __init__(self, model: LanguageModel, cache: WeightCache, shape: ModelShape) -> None:
@@ -56,7 +41,7 @@ class Prober:
         self._known: tuple[Any, _Base] | None = None
 
     def scores(
-        self, probe: Probe, layer: int, length: float, directions: Directions
+        self, probe: EffectPrompts, layer: int, length: float, directions: Directions
     ) -> LayerScores:
         """What a layer's direction does.
 
@@ -66,7 +51,7 @@ class Prober:
             length: How far it is added, in units of the residual stream.
             directions: All directions; the subspace of that layer is taken out, its first added.
         """
-        with self._model.passing():
+        with self._model.without_storing():
             base = self._base(probe)
             try:
                 return self._scores(probe, base, layer, length, directions)
@@ -75,21 +60,21 @@ class Prober:
                 return LayerScores(layer, None, None, None, base.odds, problem)
 
     def _scores(
-        self, probe: Probe, base: _Base, layer: int, length: float, directions: Directions
+        self, probe: EffectPrompts, base: _Base, layer: int, length: float, directions: Directions
     ) -> LayerScores:
         count = len(probe.behaviour)
         plan = Plan.uniform(self._shape, float(layer), "none")
         with self._cache.edited(plan, directions):
             logits = self._model.next_token_logits([*probe.behaviour, *probe.neutral])
         ablated = float(log_odds(logits[:count], base.tokens).mean())
-        moved = float(divergence(base.neutral, logits[count:]).mean())
+        moved = float(kl_divergence(base.neutral, logits[count:]).mean())
         with added(self._model.blocks[layer], length * directions.vectors[layer]):
             more = self._model.next_token_logits(probe.neutral)
         return LayerScores(
             layer, ablated, float(log_odds(more, base.tokens).mean()), moved, base.odds
         )
 
-    def _base(self, probe: Probe) -> _Base:
+    def _base(self, probe: EffectPrompts) -> _Base:
         key = probe, self._model.response_prefix
         if self._known is None or self._known[0] != key:
             count = len(probe.behaviour)

@@ -1,7 +1,7 @@
 """How much memory a recipe's model will need, found from its configuration without any weights.
 
-An outline of the model is built whose parameters have names and shapes, but one element of memory
-each; its writers are found as a replica finds them.
+The model's skeleton (`model/skeleton.py`) has names and shapes; its writers are found as a replica
+finds them.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from ray_abliterate.ablation.planned_edits import PROJECTION_BUDGET_BYTES
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.directions.compute import rows_per_layer
 from ray_abliterate.model.architecture import Writer, hidden_size, text_config
-from ray_abliterate.model.loading import auto_class
+from ray_abliterate.model.quantization import compute_dtype
 from ray_abliterate.recipe import KeywordRate, KlDivergence, Recipe
 
 CHARACTERS_PER_TOKEN = 3
@@ -29,7 +29,7 @@ USUAL_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes that one replica needs.
 
     Attributes:
@@ -54,40 +54,22 @@ class Footprint:
         return self.weights + self.cache + self.batch
 
 
-def outline(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The model that a configuration describes, without its weights."""
-    with torch.device("meta"):
-        module: nn.Module = auto_class(config).from_config(
-            config, trust_remote_code=trust_remote_code
-        )
-    hollow: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in hollow:
-                values = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-                hollow[id(parameter)] = nn.Parameter(values, requires_grad=False)
-            owner._parameters[name] = hollow[id(parameter)]
-    return module
-
-
-def footprint(
+def estimate_memory(
     module: nn.Module,
     writers: Iterable[Writer],
     recipe: Recipe,
     prompts: Iterable[PromptSet],
-) -> Footprint:
+) -> MemoryEstimate:
     """Estimate the memory of one replica.
 
     Args:
-        module: The model or its outline.
+        module: The model or its skeleton.
         writers: Its writers.
         recipe: Dtype, batch size and scorers.
         prompts: All prompt sets that could be read.
     """
     config = text_config(module)
-    dtype = dtype_of(module, recipe)
+    dtype = compute_dtype(module.config, recipe.model.dtype)
     written = [module.get_parameter(writer.parameter) for writer in writers]
     parameters = sum(p.numel() for p in module.parameters())
     small = _quantized(module, recipe.model.quantization)
@@ -103,7 +85,7 @@ def footprint(
     batch = rows * (
         _bytes_per_token(config, dtype) * width + logit_tokens * vocabulary * (dtype.itemsize + 4)
     )
-    return Footprint(
+    return MemoryEstimate(
         parameters,
         dtype,
         int(sum(p.numel() * small.get(id(p), dtype.itemsize) for p in module.parameters())),
@@ -111,19 +93,6 @@ def footprint(
         batch,
         sum(4 * vocabulary * count for count in _base_logits(recipe, list(prompts))),
     )
-
-
-def dtype_of(module: nn.Module, recipe: Recipe) -> torch.dtype:
-    """The dtype that the weights will have: the recipe's, or the checkpoint's as configured."""
-    if recipe.model.dtype != "auto":
-        named: torch.dtype = getattr(torch, recipe.model.dtype)
-        return named
-    own: Any = module.config
-    for config in (own, text_config(module)):
-        if isinstance(getattr(config, "dtype", None), torch.dtype):
-            found: torch.dtype = config.dtype
-            return found
-    return torch.float32
 
 
 def _quantized(module: nn.Module, wanted: str | None) -> dict[int, float]:

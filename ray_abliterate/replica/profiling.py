@@ -17,7 +17,7 @@ STAGES = ("edit", "prompts", "drafts", "decode", "restore")
 
 
 @dataclass(frozen=True)
-class Stage:
+class ProfileStage:
     """One stage of a trial.
 
     Attributes:
@@ -36,11 +36,11 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Profile:
+class TrialProfile:
     """A trial's stages, and its trace as compressed JSON."""
 
     seconds: float
-    stages: tuple[Stage, ...]
+    stages: tuple[ProfileStage, ...]
     trace: bytes
 
     def table(self) -> str:
@@ -55,7 +55,7 @@ class Profile:
         return "\n".join([*lines, f"{'in all':<9} {'':>6} {self.seconds:>8.3f}"])
 
 
-def profiled(work: Callable[[], object]) -> Profile:
+def profile_stages(work: Callable[[], object]) -> TrialProfile:
     """Do some work under torch's profiler. It takes somewhat longer than without."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -71,11 +71,11 @@ def profiled(work: Callable[[], object]) -> Profile:
     found = {event.key: event for event in profiler.key_averages() if event.key in STAGES}
     stages = [_stage(name, found[name]) for name in STAGES if name in found]
     rest = max(0.0, seconds - sum(stage.seconds for stage in stages))
-    return Profile(seconds, (*stages, Stage("else", 1, rest, 0.0, 0)), trace)
+    return TrialProfile(seconds, (*stages, ProfileStage("else", 1, rest, 0.0, 0)), trace)
 
 
-def _stage(name: str, event: Any) -> Stage:
-    return Stage(
+def _stage(name: str, event: Any) -> ProfileStage:
+    return ProfileStage(
         name,
         int(event.count),
         event.cpu_time_total / 1e6,

@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ray_abliterate.data.prompts import Prompt
-from ray_abliterate.search.score import Answer, AnswerWatch
+from ray_abliterate.model.language_model import LanguageModel
+from ray_abliterate.model.text_model import Answer, AnswerObserver
 
 Result = TypeVar("Result")
 
@@ -22,22 +23,23 @@ Result = TypeVar("Result")
 class _Question:
     """What one trial asks, and the answer once it is there."""
 
-    key: tuple[Any, ...]
-    watch: AnswerWatch | None
+    method: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    observer: AnswerObserver | None
     answered: threading.Event = field(default_factory=threading.Event)
     answer: Any = None
     error: BaseException | None = None
 
 
-class Together(Generic[Result]):
+class SharedPasses(Generic[Result]):
     """Runs the work of several trials side by side on one model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         """
         Args:
-            model: A `LanguageModel`.
+            model: The model that all trials ask.
         """
-        self._model = model
+        self.model = model
         self._waiting: dict[int, _Question] = {}
         self._running = 0
         self._changed = threading.Condition()
@@ -71,9 +73,15 @@ class Together(Generic[Result]):
             thread.join()
         return results
 
-    def ask(self, number: int, key: tuple[Any, ...], watch: AnswerWatch | None = None) -> Any:
+    def ask(
+        self,
+        number: int,
+        method: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        observer: AnswerObserver | None = None,
+    ) -> Any:
         """Ask, and wait until everybody else asks too, or is done."""
-        question = _Question(key, watch)
+        question = _Question(method, arguments, observer)
         with self._changed:
             self._waiting[number] = question
             self._changed.notify_all()
@@ -85,21 +93,24 @@ class Together(Generic[Result]):
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text; a tokenizer serves one thread at a time."""
         with self._changed:
-            found: list[int] = self._model.tokens(text)
+            found: list[int] = self.model.tokens(text)
             return found
 
     def _answer(self, asked: dict[int, _Question]) -> None:
         """Equal questions in one go, in the order of their trials."""
         left = dict(sorted(asked.items()))
         while left:
-            key = next(iter(left.values())).key
-            same = {number: q for number, q in left.items() if q.key == key}
+            first = next(iter(left.values()))
+            same = {
+                number: question
+                for number, question in left.items()
+                if (question.method, question.arguments) == (first.method, first.arguments)
+            }
             left = {number: q for number, q in left.items() if number not in same}
             questions = list(same.values())
-            method, *arguments = key
             try:
-                watches = [question.watch for question in questions]
-                answers = getattr(self._model, method)(*arguments, watches, tuple(same))
+                observers = [question.observer for question in questions]
+                answers = first.method(*first.arguments, observers, tuple(same))
                 for question, answer in zip(questions, answers, strict=True):
                     question.answer = answer
             except Exception as error:  # noqa: BLE001  # raised again where it was asked
@@ -112,7 +123,7 @@ class Together(Generic[Result]):
 class _View:
     """The model as one trial sees it: a `TextModel` that waits for the other trials."""
 
-    def __init__(self, together: Together[Any], number: int) -> None:
+    def __init__(self, together: SharedPasses[Any], number: int) -> None:
         self._together, self._number = together, number
 
     def tokens(self, text: str) -> list[int]:
@@ -121,7 +132,9 @@ class _View:
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """See `TextModel`."""
-        found = self._together.ask(self._number, ("logits_of", tuple(prompts), None))
+        found = self._together.ask(
+            self._number, self._together.model.logits_by_edit, (tuple(prompts), None)
+        )
         return torch.stack([logits[0] for logits in found])
 
     def continuation_logits(
@@ -130,19 +143,25 @@ class _View:
         """See `TextModel`."""
         given = tuple(map(tuple, continuations))
         found: list[torch.Tensor] = self._together.ask(
-            self._number, ("logits_of", tuple(prompts), given)
+            self._number, self._together.model.logits_by_edit, (tuple(prompts), given)
         )
         return found
 
     def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[list[int]]:
         """See `TextModel`."""
-        found = self._together.ask(self._number, ("written_by", tuple(prompts), tokens))
+        found = self._together.ask(
+            self._number, self._together.model.tokens_by_edit, (tuple(prompts), tokens)
+        )
         return [written.tokens for written in found]
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerWatch | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, observer: AnswerObserver | None = None
     ) -> list[Answer]:
         """See `TextModel`."""
-        key = ("answers_of", tuple(prompts), max_new_tokens)
-        found: list[Answer] = self._together.ask(self._number, key, watch)
+        found: list[Answer] = self._together.ask(
+            self._number,
+            self._together.model.answers_by_edit,
+            (tuple(prompts), max_new_tokens),
+            observer,
+        )
         return found

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.model.batch_size import Tuning, trials_per_pass
+from ray_abliterate.model.batch_size import BatchMemory, TrialRows, Tuning, choose_trials_per_pass
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica.describe import most_per_pass
+from ray_abliterate.replica.model_facts import most_plans_per_pass
 
 
-def extent_of(
+def longest_lengths(
     model: LanguageModel, recipe: Recipe, prompts: Mapping[str, PromptSet]
 ) -> tuple[int, int]:
     """Tokens of the longest scored prompt, and of the longest answer."""
@@ -23,7 +23,7 @@ def extent_of(
     return max(lengths, default=1), max([*asked, 1])
 
 
-def tuning_of(
+def choose_tuning(
     model: LanguageModel,
     cache: WeightCache,
     recipe: Recipe,
@@ -42,20 +42,16 @@ def tuning_of(
     Raises:
         ModelError: not even one row fits.
     """
-    prompt, answer = extent_of(model, recipe, prompts)
+    prompt, answer = longest_lengths(model, recipe, prompts)
     tokens = sum(len(row) for s in prompts.values() for row in model.encode(s.prompts))
     together = recipe.search.trials_per_pass
     if together == "auto":
         rows = max(map(len, prompts.values()), default=1)
-        together = trials_per_pass(
+        together = choose_trials_per_pass(
             recipe.search,
             replicas,
-            most_per_pass(model, cache, (prompt, answer))[0],
-            model.device,
-            model.free_bytes,
-            model.cost,
-            min(rows, model.batch_size or rows),
-            prompt,
-            answer,
+            most_plans_per_pass(model, cache, (prompt, answer))[0],
+            BatchMemory(model.device, model.free_bytes, model.memory_cost),
+            TrialRows(min(rows, model.batch_size or rows), prompt, answer),
         )
     return model.tune(prompt, answer, tokens, together)

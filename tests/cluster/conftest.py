@@ -1,13 +1,13 @@
-"""One small cluster for all cluster tests; nodes come and go in some of them."""
+"""One small cluster for all tests that are marked `ray`; nodes come and go in some of them."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from benchmarks.fault_recovery import small_cluster
-from tests.cluster.head import Head, ray_head
-from tests.cluster.hosts import OPEN
+from benchmarks.harness.simulated_cluster import simulated_cluster
+from tests.support.ray_head import Head, ray_head
+from tests.support.stand_in_replicas import OPEN
 
 NODE_SECRETS = {
     "HF_TOKEN": "hf_NodesOwnHubToken0123456789abcdef",
@@ -17,14 +17,17 @@ NODE_SECRETS = {
 """In the environment of the head that tests start."""
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
-    with small_cluster() as found:
-        yield found
+    with simulated_cluster(head_cpus=6) as simulated:
+        yield simulated
 
 
 @pytest.fixture(autouse=True)
-def pools_end_with_their_test() -> Iterator[None]:
+def pools_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of values, which are not marked, start no cluster."""
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("cluster")
     yield
     OPEN.close()
 

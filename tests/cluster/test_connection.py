@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import ray
 
-from ray_abliterate.cluster.placement import Place
-from ray_abliterate.cluster.remote_errors import reason, unwrap
-from ray_abliterate.cluster.replica_actor import ReplicaHost
+from ray_abliterate.cluster.placement import Placement
+from ray_abliterate.cluster.remote_errors import one_line_reason, unwrap
+from ray_abliterate.cluster.replica_actor import ReplicaActor, load_unedited_replica
 from ray_abliterate.cluster.secrets import drivers_secrets
 from ray_abliterate.errors import ModelError
+
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
 DRIVER = f"""
@@ -56,16 +58,15 @@ def test_a_node_that_lacks_the_package_is_not_taken_for_one_without_memory(
     tmp_path: Path, cluster: Any
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(HIDE)
-    place = Place(0, "here", "host", 0.0, 1.0, 1)
+    place = Placement(0, "here", "host", 0.0, 1.0, 1)
     host = (
-        ray.remote(ReplicaHost)
+        ray.remote(ReplicaActor)
         .options(num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}})
         .remote(
             place,
             "m",
             drivers_secrets([]),
-            "ray_abliterate.replica.unedited_replica:BareReplica",
-            (),
+            load_unedited_replica,
         )
     )
     called = host.call.remote("describe")
@@ -73,4 +74,4 @@ def test_a_node_that_lacks_the_package_is_not_taken_for_one_without_memory(
         unwrap(called)
     with pytest.raises(ray.exceptions.ActorDiedError) as died:
         ray.get(called)
-    assert reason(died.value) == "its process can't import ray_abliterate"
+    assert one_line_reason(died.value) == "its process can't import ray_abliterate"

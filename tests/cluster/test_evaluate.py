@@ -31,6 +31,8 @@ from ray_abliterate.replica.messages import TrialSetup
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.testing.tiny import tiny_model
 
+pytestmark = pytest.mark.ray
+
 SUITES = """
 [[suites]]
 kind = "over-refusal"
@@ -136,7 +138,9 @@ def test_the_frontier_is_measured_while_the_search_goes_on(
     assert "validation-" not in told.replace("validation-cancelled", "")
     best = kept.of(f"trial-{frontier.knee.number}", "asked")
     alone = Recipe.parse(text.replace(own, ""), "recipe.toml")
-    found = measured_alone(alone, directory, MeasuredModel.of(frontier.knee), recipe.suites, tmp_path)
+    found = measured_alone(
+        alone, directory, MeasuredModel.of(frontier.knee), recipe.suites, tmp_path
+    )
     assert {c.chunk: c.values for c in found.chunks} == {c.chunk: c.values for c in best.chunks}
 
 
@@ -224,7 +228,7 @@ def test_a_reader_that_is_killed_costs_what_it_read_last(
     settings = ModelSettings(name="tiny", replicas=2, threads_per_replica=1, dtype="float32")
     reading = TextRequest(str(text), carry=carry, chunk_size=40)
     found, events = {}, list[dict[str, Any]]()
-    with ReplicaPool.bare(settings, str(model), events.append) as pool:
+    with ReplicaPool.unedited(settings, str(model), events.append) as pool:
         while pool.replicas < 2:
             time.sleep(0.1)
         for name, progress in (("calm", SilentProgress()), ("killed", KillingAReader())):

@@ -11,10 +11,10 @@ from ray_abliterate.data.builtin.planted_model import planted_axes
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica.replica import Setup
+from ray_abliterate.replica.messages import ReplicaApi, TrialSetup
 from ray_abliterate.search.plan import Plan
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.ray, pytest.mark.gpu]
 
 
 def on_gpus(recipe: Recipe, replicas: int, gpus: float) -> Recipe:
@@ -35,11 +35,13 @@ def cards(cluster: object) -> int:
 def scores(recipe: Recipe, planted: Path, sets: dict[str, PromptSet]) -> tuple[str, list[object]]:
     """The device, and the scorecards of a few plans, each from whatever replica is free."""
     connect(dashboard=False)
-    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    setup = TrialSetup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
     with ReplicaPool.start(recipe, str(planted), sets) as pool:
         shared, shape = pool.put(setup), pool.facts.shape
         plans = [Plan.uniform(shape, 2.3, "none", strength) for strength in (0.5, 1.0)] * 2
-        found = pool.map("evaluate", [(plan, shared) for plan in plans], most_out=1)
+        found = pool.map(
+            ReplicaApi.evaluate, [(plan, shared.argument) for plan in plans], most_out=1
+        )
         return pool.facts.device, [evaluation.scorecard for evaluation in found]
 
 

@@ -11,7 +11,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ray_abliterate.pipeline.directory import RunDirectory
 from tests.cluster.conftest import NODE_SECRETS
-from tests.cluster.head import (
+from tests.conftest import RECIPE
+from tests.support.ray_head import (
     ROOT,
     TOKEN,
     Head,
@@ -21,7 +22,8 @@ from tests.cluster.head import (
     refusal,
     wait_for_trials,
 )
-from tests.conftest import RECIPE
+
+pytestmark = pytest.mark.ray
 
 SUBMIT = str(ROOT / "scripts" / "submit.sh")
 LISTINGS = (

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import pytest
 import ray
 
-from ray_abliterate.cluster.connection import nodes
-from ray_abliterate.cluster.judge_actor import judging
+from ray_abliterate.cluster.connection import live_nodes
+from ray_abliterate.cluster.judge_actor import start_judges
 from ray_abliterate.cluster.pool import ReplicaPool, _args
 from ray_abliterate.cluster.secrets import Secrets
 from ray_abliterate.data.builtin.planted_model import planted_axes
@@ -24,9 +24,12 @@ from ray_abliterate.errors import ModelError, RecipeError
 from ray_abliterate.evaluation.judges.classifier import ClassifierJudge
 from ray_abliterate.evaluation.judges.judge import PrefetchingJudge
 from ray_abliterate.recipe import Recipe, RefusalJudge
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import ReplicaApi, TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.plan import Plan
 from tests.support.classifiers import tiny_classifier
+
+pytestmark = pytest.mark.ray
 
 EXCHANGES = [("p", text) for text in ("I cannot help", "Sure here it is", "Sorry no", "yes")]
 
@@ -45,14 +48,14 @@ def settings(classifier: str | None, **more: Any) -> RefusalJudge:
 def alive() -> list[int]:
     """The judges' processes."""
     actors = ray._private.state.actors().values()
-    judges = [actor for actor in actors if actor["ActorClassName"] == "JudgeHost"]
+    judges = [actor for actor in actors if actor["ActorClassName"] == "JudgeActor"]
     return [actor["Pid"] for actor in judges if actor["State"] == "ALIVE"]
 
 
 def test_a_judge_elsewhere_judges_as_it_would_here_and_ends_with_its_block(
     classifier: str,
 ) -> None:
-    with judging([settings(classifier)]) as bench:
+    with start_judges([settings(classifier)]) as bench:
         judge = bench.judges["refusal-judge"]
         assert isinstance(judge, PrefetchingJudge)
         here = ClassifierJudge(classifier, label="refusal")
@@ -69,7 +72,7 @@ def test_a_judge_elsewhere_judges_as_it_would_here_and_ends_with_its_block(
 
 
 def test_what_a_judge_raises_comes_back_as_itself(tmp_path: Path) -> None:
-    with judging([settings(str(tmp_path))]) as bench:
+    with start_judges([settings(str(tmp_path))]) as bench:
         for _ in range(2):
             with pytest.raises(ModelError, match="cannot be loaded"):
                 bench.judges["refusal-judge"].judge(EXCHANGES)
@@ -80,7 +83,7 @@ def test_a_failure_over_an_answer_of_a_lost_trial_is_not_told_to_the_next(
 ) -> None:
     """A trial expects an answer, and is lost before it asks; the judge fails, and then works."""
     place = tmp_path / "classifier"
-    with judging([settings(str(place))]) as bench:
+    with start_judges([settings(str(place))]) as bench:
         judge = bench.judges["refusal-judge"]
         judge.prefetch(EXCHANGES[0])
         assert ray.wait([judge._asked[EXCHANGES[0]]], timeout=60)[0]
@@ -121,7 +124,7 @@ def test_the_drivers_key_reaches_the_judge_and_only_the_judge(
     asked = {"endpoint": url, "endpoint_model": "m", "key_variable": "JUDGE_KEY"}
     own = settings(None, label=None, **asked)
     try:
-        with judging([own]) as bench:
+        with start_judges([own]) as bench:
             assert bench.judges["refusal-judge"].judge(EXCHANGES[:1]) == [1.0]
         assert Echo.keys == [f"Bearer {key}"]
         shown = repr(list(ray._private.state.actors().values()))
@@ -140,14 +143,14 @@ def test_a_judge_takes_its_part_of_a_card_and_more_than_there_is_is_refused(
     try:
         with (
             pytest.raises(RecipeError, match=r"scorers\.refusal-judge\.gpus = 3, but no node has"),
-            judging([settings(classifier, gpus=3)]),
+            start_judges([settings(classifier, gpus=3)]),
         ):
             pass
         judges = [settings(classifier, gpus=0.25), settings(classifier, name="other", gpus=1)]
-        with judging(judges) as bench:
-            left = bench.left(nodes())
+        with start_judges(judges) as bench:
+            left = bench.left(live_nodes())
         assert sorted(node.gpus for node in left) == [0, 0.75]
-        assert sorted(node.gpus for node in nodes()) == [0, 2]
+        assert sorted(node.gpus for node in live_nodes()) == [0, 2]
     finally:
         cluster.remove_node(node)
 
@@ -160,7 +163,7 @@ def test_replicas_score_with_one_judge_as_with_their_own_also_when_it_is_killed(
     own = recipe.model_copy(update={"scorers": (judged,)})
     own = own.model_copy(update={"model": recipe.model.model_copy(update={"replicas": 2})})
     prompts = {judged.name: behaviour}
-    setup = Setup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
+    setup = TrialSetup(Directions(planted_axes()[0].repeat(4, 1), "planted", {}))
     alone = Replica(own, str(planted), prompts)
     shape = alone.describe().shape
     plans = [Plan.nothing(), *(Plan.uniform(shape, 2.3, "none", s) for s in (0.5, 1.0))]
@@ -168,10 +171,12 @@ def test_replicas_score_with_one_judge_as_with_their_own_also_when_it_is_killed(
     assert len({card["refusal-judge"].value for card in expected}) > 1
     with ExitStack() as stack:
         pool = stack.enter_context(ReplicaPool.start(own, str(planted), prompts))
-        shared = pool.put(setup)
-        assert pool.evaluate(plans[0], shared).scorecard == expected[0]
+        shared = pool.put(setup).argument
+        assert pool.call(ReplicaApi.evaluate, plans[0], shared).scorecard == expected[0]
         (first,) = alive()
         os.kill(first, signal.SIGKILL)
-        assert [pool.evaluate(plan, shared).scorecard for plan in plans] == expected
+        assert [
+            pool.call(ReplicaApi.evaluate, plan, shared).scorecard for plan in plans
+        ] == expected
         (again,) = alive()
         assert again != first

@@ -4,12 +4,12 @@ import pytest
 
 from ray_abliterate.cluster.placement import (
     Node,
-    Place,
+    Placement,
     arrange,
     left_by,
     offered,
     plan_layout,
-    refuse_what_is_missing,
+    refuse_what_does_not_fit,
 )
 from ray_abliterate.errors import ModelError
 from ray_abliterate.recipe import ModelSettings
@@ -25,7 +25,7 @@ def settings(**given: object) -> ModelSettings:
     return ModelSettings.model_validate({"name": "m", **given})
 
 
-def nodes_of(places: tuple[Place, ...]) -> list[str]:
+def nodes_of(places: tuple[Placement, ...]) -> list[str]:
     return [place.node for place in places]
 
 
@@ -77,7 +77,7 @@ def test_more_than_there_is_is_refused_with_the_numbers() -> None:
 
     def refuse(**given: object) -> None:
         wanted = settings(**given)
-        refuse_what_is_missing(wanted, there, arrange(wanted, there))
+        refuse_what_does_not_fit(wanted, there, arrange(wanted, there))
 
     refuse(replicas=3)
     with pytest.raises(ModelError, match=r"gpus_per_replica = 4, but there are 2 GPUs on the larg"):
@@ -121,8 +121,32 @@ def test_without_gpus_evaluators_have_half_of_the_cores() -> None:
 def test_a_card_that_evaluators_take_is_missed_not_replaced_by_the_cpu() -> None:
     there = left_by(settings(replicas=1, gpus_per_replica=0.25), [node("a", gpus=1)])
     with pytest.raises(ModelError, match=r"model\.gpus_per_replica = 1, but there are 0\.75 GPUs"):
-        refuse_what_is_missing(settings(), there, arrange(settings(), there))
+        refuse_what_does_not_fit(settings(), there, arrange(settings(), there))
     wanted = settings(replicas=2, gpus_per_replica=1)
     with pytest.raises(ModelError, match=r"^evaluation\.replicas = 2 of 1 GPUs"):
         alone = offered([node("a", gpus=1)])
-        refuse_what_is_missing(wanted, alone, arrange(wanted, alone), "evaluation")
+        refuse_what_does_not_fit(wanted, alone, arrange(wanted, alone), "evaluation")
+
+
+def test_replicas_fit_the_gpus_there_are() -> None:
+    def layout(gpus: float, **settings: object) -> tuple[int, float]:
+        found = plan_layout(ModelSettings.model_validate({"name": "m", **settings}), 16, gpus)
+        return found.replicas, found.gpus
+
+    assert layout(0) == (1, 0)
+    assert layout(2, gpus_per_replica=0.4) == (4, 0.4)
+    assert layout(8) == (8, 1)
+    assert layout(8, gpus_per_replica=2) == (4, 2)
+    assert layout(1, gpus_per_replica=0.25) == (4, 0.25)
+    assert layout(8, replicas=3) == (3, 1)
+    assert layout(8, gpus_per_replica=0, replicas=2) == (2, 0)
+    with pytest.raises(ModelError, match="there are 1 GPUs"):
+        layout(1, gpus_per_replica=2)
+    with pytest.raises(ModelError, match="4 fit"):
+        layout(8, gpus_per_replica=2, replicas=5)
+
+
+def test_cpu_threads_are_shared_out() -> None:
+    settings = ModelSettings(name="m", replicas=3)
+    assert plan_layout(settings, 7, 0).threads == 2
+    assert plan_layout(ModelSettings(name="m", replicas=3), 2, 0).threads == 1

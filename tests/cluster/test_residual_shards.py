@@ -16,22 +16,23 @@ import torch
 
 from ray_abliterate.cluster.object_store import ObjectStore
 from ray_abliterate.cluster.pool import ReplicaPool
-from ray_abliterate.cluster.residual_shards import Extraction, Shards
+from ray_abliterate.cluster.residual_shards import ExtractionSettings, ResidualShards
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.directions.compute import compute
+from ray_abliterate.directions.compute import directions_from_residuals
 from ray_abliterate.directions.residuals.residual_set import Residuals
 from ray_abliterate.directions.residuals.shard_files import ShardFiles, ShardFolder
 from ray_abliterate.errors import ScoreError, SearchError
 from ray_abliterate.model.batch_size import Tuning
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.run import run
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica.messages import ModelFacts
-from ray_abliterate.replica.replica import Setup
+from ray_abliterate.replica.messages import ModelFacts, ReplicaApi, TrialSetup
 from ray_abliterate.search.plan import ModelShape, Plan
-from tests.cluster.hosts import SHAPE, pool_of
 from tests.conftest import RECIPE
+from tests.support.stand_in_replicas import SHAPE, StandInReplica, begin_by_reference, pool_of
+
+pytestmark = pytest.mark.ray
 
 TUNING = Tuning(read_rows=2, answer_rows=2, state_every=1, drafts=False)
 
@@ -62,18 +63,20 @@ def scored(behaviour: PromptSet, neutral: PromptSet) -> dict[str, PromptSet]:
     return {"keyword-rate": behaviour, "kl-divergence": neutral}
 
 
-Open = Callable[..., Shards]
+Open = Callable[..., ResidualShards]
 
 
 @pytest.fixture
 def opened(recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> Open:
     """Shards of two prompts each, extracted."""
 
-    def opened(pool: ReplicaPool, own: Path | None = None, dtype: str = "float32") -> Shards:
+    def opened(
+        pool: ReplicaPool, own: Path | None = None, dtype: str = "float32"
+    ) -> ResidualShards:
         files = ShardFiles(ShardFolder(own) if own else None, None, pytest.fail)
-        extraction = Extraction(2, (), dtype, TUNING)
-        shards = Shards(pool, files, extraction, behaviour, neutral)
-        shards.extract(Unwatched())
+        extraction = ExtractionSettings(2, (), dtype, TUNING)
+        shards = ResidualShards(pool, files, extraction, behaviour, neutral)
+        shards.extract(SilentProgress().step)
         return shards
 
     return opened
@@ -102,15 +105,17 @@ def test_directions_separation_and_scores_have_the_same_bits_on_any_number_of_re
                 facts = shards.facts()
             assert [facts[name]["reused"] for name in ("behaviour", "neutral")] == [4, 4]
             whole = [shards.gathered(s) for s in (behaviour, neutral)]
-            setup = pool.put(Setup(directions[0]))
-            cards += [pool.evaluate(plan, setup).scorecard for _ in range(count)]
+            setup = pool.put(TrialSetup(directions[0]))
+            cards += [
+                pool.call(ReplicaApi.evaluate, plan, setup.argument).scorecard for _ in range(count)
+            ]
     for directions, separation in found[1:]:
         for mine, first in zip(directions, found[0][0], strict=True):
             assert torch.equal(mine.vectors, first.vectors)
         assert separation == found[0][1]
     assert len(cards) == 6 and all(card == cards[0] for card in cards)
     for directions, each in zip(found[0][0], settings, strict=True):
-        direct = compute(*whole, each)
+        direct = directions_from_residuals(*whole, each)
         torch.testing.assert_close(directions.vectors, direct.vectors, rtol=2**-23, atol=1e-12)
         assert directions.origin == direct.origin
 
@@ -145,7 +150,7 @@ def test_float16_shards_take_half_the_space_and_give_nearly_the_same_directions(
             shards = opened(own, tmp_path / dtype, dtype)
             found[dtype] = shards.directions(recipe.direction).vectors
     types = {
-        dtype: next(ShardFolder(tmp_path / dtype).all("neutral")).layer(0).dtype.name
+        dtype: next(ShardFolder(tmp_path / dtype).read_all("neutral")).layer(0).dtype.name
         for dtype in found
     }
     assert types == {"float32": "float32", "float16": "float16"}
@@ -164,7 +169,7 @@ def test_a_method_of_ones_own_gets_whole_sets(
     found = shards.directions(own)
     whole = [shards.gathered(s) for s in (behaviour, neutral)]
     assert [len(s.values) for s in whole] == [7, 7]
-    assert torch.equal(found.vectors, compute(*whole, own).vectors)
+    assert torch.equal(found.vectors, directions_from_residuals(*whole, own).vectors)
 
 
 class Forgetful(ObjectStore):
@@ -182,7 +187,7 @@ class Forgetful(ObjectStore):
 
 
 def test_shards_that_are_lost_are_made_again_and_no_others(
-    pool: ReplicaPool, recipe: Recipe, opened: Open, behaviour: PromptSet, calls: list[str],
+    pool: ReplicaPool, recipe: Recipe, opened: Open, behaviour: PromptSet, calls: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     store = Forgetful()
@@ -197,7 +202,7 @@ def test_shards_that_are_lost_are_made_again_and_no_others(
         store.lost = [shards._references["behaviour", number] for number in (1, 3)]
         calls.clear()
         assert found()
-        assert calls == ["residuals"] * 2
+        assert calls == [ReplicaApi.extract_residuals] * 2
 
 
 def test_shards_that_are_lost_again_and_again_are_an_error(
@@ -213,13 +218,13 @@ NODE_GOES = """
 import sys, ray
 from ray.cluster_utils import Cluster
 from ray_abliterate.cluster.object_store import ObjectStore
-from tests.cluster.hosts import OPEN, pool_of
+from tests.support.stand_in_replicas import OPEN, StandInReplica, pool_of
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 ray.init(address=cluster.address, log_to_driver=False)  # before there is a node to choose from
 other = cluster.add_node(num_cpus=1, num_gpus=1)
 pool, store = pool_of(sys.argv[1], 1, gpus_per_replica=1), ObjectStore()
-values = {n: store.fetch(pool.actor.call_by_reference.remote("large", [n]))[0] for n in range(3)}
+values = dict(pool.map_by_reference(StandInReplica.large, [(n,) for n in range(3)]))
 nodes = dict(store.each(lambda _: ray.get_runtime_context().get_node_id(), values))
 assert set(nodes.values()) == {other.node_id}, "a task did not run where its value lies"
 here = store.put(b"here")
@@ -257,24 +262,24 @@ def test_an_error_over_a_value_is_raised_as_it_is() -> None:
 def test_a_result_by_reference_stays_where_it_is_and_outlives_its_replica(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 1)
     large = b"x" * 1_000_000
-    (reference,) = ray.get(pool.actor.call_by_reference.remote("echo", [large]))
+    (reference,) = ray.get(begin_by_reference(pool, StandInReplica.echo, large))
     assert isinstance(reference, ray.ObjectRef)
     with pytest.raises(SearchError, match="two replicas died"):
-        pool.call("die")
+        pool.call(StandInReplica.die)
     assert ray.get(reference) == (large,)
 
 
 def test_a_call_by_reference_fails_and_moves_as_any_other(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 2)
-    store = ObjectStore()
     with pytest.raises(ScoreError, match="the score is broken"):
-        store.fetch(pool.actor.call_by_reference.remote("raise", []))
+        list(pool.map_by_reference(StandInReplica.fail, [()]))
     with pytest.raises(SearchError, match="two replicas died"):
-        store.fetch(pool.actor.call_by_reference.remote("die", []))
+        list(pool.map_by_reference(StandInReplica.die, [()]))
     (tmp_path / "die-once").touch()
     plan = Plan.uniform(SHAPE, 3.0, "none")
-    (reference,) = store.fetch(pool.actor.call_by_reference.remote("evaluate", [plan, None]))
-    assert store.fetch(reference).scorecard["rate"].value == 1.0
+    calls = [(plan, None, None)]
+    ((_, reference),) = pool.map_by_reference(StandInReplica.evaluate, calls)
+    assert pool.store.fetch(reference).scorecard["rate"].value == 1.0
 
 
 # Runs
@@ -287,12 +292,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the pool was asked for, by reference."""
-    asked: list[str] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Methods that were called by reference."""
+    asked: list[Any] = []
     original = ReplicaPool.map_by_reference
 
-    def counted(self: ReplicaPool, method: str, calls: Any) -> Any:
+    def counted(self: ReplicaPool, method: Any, calls: Any) -> Any:
         asked.extend([method] * len(calls))
         return original(self, method, calls)
 
@@ -303,7 +308,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def finished(
     pool: ReplicaPool, recipe: Recipe, recipe_file: Path, tmp_path: Path, cache: Path,
-    calls: list[str], monkeypatch: pytest.MonkeyPatch,
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., RunDirectory]:  # fmt: skip
     """Runs the recipe with other settings, on the replica that is there; counts its calls only."""
     start = ReplicaPool.start
@@ -329,7 +334,7 @@ def finished(
 
 
 def reused(directory: RunDirectory) -> list[tuple[int, int]]:
-    facts = directory.environment["residuals"]
+    facts = directory.read_environment()["residuals"]
     return [(facts[name]["reused"], facts[name]["shards"]) for name in ("behaviour", "neutral")]
 
 
@@ -340,10 +345,10 @@ def found(directory: RunDirectory) -> list[Any]:
 
 
 def test_a_second_run_and_a_resumed_one_read_the_shards_of_the_first(
-    finished: Callable[..., RunDirectory], calls: list[str]
+    finished: Callable[..., RunDirectory], calls: list[Any]
 ) -> None:
     first = finished("first")
-    assert calls == ["residuals"] * 6 and reused(first) == [(0, 3), (0, 3)]
+    assert calls == [ReplicaApi.extract_residuals] * 6 and reused(first) == [(0, 3), (0, 3)]
     second = finished("second")
     assert calls == [] and reused(second) == [(3, 3), (3, 3)]
     assert found(second) == found(first)
@@ -359,27 +364,27 @@ def test_a_second_run_and_a_resumed_one_read_the_shards_of_the_first(
     second.shards.file("neutral", 2).unlink()
     (second.path / "directions.safetensors").unlink()
     finished("second", "run", residual_cache=False)
-    assert calls == ["residuals"] and reused(second) == [(3, 3), (2, 3)]
+    assert calls == [ReplicaApi.extract_residuals] and reused(second) == [(3, 3), (2, 3)]
     assert found(second) == found(first)
 
 
 def test_winsorising_reads_the_same_shards_and_other_batches_are_others(
-    finished: Callable[..., RunDirectory], calls: list[str]
+    finished: Callable[..., RunDirectory], calls: list[Any]
 ) -> None:
     first = finished("first")
     winsorized = finished("winsorized", "direction", winsorize_quantile=0.9)
     assert calls == [] and reused(winsorized) == [(3, 3), (3, 3)]
     assert found(winsorized)[0] != found(first)[0]
     other = finished("other", "run", batch_size=4, save_residuals=False)
-    assert calls == ["residuals"] * 4 and reused(other) == [(0, 2), (0, 2)]
+    assert calls == [ReplicaApi.extract_residuals] * 4 and reused(other) == [(0, 2), (0, 2)]
     assert not other.shards.path.exists()
 
 
 def test_a_damaged_shard_is_made_again_with_a_warning_in_the_report(
-    finished: Callable[..., RunDirectory], cache: Path, calls: list[str]
+    finished: Callable[..., RunDirectory], cache: Path, calls: list[Any]
 ) -> None:
     first = finished("first")
-    key = first.environment["residuals"]["neutral"]["key"]
+    key = first.read_environment()["residuals"]["neutral"]["key"]
     file = cache / key / "neutral-00001.arrow"
     shard = ShardFolder(file.parent).read("neutral", 1, key)
     assert shard is not None
@@ -388,8 +393,8 @@ def test_a_damaged_shard_is_made_again_with_a_warning_in_the_report(
     file.unlink()
     file.write_bytes(data)
     second = finished("second")
-    assert calls == ["residuals"] and reused(second) == [(3, 3), (2, 3)]
-    (warning,) = [text for text in second.environment["warnings"] if "damaged" in text]
+    assert calls == [ReplicaApi.extract_residuals] and reused(second) == [(3, 3), (2, 3)]
+    (warning,) = [text for text in second.read_environment()["warnings"] if "damaged" in text]
     assert str(file) in warning
     assert found(second) == found(first)
     assert file.read_bytes() == first.shards.file("neutral", 1).read_bytes()
@@ -402,7 +407,10 @@ FACTS = ModelFacts(
 
 
 def test_a_key_changes_with_all_that_decides_what_residuals_are_and_with_nothing_else() -> None:
-    extraction, prompts = Extraction(2, (5,), "float32", TUNING), PromptSet.of("neutral", "a", "b")
+    extraction, prompts = (
+        ExtractionSettings(2, (5,), "float32", TUNING),
+        PromptSet.of("neutral", "a", "b"),
+    )
     key = extraction.key(FACTS, prompts)
     others = [
         extraction.key(replace(FACTS, **{name: "other"}), prompts)
@@ -423,7 +431,10 @@ def test_a_key_changes_with_all_that_decides_what_residuals_are_and_with_nothing
 
 
 def test_batches_are_the_recipes_or_a_power_of_two_that_fits(recipe: Recipe) -> None:
-    assert Extraction.of(recipe, (), replace(TUNING, read_rows=3)).rows == 3
+    assert ExtractionSettings.of(recipe, (), replace(TUNING, read_rows=3)).rows == 3
     free_rows = changed(recipe, "run", batch_size=None)
-    rows = [Extraction.of(free_rows, (), replace(TUNING, read_rows=n)).rows for n in (1, 127, 128)]
+    rows = [
+        ExtractionSettings.of(free_rows, (), replace(TUNING, read_rows=n)).rows
+        for n in (1, 127, 128)
+    ]
     assert rows == [1, 64, 128]

@@ -18,7 +18,7 @@ from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.errors import ModelError
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.extraction import find_directions
-from ray_abliterate.pipeline.import_heretic import import_heretic
+from ray_abliterate.pipeline.heretic.import_study import import_study
 from ray_abliterate.pipeline.initial_points import try_layers
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.prompt_sets import PromptSets
@@ -28,6 +28,8 @@ from ray_abliterate.recipe import Recipe, RefusalLogOdds
 from ray_abliterate.search.frontier import Frontier, Trial
 from tests.conftest import RECIPE
 from tests.support.run_contexts import run_context
+
+pytestmark = pytest.mark.ray
 
 COMMAND = [sys.executable, "-m", "ray_abliterate"]
 
@@ -56,7 +58,7 @@ def test_a_run_finds_the_planted_direction_and_an_edit_that_removes_the_behaviou
     assert (tmp_path / "run" / "trials.jsonl").read_bytes() == before
     # other weights under the same name are refused
     facts = directory.read_environment()["model"]
-    directory.note(model={**facts, "fingerprint": "other"})
+    directory.record_facts(model={**facts, "fingerprint": "other"})
     with pytest.raises(ModelError, match="not the ones the run began with"):
         run(recipe, directory, tmp_path)
 
@@ -178,7 +180,7 @@ def test_the_plans_of_a_study_of_heretics_are_tried_in_parallel(
     """`recipe_file` left the prompts that the study names."""
     monkeypatch.chdir(tmp_path)
     journal = Path(__file__).parents[1] / "support" / "heretic" / "heretic-1.4.jsonl"
-    made = import_heretic(journal, tmp_path / "run", SilentProgress(), str(planted))
+    made = import_study(journal, tmp_path / "run", SilentProgress(), str(planted))
     wanted = len(made.trials) + 2
     done = started(tmp_path, "resume", "run", "--trials", str(wanted))
     output = done.communicate(timeout=200)[0]

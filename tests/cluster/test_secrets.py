@@ -14,7 +14,9 @@ import pytest
 from ray_abliterate.cluster.secrets import Secrets, drivers_secrets
 from ray_abliterate.pipeline.directory import RunDirectory
 from tests.cluster.conftest import NODE_SECRETS
-from tests.cluster.head import (
+from tests.cluster.test_jobs import LISTINGS
+from tests.conftest import RECIPE
+from tests.support.ray_head import (
     ROOT,
     TOKEN,
     Head,
@@ -26,8 +28,8 @@ from tests.cluster.head import (
     refusal,
     wait_for_trials,
 )
-from tests.cluster.test_jobs import LISTINGS
-from tests.conftest import RECIPE
+
+pytestmark = pytest.mark.ray
 
 OURS = {
     "HF_TOKEN": "hf_DriversHubToken0123456789abcdefgh",

@@ -6,31 +6,30 @@ from typing import Any
 
 import optuna
 import pytest
-import ray
 from optuna.trial import TrialState
 
-from ray_abliterate.cluster.tune_search import Search
+from ray_abliterate.cluster.tune_search import TuneSearch
 from ray_abliterate.errors import SearchError
 from ray_abliterate.recipe import SearchSettings
-from ray_abliterate.search import study as journal
-from ray_abliterate.search.dominance import Bar
-from ray_abliterate.search.frontier import Frontier, Trial
-from tests.cluster.hosts import GOALS, SPACE, JitteryHost, StoppableHost, pool_of
+from ray_abliterate.search.dominance import ThresholdSet
+from ray_abliterate.search.frontier import SCORES, SECONDS, Frontier, Trial
+from ray_abliterate.search.study import make_sampler, open_storage, open_study, optuna_distributions
+from tests.support.stand_in_replicas import GOALS, SPACE, JitteryReplica, StoppableReplica, pool_of
+
+pytestmark = pytest.mark.ray
 
 
 def search(path: Path, trials: int, pool: Any, seeds: Any = (), **settings: object) -> list[Trial]:
     ended: list[Trial] = []
     chosen = SearchSettings.model_validate({"trials": trials, "startup_trials": 4, **settings})
-    Search(path / "study.journal", SPACE, chosen, GOALS).run(  # type: ignore[arg-type]
-        pool, ray.put(None), seeds, lambda trial, answers: ended.append(trial), path / "tune"
+    TuneSearch(path / "study.journal", SPACE, chosen, GOALS).run(  # type: ignore[arg-type]
+        pool, pool.put(None), seeds, lambda trial, answers: ended.append(trial), path / "tune"
     )
     return ended
 
 
 def study_in(path: Path) -> Any:
-    return journal.open_study(
-        journal.open_storage(path / "study.journal"), ["minimize", "minimize"]
-    )
+    return open_study(open_storage(path / "study.journal"), ["minimize", "minimize"])
 
 
 def points(path: Path) -> list[tuple[tuple[str, Any], ...]]:
@@ -41,7 +40,7 @@ def test_a_study_ends_at_its_number_of_trials_and_resumes_without_repeating(
     tmp_path: Path,
 ) -> None:
     pool = pool_of(tmp_path, 2)
-    seeds = SPACE.seeds(5.0)
+    seeds = SPACE.initial_points(5.0)
     first = search(tmp_path, 5, pool, seeds)
     assert len(first) == 5
     assert first[0].plan == SPACE.plan(seeds[0]) or first[1].plan == SPACE.plan(seeds[0])
@@ -51,7 +50,7 @@ def test_a_study_ends_at_its_number_of_trials_and_resumes_without_repeating(
     found = points(tmp_path)
     assert len(found) == 9 == len(set(found))
     assert {t.state for t in study_in(tmp_path).get_trials()} == {TrialState.COMPLETE}
-    opened = Search(tmp_path / "study.journal", SPACE, SearchSettings(trials=9), GOALS)  # type: ignore[arg-type]
+    opened = TuneSearch(tmp_path / "study.journal", SPACE, SearchSettings(trials=9), GOALS)  # type: ignore[arg-type]
     assert sorted(t.number for t in opened.finished) == list(range(9))
     assert {t.number: t for t in opened.finished} == {t.number: t for t in [*first, *second]}
 
@@ -81,8 +80,8 @@ def test_as_many_plans_as_replicas_are_evaluated_at_once(tmp_path: Path) -> None
     stamps: list[float] = []
     pool = pool_of(tmp_path, 3, seconds=1.0)
     chosen = SearchSettings(trials=12)
-    Search(tmp_path / "study.journal", SPACE, chosen, GOALS).run(  # type: ignore[arg-type]
-        pool, ray.put(None), (), lambda *_: stamps.append(time.monotonic()), tmp_path / "tune"
+    TuneSearch(tmp_path / "study.journal", SPACE, chosen, GOALS).run(  # type: ignore[arg-type]
+        pool, pool.put(None), (), lambda *_: stamps.append(time.monotonic()), tmp_path / "tune"
     )
     assert stamps[-1] - stamps[0] < 9 * 1.0 / 3 + 2.5  # one at a time would take 11 s
 
@@ -94,7 +93,7 @@ def test_trials_left_running_by_a_killed_driver_are_told_failed_and_made_up_for(
     search(tmp_path, 3, pool)
     study = study_in(tmp_path)
     for _ in range(2):
-        study.ask(journal.distributions(SPACE))
+        study.ask(optuna_distributions(SPACE))
     search(tmp_path, 6, pool)
     states = [t.state for t in study_in(tmp_path).get_trials()]
     assert states.count(TrialState.RUNNING) == 0
@@ -102,8 +101,8 @@ def test_trials_left_running_by_a_killed_driver_are_told_failed_and_made_up_for(
     assert states.count(TrialState.COMPLETE) == 6
 
 
-def bars(path: Path) -> list[Any]:
-    return [json.loads(line) for line in (path / "bars.jsonl").read_text().splitlines()]
+def thresholds_in(path: Path) -> list[Any]:
+    return [json.loads(line) for line in (path / "thresholds.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -115,13 +114,13 @@ def test_the_dominance_stop_changes_no_frontier_for_the_same_plans(
     for stop in (True, False):
         folder = tmp_path / str(stop)
         folder.mkdir()
-        pool = pool_of(folder, slots, kind=StoppableHost)
+        pool = pool_of(folder, slots, kind=StoppableReplica)
         found[stop] = search(folder, 30, pool, startup_trials=30, dominance_stop=stop)
     plans = {stop: {t.number: t.plan for t in ended} for stop, ended in found.items()}
     assert len(plans[True]) == 30 and plans[True] == plans[False]
-    assert sum(trial.bounded for trial in found[True]) >= 3
-    assert not any(trial.bounded for trial in found[False])
-    assert bars(tmp_path / "False") == [None] * 30
+    assert sum(trial.pruned for trial in found[True]) >= 3
+    assert not any(trial.pruned for trial in found[False])
+    assert thresholds_in(tmp_path / "False") == [None] * 30
 
     def points(stop: bool) -> list[tuple[int, Any]]:
         members = Frontier.of(found[stop]).members
@@ -130,28 +129,28 @@ def test_the_dominance_stop_changes_no_frontier_for_the_same_plans(
     assert points(True) == points(False)
 
 
-def test_bounded_trials_count_and_stand_in_the_journal_as_what_they_are(tmp_path: Path) -> None:
-    ended = search(tmp_path, 20, pool_of(tmp_path, 2, kind=StoppableHost), startup_trials=20)
-    opened = Search(tmp_path / "study.journal", SPACE, SearchSettings(trials=20), GOALS)  # type: ignore[arg-type]
+def test_pruned_trials_count_and_stand_in_the_journal_as_what_they_are(tmp_path: Path) -> None:
+    ended = search(tmp_path, 20, pool_of(tmp_path, 2, kind=StoppableReplica), startup_trials=20)
+    opened = TuneSearch(tmp_path / "study.journal", SPACE, SearchSettings(trials=20), GOALS)  # type: ignore[arg-type]
     assert {t.number: t for t in opened.finished} == {t.number: t for t in ended}
-    bounded = {trial.number: trial for trial in ended if trial.bounded}
+    pruned = {trial.number: trial for trial in ended if trial.pruned}
     study = study_in(tmp_path)
-    assert len(ended) == 20 and bounded
+    assert len(ended) == 20 and pruned
     assert {t.state for t in study.get_trials()} == {TrialState.COMPLETE}
     marked = {t.number for t in study.get_trials() if t.user_attrs.get("bounded")}
-    assert marked == set(bounded)
-    for number, trial in bounded.items():
+    assert marked == set(pruned)
+    for number, trial in pruned.items():
         assert tuple(study.get_trials()[number].values) == trial.scorecard.losses  # type: ignore[union-attr]
-    assert not set(bounded) & {trial.number for trial in study.best_trials}
+    assert not set(pruned) & {trial.number for trial in study.best_trials}
 
 
-def test_a_resumed_search_begins_with_the_bar_of_its_finished_trials(tmp_path: Path) -> None:
-    first = search(tmp_path, 8, pool_of(tmp_path, 1, kind=StoppableHost), startup_trials=12)
-    (tmp_path / "bars.jsonl").unlink()
-    search(tmp_path, 12, pool_of(tmp_path, 1, kind=StoppableHost), startup_trials=12)
-    expected = sorted(Bar.of(first).marks)
+def test_a_resumed_search_begins_with_the_thresholds_of_its_finished_trials(tmp_path: Path) -> None:
+    first = search(tmp_path, 8, pool_of(tmp_path, 1, kind=StoppableReplica), startup_trials=12)
+    (tmp_path / "thresholds.jsonl").unlink()
+    search(tmp_path, 12, pool_of(tmp_path, 1, kind=StoppableReplica), startup_trials=12)
+    expected = sorted(ThresholdSet.of(first).losses)
     assert len(expected) > 1
-    assert sorted(tuple(mark) for mark in bars(tmp_path)[0]) == expected
+    assert sorted(tuple(losses) for losses in thresholds_in(tmp_path)[0]) == expected
 
 
 def test_batches_give_the_same_study_whatever_the_timing(tmp_path: Path) -> None:
@@ -159,8 +158,8 @@ def test_batches_give_the_same_study_whatever_the_timing(tmp_path: Path) -> None
     for attempt, replicas in enumerate((2, 3)):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        pool = pool_of(folder, replicas, kind=JitteryHost)
-        search(folder, 8, pool, SPACE.seeds(5.0), concurrency=4, batch_synchronous=True)
+        pool = pool_of(folder, replicas, kind=JitteryReplica)
+        search(folder, 8, pool, SPACE.initial_points(5.0), concurrency=4, batch_synchronous=True)
         trials = study_in(folder).get_trials()
         assert all(trial.state == TrialState.COMPLETE for trial in trials)
         found.append([(trial.number, trial.params, trial.values) for trial in trials])
@@ -174,10 +173,10 @@ def test_a_trial_that_waited_for_its_batch_when_the_driver_died_is_finished(
     search(tmp_path, 4, pool_of(tmp_path, 1))
     study = study_in(tmp_path)
     plan = study.get_trials()[-1]
-    asked = study.ask(journal.distributions(SPACE))
-    for name in (journal.SCORES, journal.SECONDS):
+    asked = study.ask(optuna_distributions(SPACE))
+    for name in (SCORES, SECONDS):
         asked.set_user_attr(name, plan.user_attrs[name])
-    opened = Search(tmp_path / "study.journal", SPACE, SearchSettings(trials=5), GOALS)  # type: ignore[arg-type]
+    opened = TuneSearch(tmp_path / "study.journal", SPACE, SearchSettings(trials=5), GOALS)  # type: ignore[arg-type]
     assert opened.reaped == 0
     assert [trial.number for trial in opened.finished] == list(range(5))
     assert study_in(tmp_path).get_trials()[-1].values == plan.values
@@ -215,7 +214,7 @@ def test_a_line_damaged_in_the_middle_of_the_journal_is_named_and_nothing_is_tou
     damaged = b"".join([*lines[:3], b"{torn\n", *lines[4:]])
     file.write_bytes(damaged)
     with pytest.raises(SearchError, match=f"line 4 of {len(lines)} is damaged"):
-        Search(file, SPACE, SearchSettings(trials=3), GOALS)  # type: ignore[arg-type]
+        TuneSearch(file, SPACE, SearchSettings(trials=3), GOALS)  # type: ignore[arg-type]
     assert file.read_bytes() == damaged
 
 
@@ -223,9 +222,9 @@ def test_plans_in_flight_are_all_different(tmp_path: Path) -> None:
     """Eight are asked for before any is told (constant liar)."""
     settings = SearchSettings(trials=100, startup_trials=10)
     study = optuna.create_study(
-        directions=["minimize", "minimize"], sampler=journal.sampler(settings, 0)
+        directions=["minimize", "minimize"], sampler=make_sampler(settings, 0)
     )
-    spaces = journal.distributions(SPACE)
+    spaces = optuna_distributions(SPACE)
     for _ in range(30):
         asked = study.ask(spaces)
         peak = asked.params["attn.peak"]
@@ -239,9 +238,9 @@ def test_a_resumed_sampler_draws_other_start_up_points() -> None:
 
     def first_point(known: int) -> dict[str, Any]:
         study = optuna.create_study(
-            directions=["minimize", "minimize"], sampler=journal.sampler(settings, known)
+            directions=["minimize", "minimize"], sampler=make_sampler(settings, known)
         )
-        return dict(study.ask(journal.distributions(SPACE)).params)
+        return dict(study.ask(optuna_distributions(SPACE)).params)
 
     assert first_point(0) == first_point(0)
     assert first_point(0) != first_point(5)

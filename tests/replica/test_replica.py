@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.directions.compute import compute
+from ray_abliterate.directions.compute import directions_from_residuals
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.directions.residuals.residual_set import join
 from ray_abliterate.directions.residuals.shard import ResidualShard
@@ -14,8 +14,9 @@ from ray_abliterate.errors import ScoreError
 from ray_abliterate.model.batch_size import Tuning
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe import Recipe
-from ray_abliterate.replica.replica import Replica, Setup
-from ray_abliterate.search.dominance import Bar
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
+from ray_abliterate.search.dominance import ThresholdSet
 from ray_abliterate.search.plan import Plan
 
 
@@ -26,11 +27,11 @@ def replica(recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: Prompt
 
 
 @pytest.fixture
-def setup(replica: Replica, recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> Setup:
+def setup(replica: Replica, recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> TrialSetup:
     shards = [
-        ResidualShard(replica.residuals(s.name, 0, s.prompts, ())) for s in (behaviour, neutral)
+        ResidualShard(replica.extract_residuals(s.name, 0, s.prompts, ())) for s in (behaviour, neutral)
     ]
-    return Setup(compute(*(join([shard]) for shard in shards), recipe.direction))
+    return TrialSetup(directions_from_residuals(*(join([shard]) for shard in shards), recipe.direction))
 
 
 def plans(replica: Replica) -> list[Plan]:
@@ -39,7 +40,7 @@ def plans(replica: Replica) -> list[Plan]:
 
 
 def test_the_base_model_has_no_divergence_and_the_edited_one_has(
-    replica: Replica, setup: Setup
+    replica: Replica, setup: TrialSetup
 ) -> None:
     base = replica.evaluate(Plan.nothing(), setup).scorecard
     edited = replica.evaluate(plans(replica)[0], setup).scorecard
@@ -49,7 +50,7 @@ def test_the_base_model_has_no_divergence_and_the_edited_one_has(
 
 
 def test_a_score_depends_on_the_plan_and_not_on_earlier_trials(
-    replica: Replica, setup: Setup
+    replica: Replica, setup: TrialSetup
 ) -> None:
     first, second, nothing = plans(replica)
     alone = replica.evaluate(first, setup).scorecard
@@ -59,7 +60,7 @@ def test_a_score_depends_on_the_plan_and_not_on_earlier_trials(
 
 
 def test_a_replica_made_anew_gives_the_same_scores(
-    replica: Replica, setup: Setup, recipe: Recipe, planted: Path,
+    replica: Replica, setup: TrialSetup, recipe: Recipe, planted: Path,
     behaviour: PromptSet, neutral: PromptSet,
 ) -> None:  # fmt: skip
     sets = {"keyword-rate": behaviour, "kl-divergence": neutral}
@@ -69,7 +70,7 @@ def test_a_replica_made_anew_gives_the_same_scores(
 
 
 def test_a_metric_that_does_not_see_an_edit_is_an_error_and_not_a_score(
-    replica: Replica, setup: Setup, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     constant = torch.randn(7, 30)
     monkeypatch.setattr(LanguageModel, "next_token_logits", lambda self, prompts: constant)
@@ -79,7 +80,7 @@ def test_a_metric_that_does_not_see_an_edit_is_an_error_and_not_a_score(
 
 
 def test_an_error_in_a_scorer_leaves_the_base_model(
-    replica: Replica, setup: Setup, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = replica.evaluate(Plan.nothing(), setup).scorecard
     with monkeypatch.context() as broken:
@@ -110,7 +111,7 @@ def test_residuals_are_a_record_batch_in_the_dtype_that_the_recipe_wants(
     for dtype in ("float32", "float16"):
         direction = recipe.direction.model_copy(update={"residual_dtype": dtype})
         replica = Replica(recipe.model_copy(update={"direction": direction}), str(planted), {})
-        shard = ResidualShard(replica.residuals("neutral", 3, neutral.prompts[3:5], ()))
+        shard = ResidualShard(replica.extract_residuals("neutral", 3, neutral.prompts[3:5], ()))
         assert (shard.name, shard.first, shard.prompts) == ("neutral", 3, 2)
         assert shard.layer(0).dtype == dtype
         direct = replica.model.residuals(neutral.prompts[3:5])
@@ -124,21 +125,21 @@ def test_a_batch_is_read_whole_whatever_the_replica_would_choose(
     replica: Replica, neutral: PromptSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    each = LanguageModel._each
+    each = LanguageModel._for_each_batch
 
     def counted(self: LanguageModel, key: str, rows: list, work: object, size: int, *rest) -> None:
         sizes.append(size)
         each(self, key, rows, work, size, *rest)
 
-    monkeypatch.setattr(LanguageModel, "_each", counted)
+    monkeypatch.setattr(LanguageModel, "_for_each_batch", counted)
     for chosen in (1, 7):
         replica.model.use(Tuning(chosen, chosen, 1, False))
-        replica.residuals("neutral", 0, neutral.prompts, (), Tuning(5, 5, 1, False))
+        replica.extract_residuals("neutral", 0, neutral.prompts, (), Tuning(5, 5, 1, False))
     assert sizes == [5, 5]
 
 
 def test_answers_are_kept_whole_when_the_recipe_asks_for_them(
-    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet, setup: Setup
+    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet, setup: TrialSetup
 ) -> None:
     run = recipe.run.model_copy(update={"record_responses": True})
     sets = {"keyword-rate": behaviour, "kl-divergence": neutral}
@@ -149,15 +150,15 @@ def test_answers_are_kept_whole_when_the_recipe_asks_for_them(
 
 
 def test_a_plan_that_moves_the_model_too_far_is_not_asked_for_answers(
-    replica: Replica, setup: Setup, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plans(replica)[0]
     whole = replica.evaluate(plan, setup).scorecard
     before = replica.describe().fingerprint
     with monkeypatch.context() as silent:
         silent.setattr(LanguageModel, "answer", lambda *_: 1 / 0)
-        bar = Bar(((0.0, whole["kl-divergence"].value / 2),))
-        card = replica.evaluate(plan, setup, bar).scorecard
+        thresholds = ThresholdSet(((0.0, whole["kl-divergence"].value / 2),))
+        card = replica.evaluate(plan, setup, thresholds).scorecard
     assert card["kl-divergence"] == whole["kl-divergence"]
     assert card["keyword-rate"].bound and card["keyword-rate"].value == 0.0
     assert not replica.cache.differs() and replica.describe().fingerprint == before
@@ -174,10 +175,10 @@ def early(recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSe
 
 
 def test_answers_are_given_up_once_too_many_show_the_behaviour(
-    early: Replica, setup: Setup
+    early: Replica, setup: TrialSetup
 ) -> None:
     """The base model declines all 7; with 2 in 7 reached before, the third is one too many."""
-    card = early.evaluate(Plan.nothing(), setup, Bar(((2 / 7, 0.0),))).scorecard
+    card = early.evaluate(Plan.nothing(), setup, ThresholdSet(((2 / 7, 0.0),))).scorecard
     score = card["keyword-rate"]
     assert score.bound and 3 / 7 <= score.value and score.high == 1.0
     assert card["kl-divergence"].value == 0.0 and not card["kl-divergence"].bound
@@ -185,46 +186,46 @@ def test_answers_are_given_up_once_too_many_show_the_behaviour(
     assert whole.value == 1.0 and not whole.bound
 
 
-def test_a_bar_that_does_not_beat_a_plan_changes_no_score(replica: Replica, setup: Setup) -> None:
+def test_a_bar_that_does_not_beat_a_plan_changes_no_score(replica: Replica, setup: TrialSetup) -> None:
     for plan in plans(replica):
         whole = replica.evaluate(plan, setup).scorecard
         rate, moved = whole.losses
-        bar = Bar(((rate, moved), (rate + 1, 0.0), (0.0, moved + 1)))
-        assert replica.evaluate(plan, setup, bar).scorecard == whole
+        thresholds = ThresholdSet(((rate, moved), (rate + 1, 0.0), (0.0, moved + 1)))
+        assert replica.evaluate(plan, setup, thresholds).scorecard == whole
 
 
 def test_a_metric_that_does_not_see_an_edit_is_refused_in_a_bounded_trial_too(
-    early: Replica, setup: Setup, monkeypatch: pytest.MonkeyPatch
+    early: Replica, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     constant = torch.randn(7, 30)
     monkeypatch.setattr(LanguageModel, "next_token_logits", lambda self, prompts: constant)
     weak = Plan.uniform(early.describe().shape, 2.3, "none", 0.01)
     with pytest.raises(ScoreError, match="exactly 0 although weights were edited"):
-        early.evaluate(weak, setup, Bar(((2 / 7, 0.0),)))
+        early.evaluate(weak, setup, ThresholdSet(((2 / 7, 0.0),)))
 
 
 def test_recorded_answers_are_whole_and_those_of_this_trial(
-    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet, setup: Setup
+    recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet, setup: TrialSetup
 ) -> None:
     run = recipe.run.model_copy(update={"record_responses": True})
     sets = {"keyword-rate": behaviour, "kl-divergence": neutral}
     recording = Replica(recipe.model_copy(update={"run": run}), str(planted), sets)
-    late = recording.evaluate(Plan.nothing(), setup, Bar(((2 / 7, 0.0),)))
+    late = recording.evaluate(Plan.nothing(), setup, ThresholdSet(((2 / 7, 0.0),)))
     assert len(late.answers) == 7 and late.scorecard["keyword-rate"].value == 1.0
-    early = recording.evaluate(plans(recording)[0], setup, Bar(((0.0, 1e-9),)))
-    assert early.scorecard.bounded and early.answers == ()
+    early = recording.evaluate(plans(recording)[0], setup, ThresholdSet(((0.0, 1e-9),)))
+    assert early.scorecard.pruned and early.answers == ()
 
 
-def test_another_setup_is_prepared_anew(replica: Replica, setup: Setup) -> None:
+def test_another_setup_is_prepared_anew(replica: Replica, setup: TrialSetup) -> None:
     plan = plans(replica)[0]
     there = replica.evaluate(plan, setup).scorecard
     vectors = setup.directions.vectors.roll(1, dims=1)
-    other = Setup(Directions(vectors, "other", {}))
+    other = TrialSetup(Directions(vectors, "other", {}))
     assert replica.evaluate(plan, other).scorecard != there
     assert replica.evaluate(plan, setup).scorecard == there
 
 
-def test_chat_shows_the_edit(replica: Replica, setup: Setup) -> None:
+def test_chat_shows_the_edit(replica: Replica, setup: TrialSetup) -> None:
     turns = [{"role": "user", "content": "explain the soup"}]
     assert replica.respond(turns, Plan.nothing(), setup, 4) == "sorry"
     assert replica.respond(turns, plans(replica)[0], setup, 4) == "sure"

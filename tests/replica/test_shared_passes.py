@@ -29,7 +29,7 @@ from ray_abliterate.search.dominance import ThresholdSet
 from ray_abliterate.search.plan import ModelShape, Plan
 from ray_abliterate.search.score import Score
 from ray_abliterate.testing.tiny import tiny_model
-from tests.support.finished_runs import FLAGGED, THINGS, InProcess
+from tests.support.finished_runs import FLAGGED, THINGS, InProcessPool
 from tests.support.run_contexts import run_context
 
 
@@ -119,7 +119,7 @@ def test_batches_that_do_not_fit_are_halved_and_nothing_is_lost(
     model = LanguageModel.load(str(planted), ModelSettings(name="planted"), batch_size=7)
     expected = model.answer(behaviour.prompts, 4)
     logits = model.next_token_logits(behaviour.prompts)
-    model._known.clear()
+    model._stored_batches.clear()
     assert model._engine is not None
     tried: list[int] = []
 
@@ -172,7 +172,7 @@ def test_more_trials_a_pass_than_fit_are_refused_before_the_search(
     many = recipe.search.model_copy(update={"trials_per_pass": 10**9})
     greedy = recipe.model_copy(update={"search": many})
     directory = RunDirectory.create(tmp_path / "run", greedy, "")
-    pool: Any = InProcess(Replica(recipe, str(planted_run.model), {}))
+    pool: Any = InProcessPool(Replica(recipe, str(planted_run.model), {}))
     baseline = planted_run.directory.baseline()
     with pytest.raises(ModelError, match=r"trials_per_pass = 1000000000 is more than the \d+"):
         search(run_context(directory, pool, greedy), None, baseline)
@@ -203,7 +203,7 @@ def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
     beside = LanguageModel(replica.model.module, replica.model.chat.tokenizer, quarter)
     assert (beside.free_bytes, replica.model.free_bytes) == (1 << 28, 1 << 30)
     directory = RunDirectory.create(tmp_path / "run", own, "")
-    pool: Any = InProcess(replica)
+    pool: Any = InProcessPool(replica)
     pool.layout = replace(pool.layout, replicas=2)
     both = PromptSets(PROMPTS, PROMPTS, sets)
     monkeypatch.setattr(ResidualShards, "extract", halt)
@@ -246,5 +246,5 @@ def test_half_precision_in_float32_sees_edits_and_restores_every_bit() -> None:
 def test_recipes_of_older_runs_have_no_tuning(tmp_path: Path, recipe: Recipe) -> None:
     directory = RunDirectory.create(tmp_path / "run", recipe, "")
     assert directory.tuning() is None
-    directory.note(tuning={"read_rows": 3, "answer_rows": 2, "state_every": 1, "drafts": False})
+    directory.record_facts(tuning={"read_rows": 3, "answer_rows": 2, "state_every": 1, "drafts": False})
     assert directory.tuning() == Tuning(3, 2, 1, False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ray_abliterate.cluster.object_store import Reference
 from ray_abliterate.cluster.placement import Layout
 from ray_abliterate.data.builtin.planted_model import build_planted_model
 from ray_abliterate.pipeline.directory import RunDirectory
@@ -71,58 +73,59 @@ class Finished:
 
 
 class InProcessStore:
-    """An object store whose references are the values."""
+    """An object store whose references hold the values."""
 
-    def put(self, value: Any) -> Any:
-        return value
+    def put(self, value: Any) -> Reference[Any]:
+        return Reference(value)
 
-    def fetch(self, reference: Any) -> Any:
-        return reference
+    def fetch(self, reference: Reference[Any]) -> Any:
+        return reference.handle
 
     def each(self, function: Any, references: Any, *args: Any) -> Any:
-        return [(key, function(value, *args)) for key, value in references.items()]
+        return [(key, function(value.handle, *args)) for key, value in references.items()]
 
 
-class InProcess:
+class InProcessPool:
     """Does what a replica pool does, with one replica in this process."""
 
     store = InProcessStore()
+    replicas = 1
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Any) -> None:
         self.replica = replica
         self.facts = replica.describe()
         self.layout = Layout(1, 0.0, 1.0, torch.get_num_threads())
 
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.replica, method)(*args)
-
-    replicas = 1
+    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        return getattr(self.replica, method.__name__)(*args)
 
     def map(
         self,
-        method: str,
+        method: Callable[..., Any],
         calls: Any,
         most_out: int | None = None,
         go_on: Any = lambda: True,
-    ) -> Any:
+    ) -> Iterator[Any]:
         for args in calls:
             if not go_on():
                 return
             yield self.call(method, *args)
 
-    def streams(self, method: str, count: int, arguments: Any, go_on: Any = lambda: True) -> Any:
+    def streams(
+        self, method: Callable[..., Any], count: int, arguments: Any, go_on: Any = lambda: True
+    ) -> Iterator[Any]:
         for number in range(count):
             for item in self.call(method, *arguments(number)):
                 yield number, item
 
-    def map_by_reference(self, method: str, calls: Any) -> Any:
-        return enumerate(list(self.map(method, calls)))
+    def map_by_reference(
+        self, method: Callable[..., Any], calls: Any
+    ) -> Iterator[tuple[int, Reference[Any]]]:
+        for number, result in enumerate(list(self.map(method, calls))):
+            yield number, Reference(result)
 
-    def put(self, setup: Any) -> Any:
-        return setup
-
-    def evaluate(self, plan: Plan, setup: Any) -> Any:
-        return self.replica.evaluate(plan, setup)
+    def put(self, value: Any) -> Reference[Any]:
+        return self.store.put(value)
 
 
 def finish(
@@ -153,15 +156,15 @@ def finish(
     recipe = Recipe.parse(text, "recipe.toml")
     directory, progress = RunDirectory.create(folder / "run", recipe, text), SilentProgress()
     sets = load_prompts(recipe, directory, base, progress)
-    pool: Any = InProcess(Replica(recipe, str(model), sets.scored))
+    pool: Any = InProcessPool(Replica(recipe, str(model), sets.scored))
     context = run_context(directory, pool, recipe, progress, base)
     record_environment(context)
     setup, shards = find_directions(context, sets)
-    baseline = measure_baseline(context, setup, setup, shards)
+    baseline = measure_baseline(context, setup, pool.put(setup), shards)
     plan = Plan.uniform(pool.facts.shape, float(baseline.best_layer), recipe.edit.norm)
-    evaluation = pool.evaluate(plan, setup)
+    evaluation = pool.replica.evaluate(plan, setup)
     trial = Trial(0, plan, evaluation.scorecard, evaluation.seconds)
-    directory.append(trial)
+    directory.append_trial(trial)
     return Finished(directory, trial, model)
 
 

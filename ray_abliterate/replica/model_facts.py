@@ -1,22 +1,17 @@
 """What a replica says of its model: shape, sizes, fingerprint, how it computes, what to know."""
 
-import hashlib
-
 import torch
-from torch import nn
 
 from ray_abliterate.ablation.weight_cache import WeightCache
+from ray_abliterate.model.fingerprint import weights_fingerprint
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.model.loading import where_weights_rest
-from ray_abliterate.model.quantization import bytes_of, described, held
+from ray_abliterate.model.quantization import bytes_of, describe_quantization
 from ray_abliterate.replica.messages import ModelFacts
 from ray_abliterate.search.plan import ModelShape
 
-SAMPLE = 256
-"""Values of each parameter that the fingerprint of a model looks at."""
 
-
-def facts_of(
+def describe_model(
     model: LanguageModel,
     cache: WeightCache,
     shape: ModelShape,
@@ -34,7 +29,7 @@ def facts_of(
         attention: The attention that the recipe asks for.
         extent: Tokens of the longest prompt, and of the longest answer.
     """
-    most, why = most_per_pass(model, cache, extent)
+    most, why = most_plans_per_pass(model, cache, extent)
     return ModelFacts(
         shape=shape,
         writers=writers,
@@ -43,11 +38,11 @@ def facts_of(
         cache_bytes=cache.bytes,
         dtype=str(model.module.dtype).removeprefix("torch."),
         device=_device_name(model.device),
-        quantization=described(model.module),
+        quantization=describe_quantization(model.module),
         offloaded=where_weights_rest(model.module),
         model_type=model.module.config.model_type,
         revision=getattr(model.module.config, "_commit_hash", None),
-        fingerprint=fingerprint(model.module),
+        fingerprint=weights_fingerprint(model.module),
         template=model.chat.fingerprint,
         computes=_computes(model, attention),
         most_per_pass=most,
@@ -56,31 +51,16 @@ def facts_of(
     )
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of every parameter's name and shape, and of values spread over it."""
-    digest = hashlib.sha256()
-    for name, values in module.state_dict().items():
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        for part in held(values):
-            if part.is_meta:
-                continue
-            # an odd step: one that divides the row would look at a single column
-            flat = part.detach().reshape(-1)
-            sample = flat[:: -(-flat.numel() // SAMPLE) | 1].contiguous().cpu()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def most_per_pass(
+def most_plans_per_pass(
     model: LanguageModel, cache: WeightCache, extent: tuple[int, int]
 ) -> tuple[int, str]:
     """Plans that can share a pass, and why not more."""
     if model.not_packable:
         return 1, f"the engine does not serve this model ({model.not_packable})"
-    if cache.experts:
-        return 1, f"{cache.experts} stacks experts, and is no linear layer"
+    if cache.stacked_experts:
+        return 1, f"{cache.stacked_experts} stacks experts, and is no linear layer"
     free = model.free_bytes
-    most = model.cost.rows(free, *extent, 1)
+    most = model.memory_cost.rows(free, *extent, 1)
     return max(most, 1), f"{free / 1e9:.1f} GB are free for their keys and values"
 
 
@@ -93,8 +73,8 @@ def _computes(model: LanguageModel, attention: str | None) -> str:
         attention or "attention by default",
         "plain path" if model.not_packable else "engine",
         "one length a batch" if not model.padded.pads_safely else "padded",
-        "linear layers in float32" if model.upcast is not None else "own dtype",
-        *filter(None, (described(model.module), away and f"weights rest in {away}")),
+        "linear layers in float32" if model.float32_linears is not None else "own dtype",
+        *filter(None, (describe_quantization(model.module), away and f"weights rest in {away}")),
     ]
     return ", ".join(choices)
 
@@ -106,14 +86,14 @@ def _notes(model: LanguageModel) -> list[str]:
         notes.append("padding changes this model's output: batches hold prompts of one length")
     if model.not_packable:
         notes.append(f"the plain path is used, not the engine: {model.not_packable}")
-    if model.upcast is not None:
+    if model.float32_linears is not None:
         notes.append("this CPU is faster in float32: linear layers compute in it, and round")
     if away := where_weights_rest(model.module):
         notes.append(
             f"the model does not fit: weights rest in {away} and are fetched for every pass, which "
             "is slow"
         )
-    if quantized := described(model.module):
+    if quantized := describe_quantization(model.module):
         notes.append(
             f"weights are quantized ({quantized}); exports are full-precision, and are scored "
             "again as such"
