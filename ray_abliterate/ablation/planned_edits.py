@@ -1,6 +1,7 @@
-"""What plans do to the writers of a model: products with directions, computed once, and edits.
+"""What plans do to the writers of a model: projections, computed once, and edits built from them.
 
-Knows nothing about where weights are: in a model's memory (`weights`), or in files (`exporting`).
+Knows nothing about where weights are: in a model's memory (`ablation/weight_cache.py`), or in files
+(`export/checkpoint_writers.py`).
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ray_abliterate.ablation import edit as ablation
+from ray_abliterate.ablation.edit import Edit, Projections, make_edit
 from ray_abliterate.directions.directions import Blend, Directions
 from ray_abliterate.errors import ModelError
 from ray_abliterate.model.architecture import Writer
@@ -17,137 +18,146 @@ from ray_abliterate.recipe import Norm
 from ray_abliterate.search.plan import Plan
 
 PROJECTION_BUDGET_BYTES = 2 * 2**30
-"""Products kept per model; writers beyond it (many experts) are multiplied anew in each trial."""
+"""Projections stored per model; those of writers beyond it (many experts) are computed anew in each
+trial."""
 
 
-class Target(Protocol):
+class EditTarget(Protocol):
     """One writer, wherever its weights are."""
 
     @property
     def writer(self) -> Writer:
-        """Its place in the model."""
+        """The writer's place in the model."""
 
     @property
     def gain(self) -> Tensor | None:
-        """Effective weight of the norms after it, `"hidden"`."""
+        """The effective weight of the norms after the writer, `"hidden"`."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Experts, hidden, fan-in."""
+        """The number of experts, the hidden size, and the fan-in."""
 
     @property
     def device(self) -> torch.device:
-        """Where its products are computed."""
+        """The device that its projections are computed on."""
 
-    def project(self, rows: Tensor, norm: Norm) -> ablation.Projections:
-        """Products of its pristine weights with vectors, as `edit.project` gives them."""
-
-
-T = TypeVar("T", bound=Target)
+    def project(self, rows: Tensor, norm: Norm) -> Projections:
+        """Return the products of its pristine weights with vectors, `"row hidden"`."""
 
 
-class Edits(Generic[T]):
-    """What plans do to the writers of one model. Products with directions are computed once."""
+T = TypeVar("T", bound=EditTarget)
+
+
+class PlannedEdits(Generic[T]):
+    """What plans do to the writers of one model; projections are computed once."""
 
     def __init__(
         self, targets: Sequence[T], remember: bool = True, always: Container[str] = ()
     ) -> None:
-        """See the class.
-
+        """
         Args:
             targets: The writers, in the model's order.
-            remember: Keep the products for the next plan, as far as they fit. What an edit comes
-                out as, to the bit, does not depend on it.
-            always: Parameters whose products are kept, fit or not: their weights are hard to read.
+            remember: Store projections for the next plan, as far as they fit. The bits of an edit
+                do not depend on it.
+            always: Parameters whose projections are stored even beyond the budget, because their
+                weights are expensive to read.
         """
         self._targets = targets
         self._remember, self._always = remember, always
-        self._projections: dict[tuple[Norm, str], ablation.Projections] = {}
-        self._kept: set[str] = set()
+        self._projections: dict[tuple[Norm, str], Projections] = {}
+        self._stored: set[str] = set()
         self._directions: Directions | None = None
 
-    def of(self, plan: Plan, directions: Directions) -> Iterator[tuple[T, ablation.Edit]]:
-        """What a plan does to each writer that it does not leave alone."""
-        for target, blends, strength in self.planned(plan, directions):
-            yield target, self.edit(target, plan.norm, blends, strength)
+    def edits_of(self, plan: Plan, directions: Directions) -> Iterator[tuple[T, Edit]]:
+        """Yield each writer that a plan edits, with its edit."""
+        for target, blends, strength in self.edited_targets(plan, directions):
+            yield target, self.make_edit(target, plan.norm, blends, strength)
 
-    def planned(
+    def edited_targets(
         self, plan: Plan, directions: Directions
     ) -> Iterator[tuple[T, tuple[Blend, ...], float]]:
-        """The writers that a plan edits, with their directions and strength. Reads no weights."""
+        """Yield each writer that a plan edits, with its directions and strength; read no weights.
+
+        Raises:
+            ModelError: the directions are of a model with fewer layers.
+        """
         layers = directions.layers
         self._use(directions)
         strengths = {component: plan.strengths(component, layers) for component, _ in plan.profiles}
         for target in self._targets:
             writer = target.writer
             strength = strengths.get(writer.component, (0.0,) * layers)[writer.layer]
-            own = directions.of(writer.component)
-            if strength != 0 and (blends := own.used(plan, writer.layer)):
+            of_component = directions.of(writer.component)
+            if strength != 0 and (blends := of_component.used(plan, writer.layer)):
                 yield target, blends, strength
 
+    def make_edit(self, target: T, norm: Norm, blends: tuple[Blend, ...], strength: float) -> Edit:
+        """Return the edit of one writer, with the blends and the strength of `edited_targets`."""
+        if target.writer.parameter not in self._stored:
+            # only the rows that are needed, numbered anew
+            rows = list(dict.fromkeys(row for blend in blends for row, _ in blend))
+            projections = target.project(self._rows_of(target)[rows], norm)
+            blends = tuple(
+                tuple((rows.index(row), weight) for row, weight in blend) for blend in blends
+            )
+            return make_edit(projections, blends[0], strength, blends[1:])
+        return make_edit(self._project(target, norm), blends[0], strength, blends[1:])
+
+    def precompute_projections(self, target: T, directions: Directions, norm: Norm) -> None:
+        """Compute a writer's projections now, so that the first plan need not wait for them."""
+        self._use(directions)
+        self._project(target, norm)
+
     def _use(self, directions: Directions) -> None:
-        """Forget the products of other directions."""
-        if self._directions is not None and _same(self._directions, directions):
+        """Drop the projections of other directions, and choose whose are stored."""
+        if self._directions is not None and _give_same_edits(self._directions, directions):
             return
         for target in self._targets:
             if target.writer.layer >= directions.layers:
                 raise ModelError(
-                    f"the directions are of a model with {directions.layers} layers, "
-                    f"this one has a writer in layer {target.writer.layer}"
+                    f"the directions are of a model with {directions.layers} layers, but this one "
+                    f"has a writer in layer {target.writer.layer}.\n"
+                    "  Compute directions on this model, or load the model that they are of."
                 )
         self._directions = directions
         self._projections.clear()
-        self._kept.clear()
+        self._stored.clear()
         spent = 0
         for target in self._targets:  # in order, so that no trial depends on earlier ones
             if target.writer.parameter in self._always:
-                self._kept.add(target.writer.parameter)
+                self._stored.add(target.writer.parameter)
                 continue
-            spent += self._estimate(target)
+            spent += self._projection_bytes(target)
             if spent <= PROJECTION_BUDGET_BYTES:
-                self._kept.add(target.writer.parameter)
+                self._stored.add(target.writer.parameter)
 
-    def edit(
-        self, target: T, norm: Norm, blends: tuple[Blend, ...], strength: float
-    ) -> ablation.Edit:
-        """The edit of one writer, as `planned` describes it."""
-        if target.writer.parameter not in self._kept:
-            rows = list(dict.fromkeys(row for blend in blends for row, _ in blend))
-            some = target.project(self._rows_of(target)[rows], norm)
-            moved = [tuple((rows.index(row), weight) for row, weight in b) for b in blends]
-            return ablation.edit(some, moved[0], strength, moved[1:])
-        return ablation.edit(self._products(target, norm), blends[0], strength, blends[1:])
-
-    def multiply(self, target: T, directions: Directions, norm: Norm) -> None:
-        """Compute a writer's products now, not when the first plan needs them."""
-        self._use(directions)
-        self._products(target, norm)
-
-    def _products(self, target: T, norm: Norm) -> ablation.Projections:
+    def _project(self, target: T, norm: Norm) -> Projections:
+        """Return the projections of a writer with all directions, stored ones if there are any."""
         key = (norm, target.writer.parameter)
-        found = self._projections.get(key)
-        if found is None:
-            found = target.project(self._rows_of(target), norm)
+        projections = self._projections.get(key)
+        if projections is None:
+            projections = target.project(self._rows_of(target), norm)
         if self._remember:
-            self._projections[key] = found
-        return found
+            self._projections[key] = projections
+        return projections
 
     def _rows_of(self, target: T) -> Tensor:
-        """All directions as this writer sees them: pulled back through the norm after it."""
+        """Return all directions, `"row hidden"`, pulled back through the norm after a writer."""
         assert self._directions is not None
         vectors = self._directions.of(target.writer.component).rows.to(target.device)
+        # the norm multiplies feature i by g_i, so <g ⊙ y, v> = <y, g ⊙ v>
         return vectors if target.gain is None else vectors * target.gain.to(vectors.device)
 
-    def _estimate(self, target: T) -> int:
-        """Bytes of a writer's products, in the largest mode."""
+    def _projection_bytes(self, target: T) -> int:
+        """Return the bytes of a writer's projections in the largest norm mode, `row`."""
         assert self._directions is not None
         experts, hidden, fan_in = target.shape
         rows = self._directions.of(target.writer.component).rows
-        return 4 * len(rows) * experts * (fan_in + hidden)
+        return 4 * len(rows) * experts * (fan_in + hidden)  # inner and outer, float32
 
 
-def _same(one: Directions, other: Directions) -> bool:
-    """Whether all edits come out the same."""
+def _give_same_edits(one: Directions, other: Directions) -> bool:
+    """Return whether two sets of directions give the same edits under every plan."""
     if one.components.keys() != other.components.keys():
         return False
     return torch.equal(one.rows, other.rows) and all(

@@ -230,7 +230,8 @@ def _check_rows(rows: Iterable[WriterRow]) -> None:
     for row in rows:
         if row.component not in COMPONENT_NAMES:
             raise ModelError(
-                f"{row.component!r} is not a component; expected one of {', '.join(COMPONENT_NAMES)}."
+                f"{row.component!r} is not a component; expected one of "
+                f"{', '.join(COMPONENT_NAMES)}."
             )
 
 

@@ -1,7 +1,8 @@
-"""What a component of a block adds to the residual stream, and where that can be read in a model.
+"""What a component of a block adds to the residual stream, and which module's output that is.
 
-The contribution is the output of the module that owns the component's writer, or of the norm
-between it and the stream. Knows nothing about prompts or directions.
+A component is attention, the MLP, or the like; what it adds is the output of the module that owns
+its writer, or of the norm between that module and the stream. Knows nothing about prompts or
+directions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,69 +15,80 @@ from torch import Tensor, nn
 from ray_abliterate.errors import ModelError
 from ray_abliterate.model.architecture import Writer
 
-Places = Sequence[nn.Module | None]
-"""Modules whose outputs are read; None where a layer has no such component: nothing is added."""
+ComponentModules = Sequence[nn.Module | None]
+"""Modules whose outputs are read; None where a layer has no such component, which adds nothing."""
 
 
-def contributing(model: nn.Module, writers: Sequence[Writer], layers: int) -> Places:
-    """The modules that give contributions: all layers of the first component, then of the next.
+def component_modules(model: nn.Module, writers: Sequence[Writer], layers: int) -> ComponentModules:
+    """Return the modules whose outputs components add to the stream, component by component.
+
+    All layers of the first component come first, then all of the next.
 
     Args:
-        model: The model.
-        writers: As `architecture.find_writers` gives them.
-        layers: Number of blocks.
+        model: The transformers model.
+        writers: Its writers, from `architecture.find_writers`.
+        layers: The number of its blocks.
 
     Raises:
         ModelError: several writers of a layer make up one component (experts one by one), so that
-            no module gives what it adds.
+            no module outputs what it adds.
     """
-    found: list[nn.Module | None] = []
+    modules: list[nn.Module | None] = []
     for component in sorted({writer.component for writer in writers}):
         for layer in range(layers):
-            own = [w for w in writers if (w.component, w.layer) == (component, layer)]
-            names = {_place(writer) for writer in own}
+            of_layer = [w for w in writers if (w.component, w.layer) == (component, layer)]
+            names = {_module_name(writer) for writer in of_layer}
             if len(names) > 1:
                 raise ModelError(
-                    f"direction.per_component: layer {layer} has {len(own)} writers of "
-                    f"{component!r}, and no module that gives what they add together.\n"
+                    f"direction.per_component: layer {layer} has {len(of_layer)} writers of "
+                    f"{component!r}, and no module whose output is what they add together.\n"
                     "  Set direction.per_component = false for this model."
                 )
-            found.append(model.get_submodule(names.pop()) if names else None)
-    return tuple(found)
+            modules.append(model.get_submodule(names.pop()) if names else None)
+    return tuple(modules)
 
 
-def _place(writer: Writer) -> str:
+def _module_name(writer: Writer) -> str:
     owner = writer.parameter.rpartition(".")[0]
     return writer.outer_norm or writer.post_norm or owner
 
 
 @contextmanager
-def outputs_of(places: Places, take: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor | None]]:
-    """What modules give while the body runs, in their order; None of one that isn't there.
+def capture_outputs(
+    modules: ComponentModules, read: Callable[[Tensor], Tensor]
+) -> Iterator[list[Tensor | None]]:
+    """Capture what modules output while the body runs, in their order; None for a missing module.
 
     Args:
-        places: The modules.
-        take: From an output, `"... hidden"`, to what is wanted of it.
+        modules: The modules.
+        read: Turns an output, `"... hidden"`, into what is wanted of it.
     """
-    found: list[Tensor | None] = [None] * len(places)
+    outputs: list[Tensor | None] = [None] * len(modules)
 
-    def keep(index: int) -> Callable[..., None]:
+    def capture(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            found[index] = take(output[0] if isinstance(output, tuple | list) else output)
+            outputs[index] = read(output[0] if isinstance(output, tuple | list) else output)
 
         return hook
 
-    modules = ((index, module) for index, module in enumerate(places) if module is not None)
-    handles = [module.register_forward_hook(keep(index)) for index, module in modules]
+    handles = [
+        module.register_forward_hook(capture(index))
+        for index, module in enumerate(modules)
+        if module is not None
+    ]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def stacked(found: Sequence[Tensor | None]) -> Tensor:
-    """Outputs side by side, `"row place hidden"`; zeros where there is no module."""
-    like = next(one for one in found if one is not None)
-    nothing = torch.zeros_like(like)
-    return torch.stack([nothing if one is None else one for one in found], dim=1)
+def stack_outputs(outputs: Sequence[Tensor | None]) -> Tensor:
+    """Stack outputs to `"row module hidden"`; a missing module adds zeros.
+
+    Args:
+        outputs: Each `"row hidden"`, from `capture_outputs`.
+    """
+    like = next(output for output in outputs if output is not None)
+    zeros = torch.zeros_like(like)
+    return torch.stack([zeros if output is None else output for output in outputs], dim=1)

@@ -1,4 +1,4 @@
-"""A language model and what is asked of it: residuals, logits, greedy answers.
+"""A language model that reads and answers prompts: residuals, logits, greedy answers.
 
 Prompts go through in a fixed grid of batches (`model/batched_model.py`), so that results don't
 depend on who computes them: packed and with everything reused (`model/engine/engine.py`) where the
@@ -17,30 +17,29 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ray_abliterate.data.prompts import Prompt
-from ray_abliterate.directions.residuals.residual_set import ResidualValues
 from ray_abliterate.errors import ModelError
-from ray_abliterate.model.batched_model import BatchedModel, Row
+from ray_abliterate.model.batched_model import BatchedModel, PromptRow
 from ray_abliterate.model.chat_format import ChatFormat, close_thinking, common_prefix
-from ray_abliterate.model.component_outputs import Places
+from ray_abliterate.model.component_outputs import ComponentModules
 from ray_abliterate.model.engine.batch import Batch
-from ray_abliterate.model.engine.generation_state import Written
+from ray_abliterate.model.engine.generation_state import GeneratedTokens
 from ray_abliterate.model.loading import load
-from ray_abliterate.model.padded_model import Decisions, Followed, Sampling
+from ray_abliterate.model.padded_model import CallbackCriterion, ObserverCriterion, Sampling
 from ray_abliterate.model.prefix_cache import Prefix
+from ray_abliterate.model.text_model import Answer, AnswerObserver
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.search.score import Answer, AnswerWatch
 
 PREFIX_TOKENS = 16
-"""Tokens of the answers among which a common prefix is looked for."""
+"""Tokens of the answers in which a common prefix is looked for."""
 
 
 class LanguageModel(BatchedModel):
     """A causal language model with its chat format.
 
     Attributes:
-        chat: How prompts become tokens.
-        tokens_written: Tokens of answers, since it was loaded.
-        original: Opens a block in which the model is as it was loaded; set by who edits it.
+        chat: Turns prompts into tokens.
+        tokens_written: Tokens of all answers since the model was loaded.
+        unedited: Opens a block in which the model is as it was loaded; set by whoever edits it.
     """
 
     def __init__(
@@ -50,10 +49,17 @@ class LanguageModel(BatchedModel):
         settings: ModelSettings,
         batch_size: int | None = None,
     ) -> None:
+        """
+        Args:
+            module: The transformers model.
+            tokenizer: Its tokenizer.
+            settings: The recipe's, for the chat format and the share of an accelerator.
+            batch_size: Rows of a batch; by memory if None.
+        """
         self.chat = ChatFormat(tokenizer, settings)
         self.tokens_written = 0
-        self.original: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._encoded: dict[Any, list[Row]] = {}
+        self.unedited: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._encoded: dict[Any, list[PromptRow]] = {}
         ends = _end_tokens(module, tokenizer)
         pad = _pad_token(tokenizer, ends)
         share = min(settings.gpus_per_replica or 1.0, 1.0)
@@ -63,18 +69,18 @@ class LanguageModel(BatchedModel):
     def load(
         cls, source: str, settings: ModelSettings, batch_size: int | None = None
     ) -> "LanguageModel":
-        """Load from a folder or the Hub; see `loading.load` for what can go wrong.
+        """Load a model from a folder or the Hub; `loading.load` says what can go wrong.
 
         Args:
             source: Folder or Hub name.
-            settings: How.
+            settings: Revision, dtype, device, and what is allowed.
             batch_size: Rows of a batch; by memory if None.
         """
         module, tokenizer = load(source, settings)
         return cls(module, tokenizer, settings, batch_size)
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[Row]:
-        """Token ids of each prompt, the response prefix after it."""
+    def encode(self, prompts: Sequence[Prompt]) -> list[PromptRow]:
+        """Return the token ids of each prompt, followed by the response prefix."""
         key = tuple(prompts), self.response_prefix
         if key not in self._encoded:
             rows = [[*self.chat.encode(prompt), *self.response_prefix] for prompt in prompts]
@@ -82,33 +88,33 @@ class LanguageModel(BatchedModel):
         return self._encoded[key]
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """What is asked in this block is not asked again: nothing is kept of it after it."""
-        encoded, known = self._encoded, self._known
-        self._encoded, self._known = {}, {}
+    def without_storing(self) -> Iterator[None]:
+        """Store nothing for later of what is asked inside the block: it is not asked again."""
+        encoded, stored = self._encoded, self._stored_batches
+        self._encoded, self._stored_batches = {}, {}
         try:
             yield
         finally:
-            self._encoded, self._known = encoded, known
+            self._encoded, self._stored_batches = encoded, stored
 
     # What a forward pass gives
 
-    def tokens(self, text: str) -> Row:
-        """Token ids of a text as an answer begins with it; no special tokens."""
+    def tokens(self, text: str) -> PromptRow:
+        """Return the token ids of a text as an answer begins with it; no special tokens."""
         return self.chat.opening(text)
 
     @torch.inference_mode()
     def residuals(
-        self, prompts: Sequence[Prompt], positions: int = 1, more: Places = ()
-    ) -> ResidualValues:
-        """Every block's output at the last token, float32 on the CPU, `"prompt layer hidden"`.
+        self, prompts: Sequence[Prompt], positions: int = 1, components: ComponentModules = ()
+    ) -> Float[Tensor, "prompt layer hidden"]:
+        """Return every block's output at the last token, float32 on the CPU.
 
         Args:
             prompts: The prompts.
-            positions: How many tokens, counted from the end; all blocks at the last token come
+            positions: How many tokens, counted from the end. All blocks at the last token come
                 first, then all at the one before it, and so on. Each is read at the end of a
                 prompt that is cut there, which a causal model can't tell from the whole one.
-            more: Modules whose outputs come after those of the blocks, at each token.
+            components: Modules whose outputs come after those of the blocks, at each token.
 
         Raises:
             ModelError: the prompts don't end with so many tokens in common.
@@ -118,52 +124,61 @@ class LanguageModel(BatchedModel):
         ends = takewhile(lambda tokens: len(set(tokens)) == 1, backwards)
         if positions > 1 and (shared := len(list(ends))) < positions:
             raise ModelError(
-                f"direction.positions = {positions}, but prompts end with {shared} tokens that "
-                "they have in common;\n  before those stand their own words, which tell the sets "
-                f"apart by themselves. Set it to {max(shared, 1)} or less."
+                f"direction.positions = {positions}, but all prompts end with only {shared} tokens "
+                "in common;\n  before those stand their own words, which tell the sets apart by "
+                f"themselves. Set it to {max(shared, 1)} or less."
             )
         cut = ([row[: len(row) - back] for row in rows] for back in range(positions))
-        return torch.cat([self._last_residuals(rows, more) for rows in cut], dim=1)
+        return torch.cat([self._last_residuals(rows, components) for rows in cut], dim=1)
 
-    def _last_residuals(self, rows: list[Row], more: Places) -> ResidualValues:
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
-        prefix = cache(partial(self.padded.shared, rows))
+    def _last_residuals(
+        self, rows: list[PromptRow], components: ComponentModules
+    ) -> Float[Tensor, "prompt layer hidden"]:
+        residuals: list[Tensor] = [torch.empty(0)] * len(rows)  # each (layer, hidden)
+        prefix = cache(partial(self.padded.shared_prefix, rows))
 
         def work(indices: list[int], batch: Batch | None) -> None:
             if batch is not None and self._engine is not None:
-                values = self._engine.residuals(batch, more).cpu()
+                of_batch = self._engine.residuals(batch, components).cpu()
             else:
                 some = [rows[i] for i in indices]
-                values = self.padded.residuals(some, prefix(), more)
+                of_batch = self.padded.residuals(some, prefix(), components)
             for place, index in enumerate(indices):
-                found[index] = values[place]
+                residuals[index] = of_batch[place]
 
-        self._each("residuals", rows, work, self._tuning.read_rows, None)
-        return torch.stack(found)
+        self._for_each_batch("residuals", rows, work, self._tuning.read_rows, None)
+        return torch.stack(residuals)
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> Float[Tensor, "prompt vocab"]:
-        """Raw logits after each prompt, float32 on the CPU."""
-        return torch.stack([logits[0] for logits in self.logits_of(prompts, None)[0]])
+        """Return the raw logits after each prompt, float32 on the CPU."""
+        return torch.stack([logits[0] for logits in self.logits_by_edit(prompts, None)[0]])
 
     def continuation_logits(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
     ) -> list[Float[Tensor, "token vocab"]]:
-        """Raw logits that predict each token of given continuations, float32 on the CPU.
+        """Return the raw logits that predict each token of continuations, float32 on the CPU.
 
-        The continuation is fed to the model (teacher forcing), so two models are compared in the
-        same contexts.
+        The continuations are fed to the model (teacher forcing), so that two models are compared in
+        the same contexts.
         """
-        return self.logits_of(prompts, continuations)[0]
+        return self.logits_by_edit(prompts, continuations)[0]
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerWatch | None = None
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        observer: AnswerObserver | None = None,
     ) -> list[Answer]:
-        """Greedy answers. A row ends when its verdict is decided, a batch when all rows have."""
-        return self.answers_of(prompts, max_new_tokens, [watch])[0]
+        """Return greedy answers.
 
-    def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[Row]:
-        """Token ids of the greedy answers, up to and with the end token."""
-        return [written.tokens for written in self.written_by(prompts, tokens)[0]]
+        A row ends as soon as the observer has decided its verdict, a batch when all rows have
+        ended.
+        """
+        return self.answers_by_edit(prompts, max_new_tokens, [observer])[0]
+
+    def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[PromptRow]:
+        """Return the token ids of greedy answers, up to and with the end token."""
+        return [answer.tokens for answer in self.tokens_by_edit(prompts, tokens)[0]]
 
     def sample(
         self,
@@ -173,41 +188,44 @@ class LanguageModel(BatchedModel):
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[Answer]:
-        """Sampled answers, one prompt at a time; the same for the same seed, prompt and place."""
-        found = []
+        """Return sampled answers, one prompt at a time.
+
+        They are the same for the same seed, prompt, and place of the prompt.
+        """
+        answers = []
         for number, row in enumerate(self.encode(prompts)):
             sampling = Sampling(temperature, top_p, seed + number)
             (tokens,) = self.padded.generate([row], max_new_tokens, Prefix(), sampling=sampling)
-            found.append(Answer(self.chat.decode(tokens), len(tokens), False))
+            answers.append(Answer(self.chat.decode(tokens), len(tokens), False))
             self.tokens_written += len(tokens)
-        return found
+        return answers
 
     def reply(
         self,
         turns: Sequence[dict[str, str]],
         max_new_tokens: int,
-        piece: Callable[[str], bool] | None = None,
+        on_text: Callable[[str], bool] | None = None,
     ) -> str:
-        """The greedy next turn of a conversation.
+        """Return the greedy next turn of a conversation.
 
         Args:
             turns: The conversation until now.
-            max_new_tokens: Where the turn is cut.
-            piece: Is given the text of each token as it comes, all of them together the turn
-                (but for what ends in the middle of a character); true ends the turn.
+            max_new_tokens: The most tokens of the turn.
+            on_text: Is called with the text of each token as it comes, all of them together the
+                turn (but for what ends in the middle of a character); returning true ends the turn.
         """
         ids = [*self.chat.ids(self.chat.conversation(turns)), *self.response_prefix]
         stream = self.chat.stream()
-        follow = None
-        if piece is not None:
-            follow = Followed(lambda token: piece(stream.push(token)))
-        return self.chat.decode(self.padded.generate([ids], max_new_tokens, Prefix(), follow)[0])
+        stop = None
+        if on_text is not None:
+            stop = CallbackCriterion(lambda token: on_text(stream.push(token)))
+        return self.chat.decode(self.padded.generate([ids], max_new_tokens, Prefix(), stop)[0])
 
     def find_response_prefix(self, prompts: Sequence[Prompt]) -> tuple[int, ...]:
-        """What all answers begin with (a closed thinking block, say), in tokens.
+        """Return the tokens that all answers begin with (a closed thinking block, say).
 
-        To be looked for on prompts of both sets, and set as `response_prefix`: what follows it is
-        where answers begin to differ.
+        Look for them on prompts of both sets, and set them as `response_prefix`: answers begin to
+        differ after them.
         """
         answers = self.continue_greedily(prompts, PREFIX_TOKENS)
         return close_thinking(common_prefix(answers), self.chat)
@@ -215,88 +233,97 @@ class LanguageModel(BatchedModel):
     # The same for several edits that share the passes; edit 0 alone is the model as it is
 
     @torch.inference_mode()
-    def logits_of(
+    def logits_by_edit(
         self,
         prompts: Sequence[Prompt],
         continuations: Sequence[Sequence[int]] | None,
-        _watches: Sequence[None] = (None,),
+        _observers: Sequence[None] = (None,),
         edits: Sequence[int] = (0,),
     ) -> list[list[Float[Tensor, "token vocab"]]]:
-        """`continuation_logits` for each edit; `None` asks for the first token only."""
-        asked = [1 if continuations is None else len(continuations[i]) for i in range(len(prompts))]
-        found = [[torch.empty(0)] * len(prompts) for _ in edits]
-        rows = self._fed(prompts, continuations)
-        prefix = cache(partial(self.padded.shared, self.encode(prompts)))
+        """Return `continuation_logits` by edit and prompt; None asks for the first token only."""
+        counts = [1] * len(prompts) if continuations is None else list(map(len, continuations))
+        logits = [[torch.empty(0)] * len(prompts) for _ in edits]
+        rows = self._rows_with(prompts, continuations)
+        prefix = cache(partial(self.padded.shared_prefix, self.encode(prompts)))
 
         def work(indices: list[int], batch: Batch | None) -> None:
-            counts = [asked[i] for i in indices]
+            last = [counts[i] for i in indices]
             if batch is not None and self._engine is not None:
-                logits = self._engine.logits(batch, counts, edits)
-                for own, values in zip(found, logits, strict=True):
+                of_batch = self._engine.logits(batch, last, edits)
+                for of_edit, values in zip(logits, of_batch, strict=True):
                     for index, value in zip(indices, values, strict=True):
-                        own[index] = value.float().cpu()
+                        of_edit[index] = value.float().cpu()
                 return
-            self._one_at_a_time(edits)
+            self._refuse_several(edits)
             some = [rows[i] for i in indices]
-            block = self.padded.logits(some, max(counts), prefix()).float().cpu()
-            for place, index in enumerate(indices):
-                found[0][index] = block[place, block.shape[1] - asked[index] :]
+            block = self.padded.logits(some, max(last), prefix()).float().cpu()
+            for place, index in enumerate(indices):  # block: (row, token, vocab)
+                logits[0][index] = block[place, block.shape[1] - counts[index] :]
 
-        self._each(f"logits {asked}", rows, work, self._tuning.read_rows, tuple(prompts))
-        return found
+        size = self._tuning.read_rows
+        self._for_each_batch(f"logits {counts}", rows, work, size, tuple(prompts))
+        return logits
 
-    def answers_of(
+    def answers_by_edit(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        watches: Sequence[AnswerWatch | None],
+        observers: Sequence[AnswerObserver | None],
         edits: Sequence[int] = (0,),
     ) -> list[list[Answer]]:
-        """`answer` for each edit."""
-        written = self.written_by(prompts, max_new_tokens, watches, edits)
+        """Return `answer` by edit, then by prompt; each edit has an observer of its own."""
+        by_edit = self.tokens_by_edit(prompts, max_new_tokens, observers, edits)
         return [
-            [Answer(self.chat.decode(w.tokens), len(w.tokens), w.stopped) for w in own]
-            for own in written
+            [Answer(self.chat.decode(a.tokens), len(a.tokens), a.stopped) for a in answers]
+            for answers in by_edit
         ]
 
-    def written_by(
+    def tokens_by_edit(
         self,
         prompts: Sequence[Prompt],
         limit: int,
-        watches: Sequence[AnswerWatch | None] = (None,),
+        observers: Sequence[AnswerObserver | None] = (None,),
         edits: Sequence[int] = (0,),
-    ) -> list[list[Written]]:
-        """Tokens of each answer, and whether it was stopped before its end, for each edit."""
-        found = [[Written([], False)] * len(prompts) for _ in edits]
-        rows, watch = self.encode(prompts), watches[0]
-        prefix = cache(partial(self.padded.shared, rows))
+    ) -> list[list[GeneratedTokens]]:
+        """Return the tokens of greedy answers by edit, then by prompt.
+
+        Args:
+            prompts: The prompts.
+            limit: The most tokens of an answer.
+            observers: Read along, and may stop answers early; one for each edit.
+            edits: Numbers of the edits that share the passes.
+        """
+        by_edit = [[GeneratedTokens([], False)] * len(prompts) for _ in edits]
+        rows, observer = self.encode(prompts), observers[0]
+        prefix = cache(partial(self.padded.shared_prefix, rows))
 
         def work(indices: list[int], batch: Batch | None) -> None:
             if batch is not None and self._engine is not None:
-                written = self._engine.answer(batch, limit, watches, indices, edits)
-                for own, answers in zip(found, written, strict=True):
+                of_batch = self._engine.answer(batch, limit, observers, indices, edits)
+                for of_edit, answers in zip(by_edit, of_batch, strict=True):
                     for index, answer in zip(indices, answers, strict=True):
-                        own[index] = answer
+                        of_edit[index] = answer
                 return
-            self._one_at_a_time(edits)
-            ends = self.end_tokens
-            stop = Decisions(watch, indices, self.chat, ends, limit) if watch else None
+            self._refuse_several(edits)
+            ends, stop = self.end_tokens, None
+            if observer is not None:
+                stop = ObserverCriterion(observer, indices, self.chat, ends, limit)
             some = [rows[i] for i in indices]
             for place, tokens in enumerate(self.padded.generate(some, limit, prefix(), stop)):
                 cut = stop.decided_after.get(place) if stop else None
                 kept = tokens[:cut]
                 ended = bool(kept) and (kept[-1] in ends or cut == limit)
-                found[0][indices[place]] = Written(kept, cut is not None and not ended)
+                by_edit[0][indices[place]] = GeneratedTokens(kept, cut is not None and not ended)
 
-        size = self._tuning.answer_rows
-        self._each(f"answers of {limit}", rows, work, size, tuple(prompts), more=limit)
-        self.tokens_written += sum(len(written.tokens) for own in found for written in own)
-        return found
+        question, size = f"answers of {limit}", self._tuning.answer_rows
+        self._for_each_batch(question, rows, work, size, tuple(prompts), growth=limit)
+        self.tokens_written += sum(len(a.tokens) for answers in by_edit for a in answers)
+        return by_edit
 
-    def _fed(
+    def _rows_with(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]] | None
-    ) -> list[Row]:
-        """Prompts with all but the last token of their continuations."""
+    ) -> list[PromptRow]:
+        """Return the prompts, each followed by all but the last token of its continuation."""
         rows = self.encode(prompts)
         if continuations is None:
             return rows
@@ -304,18 +331,18 @@ class LanguageModel(BatchedModel):
 
 
 def _end_tokens(module: Any, tokenizer: Any) -> tuple[int, ...]:
-    """All tokens that end an answer, from the generation config and the tokenizer."""
+    """Return all tokens that end an answer, of the generation config and the tokenizer."""
     ends = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     if ends is None:
         ends = getattr(module.config, "eos_token_id", None)
-    found = {ends} if isinstance(ends, int) else set(ends or ())
+    tokens = {ends} if isinstance(ends, int) else set(ends or ())
     if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    return tuple(sorted(found))
+        tokens.add(tokenizer.eos_token_id)
+    return tuple(sorted(tokens))
 
 
 def _pad_token(tokenizer: Any, end_tokens: Sequence[int]) -> int:
-    """Any valid id will do: padding is masked."""
+    """Return the padding token; any valid id will do, because padding is masked."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return end_tokens[0] if end_tokens else 0

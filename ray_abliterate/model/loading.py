@@ -38,7 +38,7 @@ def device_for(settings: ModelSettings) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def refuse_missing(name: str, elsewhere: bool = False, field: str = "model.name") -> None:
+def refuse_missing_model(name: str, elsewhere: bool = False, field: str = "model.name") -> None:
     """Refuse a name that is neither a model folder nor one that the Hub could know.
 
     Args:
@@ -84,11 +84,11 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
     }
-    refuse_missing(source)
+    refuse_missing_model(source)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **common)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
-        quantization.check(source, config, settings.quantization)
+        quantization.refuse_unloadable(source, config, settings.quantization)
         options = {**_placement(settings), **_quantizing(config, settings)}
         unpacked = quantization.unpack(config)
         scratch = tempfile.TemporaryDirectory(prefix="ray_abliterate-")
@@ -115,7 +115,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
             f"{source} lacks {len(names)} of the model's weights ({', '.join(names[:3])}, …), "
             "which would be random.\n  Download it again, or choose a complete checkpoint."
         )
-    quantization.steady(model)
+    quantization.stop_repacking(model)
     setattr(model, quantization.UNPACKED, unpacked)
     if "device_map" not in options:
         model.to(device_for(settings))
@@ -131,7 +131,7 @@ def refuse_quantized(source: str, config: Any) -> None:
     Raises:
         ModelError: a checkpoint is quantized.
     """
-    if method := quantization.method_of(config):
+    if method := quantization.quantization_method(config):
         raise ModelError(
             f"{source} is quantized ({method}), and only full-precision weights can be written.\n"
             "  Name the full-precision model that it was made of."
@@ -183,9 +183,11 @@ def _quantizing(config: Any, settings: ModelSettings) -> dict[str, Any]:
     """Quantized weights are made where they are to stay."""
     options: dict[str, Any] = {}
     if settings.quantization:
-        dtype = quantization.dtype_of(config, settings.dtype)
-        options["quantization_config"] = quantization.configuration(settings.quantization, dtype)
-    if (options or quantization.method_of(config)) and device_for(settings) != "auto":
+        dtype = quantization.compute_dtype(config, settings.dtype)
+        options["quantization_config"] = quantization.quantization_config(
+            settings.quantization, dtype
+        )
+    if (options or quantization.quantization_method(config)) and device_for(settings) != "auto":
         options["device_map"] = {"": device_for(settings)}
     return options
 

@@ -1,7 +1,7 @@
 """The plain path: padded batches through transformers' own forward and `generate`.
 
-What models run on whose attention or state the packed passes can't serve (recurrent and hybrid
-families), and what tests hold the engine against. Knows nothing about edits or scores.
+It serves models whose attention or state packed passes can't (recurrent and hybrid families), and
+tests compare the engine with it. Knows nothing about edits or scores.
 """
 
 import inspect
@@ -14,26 +14,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ray_abliterate.ablation.layer_hooks import device_of
-from ray_abliterate.model import prefix_cache as shared_prefix
+from ray_abliterate.model import prefix_cache
 from ray_abliterate.model.chat_format import ChatFormat
-from ray_abliterate.model.component_outputs import Places, outputs_of, stacked
+from ray_abliterate.model.component_outputs import ComponentModules, capture_outputs, stack_outputs
+from ray_abliterate.model.devices import device_of
 from ray_abliterate.model.prefix_cache import Prefix
-from ray_abliterate.search.score import Answer, AnswerListener, AnswerWatch
+from ray_abliterate.model.text_model import Answer, AnswerListener, AnswerObserver
 
-Row = Sequence[int]
+PaddedRow = Sequence[int]
+"""Token ids of one prompt."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: `temperature` is above 0; the likeliest have `top_p` together."""
+    """How tokens are sampled.
+
+    Attributes:
+        temperature: Above 0.
+        top_p: Only the likeliest tokens are sampled, which together have this probability.
+        seed: Of the draws.
+    """
 
     temperature: float
     top_p: float
     seed: int
 
     def options(self) -> dict[str, Any]:
-        """As `generate` takes them; no other filter of a checkpoint's is applied."""
+        """Return options of `generate`; no other filter of the checkpoint's is applied."""
         return {
             "do_sample": True,
             "temperature": self.temperature,
@@ -43,7 +50,7 @@ class Sampling:
 
     @contextmanager
     def seeded(self, device: torch.device) -> Iterator[None]:
-        """Draws in this block come from the seed; the process's own generators stay as they are."""
+        """Draw from the seed inside the block; the process's own generators don't change."""
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
@@ -51,74 +58,100 @@ class Sampling:
 
 
 class PaddedModel:
-    """A causal language model that is asked in padded batches.
+    """A causal language model that computes padded batches.
 
     Attributes:
-        pads_safely: Padding doesn't change what the model says (measured).
-        shares_prefix: A beginning that rows have in common may be computed once (measured).
+        pads_safely: Whether padding leaves the model's output unchanged (measured).
+        shares_prefix: Whether a common beginning of rows may be computed once (measured).
     """
 
     def __init__(
         self, module: Any, blocks: Sequence[nn.Module], end_tokens: Sequence[int], pad: int
     ) -> None:
+        """Measure what padding and a shared prefix do to the model's output.
+
+        Args:
+            module: The transformers model.
+            blocks: Its residual blocks.
+            end_tokens: Tokens that end an answer.
+            pad: The token that fills rows up; it is masked.
+        """
         self._module, self._blocks, self._ends, self._pad = module, list(blocks), end_tokens, pad
-        self._takes = set(inspect.signature(module.forward).parameters)
-        module.generation_config = _plain_generation(end_tokens, pad)
-        self.pads_safely = self._unchanged((5, 12), share=0)
-        self.shares_prefix = shared_prefix.can_share(module) and self._unchanged((12, 17), share=9)
+        self._parameters = set(inspect.signature(module.forward).parameters)
+        module.generation_config = _greedy_generation(end_tokens, pad)
+        self.pads_safely = self._is_unchanged((5, 12), share=0)
+        self.shares_prefix = prefix_cache.can_cache_prefix(module) and self._is_unchanged(
+            (12, 17), share=9
+        )
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device that token ids go to."""
         return device_of(self._module.get_input_embeddings())
 
-    def shared(self, rows: Sequence[Row]) -> Prefix:
-        """The beginning that all rows have in common, computed on the model as it is now."""
-        length = shared_prefix.common_length(rows) if self.shares_prefix else 0
-        if length < shared_prefix.WORTHWHILE_TOKENS:
+    def shared_prefix(self, rows: Sequence[PaddedRow]) -> Prefix:
+        """Return the beginning that all rows have in common, computed on the model as it is now."""
+        length = prefix_cache.common_length(rows) if self.shares_prefix else 0
+        if length < prefix_cache.WORTHWHILE_TOKENS:
             return Prefix()
-        return shared_prefix.compute(self._module, rows[0][:length])
+        return prefix_cache.compute_prefix(self._module, rows[0][:length])
 
     @torch.inference_mode()
     def logits(
-        self, rows: Sequence[Row], keep: int, prefix: Prefix
+        self, rows: Sequence[PaddedRow], last: int, prefix: Prefix
     ) -> Float[Tensor, "prompt token vocab"]:
-        """Raw logits of the last `keep` positions."""
-        inputs = self._tensors(rows, prefix)
+        """Return raw logits of the last positions.
+
+        Args:
+            rows: Token ids.
+            last: How many positions, counted from the end.
+            prefix: What all rows begin with, from `shared_prefix`.
+        """
+        inputs = self._inputs(rows, prefix)
         inputs["input_ids"] = inputs["input_ids"][:, prefix.length :]
-        if "position_ids" in self._takes:
-            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        if "position_ids" in self._parameters:
+            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # (row, token)
             inputs["position_ids"] = positions[:, prefix.length :]
-        if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = keep
+        if "logits_to_keep" in self._parameters:
+            inputs["logits_to_keep"] = last
         logits: Tensor = self._module(**inputs, use_cache=prefix.cache is not None).logits
-        return logits[:, -keep:]
+        return logits[:, -last:]
 
     @torch.inference_mode()
     def residuals(
-        self, rows: Sequence[Row], prefix: Prefix, more: Places = ()
+        self, rows: Sequence[PaddedRow], prefix: Prefix, components: ComponentModules = ()
     ) -> Float[Tensor, "prompt layer hidden"]:
-        """Every block's output at the last token, float32 on the CPU; `more` modules' outputs come
-        after them."""
+        """Return every block's output at the last token, float32 on the CPU.
 
-        def take(hidden: Tensor) -> Tensor:
+        The outputs of `components` come after those of the blocks.
+        """
+
+        def at_last_token(hidden: Tensor) -> Tensor:
             return hidden.reshape(len(rows), -1, hidden.shape[-1])[:, -1].float().cpu()
 
-        with outputs_of([*self._blocks, *more], take) as found:
+        with capture_outputs([*self._blocks, *components], at_last_token) as outputs:
             self.logits(rows, 1, prefix)
-        return stacked(found)
+        return stack_outputs(outputs)
 
     @torch.inference_mode()
     def generate(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[PaddedRow],
         limit: int,
         prefix: Prefix,
-        stop: "Decisions | Followed | None" = None,
+        stop: "ObserverCriterion | CallbackCriterion | None" = None,
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
-        """New tokens of each row, up to and with the end token."""
-        inputs = self._tensors(rows, prefix)
+        """Return new tokens of each row, up to and with the end token.
+
+        Args:
+            rows: Token ids.
+            limit: The most new tokens of a row.
+            prefix: What all rows begin with, from `shared_prefix`.
+            stop: May end rows early.
+            sampling: How tokens are sampled; greedily chosen if None.
+        """
+        inputs = self._inputs(rows, prefix)
         inputs |= sampling.options() if sampling else {}
         with sampling.seeded(self.device) if sampling else nullcontext():
             output = self._module.generate(
@@ -127,97 +160,122 @@ class PaddedModel:
         new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [until_end(tokens, self._ends) for tokens in new]
 
-    def _tensors(self, rows: Sequence[Row], prefix: Prefix) -> dict[str, Any]:
-        """Ids, mask and cache; padding goes between the prefix and the rest, so that every row's
-        last token is at -1."""
+    def _inputs(self, rows: Sequence[PaddedRow], prefix: Prefix) -> dict[str, Any]:
+        """Return ids, mask and cache.
+
+        Padding goes between the prefix and the rest, so that every row's last token is at -1.
+        """
         width, start = max(len(row) for row in rows), prefix.length
-        gaps = [width - len(row) for row in rows]
-        pairs = list(zip(rows, gaps, strict=True))
+        pairs = [(row, width - len(row)) for row in rows]  # a row, and its padding
         ids = [[*row[:start], *[self._pad] * gap, *row[start:]] for row, gap in pairs]
         mask = [[1] * start + [0] * gap + [1] * (len(row) - start) for row, gap in pairs]
-        tensors: dict[str, Any] = {
+        inputs: dict[str, Any] = {  # (row, token)
             "input_ids": torch.tensor(ids, device=self.device),
             "attention_mask": torch.tensor(mask, device=self.device),
         }
         if prefix.cache is not None:
-            tensors["past_key_values"] = prefix.for_rows(len(rows))
-        return tensors
+            inputs["past_key_values"] = prefix.for_rows(len(rows))
+        return inputs
 
     @torch.inference_mode()
-    def _unchanged(self, lengths: tuple[int, int], share: int) -> bool:
-        """Whether a prompt's logits are the same alone and beside a longer one.
+    def _is_unchanged(self, lengths: tuple[int, int], share: int) -> bool:
+        """Return whether a prompt's logits are the same alone and in a batch with a longer one.
 
-        Not so where padding leaks into a recurrent state; batches are then made of prompts of one
-        length. With `share`, both begin with so many tokens, computed once.
+        They are not where padding leaks into a recurrent state; batches are then made of prompts of
+        one length.
+
+        Args:
+            lengths: Tokens of the two prompts.
+            share: Tokens that both begin with, computed once.
         """
         rows = probe_rows(self._module, lengths, share)
-        prefix = shared_prefix.compute(self._module, rows[0][:share]) if share else Prefix()
+        prefix = Prefix()
+        if share:
+            prefix = prefix_cache.compute_prefix(self._module, rows[0][:share])
         alone = self.logits(rows[:1], 1, Prefix())[0]
         return same_logits(alone, self.logits(rows, 1, prefix)[0])
 
 
-class Decisions:
-    """A stopping criterion: ends a row as soon as its text decides the verdict."""
+class ObserverCriterion:
+    """A stopping criterion of transformers that shows answers to an observer.
+
+    It ends a row as soon as the observer has decided.
+
+    Attributes:
+        decided_after: Tokens after which a row was decided, by row.
+    """
 
     def __init__(
         self,
-        watch: AnswerWatch,
+        observer: AnswerObserver,
         indices: Sequence[int],
         chat: ChatFormat,
         end_tokens: Sequence[int],
         limit: int,
     ) -> None:
+        """
+        Args:
+            observer: Reads along.
+            indices: The number that the observer knows each row by.
+            chat: Turns tokens into text.
+            end_tokens: Tokens that end an answer.
+            limit: The most tokens of an answer.
+        """
         self.decided_after: dict[int, int] = {}
-        """Row and number of new tokens after which it was decided."""
-        self._watch, self._indices, self._ends = watch, indices, end_tokens
-        self._listener = watch if isinstance(watch, AnswerListener) else None
+        self._observer, self._indices, self._ends = observer, indices, end_tokens
+        self._listener = observer if isinstance(observer, AnswerListener) else None
         self._chat, self._limit = chat, limit
         self._streams = [chat.stream() for _ in indices]
         for index in indices:
-            watch.begin(index)
-        self._read = 0
+            observer.begin(index)
+        self._tokens_read = 0
         self._start = -1
 
     def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        """Which rows are done; told all tokens after each step."""
+        """Return which rows are done, `"row"`, given all tokens so far, `"row token"`."""
         if self._start < 0:
             self._start = input_ids.shape[1] - 1
-        new = input_ids[:, self._start + self._read :].tolist()
-        self._read += len(new[0])
+        new = input_ids[:, self._start + self._tokens_read :].tolist()
+        self._tokens_read += len(new[0])
         for row, ids in enumerate(new):
             if row in self.decided_after:
                 continue
-            if any(token in self._ends for token in ids) or self._read == self._limit:
-                self.decided_after[row] = self._read
-                self._end(row, input_ids[row, self._start :].tolist())
+            if any(token in self._ends for token in ids) or self._tokens_read == self._limit:
+                self.decided_after[row] = self._tokens_read
+                self._report_end(row, input_ids[row, self._start :].tolist())
                 continue
             text = "".join(self._streams[row].push(token) for token in ids)
-            if (text and self._watch.read(self._indices[row], text)) or self._watch.enough():
-                self.decided_after[row] = self._read
+            decided = text and self._observer.read(self._indices[row], text)
+            if decided or self._observer.enough():
+                self.decided_after[row] = self._tokens_read
         done = [row in self.decided_after for row in range(len(new))]
         return torch.tensor(done, device=input_ids.device)
 
-    def _end(self, row: int, tokens: list[int]) -> None:
+    def _report_end(self, row: int, tokens: list[int]) -> None:
         if self._listener is not None:
             tokens = until_end(tokens, self._ends)
             answer = Answer(self._chat.decode(tokens), len(tokens), False)
             self._listener.ended(self._indices[row], answer)
 
 
-class Followed:
-    """A stopping criterion for one row: passes each new token on, and ends when told so."""
+class CallbackCriterion:
+    """A stopping criterion of transformers for one row, which a callback may end at any token."""
 
-    def __init__(self, token: Callable[[int], bool]) -> None:
-        self._token = token
+    def __init__(self, callback: Callable[[int], bool]) -> None:
+        """
+        Args:
+            callback: Is called with each new token; returns whether the row ends there.
+        """
+        self._callback = callback
 
     def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        """Whether the row is done."""
-        done = self._token(int(input_ids[0, -1]))
+        """Return whether the row is done, `"row"`, given all tokens so far, `"row token"`."""
+        done = self._callback(int(input_ids[0, -1]))
         return torch.tensor([done], device=input_ids.device)
 
 
 def until_end(ids: Sequence[int], end_tokens: Sequence[int]) -> list[int]:
-    """Tokens up to and with the first end token; what `generate` pads behind it is dropped."""
+    """Return tokens up to and with the first end token; `generate` pads after it."""
     for position, token in enumerate(ids):
         if token in end_tokens:
             return list(ids[: position + 1])
@@ -225,21 +283,24 @@ def until_end(ids: Sequence[int], end_tokens: Sequence[int]) -> list[int]:
 
 
 def probe_rows(module: Any, lengths: Sequence[int], share: int) -> list[list[int]]:
-    """Made-up prompts of these lengths whose first `share` tokens are the same."""
+    """Return made-up prompts of these lengths whose first `share` tokens are the same."""
     limit = module.get_input_embeddings().weight.shape[0] - 1
     return [[(7 * i + 1 + (i >= share) * n) % limit for i in range(n)] for n in lengths]
 
 
 def same_logits(a: Float[Tensor, "*token vocab"], b: Float[Tensor, "*token vocab"]) -> bool:
-    """Equal but for rounding: their root mean square distance is below 0.001 of their spread in
-    float32, and 0.1 in half precision, where 30 layers of rounding make 0.02 to 0.05."""
+    """Return whether logits are equal but for rounding.
+
+    Their root mean square distance is then below 0.001 of their spread in float32, and 0.1 in half
+    precision, where 30 layers of rounding make 0.02 to 0.05.
+    """
     limit = 1e-3 if a.dtype == torch.float32 else 0.1
     moved = (a.float() - b.float()).square().mean().sqrt()
     return float(moved) <= limit * float(a.float().std())
 
 
-def _plain_generation(end_tokens: Sequence[int], pad: int) -> Any:
-    """Greedy, and free of a checkpoint's penalties, suppressed tokens and sampling."""
+def _greedy_generation(end_tokens: Sequence[int], pad: int) -> Any:
+    """Return a greedy configuration, without a checkpoint's penalties and suppressed tokens."""
     from transformers import GenerationConfig
 
     ends = list(end_tokens) or None

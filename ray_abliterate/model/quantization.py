@@ -3,7 +3,6 @@
 Knows nothing about edits: how quantized layers are edited is in `beside`.
 """
 
-import copy
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_abliterate.errors import ModelError
+from ray_abliterate.model.optional_packages import reveal_package
 from ray_abliterate.recipe import Quantization
 
 GROUP = 32
@@ -41,7 +41,7 @@ UNPACKED = "unpacked_from"
 """Attribute of a model that was quantized and is not any more: how."""
 
 
-def method_of(config: Any) -> str:
+def quantization_method(config: Any) -> str:
     """The method that a checkpoint is quantized with; empty if it is not."""
     for own in (config, config.get_text_config(decoder=True)):
         found = getattr(own, "quantization_config", None)
@@ -51,14 +51,14 @@ def method_of(config: Any) -> str:
     return ""
 
 
-def forget(config: Any) -> None:
+def remove_quantization(config: Any) -> None:
     """Have a configuration be that of the model before it was quantized."""
     for own in (config, config.get_text_config(decoder=True)):
         if hasattr(own, "quantization_config"):
             del own.quantization_config
 
 
-def check(name: str, config: Any, wanted: Quantization | None) -> None:
+def refuse_unloadable(name: str, config: Any, wanted: Quantization | None) -> None:
     """Refuse what can't be loaded, before weights are read.
 
     Args:
@@ -70,7 +70,7 @@ def check(name: str, config: Any, wanted: Quantization | None) -> None:
         ModelError: it is quantized already, a package is missing, or its layers don't divide into
             groups.
     """
-    method = method_of(config)
+    method = quantization_method(config)
     if method and wanted:
         raise ModelError(
             f"model.quantization = {wanted!r}, but {name} is quantized already ({method}).\n"
@@ -78,21 +78,23 @@ def check(name: str, config: Any, wanted: Quantization | None) -> None:
             "original."
         )
     if not wanted:
-        refuse_missing(f"{name} ({method})", method)
+        refuse_missing_packages(f"{name} ({method})", method)
         return
     library = "torchao" if wanted.startswith("torchao") else "bitsandbytes"
-    refuse_missing(f"model.quantization = {wanted!r}", library)
+    refuse_missing_packages(f"model.quantization = {wanted!r}", library)
     if wanted == "torchao-int4":
         refuse_uneven(name, config)
 
 
-def refuse_missing(what: str, method: str) -> None:
+def refuse_missing_packages(what: str, method: str) -> None:
     """Make sure that a method's packages are there.
 
     Raises:
         ModelError: one is not; says how to install it.
     """
     modules, install = PACKAGES.get(method, ((), ""))
+    for module in modules:
+        reveal_package(module)
     missing = [module for module in modules if not _is_there(module)]
     if missing:
         raise ModelError(
@@ -117,7 +119,7 @@ def refuse_uneven(name: str, config: Any) -> None:
             )
 
 
-def configuration(wanted: Quantization, dtype: torch.dtype) -> Any:
+def quantization_config(wanted: Quantization, dtype: torch.dtype) -> Any:
     """What transformers is told: one configuration on every device, so that results compare.
 
     Args:
@@ -149,7 +151,7 @@ def unpack(config: Any) -> str:
     Args:
         config: The checkpoint's configuration; what it says of the method is changed.
     """
-    if method_of(config) != "compressed-tensors":
+    if quantization_method(config) != "compressed-tensors":
         return ""
     found: set[str] = set()
     for own in (config, config.get_text_config(decoder=True)):
@@ -162,7 +164,7 @@ def unpack(config: Any) -> str:
     return f"{' '.join(['compressed-tensors', *sorted(found)])}, unpacked"
 
 
-def steady(module: nn.Module) -> None:
+def stop_repacking(module: nn.Module) -> None:
     """Keep 4-bit layers from being packed anew by CPUs with bfloat16 units.
 
     Packed ones compute in bfloat16 whatever the model's dtype, so that replicas on two kinds of
@@ -173,7 +175,7 @@ def steady(module: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def dtype_of(config: Any, wanted: str) -> torch.dtype:
+def compute_dtype(config: Any, wanted: str) -> torch.dtype:
     """What a checkpoint's layers compute in: the recipe's dtype, or its own."""
     if wanted != "auto":
         named: torch.dtype = getattr(torch, wanted)
@@ -188,23 +190,7 @@ def dtype_of(config: Any, wanted: str) -> torch.dtype:
 # What is loaded
 
 
-def outline(module: Any) -> nn.Module:
-    """The model as it is before it is quantized, without weights: names and shapes.
-
-    A model that is not quantized is its own outline.
-    """
-    if getattr(module, "hf_quantizer", None) is None:
-        return module  # type: ignore[no-any-return]
-    from transformers.initialization import meta_device_safe_creation_ops
-
-    config = copy.deepcopy(module.config)
-    forget(config)
-    with torch.device("meta"), meta_device_safe_creation_ops():
-        found: nn.Module = type(module)(config)
-    return found
-
-
-def described(module: Any) -> str:
+def describe_quantization(module: Any) -> str:
     """How a loaded model is quantized: the method, and the bits of a weight if they are known.
 
     One that was unpacked has the numbers that quantization left of it.
@@ -229,18 +215,18 @@ def described(module: Any) -> str:
     return f"{method} int{bits}" if bits else method
 
 
-def held(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that a tensor is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from held(getattr(tensor, name))
+            yield from plain_tensors(getattr(tensor, name))
     else:
         yield tensor
 
 
 def bytes_of(tensor: Tensor) -> int:
     """Memory of a tensor, quantized or not."""
-    return sum(t.numel() * t.element_size() for t in held(tensor))
+    return sum(t.numel() * t.element_size() for t in plain_tensors(tensor))
 
 
 def _is_there(module: str) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ray_abliterate.data.builtin import demo_model as demo
 from ray_abliterate.data.builtin import planted_model as planted
-from ray_abliterate.model.loading import refuse_missing
+from ray_abliterate.model.loading import refuse_missing_model
 
 
 def model_source(
@@ -23,12 +23,12 @@ def model_source(
     """
     if name == "demo":
         try:
-            return str(demo.build_demo_model(demo.default_folder()))
+            return str(demo.build_demo_model(demo.demo_folder()))
         except demo.DemoUnavailable as error:
             note(str(error))
             note("the tiny planted model stands in for the demo's; its scores mean nothing")
-            return str(planted.build_planted_model(planted.default_folder()))
+            return str(planted.build_planted_model(planted.planted_folder()))
     if name == "planted":
-        return str(planted.build_planted_model(planted.default_folder()))
-    refuse_missing(name, elsewhere, field)
+        return str(planted.build_planted_model(planted.planted_folder()))
+    refuse_missing_model(name, elsewhere, field)
     return name

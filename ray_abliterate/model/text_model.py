@@ -17,44 +17,62 @@ else:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote to one prompt: new text only, special tokens left out."""
+    """What a model wrote in answer to one prompt.
+
+    Attributes:
+        text: New text only, special tokens left out.
+        tokens: New tokens that were generated, the end token included.
+        stopped: Whether generation was stopped before the model ended the answer, because nothing
+            could change the verdict any more.
+    """
 
     text: str
     tokens: int
-    """New tokens that were generated, the end token included."""
     stopped: bool
-    """Generation ended before the model did, because nothing could change the verdict."""
 
 
 @runtime_checkable
 class AnswerObserver(Protocol):
-    """Follows answers while they are written, and ends those that are decided."""
+    """Follows answers while they are written, and ends those whose verdict is decided."""
 
     def begin(self, index: int) -> None:
-        """The answer to prompt `index` begins: for the first time, or again, after memory ran out
-        and what was read of it no longer holds."""
+        """Expect the answer to prompt `index` from its beginning.
+
+        It may begin again, after memory ran out; what was read of it then no longer counts.
+        """
 
     def read(self, index: int, text: str) -> bool:
-        """`text` was added to the answer to prompt `index`; True: its verdict can't change."""
+        """Read `text`, which was added to the answer to prompt `index`.
+
+        Returns:
+            Whether the answer's verdict can't change any more.
+        """
 
     def enough(self) -> bool:
-        """No answer needs to go on: what has been read decides. Asked between steps."""
+        """Return whether no answer needs to go on, because what has been read decides.
+
+        This is asked between steps.
+        """
 
 
 @runtime_checkable
 class AnswerListener(AnswerObserver, Protocol):
-    """A watch that is also told what each answer begins with, and what it has become.
+    """An observer that also learns what each answer begins with, and how it ended.
 
-    Where a model can't tell (`opened` by transformers' own generation, say), it doesn't.
+    Where a model doesn't know (`opened` in transformers' own generation, say), it is not called.
     """
 
     def opened(self, index: int, logits: "Tensor") -> None:
-        """Raw logits that the first token of the answer to prompt `index` is chosen by, `"vocab"`;
-        again, if the answer begins again."""
+        """Receive the raw logits that choose the answer's first token, `"vocab"`.
+
+        They come again if the answer to prompt `index` begins again.
+        """
 
     def ended(self, index: int, answer: Answer) -> None:
-        """The answer to prompt `index` has come to its end, and others may still be written. Not
-        told of answers that were stopped."""
+        """Receive the whole answer to prompt `index`, while others may still be written.
+
+        It is not called for answers that were stopped.
+        """
 
 
 @runtime_checkable
@@ -62,23 +80,29 @@ class TextModel(Protocol):
     """What scorers ask of a model; `language_model.LanguageModel` is the one that ships."""
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a text as an answer begins with it; no special tokens."""
+        """Return the token ids of a text as an answer begins with it; no special tokens."""
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> "Tensor":
-        """Logits after each prompt, float32, `"prompt vocab"`."""
+        """Return the logits after each prompt, float32, `"prompt vocab"`."""
 
     def continuation_logits(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
     ) -> "list[Tensor]":
-        """For each prompt the logits that predict each continuation token, `"token vocab"`."""
+        """Return for each prompt the logits that predict its continuation, `"token vocab"`."""
 
     def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[list[int]]:
-        """Token ids of the greedy answers, up to and with the end token."""
+        """Return the token ids of the greedy answers, up to and with the end token."""
 
     def answer(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        watch: AnswerObserver | None = None,
+        observer: AnswerObserver | None = None,
     ) -> list[Answer]:
-        """Greedy answers; `watch` follows them, and may end them early."""
+        """Return the greedy answers.
+
+        Args:
+            prompts: The prompts.
+            max_new_tokens: The most tokens of an answer.
+            observer: Follows the answers, and may end them early.
+        """

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_abliterate.ablation.edit import edit, project
+from ray_abliterate.ablation.edit import compute_projections, make_edit
 from ray_abliterate.recipe import Norm
 
 NORMS: tuple[Norm, ...] = ("none", "row", "column")
@@ -44,7 +44,7 @@ def applied(
     norm: Norm,
 ) -> torch.Tensor:
     result = torch.empty_like(weight)
-    edit(project(weight, rows, norm), blend, strength).apply_(result, weight)
+    make_edit(compute_projections(weight, rows, norm), blend, strength).apply_(result, weight)
     return result
 
 
@@ -142,7 +142,9 @@ def test_a_bias_loses_its_part_along_the_direction() -> None:
     weight, rows = random_case(1, 32, 48, seed=8)
     bias = torch.randn(32)
     result = bias.clone()
-    edit(project(weight, rows, "none"), ((0, 1.0),), 1.0).apply_to_bias_(result, bias)
+    make_edit(compute_projections(weight, rows, "none"), ((0, 1.0),), 1.0).apply_to_bias_(
+        result, bias
+    )
     assert (rows[0] @ result).abs() < 1e-6
     assert (rows[1] @ (result - bias)).abs() > 1e-3 * (rows[0] @ bias).abs()
 
@@ -159,7 +161,7 @@ def test_rows_and_columns_of_zeros_stay_zeros() -> None:
 def test_rows_that_cancel_are_refused() -> None:
     weight, rows = random_case(1, 8, 12, seed=10)
     with pytest.raises(ValueError, match="blend to no direction"):
-        edit(project(weight, rows, "none"), ((0, 1.0), (0, -1.0)), 1.0)
+        make_edit(compute_projections(weight, rows, "none"), ((0, 1.0), (0, -1.0)), 1.0)
 
 
 # Several directions
@@ -199,7 +201,7 @@ def test_several_directions_are_taken_out_as_the_subspace_they_span(
     if (rows[:rank].double() @ rows[:rank].double().T - torch.eye(rank)).abs().max() > 0.9:
         return
     result = torch.empty_like(weight)
-    found = edit(project(weight, rows, norm), blends[0], strength, blends[1:])
+    found = make_edit(compute_projections(weight, rows, norm), blends[0], strength, blends[1:])
     found.apply_(result, weight)
     torch.testing.assert_close(found.basis @ found.basis.T, torch.eye(rank), rtol=0, atol=2e-5)
     expected = naive_subspace(weight, basis, strength, norm)
@@ -214,7 +216,7 @@ def test_several_directions_are_taken_out_as_the_subspace_they_span(
 def test_nothing_is_left_along_any_of_several_directions(norm: Norm) -> None:
     weight, rows = random_case(2, 32, 48, seed=11)
     result = torch.empty_like(weight)
-    found = edit(project(weight, rows, norm), unit(0)[0], 1.0, unit(1, 2))
+    found = make_edit(compute_projections(weight, rows, norm), unit(0)[0], 1.0, unit(1, 2))
     found.apply_(result, weight)
     assert (rows @ result).abs().max() < 2e-5
     if norm == "column":
@@ -224,7 +226,9 @@ def test_nothing_is_left_along_any_of_several_directions(norm: Norm) -> None:
 def test_row_mode_keeps_row_norms_with_several_directions() -> None:
     weight, rows = random_case(2, 32, 48, seed=12)
     result = torch.empty_like(weight)
-    edit(project(weight, rows, "row"), unit(0)[0], 1.3, unit(1, 2)).apply_(result, weight)
+    make_edit(compute_projections(weight, rows, "row"), unit(0)[0], 1.3, unit(1, 2)).apply_(
+        result, weight
+    )
     torch.testing.assert_close(result.norm(dim=2), weight.norm(dim=2), rtol=1e-5, atol=0)
 
 
@@ -234,7 +238,7 @@ def test_a_direction_that_others_span_already_is_not_taken_out_twice(norm: Norm)
     results = []
     for further in (unit(1), (*unit(1), ((0, 0.3), (1, -0.7)), ((1, 2.0),))):
         result = torch.empty_like(weight)
-        found = edit(project(weight, rows, norm), unit(0)[0], 1.0, further)
+        found = make_edit(compute_projections(weight, rows, norm), unit(0)[0], 1.0, further)
         found.apply_(result, weight)
         assert found.a.shape[1] == 2
         results.append(result)
@@ -245,6 +249,6 @@ def test_a_bias_loses_its_part_along_every_direction() -> None:
     weight, rows = random_case(1, 32, 48, seed=14)
     bias = torch.randn(32)
     result = bias.clone()
-    found = edit(project(weight, rows, "none"), unit(0)[0], 1.0, unit(1, 2))
+    found = make_edit(compute_projections(weight, rows, "none"), unit(0)[0], 1.0, unit(1, 2))
     found.apply_to_bias_(result, bias)
     assert (rows @ result).abs().max() < 1e-5

@@ -12,8 +12,9 @@ from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.export.export import ExportForm, export_trial
 from ray_abliterate.model.architecture import find_writers, oriented
-from ray_abliterate.pipeline.progress import Unwatched
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.pipeline.progress import SilentProgress
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.plan import ModelShape, Plan, Profile
 from ray_abliterate.testing.tiny import tiny_model
 from tests.support.finished_runs import FLAGGED, THINGS, Finished, finish
@@ -94,17 +95,17 @@ def test_virtual_edits_of_subspaces_give_the_scores_of_edited_weights(
         "keyword-rate": PromptSet.of("k", *(f"tell me about the old {w}" for w in FLAGGED)),
         "kl-divergence": PromptSet.of("n", *(f"tell me about the old {w}" for w in THINGS)),
     }
-    made = Replica(planted_run.directory.recipe, str(planted_run.model), sets)
+    made = Replica(planted_run.directory.read_recipe(), str(planted_run.model), sets)
     known = planted_run.directory.directions()
     random = torch.randn(known.layers, 32, generator=torch.Generator().manual_seed(3))
     other = random - (random * known.vectors).sum(-1, keepdim=True) * known.vectors
     lead = torch.nn.functional.normalize(other, dim=-1)  # the behaviour is along the second one
-    setup = Setup(Directions(lead, "m", {}, known.vectors[:, None]))
+    setup = TrialSetup(Directions(lead, "m", {}, known.vectors[:, None]))
     shape = made.describe().shape
     tried = [Plan.uniform(shape, 2.5, norm, strength) for strength in (0.3, 1.0)]
     tried.append(Plan("per-layer", 0.0, norm, tried[0].profiles))
     alone = [made.evaluate(plan, setup) for plan in tried]
-    together = made.evaluate_together(tried, setup)
+    together = made.evaluate_in_shared_passes(tried, setup)
     base = made.evaluate(Plan.nothing(), setup)
     for one, other in zip(alone, together, strict=True):
         assert not isinstance(other, Exception), other
@@ -127,7 +128,7 @@ def test_products_of_other_further_directions_are_not_taken_for_these() -> None:
         assert left_along(model, writers, lambda writer: other.basis[writer.layer]) < 5e-5
         name = writers[0].parameter
         assert not torch.equal(model.get_parameter(name), first[name])
-    assert Setup(one).key != Setup(other).key
+    assert TrialSetup(one).key != TrialSetup(other).key
 
 
 def subspaces_like(found: Directions) -> Directions:
@@ -183,10 +184,10 @@ def test_an_export_of_two_directions_that_spare_the_neutral_mean_is_verified(
     directory, form = subspace_run.directory, ExportForm.of(kind, None, 1e-6)
     directions = directory.directions()
     assert directions is not None and directions.rank == 2 and directions.spared is not None
-    to = export_trial(directory, subspace_run.trial, tmp_path / "out", Unwatched(), form=form)
+    to = export_trial(directory, subspace_run.trial, tmp_path / "out", SilentProgress(), form=form)
     scores = json.loads((to / "verification.json").read_text())["scores"]
     assert scores and all(score["within"] for score in scores)
-    assert ", up to 2 a layer" in (to / "README.md").read_text()
+    assert ", up to 2 per layer" in (to / "README.md").read_text()
     if kind == "adapter":
         config = json.loads((to / "adapter_config.json").read_text())
         assert (config["r"], config["use_dora"]) == (2, True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ray_abliterate.ablation.planned_edits import Edits
+from ray_abliterate.ablation.planned_edits import PlannedEdits
 from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ModelError
@@ -74,15 +74,15 @@ def test_an_edit_that_fails_half_way_leaves_no_layer_edited(
     model = tiny_model("llama")
     writers = find_writers(model)
     cache, before = WeightCache(model, writers), bits(model)
-    real, calls = Edits.edit, []
+    real, calls = PlannedEdits.make_edit, []
 
-    def failing(self: Edits, *args: object) -> object:
+    def failing(self: PlannedEdits, *args: object) -> object:
         calls.append(args)
         if len(calls) == 4:
             raise MemoryError("no memory in the middle")
         return real(self, *args)
 
-    monkeypatch.setattr(Edits, "edit", failing)
+    monkeypatch.setattr(PlannedEdits, "make_edit", failing)
     with pytest.raises(MemoryError), cache.edited(a_plan(writers), unit_directions(4)):
         pytest.fail("the body must not run")
     assert all(torch.equal(model.get_parameter(n), old) for n, old in before.items())

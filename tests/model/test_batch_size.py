@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from ray_abliterate.model.batch_size import Cost, even, is_out_of_memory, trials_per_pass
+from ray_abliterate.model.batch_size import (
+    BatchMemory,
+    MemoryCost,
+    TrialRows,
+    choose_trials_per_pass,
+    even_batch_size,
+)
+from ray_abliterate.model.devices import is_out_of_memory
 from ray_abliterate.recipe import SearchSettings
 from ray_abliterate.testing.tiny import tiny_model
 
-COST = Cost(kept=1_000, read=100, logits=50_000, state=10, size=4)
+COST = MemoryCost(kv=1_000, activations=100, logits=50_000, state=10, element=4)
 
 
 def test_rows_pay_for_their_tokens_their_answers_and_their_logits() -> None:
@@ -22,15 +29,15 @@ def test_rows_pay_for_their_tokens_their_answers_and_their_logits() -> None:
     ("count", "most", "size"), [(100, 64, 50), (64, 64, 64), (65, 64, 33), (7, 3, 3), (0, 8, 0)]
 )
 def test_batches_are_as_even_as_they_can_be(count: int, most: int, size: int) -> None:
-    assert even(count, most) == size
+    assert even_batch_size(count, most) == size
     if size:
         assert size <= most and -(-count // size) == -(-count // most)
 
 
 def test_a_models_cost_is_read_off_its_shapes() -> None:
     model = tiny_model("llama")
-    cost = Cost.of(model, kept=128)
-    assert (cost.size, cost.state, cost.kept) == (4, 4 * 32, 128)
+    cost = MemoryCost.of(model, kv=128)
+    assert (cost.element, cost.state, cost.kv) == (4, 4 * 32, 128)
     assert cost.logits >= 4 * 97
 
 
@@ -49,7 +56,7 @@ def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected:
 
 
 GPU = torch.device("cuda")
-ROW = COST.read * 20 + COST.kept * (20 + 30) + COST.logits
+ROW = COST.activations * 20 + COST.kv * (20 + 30) + COST.logits
 """Bytes of a row of 20 + 30 tokens."""
 
 
@@ -64,7 +71,8 @@ def chosen(
 ) -> int:
     """Trials a pass of 100 prompts, for which 8 just fit unless said otherwise."""
     settings = SearchSettings.model_validate({"trials": trials, **search})
-    return trials_per_pass(settings, replicas, most, device, free, COST, rows, 20, 30)
+    memory, trial = BatchMemory(device, free, COST), TrialRows(rows, 20, 30)
+    return choose_trials_per_pass(settings, replicas, most, memory, trial)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from ray_abliterate.directions.directions import Directions
 from ray_abliterate.export.export import export_trial
 from ray_abliterate.model.architecture import find_writers
 from ray_abliterate.model.loading import load
-from ray_abliterate.model.quantization import PACKAGES, described, outline
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.model.quantization import PACKAGES, describe_quantization
+from ray_abliterate.model.skeleton import unquantized_skeleton
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.search.plan import ModelShape, Plan
 from tests.support.checkpoints import KINDS
@@ -82,8 +83,11 @@ def directions() -> Directions:
 @pytest.mark.parametrize("norm", ["none", "row", "column"])
 def test_an_edit_is_that_of_the_weights_that_the_numbers_stand_for(made: Made, norm: Any) -> None:
     quantized, plain = held(made.folder), held(made.dense)
-    assert described(quantized).startswith(made.kind) and described(plain) == ""
-    writers = find_writers(outline(quantized), in_memory=False)
+    assert (
+        describe_quantization(quantized).startswith(made.kind)
+        and describe_quantization(plain) == ""
+    )
+    writers = find_writers(unquantized_skeleton(quantized), in_memory=False)
     assert writers == find_writers(plain)
     caches = WeightCache(quantized, writers), WeightCache(plain, writers)
     plan = Plan.uniform(ModelShape(LAYERS, HIDDEN, ("attn", "mlp")), 1.3, norm, 0.8)
@@ -103,7 +107,7 @@ def test_a_search_finds_what_it_finds_on_these_weights_and_is_exported_from_the_
 ) -> None:
     searched, plain = finish(tmp_path / "run", made.folder), finish(tmp_path / "plain", made.dense)
     directory = searched.directory
-    assert directory.environment["model"]["quantization"].startswith(made.kind)
+    assert directory.read_environment()["model"]["quantization"].startswith(made.kind)
     cosines = (directory.directions().vectors * plain.directory.directions().vectors).sum(-1)
     assert cosines.min() > 1 - made.rounding
     scores, expected = searched.trial.scorecard, plain.trial.scorecard
@@ -111,7 +115,7 @@ def test_a_search_finds_what_it_finds_on_these_weights_and_is_exported_from_the_
     nats = expected["kl-divergence"].value
     assert scores["kl-divergence"].value == pytest.approx(nats, rel=20 * made.rounding)
     to = export_trial(
-        directory, searched.trial, tmp_path / "out", Unwatched(), originals=str(wide_folder)
+        directory, searched.trial, tmp_path / "out", SilentProgress(), originals=str(wide_folder)
     )
     verification = json.loads((to / "verification.json").read_text())
     assert verification["quantization"].startswith(made.kind)

@@ -15,12 +15,13 @@ from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ModelError
 from ray_abliterate.export.export import ExportForm, export_trial
 from ray_abliterate.model.architecture import find_blocks, find_writers, oriented
-from ray_abliterate.model.component_outputs import contributing, outputs_of, stacked
+from ray_abliterate.model.component_outputs import capture_outputs, component_modules, stack_outputs
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.pipeline import run
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.stored_residuals import stored_sets
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.testing.tiny import tiny_model
 from tests.support.finished_runs import FLAGGED, THINGS, Finished, finish
@@ -49,7 +50,7 @@ def test_a_block_adds_what_its_components_add_and_nothing_else(family: str) -> N
     model = tiny_model(family, layers=3)
     writers = find_writers(model)
     components = sorted({writer.component for writer in writers})
-    places = contributing(model, writers, 3)
+    places = component_modules(model, writers, 3)
     assert len(places) == 3 * len(components)
     _, blocks = find_blocks(model)
     ids = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -57,9 +58,9 @@ def test_a_block_adds_what_its_components_add_and_nothing_else(family: str) -> N
     def take(hidden: Any) -> Any:
         return hidden.reshape(2, -1, hidden.shape[-1])[:, -1]
 
-    with torch.no_grad(), outputs_of([*blocks, *places], take) as outputs:
+    with torch.no_grad(), capture_outputs([*blocks, *places], take) as outputs:
         model(ids, use_cache=False)
-    values = stacked(outputs)
+    values = stack_outputs(outputs)
     stream, parts = values[:, :3], values[:, 3:].unflatten(1, (len(components), 3))
     for layer in (1, 2):
         added = parts[:, :, layer].sum(dim=1)
@@ -74,24 +75,24 @@ def test_experts_one_by_one_are_refused_and_absent_components_add_nothing() -> N
     (first, *_) = [w for w in writers if w.component == "experts"]
     elsewhere = type(first)(0, "experts", writers[0].parameter, 0, None, None)
     with pytest.raises(ModelError, match=r"layer 0 has 2 writers of 'experts'[\s\S]*= false"):
-        contributing(model, [*writers, elsewhere], 2)
+        component_modules(model, [*writers, elsewhere], 2)
     dense = [w for w in writers if (w.component, w.layer) != ("experts", 0)]
-    places = contributing(model, dense, 2)
+    places = component_modules(model, dense, 2)
     assert [place is None for place in places] == [False, False, True, False]
     one = torch.ones(4, 8)
-    assert torch.equal(stacked([one, None])[:, 1], torch.zeros(4, 8))
+    assert torch.equal(stack_outputs([one, None])[:, 1], torch.zeros(4, 8))
 
 
 @pytest.mark.parametrize("engine", [True, False])
 def test_contributions_come_after_the_stream_on_either_path(
     engine: bool, planted_folder: Path, found: Finished
 ) -> None:
-    replica = Replica(found.directory.recipe, str(planted_folder), {})
+    replica = Replica(found.directory.read_recipe(), str(planted_folder), {})
     model = replica.model
     if not engine:
         model._engine = None
     plain = model.residuals(PROMPTS)
-    places = contributing(model.module, find_writers(model.module), 4)
+    places = component_modules(model.module, find_writers(model.module), 4)
     values = model.residuals(PROMPTS, more=places)
     assert values.shape == (3, 12, 32)
     torch.testing.assert_close(values[:, :4], plain, rtol=1e-5, atol=1e-5)
@@ -121,13 +122,13 @@ def test_edits_with_their_own_directions_take_the_behaviour_out_in_place_and_vir
     found: Finished, planted_folder: Path, behaviour_sets: Any
 ) -> None:
     """A contribution is a layer's own: of the planted model's, one layer's alone carries it."""
-    replica = Replica(found.directory.recipe, str(planted_folder), behaviour_sets)
-    setup, shape = Setup(found.directory.directions()), replica.describe().shape
+    replica = Replica(found.directory.read_recipe(), str(planted_folder), behaviour_sets)
+    setup, shape = TrialSetup(found.directory.directions()), replica.describe().shape
     uniform = [Plan.uniform(shape, layer, "none") for layer in (2.0, 3.0)]
     plans = [*uniform, Plan("per-layer", 0.0, "none", uniform[0].profiles)]
     alone = [replica.evaluate(plan, setup).scorecard for plan in plans]
     assert [card["keyword-rate"].value for card in alone] == [0.0, 1.0, 0.0]
-    together = replica.evaluate_together(plans, setup)
+    together = replica.evaluate_in_shared_passes(plans, setup)
     for card, other in zip(alone, together, strict=True):
         assert not isinstance(other, Exception), other
         assert other.scorecard["keyword-rate"] == card["keyword-rate"]
@@ -138,10 +139,10 @@ def test_edits_with_their_own_directions_take_the_behaviour_out_in_place_and_vir
 def test_each_writer_is_edited_along_its_own_direction(
     found: Finished, planted_folder: Path
 ) -> None:
-    model = LanguageModel.load(str(planted_folder), found.directory.recipe.model).module
+    model = LanguageModel.load(str(planted_folder), found.directory.read_recipe().model).module
     writers, directions = find_writers(model), found.directory.directions()
     cache = WeightCache(model, writers)
-    shape = Replica(found.directory.recipe, str(planted_folder), {}).describe().shape
+    shape = Replica(found.directory.read_recipe(), str(planted_folder), {}).describe().shape
     stream = Directions(directions.vectors, directions.method, directions.origin)
     cases = [(directions, 2.0), (stream, 2.0), (directions, 2.0), (directions, 2.5)]
     for given, layer in cases:  # products of others are not taken
@@ -166,7 +167,7 @@ def test_directions_of_components_survive_their_file_and_tell_setups_apart(
     swapped = directions.with_components(
         dict(zip(("mlp", "attn"), (directions.of(n) for n in ("attn", "mlp")), strict=True))
     )
-    keys = {Setup(one).key for one in (directions, again, stream, swapped)}
+    keys = {TrialSetup(one).key for one in (directions, again, stream, swapped)}
     assert len(keys) == 3
     assert stream.bits() == directions.rows.numpy().tobytes()
 
@@ -193,7 +194,9 @@ def test_shards_with_contributions_are_others_and_the_streams_are_the_same(
     found: Finished, planted_folder: Path, tmp_path: Path
 ) -> None:
     plain = finish(tmp_path, planted_folder, norm="none")
-    one, other = (r.directory.environment["residuals"]["behaviour"]["key"] for r in (plain, found))
+    one, other = (
+        r.directory.read_environment()["residuals"]["behaviour"]["key"] for r in (plain, found)
+    )
     assert one != other
     torch.testing.assert_close(
         plain.directory.directions().vectors, found.directory.directions().vectors,
@@ -206,12 +209,12 @@ def test_shards_with_contributions_are_others_and_the_streams_are_the_same(
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_an_export_is_the_trial(kind: str, found: Finished, tmp_path: Path) -> None:
     form = ExportForm.of(kind, None, 1e-6)
-    to = export_trial(found.directory, found.trial, tmp_path / "out", Unwatched(), form=form)
+    to = export_trial(found.directory, found.trial, tmp_path / "out", SilentProgress(), form=form)
     scores = json.loads((to / "verification.json").read_text())["scores"]
     assert scores and all(score["within"] for score in scores)
-    assert "of each component's own" in (to / "README.md").read_text()
+    assert "found separately for each component" in (to / "README.md").read_text()
     if kind == "merged":
-        exported = LanguageModel.load(str(to), found.directory.recipe.model).module
+        exported = LanguageModel.load(str(to), found.directory.read_recipe().model).module
         own = found.directory.directions().of("mlp").at(found.trial.plan.direction_layer)
         for writer in find_writers(exported):
             if writer.component == "mlp":
@@ -223,8 +226,8 @@ def test_contributions_of_every_position_stand_behind_the_stream_there(
     planted_folder: Path, found: Finished
 ) -> None:
     """Read at the ends of shorter prompts, which the model can't tell from these."""
-    model = Replica(found.directory.recipe, str(planted_folder), {}).model
-    places = contributing(model.module, find_writers(model.module), 4)
+    model = Replica(found.directory.read_recipe(), str(planted_folder), {}).model
+    places = component_modules(model.module, find_writers(model.module), 4)
     more = tuple(model.chat.opening("Sorry"))
     model.response_prefix = more * 2
     values = model.residuals(PROMPTS, 2, places).unflatten(1, (2, 3, 4))
@@ -243,7 +246,7 @@ def test_a_run_with_components_at_several_positions_edits_with_those_of_the_chos
 
     def prefix(recipe: Any, directory: Any, pool: Any, *rest: Any) -> tuple[int, ...]:
         tokens = tuple(pool.replica.model.chat.opening("cloud"))
-        directory.note(response_prefix=list(tokens))
+        directory.record_facts(response_prefix=list(tokens))
         return tokens
 
     monkeypatch.setattr(run, "response_prefix", prefix)

@@ -348,7 +348,7 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(
         )
 
     lengths = []
-    real = shared_prefix.compute
+    real = shared_prefix.compute_prefix
     monkeypatch.setattr(
         shared_prefix, "compute", lambda m, tokens: lengths.append(len(tokens)) or real(m, tokens)
     )

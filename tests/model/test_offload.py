@@ -12,7 +12,7 @@ from ray_abliterate.errors import ModelError
 from ray_abliterate.export.export import export_trial
 from ray_abliterate.model.architecture import find_writers
 from ray_abliterate.model.loading import load, where_weights_rest
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.search.frontier import Trial
 from tests.support.finished_runs import Finished, finish
@@ -41,7 +41,7 @@ def close(one: Trial, other: Trial) -> None:
 def test_a_run_whose_weights_rest_on_disk_scores_as_one_in_memory(
     plain: Finished, offloaded: Finished
 ) -> None:
-    found, all_ = (run.directory.environment["model"] for run in (offloaded, plain))
+    found, all_ = (run.directory.read_environment()["model"] for run in (offloaded, plain))
     assert found["offloaded"] == "disk" and all_["offloaded"] == ""
     assert 0 < found["cache_bytes"] < all_["cache_bytes"]
     assert any("weights rest in disk" in note and "slow" in note for note in found["notes"])
@@ -55,14 +55,14 @@ def test_its_export_has_the_same_bits_and_is_verified_within_a_tolerance(
 ) -> None:
     plain.directory.save_directions(offloaded.directory.directions())
     found, expected = (
-        export_trial(run.directory, run.trial, tmp_path / name, Unwatched(), name == "found")
+        export_trial(run.directory, run.trial, tmp_path / name, SilentProgress(), name == "found")
         for run, name in ((offloaded, "found"), (plain, "expected"))
     )
     name = "model.safetensors"
     assert (found / name).read_bytes() == (expected / name).read_bytes()
     verification = json.loads((found / "verification.json").read_text())
     assert all(score["within"] for score in verification["scores"])
-    assert any("rest in disk were edited beside" in reason for reason in verification["reasons"])
+    assert any("rest in disk were edited by hooks" in reason for reason in verification["reasons"])
 
 
 @pytest.mark.parametrize("norm", ["none", "row", "column"])

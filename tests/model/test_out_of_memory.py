@@ -57,7 +57,7 @@ real = model._engine.answer
 model._engine.answer = lambda batch, *a: (sizes.append(len(batch.rows)), real(batch, *a))[1]
 expected = model.continue_greedily(prompts, 8)
 assert sizes == [ROWS], sizes
-model._known.clear()
+model._stored_batches.clear()
 sizes.clear()
 
 # one pass of all rows wants 32 * 200 tokens * 8192 values * 4 bytes = 210 MB, three times over
@@ -71,12 +71,12 @@ assert first[0] == ROWS and min(first) < ROWS, first
 assert max(sizes) < ROWS, "the next trial begins with the sizes that fit"
 
 # 4 MB are too few for any row: an error that says so, and the process lives on
-model._known.clear()
+model._stored_batches.clear()
 try:
     with at_most(4_000_000):
         model.continue_greedily(prompts, 8)
 except (RuntimeError, MemoryError) as error:
-    from ray_abliterate.model.batch_size import is_out_of_memory
+    from ray_abliterate.model.devices import is_out_of_memory
     assert is_out_of_memory(error), error
 else:
     raise AssertionError("there was room")

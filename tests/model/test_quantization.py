@@ -117,7 +117,9 @@ def searched(
 def replica_of(finished: Finished) -> tuple[Replica, TrialSetup]:
     directory = finished.directory
     sets = load_prompts(directory.read_recipe(), directory, directory.read_base(), SilentProgress())
-    setup = TrialSetup(directory.directions(), tuple(directory.read_environment()["response_prefix"]))
+    setup = TrialSetup(
+        directory.directions(), tuple(directory.read_environment()["response_prefix"])
+    )
     return Replica(directory.read_recipe(), str(finished.model), sets.scored), setup
 
 

@@ -1,5 +1,8 @@
-"""Records operations on tensors on any device, as a GPU's graphs do: what Python decides between
-them is not done again, and every number that it has read is the one of the recording."""
+"""A graph recorder for any device, which records operations on tensors as a GPU's graphs do.
+
+What Python decides between operations is not decided again, and every number that Python has read
+stays what it was while recording.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,17 +17,20 @@ READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class CannotBeRecorded(RuntimeError):
-    """The work reads a value, which a recording can't."""
+    """The work reads a value, which a recorded graph can't."""
 
 
 def _depends_on_values(operation: Any, args: tuple[Any, ...]) -> bool:
-    """Indexing is tagged for masks' sake; with numbers of places its shape is known."""
+    """Return whether an operation with one of the tags really reads values.
+
+    Indexing is tagged because of masks; indexed by numbers, its shape is known.
+    """
     if operation is not torch.ops.aten.index.Tensor:
         return True
     return any(index is not None and index.dtype == torch.bool for index in args[1])
 
 
-class _Operations(TorchDispatchMode):
+class _OperationLog(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.done: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
@@ -39,23 +45,26 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-class Recordings:
-    """A `cuda_graphs.Recorder`."""
+class OperationRecorder:
+    """A `cuda_graphs.GraphRecorder` that repeats each operation on the tensors it was recorded on.
+
+    Results of earlier operations take their new values; all other tensors are read where they are.
+    """
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        with _Operations() as operations:
+        with _OperationLog() as log:
             result = work()
 
         def replay() -> None:
-            again: dict[int, Tensor] = {}
+            new_results: dict[int, Tensor] = {}  # by the id of the recorded result
 
-            def now(value: Any) -> Any:
-                return again.get(id(value), value) if isinstance(value, Tensor) else value
+            def current(value: Any) -> Any:
+                return new_results.get(id(value), value) if isinstance(value, Tensor) else value
 
-            for operation, args, kwargs, before in operations.done:
-                after = operation(*tree.tree_map(now, args), **tree.tree_map(now, kwargs))
+            for operation, args, kwargs, before in log.done:
+                after = operation(*tree.tree_map(current, args), **tree.tree_map(current, kwargs))
                 pairs = zip(tree.tree_leaves(before), tree.tree_leaves(after), strict=True)
-                again |= {id(b): a for b, a in pairs if isinstance(b, Tensor)}
-            result.copy_(again[id(result)])
+                new_results |= {id(b): a for b, a in pairs if isinstance(b, Tensor)}
+            result.copy_(new_results[id(result)])
 
         return replay, result

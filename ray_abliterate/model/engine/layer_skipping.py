@@ -1,6 +1,6 @@
-"""Passes that begin in the middle of a model, and what goes into its blocks. Knows nothing of why.
+"""Passes that begin in the middle of a model, and the inputs of its blocks. Knows nothing of why.
 
-Blocks below the first one are not run; the last of them answers with states that are known.
+Blocks below the first one are not run; the last of them returns hidden states that are known.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def begun_at(
+def start_at_block(
     blocks: Sequence[nn.Module], start: int, states: Tensor | None, in_tuple: bool = False
 ) -> Iterator[None]:
-    """Block `start` is the first that is run in this block of code.
+    """Let passes inside this block of code begin at block `start` of the model.
 
     Args:
-        blocks: All of the model.
-        start: 0 runs all of them.
-        states: Input of block `start`, `"1 token hidden"`.
-        in_tuple: Blocks answer with a tuple whose first is the hidden states.
+        blocks: All blocks of the model.
+        start: The first block that is run; 0 runs all of them.
+        states: Its input, `"1 token hidden"`; needed if `start` is not 0.
+        in_tuple: Whether blocks return a tuple whose first element is the hidden states.
     """
     if start == 0:
         yield
@@ -31,13 +31,13 @@ def begun_at(
     def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return (hidden_states, None) if in_tuple else hidden_states
 
-    def begin(*_: Any, **__: Any) -> Any:
+    def replace(*_: Any, **__: Any) -> Any:
         return (known, None) if in_tuple else known
 
     skipped: list[Any] = list(blocks[:start])
     for block in skipped[:-1]:
-        block.forward = skip
-    skipped[-1].forward = begin
+        block.forward = skip  # shadows the class's method until it is deleted
+    skipped[-1].forward = replace
     try:
         yield
     finally:
@@ -46,18 +46,24 @@ def begun_at(
 
 
 @contextmanager
-def recorded(
-    blocks: Sequence[nn.Module], layers: Sequence[int], found: dict[int, Tensor]
+def record_block_inputs(
+    blocks: Sequence[nn.Module], layers: Sequence[int], inputs: dict[int, Tensor]
 ) -> Iterator[None]:
-    """Inputs of these blocks, `"1 token hidden"`, go into `found`."""
+    """Store the inputs of some blocks, `"1 token hidden"`, in `inputs` while the body runs.
 
-    def keep(layer: int) -> Any:
+    Args:
+        blocks: All blocks of the model.
+        layers: The blocks whose inputs are wanted.
+        inputs: Receives them, by block.
+    """
+
+    def record(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            found[layer] = args[0] if args else options["hidden_states"]
+            inputs[layer] = args[0] if args else options["hidden_states"]
 
         return hook
 
-    handles = [blocks[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
+    handles = [blocks[i].register_forward_pre_hook(record(i), with_kwargs=True) for i in layers]
     try:
         yield
     finally:

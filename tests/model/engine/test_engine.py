@@ -205,7 +205,7 @@ def test_trials_that_share_passes_are_the_trials_alone(linear: Case, norm: str) 
             alone.append((linear.plain_logits(), linear.plain_answers()))
     virtual = VirtualEdits(linear.packed, linear.cache)
     edits = (0, 1, 2, 3)
-    with virtual.opened(plans, directions) as untouched:
+    with virtual.applied(plans, directions) as untouched:
         assert untouched == 1
         linear.engine.untouched = untouched
         try:
