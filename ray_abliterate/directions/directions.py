@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ray_abliterate.data.safetensors_header import parse_header
 from ray_abliterate.directions.residuals.residual_set import LayerVectors
 from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.search.plan import Plan
@@ -232,8 +233,7 @@ class Directions:
         """The inverse of `to_bytes`, bit for bit."""
         from safetensors.torch import load
 
-        length = int.from_bytes(data[:8], "little")
-        facts = json.loads(data[8 : 8 + length])["__metadata__"]
+        facts = parse_header(data).metadata
         held, origin = load(data), json.loads(facts["origin"])
         names = sorted({name.rpartition("/")[0] for name in held})
 

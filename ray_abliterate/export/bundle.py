@@ -1,8 +1,8 @@
-"""The reproduction bundle of an export: all that rebuilds it from the base model without a search.
+"""The reproduction bundle of an export: what rebuilds it from the base model, without a search.
 
 `reproduce/reproduce.json` holds the plan, recipe, seeds, versions, scores, and of every edited
 tensor its SHA-256; `directions.safetensors` lies beside it. Both can be published: prompt sets are
-told by their fingerprints, and nothing tells of the machine's paths or users.
+identified by their fingerprints, and nothing reveals the machine's paths or users.
 """
 
 import hashlib
@@ -16,20 +16,21 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError
 
-from ray_abliterate.data.atomic_files import write_whole
+from ray_abliterate.data.atomic_files import write_atomically
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ReproductionError
 from ray_abliterate.export.checkpoint import Checkpoint
 from ray_abliterate.export.model_card import public_origin
-from ray_abliterate.export.public_names import Original, Published
+from ray_abliterate.export.original_model import OriginalModel
+from ray_abliterate.export.output_folder import file_sha256
+from ray_abliterate.export.public_names import PublicName
 from ray_abliterate.export.tensor_records import (
-    Record,
+    BundleRecord,
     TensorRecord,
     WrittenTensor,
-    base_sha256,
-    edited_tensors,
-    file_sha256,
-    written_tensors,
+    record_edited_tensors,
+    record_tensors,
+    tensor_sha256,
 )
 from ray_abliterate.model.loading import device_for
 from ray_abliterate.pipeline.directory import RunDirectory
@@ -37,63 +38,64 @@ from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.search.frontier import Trial
 
 FORMAT, READ = 2, (1, 2)
-"""What is written, and what is read: adapters of the first hold no hashes of tensors."""
+"""The format that is written, and those that are read: adapters of the first hold no hashes."""
 FOLDER, FILE, DIRECTIONS = "reproduce", "reproduce.json", "directions.safetensors"
 ADAPTER = "adapter_model.safetensors"
 LIBRARIES = ("ray-abliterate", "torch", "transformers", "safetensors")
 TEXTS = ("system", "prefix", "suffix")
-"""Settings that are parts of prompts."""
+"""Settings that are parts of prompts; the bundle holds their SHA-256 only."""
 NOT_TOLD = "https://not-told.invalid/v1"
 
 
-class BaseFacts(Record):
+class BaseFacts(BundleRecord):
     """The model that was edited."""
 
     name: str | None
-    """On the Hub, or of an embedded model; None for a folder."""
+    """Its name on the Hub, or that of an embedded model; None for a folder."""
     called: str
+    """The name to show; see `PublicName`."""
     revision: str | None
     model_type: str
     layers: int
     hidden: int
     fingerprint: str
-    """Of the weights as the search held them; see `ModelFacts`."""
+    """Fingerprint of the weights as the search held them."""
 
 
-class PromptFacts(Record):
-    """A prompt set."""
+class PromptFacts(BundleRecord):
+    """A prompt set that directions came from, without its prompts."""
 
     prompts: int
     fingerprint: str
     origin: str | None
-    """Where everybody can read it, if anywhere."""
+    """Where everybody can read it; None if nowhere."""
 
 
-class DirectionFacts(Record):
-    """The file of the directions."""
+class DirectionFacts(BundleRecord):
+    """The file beside the bundle that holds the directions."""
 
     file: str
     sha256: str
     method: str
 
 
-class Computed(Record):
-    """What made the bits."""
+class ComputeEnvironment(BundleRecord):
+    """What the last bits of the export depend on."""
 
     versions: dict[str, str]
     device: str
     threads: int
 
 
-class AdapterFacts(Record):
-    """The tensors of an adapter, and the base model's that they were made from."""
+class AdapterFacts(BundleRecord):
+    """Records of an adapter's tensors, and hashes of the base model's that it edits."""
 
     tensors: dict[str, WrittenTensor]
     base_sha256: dict[str, str]
 
 
-class Bundle(Record):
-    """What `reproduce.json` holds."""
+class Bundle(BundleRecord):
+    """The content of `reproduce.json`; its fields are the file's keys."""
 
     format: Literal[1, 2]
     kind: Literal["merged", "adapter"]
@@ -107,20 +109,20 @@ class Bundle(Record):
     prompts: dict[str, PromptFacts]
     directions: DirectionFacts
     searched: dict[str, Any] = Field(description="Model, versions, device and dtype of the search.")
-    written: Computed
+    written: ComputeEnvironment
     tensors: dict[str, TensorRecord]
-    """Those of the whole model that were edited."""
+    """Records of the edited tensors of a whole model; empty for an adapter."""
     files: dict[str, str] = Field(description="SHA-256 of an adapter's files.")
     adapter: AdapterFacts | None = None
 
     @property
-    def made(self) -> Mapping[str, WrittenTensor]:
-        """What a rebuilt export must hold."""
+    def written_tensors(self) -> Mapping[str, WrittenTensor]:
+        """Records of the tensors that a rebuilt export must hold, by name."""
         return self.tensors if self.adapter is None else self.adapter.tensors
 
     @property
-    def made_from(self) -> dict[str, str]:
-        """SHA-256 of the base model's tensors that were edited."""
+    def base_hashes(self) -> dict[str, str]:
+        """SHA-256 of the base model's tensors that the plan edits, by name."""
         if self.adapter is not None:
             return self.adapter.base_sha256
         return {name: record.base_sha256 for name, record in self.tensors.items()}
@@ -129,7 +131,7 @@ class Bundle(Record):
 def write_bundle(
     directory: RunDirectory,
     trial: Trial,
-    original: Original,
+    original: OriginalModel,
     folder: Path,
     adapted: Iterable[str] | None = None,
 ) -> None:
@@ -137,52 +139,58 @@ def write_bundle(
 
     Args:
         directory: The run.
-        trial: Whose plan was written.
+        trial: The trial whose plan was written.
         original: The base model.
-        folder: Of the export, whose weights are written already.
-        adapted: Of an adapter, the base model's tensors that it edits; None of a whole model.
+        folder: The export's folder, in which the weights are written already.
+        adapted: Names of the base model's tensors that an adapter edits; None for a whole model.
     """
-    data = directory.directions_file()
+    data = directory.directions_bytes()
     assert data is not None and trial.scorecard is not None
     recipe, baseline = directory.read_recipe(), directory.baseline()
     source, file = Checkpoint.open(original.folder), folder / ADAPTER
     bundle = Bundle(
         format=FORMAT,
         kind="merged" if adapted is None else "adapter",
-        base=_base(directory, original.base),
+        base=_base_facts(directory, original.base),
         trial=trial.number,
         plan=json.loads(trial.plan.to_json()),
         scores=tuple(trial.scorecard.to_list()),
         base_scores=tuple(baseline.scorecard.to_list()) if baseline else (),
         seed=recipe.search.seed,
-        recipe=public_recipe(recipe, Published.searched(directory).called),
-        prompts=_prompts(directory),
+        recipe=public_recipe(recipe, PublicName.searched(directory).called),
+        prompts=_prompt_facts(directory),
         directions=DirectionFacts(
             file=DIRECTIONS,
             sha256=hashlib.sha256(data).hexdigest(),
             method=Directions.from_bytes(data).method,
         ),
-        searched=_searched(directory),
-        written=computed(recipe.model),
-        tensors=edited_tensors(source, Checkpoint.open(folder)) if adapted is None else {},
+        searched=_search_facts(directory),
+        written=compute_environment(recipe.model),
+        tensors=record_edited_tensors(source, Checkpoint.open(folder)) if adapted is None else {},
         files={} if adapted is None else {ADAPTER: file_sha256(file)},
-        adapter=None if adapted is None else _adapter(source, file, adapted),
+        adapter=None if adapted is None else _adapter_facts(source, file, adapted),
     )
     text = json.dumps(bundle.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    write_whole(folder / FOLDER / DIRECTIONS, data)
-    write_whole(folder / FOLDER / FILE, (text + "\n").encode())
+    write_atomically(folder / FOLDER / DIRECTIONS, data)
+    write_atomically(folder / FOLDER / FILE, (text + "\n").encode())
 
 
-def _adapter(source: Checkpoint, file: Path, adapted: Iterable[str]) -> AdapterFacts:
-    hashes = {name: base_sha256(source, name) for name in adapted}
+def _adapter_facts(source: Checkpoint, file: Path, adapted: Iterable[str]) -> AdapterFacts:
+    hashes = {name: tensor_sha256(source, name) for name in adapted}
     return AdapterFacts(
-        tensors=written_tensors(Checkpoint.of_file(file)),
+        tensors=record_tensors(Checkpoint.of_file(file)),
         base_sha256={name: sha256 for name, sha256 in hashes.items() if sha256 is not None},
     )
 
 
 def read_bundle(place: Path) -> tuple[Bundle, Directions, Path]:
-    """The bundle in a file, in its folder or in an export, its directions, and the file.
+    """Read a bundle and its directions.
+
+    Args:
+        place: `reproduce.json`, its folder, or an export.
+
+    Returns:
+        The bundle, its directions, and the path of `reproduce.json`.
 
     Raises:
         ReproductionError: it is not there, damaged, or of a newer version.
@@ -192,7 +200,7 @@ def read_bundle(place: Path) -> tuple[Bundle, Directions, Path]:
     if file is None:
         raise ReproductionError(
             f"{place} is not there, or holds no {FILE}.\n"
-            f"  Exports of this version have it under {FOLDER}/."
+            f"  Exports of this version hold it in {FOLDER}/."
         )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -205,14 +213,14 @@ def read_bundle(place: Path) -> tuple[Bundle, Directions, Path]:
         data = (file.parent / Path(bundle.directions.file).name).read_bytes()
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ReproductionError(f"{file} is damaged: {where}: {first['msg']}") from None
+        field = ".".join(map(str, first["loc"]))
+        raise ReproductionError(f"{file} is damaged: {field}: {first['msg']}") from None
     except (ValueError, OSError) as error:
         raise ReproductionError(f"{file} or the file beside it is damaged: {error}") from None
     if hashlib.sha256(data).hexdigest() != bundle.directions.sha256:
         raise ReproductionError(
             f"{file.parent / bundle.directions.file} is not the file that {file.name} was written "
-            "with (its SHA-256 differs).\n  Fetch both anew."
+            "with (its SHA-256 differs).\n  Download both again."
         )
     return bundle, Directions.from_bytes(data), file
 
@@ -220,14 +228,14 @@ def read_bundle(place: Path) -> tuple[Bundle, Directions, Path]:
 # Facts that can be published
 
 
-def computed(settings: ModelSettings) -> Computed:
-    """Versions, device and threads of this process, which the last bits depend on."""
+def compute_environment(settings: ModelSettings) -> ComputeEnvironment:
+    """Return versions, device and threads of this process."""
     on_gpu = device_for(settings) in ("cuda", "auto") and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else device_for(settings)
     if device in ("cpu", "auto"):
         device = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     versions = {library: _version(library) for library in LIBRARIES}
-    return Computed(versions=versions, device=device, threads=torch.get_num_threads())
+    return ComputeEnvironment(versions=versions, device=device, threads=torch.get_num_threads())
 
 
 def _version(library: str) -> str:
@@ -238,10 +246,14 @@ def _version(library: str) -> str:
 
 
 def public_recipe(recipe: Recipe, base: str) -> dict[str, Any]:
-    """The recipe as a recipe, without paths, hosts and texts of prompts.
+    """Return a recipe's values without paths, hosts and texts of prompts; it is still a recipe.
 
-    A text is told by its SHA-256, a file by its kind; of options, which may be anything, only
-    numbers are.
+    A text becomes its SHA-256 and a file its suffix; of options, which may be anything, only
+    numbers stay.
+
+    Args:
+        recipe: The recipe.
+        base: The model's public name.
     """
     values: dict[str, Any] = _public("", recipe.model_dump(mode="json"))
     values["model"]["name"] = base
@@ -250,11 +262,11 @@ def public_recipe(recipe: Recipe, base: str) -> dict[str, Any]:
 
 def _public(key: str, value: Any) -> Any:
     if key == "options":
-        return {name: own for name, own in value.items() if isinstance(own, int | float)}
+        return {name: part for name, part in value.items() if isinstance(part, int | float)}
     if isinstance(value, Mapping):
-        return {name: _public(name, own) for name, own in value.items()}
+        return {name: _public(name, part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_public(key, own) for own in value]
+        return [_public(key, part) for part in value]
     return _public_text(key, value) if isinstance(value, str) else value
 
 
@@ -271,7 +283,7 @@ def _public_text(key: str, text: str) -> str:
     return "not-told" if key == "folder" or ("/" in text and local) else text
 
 
-def _base(directory: RunDirectory, base: Published) -> BaseFacts:
+def _base_facts(directory: RunDirectory, base: PublicName) -> BaseFacts:
     facts = directory.read_environment()["model"]
     return BaseFacts(
         name=base.name,
@@ -284,7 +296,7 @@ def _base(directory: RunDirectory, base: Published) -> BaseFacts:
     )
 
 
-def _prompts(directory: RunDirectory) -> dict[str, PromptFacts]:
+def _prompt_facts(directory: RunDirectory) -> dict[str, PromptFacts]:
     return {
         name: PromptFacts(
             prompts=facts["prompts"],
@@ -295,8 +307,8 @@ def _prompts(directory: RunDirectory) -> dict[str, PromptFacts]:
     }
 
 
-def _searched(directory: RunDirectory) -> dict[str, Any]:
-    known, model = directory.read_environment(), Published.searched(directory)
+def _search_facts(directory: RunDirectory) -> dict[str, Any]:
+    known, model = directory.read_environment(), PublicName.searched(directory)
     return {
         "model": model.called,
         "revision": model.revision,

@@ -1,4 +1,7 @@
-"""A checkpoint folder: where the bytes of each tensor lie. Knows nothing about models."""
+"""A checkpoint folder: which files it has, and where the bytes of each tensor lie.
+
+Knows nothing about models.
+"""
 
 import json
 from collections.abc import Iterator
@@ -9,28 +12,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ray_abliterate.data.safetensors_header import read_header
 from ray_abliterate.errors import ExportError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WRITTEN_ANEW = frozenset({"README.md", "verification.json", "reproduced.json", "reproduce"})
+"""What an export writes itself, and so does not copy from the model."""
 WEIGHT_SUFFIXES = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .ggml .onnx .onnx_data .h5 .msgpack .ot .npz .tflite "
     ".mlmodel .nemo .index.json".split()
 )
-"""Other forms of the same weights: a copy of them beside the edited ones would be the old model."""
+"""Other forms of the same weights: copied along, they would be the unedited model."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file: its dtype's name, and its bytes from `start` to `stop`."""
+    """A tensor in a safetensors file.
+
+    Attributes:
+        file: The file's name.
+        dtype: Its type as the format spells it, such as `BF16`.
+        shape: Its shape.
+        start: Its first byte, counted from the beginning of the file.
+        stop: The byte after its last.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def bytes(self) -> int:
+        """The size of its values in bytes."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -42,29 +60,29 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Read the headers.
+        """Read the headers of a folder's weight files.
 
         Raises:
-            ExportError: there are no safetensors files, or one is damaged.
+            ExportError: a safetensors file is missing or damaged.
         """
         tensors: dict[str, StoredTensor] = {}
         for file in weight_file_names(folder):
             if not (folder / file).is_file():
                 raise ExportError(
-                    f"{folder} holds no {file}{_instead(folder)}, and other forms of weights are "
-                    "not read.\n  Convert the model to safetensors first, with save_pretrained."
+                    f"{folder} holds no {file}{_other_weights(folder)}; only safetensors files "
+                    "are read.\n  Convert the model first, with save_pretrained."
                 )
-            tensors |= _header(folder, file)
+            tensors |= _read_tensors(folder, file)
         return cls(folder, tensors)
 
     @classmethod
     def of_file(cls, file: Path) -> "Checkpoint":
-        """The tensors of one file, whatever its name.
+        """Read the header of one file, whatever its name.
 
         Raises:
             ExportError: it is damaged.
         """
-        return cls(file.parent, _header(file.parent, file.name))
+        return cls(file.parent, _read_tensors(file.parent, file.name))
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -74,8 +92,8 @@ class Checkpoint:
 
     @property
     def companion_bytes(self) -> int:
-        """Size of everything else that a copy holds."""
-        return sum((self.folder / file).stat().st_size for file in companions(self.folder))
+        """The size of everything else that a copy holds."""
+        return sum((self.folder / file).stat().st_size for file in companion_files(self.folder))
 
     def refuse_unreadable(self, name: str) -> None:
         """Make sure that a tensor's dtype is one that weights are edited in.
@@ -92,18 +110,22 @@ class Checkpoint:
             )
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """One tensor, or one slice of it along the first axis. Nothing else is in memory.
+        """Read one tensor, or one slice of it along the first axis, and nothing else.
+
+        Args:
+            name: The tensor.
+            index: The slice; all of the tensor if None.
 
         Raises:
             ExportError: its dtype is not one that weights are edited in, or the file is cut off.
         """
         self.refuse_unreadable(name)
         stored = self.tensors[name]
-        size, shape, start = stored.stop - stored.start, stored.shape, stored.start
+        size, shape, start = stored.bytes, stored.shape, stored.start
         if index is not None:
             size, shape = size // shape[0], shape[1:]
             start += index * size
-        data = torch.empty(size, dtype=torch.uint8)  # aligned, as products are fast and equal
+        data = torch.empty(size, dtype=torch.uint8)  # aligned, so that products have the same bits
         with (self.folder / stored.file).open("rb", buffering=0) as file:
             file.seek(start)
             read_into(file, data.numpy().data)
@@ -111,30 +133,32 @@ class Checkpoint:
 
 
 def read_into(file: Any, view: memoryview) -> None:
-    """Fill `view` from a file without a buffer.
+    """Fill `view` from an unbuffered file.
 
     Raises:
-        ExportError: the file ends before.
+        ExportError: the file ends before the view is full.
     """
     done = 0
     while done < len(view):
-        got = file.readinto(view[done:])
-        if not got:
+        count = file.readinto(view[done:])
+        if not count:
             raise ExportError(f"{file.name} is damaged: it ends before its tensors do")
-        done += got
+        done += count
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without safetensors has: `, but model.gguf`."""
-    found = [p.name for p in sorted(folder.glob("*")) if p.suffix in WEIGHT_SUFFIXES]
-    return f", but {found[0]}" if found else ""
+def _other_weights(folder: Path) -> str:
+    """Name another form of the weights that a folder holds: `, but model.gguf`."""
+    others = [p.name for p in sorted(folder.glob("*")) if p.suffix in WEIGHT_SUFFIXES]
+    return f", but {others[0]}" if others else ""
 
 
 def weight_file_names(folder: Path) -> tuple[str, ...]:
-    """The safetensors files that transformers would load, by name; they need not be there yet.
+    """Return the names of the safetensors files that transformers would load.
+
+    They need not be there yet.
 
     Raises:
-        ExportError: the index names something else than files beside it.
+        ExportError: the index names a file outside the folder.
     """
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return (SINGLE,)
@@ -142,17 +166,21 @@ def weight_file_names(folder: Path) -> tuple[str, ...]:
     files = tuple(sorted(set(index["weight_map"].values())))
     strays = [file for file in files if Path(file).name != file]
     if strays:
-        raise ExportError(f"{folder / INDEX} names {strays[0]!r}, which is not a file beside it")
+        raise ExportError(
+            f"{folder / INDEX} names {strays[0]!r}, which is not a file in the same folder"
+        )
     return files
 
 
-def fetched(name: str, revision: str | None) -> Path:
-    """The folder of a model of the Hub at a revision, with its safetensors files and no other form
-    of its weights.
+def fetch_checkpoint(name: str, revision: str | None) -> Path:
+    """Fetch a model of the Hub, with its safetensors files and no other form of its weights.
+
+    Returns:
+        The folder of the snapshot.
 
     Raises:
-        OSError: it can't be read from the Hub or its cache.
-        ValueError: its name can't be.
+        OSError: the model can't be read from the Hub or its cache.
+        ValueError: its name can't be one on the Hub.
     """
     from huggingface_hub import snapshot_download
 
@@ -163,8 +191,11 @@ def fetched(name: str, revision: str | None) -> Path:
     return folder
 
 
-def companions(folder: Path) -> list[str]:
-    """Everything else that belongs to the model: configs, tokenizer, templates, code, licences."""
+def companion_files(folder: Path) -> list[str]:
+    """Return the files of a model beside its weights: configs, tokenizer, code, licences.
+
+    Paths are relative to the folder, with forward slashes.
+    """
     return sorted(path.relative_to(folder).as_posix() for path in _companion_paths(folder))
 
 
@@ -173,26 +204,16 @@ def _companion_paths(folder: Path) -> Iterator[Path]:
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
         weights = any(path.name.endswith(suffix) for suffix in WEIGHT_SUFFIXES)
-        anew = parts[0] in WRITTEN_ANEW
-        if path.is_file() and not (hidden or weights or anew):
+        if path.is_file() and not (hidden or weights or parts[0] in WRITTEN_ANEW):
             yield path
 
 
-def _header(folder: Path, file: str) -> dict[str, StoredTensor]:
-    """Tensors of one file: 8 bytes of length, so much JSON, then the bytes."""
-    with (folder / file).open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > (folder / file).stat().st_size:
-            raise ExportError(f"{folder / file} is damaged: its header is cut off")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
+def _read_tensors(folder: Path, file: str) -> dict[str, StoredTensor]:
+    try:
+        header = read_header(folder / file)
+    except ValueError as error:
+        raise ExportError(f"{folder / file} is damaged: {error}") from None
     return {
-        name: StoredTensor(
-            file,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            8 + length + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
+        name: StoredTensor(file, entry.dtype, entry.shape, entry.start, entry.stop)
+        for name, entry in header.tensors.items()
     }

@@ -1,17 +1,22 @@
-"""A writer that is read from the checkpoint's files, one expert at a time, and edited there."""
+"""Writers that are read from the checkpoint's files, one expert at a time, and edited."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ray_abliterate.ablation import edit as ablation
-from ray_abliterate.ablation.edit import Edit
-from ray_abliterate.export.checkpoint import Checkpoint
-from ray_abliterate.export.stored_parameters import Form, StoredForms
+from ray_abliterate.ablation.edit import (
+    Edit,
+    Projections,
+    compute_projections,
+    join_projections,
+)
+from ray_abliterate.export.checkpoint import DTYPES, Checkpoint
+from ray_abliterate.export.stored_parameters import StoredForm, StoredParameters
 from ray_abliterate.model.architecture import (
     Writer,
     WriterRow,
@@ -31,84 +36,123 @@ class StoredWriter:
         writer: Its place in the model.
         gain: Effective weight of the norms after it, `"hidden"`.
         device: Where products are computed: the kind of device that the search used.
-        parameter_shape: As the model has it.
-        forms: Copies of its weight in the files.
-        bias_forms: Copies of its bias.
+        parameter_shape: The shape that the model gives its weight.
+        forms: The copies of its weight in the files.
+        bias_forms: The copies of its bias.
+        stored: All parameters of the checkpoint.
+        source: The checkpoint.
     """
 
     writer: Writer
     gain: Tensor | None
     device: torch.device
     parameter_shape: tuple[int, ...]
-    forms: tuple[Form, ...]
-    bias_forms: tuple[Form, ...]
-    stored: StoredForms
+    forms: tuple[StoredForm, ...]
+    bias_forms: tuple[StoredForm, ...]
+    stored: StoredParameters
     source: Checkpoint
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Experts, hidden, fan-in."""
-        experts, *both = self.parameter_shape if not self.dense else (1, *self.parameter_shape)
-        hidden, fan_in = both if self.writer.hidden_axis + self.dense == 1 else reversed(both)
+        """The writer's size as (experts, hidden, fan_in), whatever its axes in the model."""
+        experts, *axes = self.parameter_shape if not self.dense else (1, *self.parameter_shape)
+        hidden, fan_in = axes if self.writer.hidden_axis + self.dense == 1 else reversed(axes)
         return experts, hidden, fan_in
 
     @property
     def dense(self) -> bool:
-        """Whether it is one matrix, not a stack of experts."""
+        """Whether the writer is one matrix, rather than a stack of experts."""
         return len(self.parameter_shape) == 2
 
-    def project(self, rows: Tensor, norm: Norm) -> ablation.Projections:
-        """Products of the stored weights with vectors; in memory is one float32 matrix, or two."""
+    def project(self, rows: Tensor, norm: Norm) -> Projections:
+        """Return the products of the stored weights with vectors, `"row hidden"`.
+
+        In memory are one or two float32 matrices at a time.
+        """
         experts = range(self.shape[0])
-        parts = [ablation.project(self.matrix(expert), rows, norm) for expert in experts]
-        return ablation.joined(parts)
+        parts = [compute_projections(self.matrix(expert), rows, norm) for expert in experts]
+        return join_projections(parts)
 
     def matrix(self, expert: int) -> Tensor:
-        """One expert of the first copy in float32, `"1 hidden fan_in"`."""
-        parameter = self.as_loaded(self.forms[0], self.raw(self.forms[0], expert))
-        return self.turned(parameter.contiguous()).to(self.device, torch.float32)
+        """Read one expert of the first copy in float32, `"1 hidden fan_in"`."""
+        parameter = self._as_loaded(self.forms[0], self._read_expert(self.forms[0], expert))
+        return self._oriented(parameter.contiguous()).to(self.device, torch.float32)
 
-    def raw(self, form: Form, expert: int) -> Tensor:
-        """One expert as it is stored; all of a dense matrix."""
+    def _read_expert(self, form: StoredForm, expert: int) -> Tensor:
+        """Read one expert as it is stored; of a dense matrix, all of it."""
         if form.kind == "experts":
             return self.source.read(form.tensors[expert])
         return self.source.read(form.tensors[0], None if self.dense else expert)
 
-    def as_loaded(self, form: Form, raw: Tensor) -> Tensor:
-        """A view of it as the model has it."""
-        return raw.transpose(0, 1) if form.kind == "transposed" else raw
+    def _as_loaded(self, form: StoredForm, stored: Tensor) -> Tensor:
+        """View a stored expert with the axes that the model gives it."""
+        return stored.transpose(0, 1) if form.kind == "transposed" else stored
 
-    def turned(self, parameter: Tensor) -> Tensor:
-        """A view of one expert with the residual stream at axis 1, `"1 hidden fan_in"`."""
+    def _oriented(self, parameter: Tensor) -> Tensor:
+        """View one expert with the residual stream at axis 1, `"1 hidden fan_in"`."""
         return oriented(parameter if self.dense else parameter.unsqueeze(0), self.writer)
 
     # Edited
 
     @torch.no_grad()
-    def edited(self, form: Form, expert: int, edit: Edit) -> Tensor:
-        """One expert as it is stored, after the edit: float32, one rounding at the end."""
-        raw = self.raw(form, expert)
-        view = self.turned(self.as_loaded(form, raw))
+    def edited_expert(self, form: StoredForm, expert: int, edit: Edit) -> Tensor:
+        """Return one expert after the edit, as it is stored.
+
+        Computed in float32 and rounded once, to the stored dtype.
+        """
+        stored = self._read_expert(form, expert)
+        view = self._oriented(self._as_loaded(form, stored))  # shares the memory of `stored`
         if self.device.type == "cpu":
-            of_expert(edit, expert).apply_(view, view)
-            return raw
-        there = view.to(self.device)
-        of_expert(edit, expert).apply_(there, there)
-        view.copy_(there)
-        return raw
+            edit_of_expert(edit, expert).apply_(view, view)
+            return stored
+        on_device = view.to(self.device)
+        edit_of_expert(edit, expert).apply_(on_device, on_device)
+        view.copy_(on_device)
+        return stored
 
     @torch.no_grad()
     def edited_biases(self, edit: Edit) -> Iterator[tuple[str, Tensor]]:
-        """All copies of the bias after the edit, by stored name."""
+        """Yield all copies of the bias after the edit, each with its name in the files."""
         for form in self.bias_forms:
             value = self.stored.load(form)
-            there = value.to(self.device)
-            edit.apply_to_bias_(there, there)
-            yield from self.stored.cut(form, there.to(value.device)).items()
+            on_device = value.to(self.device)
+            edit.apply_to_bias_(on_device, on_device)
+            yield from self.stored.as_stored(form, on_device.to(value.device)).items()
 
 
-def of_expert(edit: Edit, expert: int) -> Edit:
-    """The edit of one expert of a stack."""
+@dataclass(frozen=True)
+class StoredModel:
+    """A model whose weights stay in the checkpoint's files.
+
+    Attributes:
+        source: The checkpoint.
+        module: The skeleton: the model without its weights.
+        writers: Its writers, in the model's order.
+    """
+
+    source: Checkpoint
+    module: nn.Module
+    writers: list[StoredWriter]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the writers are stored in, to which edited weights are rounded."""
+        return DTYPES[self.source.tensors[self.writers[0].forms[0].tensors[0]].dtype]
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute with a number of CPU threads: another number sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def edit_of_expert(edit: Edit, expert: int) -> Edit:
+    """Return the edit of one expert of a stack, as a stack of one."""
     one = slice(expert, expert + 1)
     s = None if edit.s is None else edit.s[one]
     c = None if edit.c is None else edit.c[one]
@@ -118,18 +162,18 @@ def of_expert(edit: Edit, expert: int) -> Edit:
 def stored_writers(
     module: Any, source: Checkpoint, rows: tuple[WriterRow, ...], device: torch.device
 ) -> list[StoredWriter]:
-    """The writers of a skeleton, where the checkpoint holds them.
+    """Return the writers of a skeleton, each with its place in the checkpoint.
 
-    Reads the norms after them, which are small, and nothing else.
+    Reads the weights of the norms after the writers, which are small, and no others.
 
     Raises:
         ExportError: the checkpoint does not hold a writer as the model has it.
     """
-    stored = StoredForms(module, source)
+    stored = StoredParameters(module, source)
     writers = find_writers(module, rows, in_memory=False)
     for name in sorted({n for w in writers for n in (w.post_norm, w.outer_norm) if n}):
         for key in dict(module.get_submodule(name).named_parameters()):
-            value = stored.load(stored.of(f"{name}.{key}")[0])
+            value = stored.load(stored.forms_of(f"{name}.{key}")[0])
             set_tensor(module, f"{name}.{key}", value.to(device))
     return [
         StoredWriter(
@@ -137,8 +181,8 @@ def stored_writers(
             post_norm_gain(module, writer, device),
             device,
             tuple(module.get_parameter(writer.parameter).shape),
-            stored.of(writer.parameter),
-            stored.of(writer.bias) if writer.bias else (),
+            stored.forms_of(writer.parameter),
+            stored.forms_of(writer.bias) if writer.bias else (),
             stored,
             source,
         )

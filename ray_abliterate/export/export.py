@@ -1,7 +1,7 @@
-"""Writes the model that a trial's plan makes as a folder, and verifies what was written.
+"""Writes the model that a trial's plan makes into a folder, and verifies what was written.
 
-Either the whole model, a copy of the checkpoint with the writers edited, or an adapter for it. What
-was written is reloaded and scored again before it gets its name.
+That is the whole model, a copy of the checkpoint with the writers edited, or an adapter for it. It
+is reloaded and scored again before the folder gets its name.
 """
 
 import hashlib
@@ -12,37 +12,38 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
-from torch import nn
 
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ExportError, ModelError, ScoreError
-from ray_abliterate.export.adapter import AdapterEdit, Base, write_adapter
+from ray_abliterate.export.adapter import AdapterBase, AdapterEdit, write_adapter
 from ray_abliterate.export.bundle import write_bundle
-from ray_abliterate.export.checkpoint import DTYPES, Checkpoint
-from ray_abliterate.export.checkpoint_writers import StoredWriter, stored_writers
-from ray_abliterate.export.file_layout import FileLayout, headers_fingerprint, layout_of, parse_size
+from ray_abliterate.export.checkpoint import Checkpoint
+from ray_abliterate.export.checkpoint_writers import StoredModel, cpu_threads, stored_writers
+from ray_abliterate.export.file_layout import choose_layout, file_stats, parse_size
 from ray_abliterate.export.merged import EditedTensors, write_merged
-from ray_abliterate.export.model_card import model_card
+from ray_abliterate.export.model_card import ExportKind, model_card
 from ray_abliterate.export.original_model import find_original
-from ray_abliterate.export.public_names import Published
-from ray_abliterate.export.scratch import finished_bytes, give_name, scratch, scratch_name
-from ray_abliterate.export.target import check_target, unverified_name
+from ray_abliterate.export.output_folder import (
+    finished_bytes,
+    open_partial,
+    partial_path,
+    refuse_unfit_target,
+    rename_complete,
+    unverified_path,
+)
 from ray_abliterate.export.verification import Verification, Verifier
 from ray_abliterate.model.architecture import WriterRow, hidden_size
 from ray_abliterate.model.loading import device_for
 from ray_abliterate.model.skeleton import skeleton_of_folder
 from ray_abliterate.pipeline.directory import RunDirectory
-from ray_abliterate.pipeline.progress import Progress
-from ray_abliterate.pipeline.report_exports import note_export
-from ray_abliterate.pipeline.rescored import note_rescored
-from ray_abliterate.pipeline.run import load_prompts
+from ray_abliterate.pipeline.export_notes import note_export, note_full_precision
+from ray_abliterate.pipeline.progress import Progress, SilentProgress
+from ray_abliterate.pipeline.prompt_sets import load_prompts
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.search.frontier import Frontier, Trial
-
-Kind = Literal["merged", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -52,116 +53,135 @@ class ExportForm:
     Attributes:
         kind: The whole model, or a PEFT adapter for the base model.
         shard_bytes: Size of the weight files; the original's own files if None.
-        adapter_error: What an adapter may lack of an edit, relative to the edit, by writer.
+        adapter_error: The most that an adapter may lack of a writer's edit, relative to the edit.
     """
 
-    kind: Kind = "merged"
+    kind: ExportKind = "merged"
     shard_bytes: int | None = None
     adapter_error: float = 0.01
 
     @classmethod
     def of(cls, kind: str, shard_size: str | None, adapter_error: float) -> "ExportForm":
-        """The form that the command line asks for.
+        """Return the form that the command line asks for.
+
+        Args:
+            kind: `--as`.
+            shard_size: `--shard-size`, such as `5GB`.
+            adapter_error: `--adapter-error`.
 
         Raises:
-            ExportError: a value is none of those that are taken.
+            ExportError: a value is not one of those that are taken.
         """
-        if kind not in get_args(Kind):
-            raise ExportError(f"--as {kind!r}: expected one of {', '.join(get_args(Kind))}")
+        if kind not in get_args(ExportKind):
+            raise ExportError(f"--as {kind!r}: expected one of {', '.join(get_args(ExportKind))}")
         if kind == "adapter" and shard_size is not None:
             raise ExportError("--shard-size is for whole models; an adapter is one small file")
         if not 0 <= adapter_error < 1:
-            raise ExportError(f"--adapter-error {adapter_error} is not a share between 0 and 1")
+            raise ExportError(f"--adapter-error {adapter_error} must be at least 0 and below 1")
         shard_bytes = None if shard_size is None else parse_size(shard_size)
-        return cls(cast(Kind, kind), shard_bytes, adapter_error)
+        return cls(cast(ExportKind, kind), shard_bytes, adapter_error)
 
 
 MERGED = ExportForm()
+SILENT = SilentProgress()
 
 
 def export_trial(
     directory: RunDirectory,
     trial: Trial,
     to: Path,
-    progress: Progress,
+    progress: Progress = SILENT,
     verify: bool = True,
     form: ExportForm = MERGED,
     originals: str | None = None,
 ) -> Path:
     """Write the edited model into the folder `to`, which appears when it is complete and verified.
 
-    An export that was interrupted is taken up again by the next call that asks for the same.
+    An export that was interrupted resumes with the next call that asks for the same. The last four
+    parameters are the options of the command `export`; most calls give the first three.
 
     Args:
         directory: The run.
-        trial: Whose plan is applied.
-        to: Folder to write.
-        progress: Receives what happens.
+        trial: The trial whose plan is applied.
+        to: The folder to write; it must not exist, or be empty.
+        progress: Is notified of what happens.
         verify: Reload what was written, and score it.
         form: What is written.
-        originals: Folder or Hub name of what a quantized checkpoint was made of, after a search on
-            one.
+        originals: After a search on a quantized checkpoint, the folder or Hub name of the model
+            that it was made of.
+
+    Returns:
+        The folder, as an absolute path.
 
     Raises:
-        ExportError: it cannot be written, or the written files don't score as the trial did; these
-            are kept under `<to>.unverified`. Or it is to be verified, and the trial is bounded.
+        ExportError: the export cannot be written; or the written files don't score as the trial did
+            and now lie under `<to>.unverified`; or the trial was pruned, so that its scores cannot
+            verify anything.
     """
     to = to.absolute()
     if verify:
-        refuse_bounded(directory, trial, to, originals)
+        refuse_pruned(directory, trial, to, originals)
     recipe = directory.read_recipe()
     directions = directory.directions()
     if directions is None:
         raise ExportError(f"{directory.path} has no directions; start a new run of the recipe")
     original = find_original(directory, originals, progress)
     source = Checkpoint.open(original.folder)
-    layout = layout_of(source, form.shard_bytes)
+    layout = choose_layout(source, form.shard_bytes)
     identity = _identity(directory, trial, directions, source, form)
-    left = _wanted(source, layout, form) - finished_bytes(to, identity)
-    check_target(to, source.folder, left)
-    scored = load_prompts(recipe, directory, directory.read_base(), progress).scored if verify else {}
-    with _told(to, progress), scratch(to, identity) as work, _threads(directory):
-        module, targets = find_targets(recipe, source, directions, progress)
+    size = source.companion_bytes + layout.bytes if form.kind == "merged" else 0
+    refuse_unfit_target(to, source.folder, size - finished_bytes(to, identity))
+    scored = (
+        load_prompts(recipe, directory, directory.read_base(), progress).scored if verify else {}
+    )
+    threads = directory.read_environment()["replicas"]["threads"] or torch.get_num_threads()
+    with (
+        _interruption_explained(to, progress),
+        open_partial(to, identity) as partial,
+        cpu_threads(threads),  # the search's
+    ):
+        model = open_stored_model(recipe, source, directions, progress)
         adapted: tuple[str, ...] | None = None
         if form.kind == "merged":
-            edited = EditedTensors(targets, trial.plan, directions)
-            write_merged(source, layout, edited, work, progress)
-            count, stored = len(layout.files), str(_dtype(targets)).removeprefix("torch.")
+            edited = EditedTensors(model.writers, trial.plan, directions)
+            write_merged(source, layout, edited, partial, progress)
+            count, stored = len(layout.files), str(model.dtype).removeprefix("torch.")
             progress.note(
                 f"weights: {layout.bytes / 1e9:.2f} GB in {count} files, writers in {stored}"
             )
         else:
-            edit = AdapterEdit(module, targets, trial.plan, directions)
-            write_adapter(edit, _base(original.base), form.adapter_error, work.folder, progress)
-            adapted = edit.stored
+            edits = AdapterEdit(model.module, model.writers, trial.plan, directions)
+            base = AdapterBase(original.base.called, original.base.revision)
+            write_adapter(edits, base, form.adapter_error, partial.folder, progress)
+            adapted = edits.stored
         card = model_card(directory, trial, original, form.kind)
-        _write_text(work.folder / "README.md", card)
-        write_bundle(directory, trial, original, work.folder, adapted)
+        _write_text(partial.folder / "README.md", card)
+        write_bundle(directory, trial, original, partial.folder, adapted)
         if verify:
-            check = Verifier(directory, trial, scored, source.folder, _dtype(targets), progress)
-            found = _verified(check, work.folder, to)
-            _tell(found, progress)
-            note_rescored(directory, trial, found)
+            verifier = Verifier(directory, trial, scored, source.folder, model.dtype, progress)
+            _verify(verifier, partial.folder, to)
         if to.exists():
             to.rmdir()
-        give_name(work.folder, to)
+        rename_complete(partial.folder, to)
     progress.note(f"trial {trial.number} written to {to}")
-    _list(directory, to, progress)
+    _list_in_report(directory, to, progress)
     return to
 
 
-def _list(directory: RunDirectory, to: Path, progress: Progress) -> None:
-    """Have the run's report list an export, if it may be."""
+def _list_in_report(directory: RunDirectory, to: Path, progress: Progress) -> None:
+    """Record an export for the run's report; a run that cannot be written is no error."""
     try:
         note_export(directory, to)
     except OSError as error:
-        progress.note(f"the run's report won't list it: {directory.path} can't be written ({error})")
+        progress.note(
+            f"the run's report won't list this export: {directory.path} can't be written ({error})"
+        )
 
 
-def find_targets(
+def open_stored_model(
     recipe: Recipe, source: Checkpoint, directions: Directions, progress: Progress
-) -> tuple[nn.Module, list[StoredWriter]]:
-    """The model without its weights, and the writers in the checkpoint's files.
+) -> StoredModel:
+    """Find the writers of a checkpoint's model in its files. Reads hardly any weights.
 
     Raises:
         ExportError: the checkpoint does not hold the writers as the model has them, or the model
@@ -170,27 +190,18 @@ def find_targets(
     with progress.stage("model"):
         module = skeleton_of_folder(source.folder, recipe.model)
         rows = tuple(WriterRow(**row.model_dump()) for row in recipe.model.writers)
-        spread = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device_for(recipe.model).replace("auto", spread))
-        targets = stored_writers(module, source, rows, device)
-    shape = (1 + max(target.writer.layer for target in targets), hidden_size(module))
+        # one matrix at a time needs no spreading over devices, which "auto" stands for
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device_for(recipe.model).replace("auto", automatic))
+        writers = stored_writers(module, source, rows, device)
+    shape = (1 + max(writer.writer.layer for writer in writers), hidden_size(module))
     if shape[1] != directions.vectors.shape[1] or shape[0] > directions.layers:
         raise ExportError(
-            f"{source.folder} has {shape[0]} layers of width {shape[1]}, the run's directions are "
-            f"for {directions.layers} of width {directions.vectors.shape[1]}: another model"
+            f"{source.folder} is another model than the run's: it has {shape[0]} layers of width "
+            f"{shape[1]}, the directions are for {directions.layers} layers of width "
+            f"{directions.vectors.shape[1]}."
         )
-    return module, targets
-
-
-def _dtype(targets: list[StoredWriter]) -> torch.dtype:
-    """The type that the writers are stored in, in which the edit is rounded."""
-    target = targets[0]
-    return DTYPES[target.source.tensors[target.forms[0].tensors[0]].dtype]
-
-
-def _base(model: Published) -> Base:
-    """What an adapter is for: never a path of this machine."""
-    return Base(model.called, model.revision)
+    return StoredModel(source, module, writers)
 
 
 def _identity(
@@ -200,13 +211,13 @@ def _identity(
     source: Checkpoint,
     form: ExportForm,
 ) -> dict[str, Any]:
-    """What tells an interrupted export from another one."""
+    """Return what tells one export from another, so that only the same one resumes."""
     return {
         "plan": trial.plan.to_json(),
         "directions": hashlib.sha256(directions.bits()).hexdigest(),
         "rank": directions.rank,
         "source": str(source.folder),
-        "files": headers_fingerprint(source),
+        "files": file_stats(source),
         "form": asdict(form),
         "device": directory.read_environment()["model"]["device"],
         "torch": version("torch"),
@@ -216,79 +227,76 @@ def _identity(
 # Before anything is loaded
 
 
-def refuse_bounded(
+def refuse_pruned(
     directory: RunDirectory, trial: Trial, to: Path, originals: str | None = None
 ) -> None:
-    """Refuse a trial whose scores are bounds: there is nothing to verify the written files by.
+    """Make sure that a trial's scores are exact: bounds cannot verify the written files.
 
     Raises:
-        ExportError: it is one; names the trial that is better.
+        ExportError: the trial was pruned; names one that is better.
     """
     if not trial.pruned:
         return
     lines = [
-        f"trial {trial.number} was stopped early: its scores are bounds, by which no files can be "
-        "verified."
+        f"trial {trial.number} was stopped early: its scores are bounds, which can verify no files."
     ]
     better = Frontier.of(directory.trials()).better_than(trial)
     if better is not None:
         command = f"ray-abliterate export {directory.path} --trial {better.number} --to {to}"
         command += f" --originals {originals}" if originals else ""
-        lines.append(f"Export trial {better.number}, which is better whatever came:\n    {command}")
+        lines.append(f"Export trial {better.number}, which is better in any case:\n    {command}")
     lines.append(f"To write trial {trial.number} unverified, add --no-verify.")
     raise ExportError("\n  ".join(lines))
 
 
-def _wanted(source: Checkpoint, layout: FileLayout, form: ExportForm) -> int:
-    """Bytes that are written."""
-    return source.companion_bytes + layout.bytes if form.kind == "merged" else 0
+# Verification
 
 
-# When it is not the trial
-
-
-def _verified(check: Verifier, folder: Path, to: Path) -> Verification:
-    """Score what was written, and note the scores beside it.
+def _verify(verifier: Verifier, folder: Path, to: Path) -> None:
+    """Score what was written, and record the scores in the folder, and for the run's report.
 
     Raises:
-        ExportError: they are not the trial's; the folder has another name then.
+        ExportError: they are not the trial's; the folder has its unverified name then.
     """
     try:
-        found = check.verify(folder)
+        verification = verifier.verify(folder)
     except (ModelError, ScoreError) as error:
-        raise _unverified(folder, to, [f"  {error}"]) from error
-    _write_text(folder / "verification.json", json.dumps(asdict(found), indent=2) + "\n")
-    if found.failures:
-        raise _unverified(folder, to, found.failures)
-    return found
+        raise _set_aside(folder, to, [f"  {error}"]) from error
+    _write_text(folder / "verification.json", json.dumps(asdict(verification), indent=2) + "\n")
+    if verification.failures:
+        raise _set_aside(folder, to, verification.failures)
+    _report_verification(verification, verifier.progress)
+    if verification.quantization:
+        scores = [(s.name, float(s.quantized or 0.0), s.reloaded) for s in verification.scores]
+        note_full_precision(verifier.directory, verifier.trial, scores)
 
 
-def _unverified(folder: Path, to: Path, lines: list[str]) -> ExportError:
-    """Keep the folder under another name, and say why."""
-    give_name(folder, unverified_name(to))
+def _set_aside(folder: Path, to: Path, lines: list[str]) -> ExportError:
+    """Give a folder its unverified name, and return the error that says why."""
+    rename_complete(folder, unverified_path(to))
     return ExportError(
         "the written files do not score as the trial did:\n"
         + "\n".join(lines)
-        + f"\n  They are kept in {unverified_name(to)} for a look; don't use them. If the base "
+        + f"\n  They are in {unverified_path(to)} for inspection; don't use them. If the base "
         "model's files\n  changed since the run, start a new run; otherwise please report this."
     )
 
 
-def _tell(found: Verification, progress: Progress) -> None:
-    if found.quantization:
+def _report_verification(verification: Verification, progress: Progress) -> None:
+    if verification.quantization:
         progress.note("verified: reloaded from disk, the scores are the plan's on the originals")
-        for score in found.scores:
+        for score in verification.scores:
             progress.note(
-                f"  {score.name}: {score.quantized:.4g} on {found.quantization} in the search, "
-                f"{score.reloaded:.4g} in full precision"
+                f"  {score.name}: {score.quantized:.4g} on {verification.quantization} in the "
+                f"search, {score.reloaded:.4g} in full precision"
             )
     else:
         progress.note("verified: reloaded from disk, the scores are the trial's")
-        for score in found.scores:
+        for score in verification.scores:
             progress.note(
                 f"  {score.name}: {score.trial:.4g} in the trial, {score.reloaded:.4g} reloaded"
             )
-    for reason in found.reasons:
+    for reason in verification.reasons:
         progress.note(f"  compared with a tolerance, because {reason}")
 
 
@@ -296,33 +304,22 @@ def _tell(found: Verification, progress: Progress) -> None:
 
 
 @contextmanager
-def _told(to: Path, progress: Progress) -> Iterator[None]:
-    """Say where the files are that an interrupted export finished."""
+def _interruption_explained(to: Path, progress: Progress) -> Iterator[None]:
+    """Say where an interrupted export left its finished files, and how to resume it."""
     try:
         yield
     except OSError as error:
         raise ExportError(
             f"the export to {to} stopped: {error.strerror or error}.\n"
-            "  If the disk is full, free some space. The same command goes on from there."
+            "  If the disk is full, free some space. The same command resumes the export."
         ) from error
     except BaseException:
-        if scratch_name(to).exists():
+        if partial_path(to).exists():
             progress.note(
-                f"what is finished is kept in {scratch_name(to)}: the same command goes on from "
-                "there; remove it if you don't want that"
+                f"finished files are in {partial_path(to)}: the same command resumes from there; "
+                "remove the folder if you don't want that"
             )
         raise
-
-
-@contextmanager
-def _threads(directory: RunDirectory) -> Iterator[None]:
-    """The search's number of CPU threads: another one sums in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(directory.read_environment()["replicas"]["threads"] or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The low-rank parts of an edit, and what they leave out of it. Knows nothing about files.
+"""Low-rank factors of an edit, and what they leave out of it. Knows nothing about files.
 
     norm     what PEFT computes                          exact
     none     W + B A                (LoRA)               yes
@@ -17,8 +17,8 @@ from ray_abliterate.recipe import Norm
 
 
 @dataclass(frozen=True)
-class Factors:
-    """One expert of a writer, as an adapter stores its edit; float32.
+class LowRankFactors:
+    """The edit of one expert of a writer as an adapter stores it, in float32.
 
     Attributes:
         outward: PEFT's B, `"hidden rank"`.
@@ -33,29 +33,29 @@ class Factors:
     error: float
 
 
-def factors(edit: Edit, expert: int, matrix: Tensor, norm: Norm) -> Factors:
-    """What an adapter stores for one expert.
+def low_rank_factors(edit: Edit, expert: int, matrix: Tensor, norm: Norm) -> LowRankFactors:
+    """Return what an adapter stores for one expert.
 
     Args:
-        edit: Of the writer.
-        expert: Which one.
-        matrix: Its pristine weights, float32 `"hidden fan_in"`.
+        edit: The writer's edit.
+        expert: The expert's index.
+        matrix: Its pristine weights, float32 `"hidden fan_in"`; not read for `none`.
         norm: What the edit keeps.
     """
-    a, b = edit.a[expert], edit.b[expert]
+    a, b = edit.a[expert], edit.b[expert]  # (rank, hidden), (rank, fan_in)
     if norm == "none":
-        return Factors(a.T, b, None, 0.0)
+        return LowRankFactors(a.T, b, None, 0.0)
     if norm == "row":
         lengths = matrix.norm(dim=1)
         outward = a.T.clone()
         # A row of zeros stays one: DoRA divides by the length of W + B A, which must not be zero.
         outward[lengths == 0, 0] = 1.0
-        return Factors(outward, b, lengths, 0.0)
-    return _column(edit, expert, matrix)
+        return LowRankFactors(outward, b, lengths, 0.0)
+    return _best_column_factors(edit, expert, matrix)
 
 
-def _column(edit: Edit, expert: int, matrix: Tensor) -> Factors:
-    """The best factors whose B is the directions V, orthonormal.
+def _best_column_factors(edit: Edit, expert: int, matrix: Tensor) -> LowRankFactors:
+    """Return the best factors whose B is the directions V, orthonormal.
 
         W' − W = W (diag(c) − 1) − λ Σ v_r (b_r ⊙ c)ᵀ,    A_r = (W' − W)ᵀ v_r = b_r ⊙ (c − 1 − λ c)
 
@@ -69,4 +69,4 @@ def _column(edit: Edit, expert: int, matrix: Tensor) -> Factors:
     left_out = ((c - 1).square() * across).sum()
     total = left_out + inward.square().sum()
     error = float((left_out / total).sqrt()) if total > 0 else 0.0
-    return Factors(edit.basis.T, inward.float(), None, error)
+    return LowRankFactors(edit.basis.T, inward.float(), None, error)

@@ -1,8 +1,8 @@
-"""The model card of an export: what was edited, how, what it scored, and what it must not be
-taken for. Holds no prompts, no answers, no paths and no names of the machine it was written on.
+"""Writes the model card of an export: what was edited, how, what it scored, and its limits.
 
-Names and settings may hold anything: the card's metadata are written by a YAML library, and every
-value that the template puts into the text is escaped unless this module made it.
+The card holds no prompts, no answers, no paths and no names of the machine it was written on. Names
+and settings may be any text: the card's metadata are written by a YAML library, and every value
+that the template inserts is escaped unless this module made it.
 """
 
 import json
@@ -11,16 +11,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_abliterate.search.score_text import describe_score
 from ray_abliterate.data.hub import MODEL_NAME
 from ray_abliterate.evaluation.suites.build import build_suites
-from ray_abliterate.export.public_names import Original, Published
+from ray_abliterate.export.original_model import OriginalModel
+from ray_abliterate.export.public_names import PublicName
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.suite_results import BASE, Finding, comparison_text, label
 from ray_abliterate.recipe import SuiteFile
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import Score
+from ray_abliterate.search.score_text import describe_score
 
 NORMS = {
     "none": "no norm of the weights is kept",
@@ -28,26 +29,26 @@ NORMS = {
     "column": "each matrix keeps the norm of its input columns",
 }
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""Metadata of the base model's card that hold for the edited model, too."""
+"""Metadata of the base model's card that also hold for the edited model."""
 MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~&$])")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
-Kind = Literal["merged", "adapter"]
+ExportKind = Literal["merged", "adapter"]
 
 
 class Markdown(str):
-    """Text that is Markdown already, and is not escaped again."""
+    """Text that is Markdown already, and is never escaped again."""
 
 
 def model_card(
-    directory: RunDirectory, trial: Trial, original: Original, kind: Kind = "merged"
+    directory: RunDirectory, trial: Trial, original: OriginalModel, kind: ExportKind = "merged"
 ) -> str:
-    """The card of the model that a trial's plan makes.
+    """Return the card of the model that a trial's plan makes, as Markdown.
 
     Args:
         directory: The run.
-        trial: Whose plan was written.
-        original: The base model, whose own card tells its licence.
+        trial: The trial whose plan was written.
+        original: The base model, whose own card states its licence.
         kind: Whether whole weights were written, or an adapter.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -57,17 +58,17 @@ def model_card(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
-        finalize=escaped,
+        finalize=escape_markdown,
         keep_trailing_newline=True,
     )
-    pages.filters |= {"code": code, "cell": escaped}
-    carried, quantized = front_matter_of(original.folder / "README.md"), original.quantized
+    pages.filters |= {"code": code_span, "cell": escape_markdown}
+    carried, quantized = read_front_matter(original.folder / "README.md"), original.quantized
     return pages.get_template("model_card.md.jinja").render(
         front_matter=Markdown(_front_matter(original.base, carried, kind)),
         adapter=kind == "adapter",
-        base=_named(original.base),
-        searched=_named(quantized) if quantized else None,
-        direction=_direction(directory, trial.plan),
+        base=_model_facts(original.base),
+        searched=_model_facts(quantized) if quantized else None,
+        direction=_direction_facts(directory, trial.plan),
         norm={"mode": trial.plan.norm, "meaning": NORMS[trial.plan.norm]},
         number=trial.number,
         trials=len(directory.trials()),
@@ -76,8 +77,8 @@ def model_card(
         pruned=trial.pruned,
         scores=list(_score_rows(directory, trial)),
         suites=list(_suite_rows(directory, trial)),
-        licence=_one(carried.get("license_name")) or _one(carried.get("license")),
-        licence_link=_one(carried.get("license_link")),
+        licence=_joined(carried.get("license_name")) or _joined(carried.get("license")),
+        licence_link=_joined(carried.get("license_link")),
         versions=_versions(directory),
         dtype=directory.read_environment()["model"]["dtype"],
         quantization=directory.read_environment()["model"].get("quantization", ""),
@@ -85,22 +86,22 @@ def model_card(
 
 
 def public_origin(origin: str) -> str | None:
-    """Where prompts came from, if everybody can read them there: the Hub, or this package."""
+    """Return where everybody can read a set's prompts, on the Hub or here; None if nowhere."""
     return origin.removeprefix("hub:") if origin.startswith(("hub:", "builtin:")) else None
 
 
 # Escaping
 
 
-def escaped(value: Any) -> Any:
-    """A value as Markdown shows it as it is, on one line; Markdown stays."""
+def escape_markdown(value: Any) -> Any:
+    """Escape a text so that Markdown shows it as it is, on one line; other values stay."""
     if isinstance(value, Markdown) or not isinstance(value, str):
         return value
     return Markdown(MARKDOWN.sub(r"\\\1", UNPRINTABLE.sub(" ", value)))
 
 
-def code(value: str) -> Markdown:
-    """A value in a span of code, whatever backticks it has."""
+def code_span(value: str) -> Markdown:
+    """Return a text as a span of code, whatever backticks it contains."""
     text = UNPRINTABLE.sub(" ", value).strip() or " "
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence, space = "`" * (longest + 1), " " if longest else ""
@@ -110,20 +111,20 @@ def code(value: str) -> Markdown:
 # Metadata
 
 
-def front_matter_of(readme: Path) -> dict[str, Any]:
-    """The metadata at the head of a model card; empty if there are none that can be read."""
+def read_front_matter(readme: Path) -> dict[str, Any]:
+    """Read the metadata at the head of a model card; empty if there are none, or damaged ones."""
     import yaml
 
     try:
         text = readme.read_text(encoding="utf-8")
-        found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
-        values = yaml.safe_load(found[1]) if found else None
+        match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+        values = yaml.safe_load(match[1]) if match else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
 
 
-def _front_matter(base: Published, carried: Mapping[str, Any], kind: Kind) -> str:
+def _front_matter(base: PublicName, carried: Mapping[str, Any], kind: ExportKind) -> str:
     import yaml
 
     values: dict[str, Any] = {key: carried[key] for key in CARRIED if _is_text(carried.get(key))}
@@ -137,55 +138,60 @@ def _front_matter(base: Published, carried: Mapping[str, Any], kind: Kind) -> st
 
 
 def _is_text(value: Any) -> bool:
-    """A text, or a list of texts: what these metadata may be."""
+    """Return whether a value is a text or a list of texts, as these metadata may be."""
     parts = value if isinstance(value, list) else [value]
     return bool(parts) and all(isinstance(part, str) and part for part in parts)
 
 
-def _one(value: Any) -> str | None:
+def _joined(value: Any) -> str | None:
     return ", ".join(value if isinstance(value, list) else [value]) if _is_text(value) else None
 
 
 # What the run knows
 
 
-def _named(model: Published) -> dict[str, Any]:
+def _model_facts(model: PublicName) -> dict[str, Any]:
     name, hub = model.called, model.hub
     on_hub = hub is not None and MODEL_NAME.fullmatch(hub)
-    link = f"[{escaped(name)}](https://huggingface.co/{hub})" if on_hub else f"**{escaped(name)}**"
+    text = escape_markdown(name)
+    link = f"[{text}](https://huggingface.co/{hub})" if on_hub else f"**{text}**"
     return {"name": name, "link": Markdown(link), "revision": model.revision}
 
 
-def _direction(directory: RunDirectory, plan: Plan) -> dict[str, Any]:
-    found, settings = directory.directions(), directory.read_recipe().direction
+def _direction_facts(directory: RunDirectory, plan: Plan) -> dict[str, Any]:
+    directions, settings = directory.directions(), directory.read_recipe().direction
     at_layer = f"one for all layers, taken at layer {plan.direction_layer:.2f}"
     offset = plan.source_offset
-    own = "each layer's own" + ("" if offset is None else f", taken {offset:+.2f} layers from it")
-    many = f", up to {found.rank} a layer" if found and found.rank > 1 else ""
-    many += ", of each component's own" if found and found.components else ""
-    known = directory.read_environment().get("prompts", {})
-    filtered = directory.read_environment().get("filtered", {})
-    known = {name: {**facts, **_kept(filtered.get(name))} for name, facts in known.items()}
+    per_layer = "each layer's own"
+    per_layer += "" if offset is None else f", taken {offset:+.2f} layers from it"
+    more = f", up to {directions.rank} per layer" if directions and directions.rank > 1 else ""
+    more += ", found separately for each component" if directions and directions.components else ""
+    environment = directory.read_environment()
+    filtered = environment.get("filtered", {})
+    sets = {
+        name: {**facts, **_after_filter(filtered.get(name))}
+        for name, facts in environment.get("prompts", {}).items()
+    }
     return {
-        "method": found.method if found else settings.method,
-        "scope": (at_layer if plan.scope == "global" else own) + many,
+        "method": directions.method if directions else settings.method,
+        "scope": (at_layer if plan.scope == "global" else per_layer) + more,
         "projected": settings.project_out_neutral,
         "quantile": settings.winsorize_quantile,
         "sets": [
             {
                 "title": title,
-                "prompts": known[name]["prompts"],
-                "origin": public_origin(known[name]["origin"]),
-                "fingerprint": known[name]["fingerprint"][:16],
+                "prompts": sets[name]["prompts"],
+                "origin": public_origin(sets[name]["origin"]),
+                "fingerprint": sets[name]["fingerprint"][:16],
             }
             for name, title in (("behaviour", "With the behaviour"), ("neutral", "Without it"))
-            if name in known
+            if name in sets
         ],
     }
 
 
-def _kept(filtered: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of a set, what is said of the prompts that were kept, if others were left out."""
+def _after_filter(filtered: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the prompt filter changed of a set's facts: count and fingerprint, or nothing."""
     if filtered is None:
         return {}
     return {"prompts": filtered["kept"], "fingerprint": filtered["fingerprint"]}
@@ -210,41 +216,41 @@ def _score_rows(directory: RunDirectory, trial: Trial) -> Iterator[dict[str, Any
     baseline = directory.baseline()
     base: dict[str, Score] = {s.name: s for s in baseline.scorecard.scores} if baseline else {}
     for score in trial.scorecard.scores:
-        was = base.get(score.name)
+        of_base = base.get(score.name)
         yield {
             "name": score.name,
             "goal": score.goal,
-            "own": _shown(score),
-            "base": _shown(was) if was else "not measured",
+            "own": _score_text(score),
+            "base": _score_text(of_base) if of_base else "not measured",
         }
 
 
-def _shown(score: Score) -> str:
+def _score_text(score: Score) -> str:
     return f"{describe_score(score)} {score.unit}".rstrip()
 
 
 def _suite_rows(directory: RunDirectory, trial: Trial) -> Iterator[dict[str, Any]]:
-    """What suites found of the trial, each beside the base model."""
+    """Yield a row for each suite that the trial was measured with, and the base model's result."""
     settings = SuiteFile.of(directory.read_environment().get("suites", ()))
-    kept = directory.suite_results(settings)
-    if label(trial.number) not in kept.labels:
+    results = directory.suite_results(settings)
+    if label(trial.number) not in results.labels:
         return
     for suite in build_suites(settings, directory.read_base()):
-        found, base = kept.finding(label(trial.number), suite), kept.finding(BASE, suite)
-        if found is None or found.score is None:
+        finding, of_base = results.finding(label(trial.number), suite), results.finding(BASE, suite)
+        if finding is None or finding.score is None:
             continue
-        compared = comparison_text(found.comparison) if found.comparison else ""
+        difference = comparison_text(finding.comparison) if finding.comparison else ""
         yield {
             "name": suite.name,
-            "own": _finding(found) + ("" if found.whole else " *"),
-            "base": _finding(base),
-            "difference": compared or "not measured",
-            "whole": found.whole,
+            "own": _finding_text(finding) + ("" if finding.whole else " *"),
+            "base": _finding_text(of_base),
+            "difference": difference or "not measured",
+            "whole": finding.whole,
         }
 
 
-def _finding(found: Finding | None) -> str:
-    return _shown(found.score) if found and found.score else "not measured"
+def _finding_text(finding: Finding | None) -> str:
+    return _score_text(finding.score) if finding and finding.score else "not measured"
 
 
 def _versions(directory: RunDirectory) -> list[str]:

@@ -1,4 +1,4 @@
-"""Models as others can find them, for what leaves this machine: never a path of it."""
+"""Names under which others can find a model, for what leaves this machine: never a path of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,12 @@ EMBEDDED = ("demo", "planted")
 
 
 @dataclass(frozen=True)
-class Published:
+class PublicName:
     """What a model is called in public.
 
     Attributes:
-        name: On the Hub, or of an embedded model; None for a folder.
-        called: The same, or the last part of the folder's path.
+        name: Its name on the Hub, or that of an embedded model; None for a folder.
+        called: The name to show: the same, or the last part of the folder's path.
         revision: Commit on the Hub, if it is known.
     """
 
@@ -24,8 +24,13 @@ class Published:
     revision: str | None
 
     @classmethod
-    def of(cls, name: str, revision: str | None = None) -> "Published":
-        """A model by the name that it is loaded by: a folder, a Hub name or an embedded one's."""
+    def of(cls, name: str, revision: str | None = None) -> "PublicName":
+        """Return the public name of a model that is loaded as `name`.
+
+        Args:
+            name: A folder, a Hub name, or an embedded model's name.
+            revision: Commit on the Hub, if it is known.
+        """
         if name in EMBEDDED:
             return cls(name, f"the {name} model of ray-abliterate", revision)
         if Path(name).exists():
@@ -33,27 +38,12 @@ class Published:
         return cls(name, name, revision)
 
     @classmethod
-    def searched(cls, directory: RunDirectory) -> "Published":
-        """The model that a run searched on."""
+    def searched(cls, directory: RunDirectory) -> "PublicName":
+        """Return the public name of the model that a run searched on."""
         revision = directory.read_environment()["model"].get("revision")
         return cls.of(directory.read_recipe().model.name, revision)
 
     @property
     def hub(self) -> str | None:
-        """Its name on the Hub."""
+        """The model's name on the Hub; None if it is not there."""
         return None if self.name in EMBEDDED else self.name
-
-
-@dataclass(frozen=True)
-class Original:
-    """The full-precision model whose weights an export edits.
-
-    Attributes:
-        folder: Where it is.
-        base: What it is called.
-        quantized: The quantized form of it that the run searched on, if that is another checkpoint.
-    """
-
-    folder: Path
-    base: Published
-    quantized: Published | None = None

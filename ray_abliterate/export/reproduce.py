@@ -1,15 +1,14 @@
 """Rebuilds an export from its base model and its reproduction bundle, and checks every tensor.
 
-No search, no prompts, no run directory. With the same versions, device and threads the edited
-tensors must be equal bit for bit; otherwise what the bundle keeps of them (norm, sampled values) is
-compared, within what rounding explains.
+Needs no search, no prompts and no run directory. With the same versions, device and threads the
+edited tensors must be equal bit for bit; otherwise their norms and sampled values, which the bundle
+records, must agree within what rounding explains.
 """
 
 import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,30 +16,36 @@ import torch
 
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.errors import ReproductionError
-from ray_abliterate.export.adapter import WEIGHTS, AdapterEdit, Base, write_adapter
+from ray_abliterate.export.adapter import ADAPTER_WEIGHTS, AdapterBase, AdapterEdit, write_adapter
 from ray_abliterate.export.bundle import (
     DIRECTIONS,
     FILE,
     FOLDER,
     Bundle,
-    Computed,
-    computed,
+    ComputeEnvironment,
+    compute_environment,
     read_bundle,
 )
-from ray_abliterate.export.checkpoint import DTYPES, Checkpoint, fetched
-from ray_abliterate.export.export import find_targets
-from ray_abliterate.export.file_layout import headers_fingerprint, layout_of
+from ray_abliterate.export.checkpoint import DTYPES, Checkpoint, fetch_checkpoint
+from ray_abliterate.export.checkpoint_writers import StoredModel, cpu_threads
+from ray_abliterate.export.export import open_stored_model
+from ray_abliterate.export.file_layout import choose_layout, file_stats
 from ray_abliterate.export.merged import EditedTensors, write_merged
-from ray_abliterate.export.model_card import Kind
+from ray_abliterate.export.model_card import ExportKind
+from ray_abliterate.export.output_folder import (
+    PartialExport,
+    file_sha256,
+    open_partial,
+    refuse_unfit_target,
+    rename_complete,
+    unverified_path,
+)
 from ray_abliterate.export.public_names import EMBEDDED
-from ray_abliterate.export.scratch import Scratch, give_name, scratch
-from ray_abliterate.export.target import check_target, unverified_name
 from ray_abliterate.export.tensor_records import (
     WrittenTensor,
-    base_sha256,
-    edited_tensors,
-    file_sha256,
-    written_tensors,
+    record_edited_tensors,
+    record_tensors,
+    tensor_sha256,
 )
 from ray_abliterate.model.source import model_source
 from ray_abliterate.pipeline.progress import Progress
@@ -48,114 +53,131 @@ from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.search.plan import Plan
 
 SETTINGS = ("writers", "weight_cache", "attention", "gpus_per_replica", "max_memory")
-"""Of the bundle's model that say what is edited and where it is computed."""
+"""Model settings of the bundle that say what is edited, and where it is computed."""
 ULPS = {"merged": 2.0, "adapter": 64.0}
-"""Units in the last place, of a value or of the tensor's typical value, that a sampled value may
-be off where bits may differ. An adapter's values are sums over a matrix, not a matrix that changed
-a little."""
+"""How far a sampled value may be off where bits may differ, in units in the last place of the value
+or of the tensor's typical value. An adapter's values are sums over a matrix, rather than a matrix
+that changed a little."""
 NORM = 1e-6
-"""Relative difference of a tensor's norm that is allowed then."""
+"""Relative difference of a tensor's norm that is allowed where bits may differ."""
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of it. `reasons` say why bits may differ, if so."""
+    """How a rebuilt export compares with what its bundle describes.
 
-    kind: Kind
+    Attributes:
+        kind: Whether the whole model was rebuilt, or an adapter.
+        bit_equal: How many tensors are equal bit for bit.
+        tensors: How many were compared.
+        reasons: Why bits may differ; empty if they may not.
+        largest_norm_difference: Relative difference, of the tensors whose bits differ.
+        largest_sample_difference: Of the sampled values of these, in units in the last place.
+    """
+
+    kind: ExportKind
     bit_equal: int
     tensors: int
     reasons: tuple[str, ...]
     largest_norm_difference: float
-    """Relative, of the tensors whose bits differ."""
     largest_sample_difference: float
-    """In units of the last place, of the sampled values of these."""
 
 
-def reproduce(
-    place: Path, to: Path, progress: Progress, base: str | None = None, trust_remote_code: bool = False
+def rebuild_export(
+    place: Path,
+    to: Path,
+    progress: Progress,
+    base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Reproduction:
     """Write the export that a bundle describes into the folder `to`, and check it.
 
     Args:
         place: `reproduce.json`, its folder, or an export that has it.
-        to: Folder to write; must not exist, or be empty.
-        progress: Receives what happens.
+        to: The folder to write; it must not exist, or be empty.
+        progress: Is notified of what happens.
         base: Folder or Hub name of the base model; the bundle's if unset.
-        trust_remote_code: Run code that comes with the base model. A bundle cannot ask for it.
+        trust_remote_code: Whether code that comes with the base model may run. A bundle cannot
+            ask for it.
 
     Raises:
         ReproductionError: the bundle is damaged, the base model is another one, or what was written
-            is not what the bundle describes; that is kept under `<to>.unverified`.
+            is not what the bundle describes and now lies under `<to>.unverified`.
         ExportError: the folder cannot be written.
     """
     bundle, directions, file = read_bundle(place)
     if bundle.kind == "adapter" and bundle.adapter is None:
         raise ReproductionError(
-            f"{file} is of an adapter, and was written by a version that kept no hashes of its "
-            "tensors.\n  What is rebuilt could not be checked: export it anew."
+            f"{file} is of an adapter and records no hashes of its tensors: an older version wrote "
+            "it.\n  What is rebuilt could not be checked: export the adapter again."
         )
     to = to.absolute()
     recipe, plan = _recipe(bundle, trust_remote_code), _plan(bundle)
-    reasons = tuple(why_inexact(bundle.written, computed(recipe.model)))
+    reasons = tuple(why_inexact(bundle.written, compute_environment(recipe.model)))
     for reason in reasons:
         progress.note(f"bits may differ: {reason}")
-    source = Checkpoint.open(base_folder(bundle, base, progress))
-    check_target(to, source.folder, 0 if bundle.adapter else layout_of(source, None).bytes)
+    source = Checkpoint.open(find_base_folder(bundle, base, progress))
+    size = 0 if bundle.adapter else choose_layout(source, None).bytes
+    refuse_unfit_target(to, source.folder, size)
     with progress.stage("base model"):
         refuse_other_base(bundle, source)
-    identity = {"bundle": file_sha256(file), "files": headers_fingerprint(source)}
-    with scratch(to, identity) as work, _threads(bundle.written.threads):
-        found = _rebuilt(bundle, recipe, plan, source, directions, work, progress)
-        result, failures = compare(bundle, found, reasons)
-        _complete(work.folder, file.parent, result)
+    identity = {"bundle": file_sha256(file), "files": file_stats(source)}
+    with open_partial(to, identity) as partial, cpu_threads(bundle.written.threads):
+        model = open_stored_model(recipe, source, directions, progress)
+        written = _write_export(bundle, model, plan, directions, partial, progress)
+        result, failures = compare_tensors(bundle, written, reasons)
+        _add_bundle(partial.folder, file.parent, result)
         if failures:
-            give_name(work.folder, unverified_name(to))
+            rename_complete(partial.folder, unverified_path(to))
             raise ReproductionError(
                 "what was written is not what the bundle describes:\n"
                 + "\n".join(f"  {line}" for line in failures[:5])
-                + f"\n  It is kept in {unverified_name(to)} for a look; don't use it."
+                + f"\n  It is in {unverified_path(to)} for inspection; don't use it."
             )
         if to.exists():
             to.rmdir()
-        give_name(work.folder, to)
+        rename_complete(partial.folder, to)
     return result
 
 
-def _rebuilt(
+def _write_export(
     bundle: Bundle,
-    recipe: Recipe,
+    model: StoredModel,
     plan: Plan,
-    source: Checkpoint,
     directions: Directions,
-    work: Scratch,
+    partial: PartialExport,
     progress: Progress,
 ) -> Mapping[str, WrittenTensor]:
-    """Write the whole model, or the adapter; what was written."""
-    module, targets = find_targets(recipe, source, directions, progress)
+    """Write the whole model or the adapter, and return the records of what was written."""
     if bundle.adapter is None:
-        edited = EditedTensors(targets, plan, directions)
-        write_merged(source, layout_of(source, None), edited, work, progress)
+        edited = EditedTensors(model.writers, plan, directions)
+        write_merged(model.source, choose_layout(model.source, None), edited, partial, progress)
         with progress.stage("hashes"):
-            return edited_tensors(source, Checkpoint.open(work.folder))
-    edit = AdapterEdit(module, targets, plan, directions)
-    base = Base(bundle.base.called, bundle.base.revision)
-    write_adapter(edit, base, math.inf, work.folder, progress)
-    return written_tensors(Checkpoint.of_file(work.folder / WEIGHTS))
+            return record_edited_tensors(model.source, Checkpoint.open(partial.folder))
+    edits = AdapterEdit(model.module, model.writers, plan, directions)
+    base = AdapterBase(bundle.base.called, bundle.base.revision)
+    write_adapter(edits, base, math.inf, partial.folder, progress)
+    return record_tensors(Checkpoint.of_file(partial.folder / ADAPTER_WEIGHTS))
 
 
 # Before anything is written
 
 
-def base_folder(bundle: Bundle, given: str | None, progress: Progress) -> Path:
-    """The folder of the base model: the one given, or the bundle's at its revision.
+def find_base_folder(bundle: Bundle, given: str | None, progress: Progress) -> Path:
+    """Return the folder of the base model, fetching it from the Hub if need be.
+
+    Args:
+        bundle: The bundle.
+        given: `--base`: a folder or a Hub name; the bundle's own base model if None.
+        progress: Is notified of what happens.
 
     Raises:
-        ReproductionError: nobody says where it is, or it can't be fetched.
+        ReproductionError: nothing says where the model is, or it can't be fetched.
     """
     name = given or bundle.base.name
     if name is None:
         raise ReproductionError(
-            f"the base model, {bundle.base.called}, was a folder.\n  Say where it is with --base."
+            f"the base model, {bundle.base.called}, was a folder.\n  Name its folder with --base."
         )
     if name in EMBEDDED:
         return Path(model_source(name, progress.note)).resolve()
@@ -163,7 +185,7 @@ def base_folder(bundle: Bundle, given: str | None, progress: Progress) -> Path:
         return Path(name).resolve()
     revision = bundle.base.revision
     try:
-        return fetched(name, revision)
+        return fetch_checkpoint(name, revision)
     except (OSError, ValueError) as error:
         raise ReproductionError(
             f"{name} at revision {revision} cannot be read from the Hub or its cache.\n  {error}\n"
@@ -172,27 +194,27 @@ def base_folder(bundle: Bundle, given: str | None, progress: Progress) -> Path:
 
 
 def refuse_other_base(bundle: Bundle, source: Checkpoint) -> None:
-    """Hold the base model's tensors against those that were edited.
+    """Make sure that the base model has the tensors that were edited, bit for bit.
 
     Raises:
-        ReproductionError: they are not the same.
+        ReproductionError: it does not.
     """
-    known = bundle.made_from
-    other = [name for name, sha256 in known.items() if base_sha256(source, name) != sha256]
+    expected = bundle.base_hashes
+    other = [name for name, sha256 in expected.items() if tensor_sha256(source, name) != sha256]
     if other:
         revision = f" at revision {bundle.base.revision}" if bundle.base.revision else ""
         raise ReproductionError(
             f"{source.folder} is not the base model of the bundle ({bundle.base.called}{revision}):"
-            f"\n  {len(other)} of {len(known)} tensors to edit are missing or differ, "
-            f"{other[0]} among them.\n  Name the right model with --base."
+            f"\n  {len(other)} of {len(expected)} tensors to edit are missing or differ, such as "
+            f"{other[0]}.\n  Name the right model with --base."
         )
 
 
-def why_inexact(then: Computed, now: Computed) -> Iterator[str]:
-    """What is not as it was when the bundle was written."""
-    for library, known in then.versions.items():
-        if now.versions.get(library) != known:
-            yield f"{library} was {known}, and is {now.versions.get(library, 'not there')}"
+def why_inexact(then: ComputeEnvironment, now: ComputeEnvironment) -> Iterator[str]:
+    """Yield what differs from when the bundle was written, so that bits may differ too."""
+    for library, version in then.versions.items():
+        if now.versions.get(library) != version:
+            yield f"{library} was {version}, and is {now.versions.get(library, 'not installed')}"
     if then.device != now.device:
         yield f"it was written on {then.device}, and this is {now.device}"
 
@@ -200,9 +222,9 @@ def why_inexact(then: Computed, now: Computed) -> Iterator[str]:
 def _recipe(bundle: Bundle, trust_remote_code: bool) -> Recipe:
     try:
         recipe = Recipe.model_validate(bundle.recipe)
-        own = recipe.model.model_dump(include={*SETTINGS})
+        taken_over = recipe.model.model_dump(include={*SETTINGS})
         settings = ModelSettings(
-            name=bundle.base.called, trust_remote_code=trust_remote_code, **own
+            name=bundle.base.called, trust_remote_code=trust_remote_code, **taken_over
         )
     except ValueError as error:
         raise ReproductionError(f"the bundle's recipe is damaged: {error}") from None
@@ -219,18 +241,26 @@ def _plan(bundle: Bundle) -> Plan:
 # What was written
 
 
-def compare(
-    bundle: Bundle, found: Mapping[str, WrittenTensor], reasons: tuple[str, ...]
+def compare_tensors(
+    bundle: Bundle, written: Mapping[str, WrittenTensor], reasons: tuple[str, ...]
 ) -> tuple[Reproduction, list[str]]:
-    """Hold the written tensors against the bundle's; a line for each that is not what it was."""
+    """Compare the written tensors with the bundle's records.
+
+    Args:
+        bundle: The bundle.
+        written: Records of the written tensors, by name.
+        reasons: Why bits may differ; without any, they must be equal.
+
+    Returns:
+        The comparison, and a line for each tensor that is not what it should be.
+    """
     failures, norms, samples, equal = [], [0.0], [0.0], 0
-    made, ulps = bundle.made, ULPS[bundle.kind]
-    for name in sorted(made.keys() | found.keys()):
-        then, now = made.get(name), found.get(name)
+    recorded, ulps = bundle.written_tensors, ULPS[bundle.kind]
+    for name in sorted(recorded.keys() | written.keys()):
+        then, now = recorded.get(name), written.get(name)
         if then is None or now is None:
             failures.append(
-                f"{name} was {'not ' if then is None else ''}written, and now is"
-                f"{'' if then is None else ' not'}"
+                f"{name} was not in the export" if then is None else f"{name} was not written"
             )
             continue
         if then.sha256 == now.sha256:
@@ -240,46 +270,39 @@ def compare(
         norms.append(norm)
         samples.append(sample)
         if not reasons:
-            failures.append(f"{name}: other bits, with the same versions and device")
+            failures.append(f"{name}: different bits, with the same versions and device")
         elif norm > NORM or sample > ulps:
             failures.append(
                 f"{name}: norm {norm:.2g} off (allowed {NORM:g}), a sampled value {sample:.3g} "
-                f"units of the last place (allowed {ulps:g})"
+                f"units in the last place (allowed {ulps:g})"
             )
-    result = Reproduction(bundle.kind, equal, len(made), reasons, max(norms), max(samples))
+    result = Reproduction(bundle.kind, equal, len(recorded), reasons, max(norms), max(samples))
     return result, failures
 
 
 def differences(then: WrittenTensor, now: WrittenTensor) -> tuple[float, float]:
-    """Relative difference of the norms; largest difference of sampled values, in units of the last
-    place of the value or of the tensor's root mean square, whichever is larger."""
+    """Return how far a written tensor is from its record where bits differ.
+
+    Returns:
+        The relative difference of the norms; and the largest difference of sampled values, in units
+        in the last place of the value or of the tensor's root mean square, whichever is larger.
+    """
     norm = abs(then.norm - now.norm) / max(then.norm, 1e-30)
     if len(then.sample) != len(now.sample) or not then.sample or then.dtype not in DTYPES:
         return norm, float("inf")
     eps = torch.finfo(DTYPES[then.dtype]).eps
     count = max(1, int(torch.tensor(then.shape).prod()))
-    typical = then.norm / count**0.5
+    typical = then.norm / count**0.5  # root mean square
     pairs = zip(then.sample, now.sample, strict=True)
     return norm, max(abs(a - b) / (eps * max(abs(a), typical, 1e-30)) for a, b in pairs)
 
 
-def _complete(work: Path, bundle: Path, result: Reproduction) -> None:
-    """Put the bundle, its card and what was found into the folder."""
-    (work / FOLDER).mkdir(exist_ok=True)
+def _add_bundle(folder: Path, bundle: Path, result: Reproduction) -> None:
+    """Copy the bundle and the model card into the folder, and write how it compares."""
+    (folder / FOLDER).mkdir(exist_ok=True)
     for name in (FILE, DIRECTIONS):
-        shutil.copyfile(bundle / name, work / FOLDER / name)
+        shutil.copyfile(bundle / name, folder / FOLDER / name)
     if bundle.name == FOLDER and (bundle.parent / "README.md").is_file():
-        shutil.copyfile(bundle.parent / "README.md", work / "README.md")
+        shutil.copyfile(bundle.parent / "README.md", folder / "README.md")
     text = json.dumps(asdict(result), indent=2)
-    (work / "reproduced.json").write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _threads(wanted: int) -> Iterator[None]:
-    """So many CPU threads: another number sums in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    (folder / "reproduced.json").write_text(text + "\n", encoding="utf-8")

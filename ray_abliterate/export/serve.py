@@ -1,10 +1,9 @@
-"""Serves an edited model to OpenAI's clients: writes its folder, and starts transformers' server.
+"""Serves an edited model to OpenAI's clients, with transformers' own server.
 
 The server is `transformers serve`, which takes this process over. Nothing here speaks HTTP.
 """
 
 import ipaddress
-import json
 import os
 import socket
 import sys
@@ -14,6 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ray_abliterate.errors import ServeError
+from ray_abliterate.export.find_export import (
+    EXPORTS,
+    SERVING,
+    export_once,
+    is_of_trial,
+    trial_folder,
+)
 
 if TYPE_CHECKING:
     from ray_abliterate.pipeline.directory import RunDirectory
@@ -23,19 +29,17 @@ if TYPE_CHECKING:
 
 NEEDED = ("fastapi", "openai", "uvicorn")
 """Packages that transformers' server imports, and transformers does not install."""
-KEPT = "serving"
-"""Folder of a run with the models that were written to be served."""
 SERVER = "from transformers.cli.transformers import app; app()"
 
 
 @dataclass(frozen=True)
-class Served:
-    """A folder to serve, and how its model is loaded and asked.
+class ServedModel:
+    """A folder to serve, and how its model is loaded and prompted.
 
     Attributes:
         folder: A whole model; its last part is the name that clients use.
-        trust_remote_code: Run code that is in the folder.
-        thinking: Passed to the chat template; the template's own choice if None.
+        trust_remote_code: Whether code that is in the folder may run.
+        thinking: Passed to the chat template; None leaves it to the template.
     """
 
     folder: Path
@@ -43,7 +47,7 @@ class Served:
     thinking: bool | None = None
 
     def command(self, host: str, port: int) -> list[str]:
-        """The server's command line, to be started beside the folder."""
+        """Return the server's command line, to be started in the folder's parent."""
         options = ["--host", host, "--port", str(port)]
         if self.trust_remote_code:
             options.append("--trust-remote-code")
@@ -52,11 +56,11 @@ class Served:
         return [sys.executable, "-P", "-c", SERVER, "serve", self.folder.name, *options]
 
 
-def refuse_early(host: str, port: int, progress: "Progress") -> None:
-    """What can be told before a model is written.
+def refuse_unservable(host: str, port: int, progress: "Progress") -> None:
+    """Make sure, before a model is written, that the server can start.
 
     Raises:
-        ServeError: a package is missing, or the address can't be listened at.
+        ServeError: a package is missing, or nothing can listen at the address.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
@@ -66,9 +70,10 @@ def refuse_early(host: str, port: int, progress: "Progress") -> None:
         )
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            # as the server does: a port that was just left is no obstacle
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except OSError as error:
         raise ServeError(
             f"nothing can listen at {host}, port {port} ({error.strerror}); choose another --port, "
@@ -81,13 +86,8 @@ def refuse_early(host: str, port: int, progress: "Progress") -> None:
         )
 
 
-def is_export(place: Path) -> bool:
-    """Whether a folder is a model's, not a run's."""
-    return any((place / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
-def exported(folder: Path, trust_remote_code: bool = False) -> Served:
-    """A folder that was exported, or any other with a whole model.
+def serve_folder(folder: Path, trust_remote_code: bool = False) -> ServedModel:
+    """Return an exported folder, or any other with a whole model, as a model to serve.
 
     Raises:
         ServeError: it holds an adapter, or has a name that the server takes for something else.
@@ -100,46 +100,42 @@ def exported(folder: Path, trust_remote_code: bool = False) -> Served:
     folder = folder.resolve()
     if "@" in folder.name or ":" in folder.name:
         raise ServeError(
-            f"the folder's name, {folder.name}, holds @ or :, behind which the server looks for a "
-            "revision or a file; rename it"
+            f"the folder's name, {folder.name}, contains @ or :, which the server takes for the "
+            "beginning of a revision or a file; rename it"
         )
-    return Served(folder, trust_remote_code)
+    return ServedModel(folder, trust_remote_code)
 
 
-def of_trial(
-    directory: "RunDirectory", trial: "Trial", progress: "Progress", trust_remote_code: bool = False
-) -> Served:
-    """The model of a trial: what was written for it before, or a folder that is written now.
+def serve_trial(
+    directory: "RunDirectory",
+    trial: "Trial",
+    progress: "Progress",
+    trust_remote_code: bool = False,
+) -> ServedModel:
+    """Return a trial's model to serve: a whole export of it, or a folder that is written now.
 
-    Not verified, which would take longer than a quick test: `export` does that.
+    That folder is not verified, which would take longer than a quick test: `export` does that.
 
     Raises:
-        ServeError: a folder for the trial is there, but is another's.
-        ExportError: it can't be written.
+        ExportError: the trial's folder holds another model, or cannot be written.
     """
-    from ray_abliterate.export.export import export_trial
-
     settings: ModelSettings = directory.read_recipe().model
     if settings.chat_template:
         progress.note("model.chat_template is not served: the folder has the model's own template")
-    name = f"trial-{trial.number}"
-    folder = directory.path / KEPT / name
-    verified = directory.path / "exports" / name
-    if (verified / "config.json").is_file() and _plan_of(verified) == _values(trial):
-        folder = verified
-    elif folder.exists():
-        if _plan_of(folder) != _values(trial):
-            raise ServeError(f"{folder} is not of this trial {trial.number}; remove it first")
-    else:
-        export_trial(directory, trial, folder, progress, verify=False)
-        progress.note(f"kept in {folder} for the next time; remove it when you are done")
+    folder = trial_folder(directory, trial, EXPORTS)
+    if not ((folder / "config.json").is_file() and is_of_trial(folder, trial)):
+        folder = trial_folder(directory, trial, SERVING)
+        is_new = not folder.exists()
+        export_once(directory, trial, folder, progress, verify=False)
+        if is_new:
+            progress.note(f"stored in {folder} for the next time; remove it when you are done")
     trusted = trust_remote_code or settings.trust_remote_code
-    return Served(folder.resolve(), trusted, settings.enable_thinking)
+    return ServedModel(folder.resolve(), trusted, settings.enable_thinking)
 
 
-def start(served: Served, host: str, port: int, progress: "Progress") -> NoReturn:
-    """Become the server. Only what is on this machine is loaded."""
-    at = f"[{host}]" if ":" in host else host
+def start_server(served: ServedModel, host: str, port: int, progress: "Progress") -> NoReturn:
+    """Replace this process by the server, which loads only what is on this machine."""
+    at = f"[{host}]" if ":" in host else host  # an IPv6 address stands in brackets in a URL
     progress.note(f"http://{at}:{port}/v1 is the base URL, {served.folder.name} the model's name")
     progress.note("Ctrl-C ends the server")
     sys.stdout.flush()
@@ -147,13 +143,3 @@ def start(served: Served, host: str, port: int, progress: "Progress") -> NoRetur
     os.chdir(served.folder.parent)
     command = served.command(host, port)
     os.execve(command[0], command, {**os.environ, "HF_HUB_OFFLINE": "1"})
-
-
-def _plan_of(folder: Path) -> object:
-    from ray_abliterate.export.bundle import read_bundle
-
-    return read_bundle(folder)[0].plan
-
-
-def _values(trial: "Trial") -> object:
-    return json.loads(trial.plan.to_json())

@@ -1,4 +1,4 @@
-"""Which stored tensors hold a parameter, found by names and shapes alone.
+"""Which tensors of a checkpoint hold a parameter, determined from names and shapes alone.
 
 transformers renames tensors and stacks experts as it loads. Its own rules say what becomes of each
 stored tensor; no weight is read to find out.
@@ -15,27 +15,27 @@ from torch import Tensor
 from ray_abliterate.errors import ExportError
 from ray_abliterate.export.checkpoint import Checkpoint
 
-Kind = Literal["whole", "experts", "transposed"]
+StorageKind = Literal["whole", "experts", "transposed"]
 
 
 @dataclass(frozen=True)
-class Form:
+class StoredForm:
     """One copy of a parameter in the checkpoint.
 
     Attributes:
         parameter: The name that transformers loads it under; a shared parameter has several.
         kind: `whole`: one tensor is the parameter. `experts`: each tensor is one slice of it along
-            the first axis. `transposed`: one tensor is a stack of experts, each turned round.
-        tensors: Their names in the checkpoint, experts in order.
+            the first axis. `transposed`: one tensor is a stack of experts, each transposed.
+        tensors: The tensors' names in the checkpoint, experts in order.
     """
 
     parameter: str
-    kind: Kind
+    kind: StorageKind
     tensors: tuple[str, ...]
 
 
-class StoredForms:
-    """The parameters of a skeleton, by the names and cuts of a checkpoint."""
+class StoredParameters:
+    """The parameters of a skeleton, by the names and shapes that a checkpoint stores them in."""
 
     def __init__(self, module: Any, source: Checkpoint) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -54,7 +54,10 @@ class StoredForms:
         self._patterns = {name: p for group in self._sources.values() for name, p in group}
 
     def _loaded_as(self, name: str, rules: list[Any]) -> tuple[str, str | None]:
-        """The parameter that a stored tensor is loaded into, as transformers' loader decides."""
+        """Return the parameter that transformers loads a stored tensor into, and the matching rule.
+
+        The rule is given by its pattern; it is None where the tensor is only renamed.
+        """
         from transformers.core_model_loading import (
             WeightConverter,
             WeightRenaming,
@@ -69,8 +72,8 @@ class StoredForms:
             loaded, pattern = rename_source_key(name, [], [], prefix, known)
         return loaded, pattern
 
-    def of(self, parameter: str) -> tuple[Form, ...]:
-        """The copies of a parameter; more than one if layers share it and the files don't.
+    def forms_of(self, parameter: str) -> tuple[StoredForm, ...]:
+        """Return the copies of a parameter: several if layers share it and the files don't.
 
         Raises:
             ExportError: the checkpoint lacks it, or holds it in another shape or type.
@@ -89,7 +92,7 @@ class StoredForms:
             self._source.refuse_unreadable(name)
         return forms
 
-    def _form(self, parameter: str, tensor: Tensor) -> Form | None:
+    def _form(self, parameter: str, tensor: Tensor) -> StoredForm | None:
         group = self._sources.get(parameter)
         if group is None:
             return None
@@ -97,27 +100,29 @@ class StoredForms:
         kind = self._kind({pattern for _, pattern in group}, tensor)
         if kind is None:
             raise ExportError(
-                f"{parameter} is computed from {names[0]} in a way that is not undone tensor by "
-                "tensor, so its edit cannot be put back.\n  Save the model anew with "
+                f"{parameter} is computed from {names[0]} in a way that cannot be undone tensor by "
+                "tensor, so its edit cannot be put back.\n  Save the model again with "
                 "save_original_format=False, and run the recipe on that folder."
             )
         shape, held = tuple(tensor.shape), self._source.tensors[names[-1]].shape
         if kind == "experts":
             fits = all((len(names), *self._source.tensors[n].shape) == shape for n in names)
         else:
-            turned = kind == "transposed" and (held != shape or self._always_turns(names[-1]))
-            fits = ((held[0], held[2], held[1]) if turned else held) == shape
-            kind = "transposed" if turned else "whole"
+            transposed = kind == "transposed" and (
+                held != shape or self._always_transposes(names[-1])
+            )
+            fits = ((held[0], held[2], held[1]) if transposed else held) == shape
+            kind = "transposed" if transposed else "whole"
         if not fits:
             raise ExportError(
                 f"{names[0]} in {self._source.folder} does not have the shape of {parameter}, "
-                f"{shape}.\n  Save the model anew with save_pretrained, and run the recipe on that "
-                "folder."
+                f"{shape}.\n  Save the model again with save_pretrained, and run the recipe on "
+                "that folder."
             )
-        return Form(parameter, kind, names if kind == "experts" else names[-1:])
+        return StoredForm(parameter, kind, names if kind == "experts" else names[-1:])
 
-    def _kind(self, patterns: set[str | None], tensor: Tensor) -> Kind | None:
-        """What the rules that match a parameter's tensors do; None if it is something else."""
+    def _kind(self, patterns: set[str | None], tensor: Tensor) -> StorageKind | None:
+        """Return what the rules that match a parameter's tensors do; None if no kind covers it."""
         from transformers.core_model_loading import MergeModulelist, Transpose
 
         if patterns == {None}:
@@ -131,23 +136,23 @@ class StoredForms:
         axes = {operation.dim0, operation.dim1} if type(operation) is Transpose else set()
         return "transposed" if axes == {1, 2} and tensor.ndim == 3 else None
 
-    def _always_turns(self, name: str) -> bool:
-        """Whether the rule for a tensor transposes it also if it has the right shape."""
+    def _always_transposes(self, name: str) -> bool:
+        """Return whether the rule for a tensor transposes it even if it has the right shape."""
         rule = self._converters[self._patterns[name] or ""]
         return not rule.operations[0].check_dims
 
     # Values
 
-    def load(self, form: Form) -> Tensor:
-        """The parameter, all of it, in the stored dtype."""
+    def load(self, form: StoredForm) -> Tensor:
+        """Read all of a parameter as the model has it, in the stored dtype."""
         if form.kind == "experts":
             return torch.stack([self._source.read(name) for name in form.tensors])
         whole = self._source.read(form.tensors[0])
         return whole.transpose(1, 2) if form.kind == "transposed" else whole
 
-    def cut(self, form: Form, value: Tensor) -> Mapping[str, Tensor]:
-        """New values of a parameter, as the checkpoint names and cuts them."""
+    def as_stored(self, form: StoredForm, value: Tensor) -> Mapping[str, Tensor]:
+        """Return new values of a parameter as the checkpoint names and divides them."""
         if form.kind == "experts":
             return dict(zip(form.tensors, value, strict=True))
-        turned = form.kind == "transposed"
-        return {form.tensors[0]: value.transpose(1, 2).contiguous() if turned else value}
+        transposed = form.kind == "transposed"
+        return {form.tensors[0]: value.transpose(1, 2).contiguous() if transposed else value}

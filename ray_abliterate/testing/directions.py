@@ -215,5 +215,5 @@ def _reduced(need: str, batches: list[Any], layer: int) -> Any:
     rows = [rows_of(batch, layer) for batch in batches]
     hidden = rows[0].values.shape[1]
     if need == "covariances":
-        return Summary(reduce(add, rows, PairedMoments(Moments.nothing(hidden))).moments)
+        return Summary(reduce(add, rows, PairedMoments(Moments.empty(hidden))).moments)
     return Sample(torch.from_numpy(reduce(add, rows).values), hidden)

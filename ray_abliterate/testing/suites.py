@@ -92,7 +92,7 @@ class SuiteContract:
         copy = pickle.loads(pickle.dumps(suite))
         again = {}
         for chunk in reversed(chunks):
-            with model.passing():
+            with model.without_storing():
                 known = Chunk.from_dict(json.loads(json.dumps(chunk.to_dict())))
                 again[chunk.id] = run_chunk(copy, model, known)
         assert [again[chunk.id] for chunk in chunks] == results
@@ -136,7 +136,7 @@ class SuiteContract:
         before: dict[str, Any] = {k: v.clone() for k, v in model.module.state_dict().items()}
         asked = [Prompt("how do i write"), Prompt("tell me about the soup")]
         answers, prefix = model.answer(asked, 4), model.response_prefix
-        with model.passing():
+        with model.without_storing():
             run_chunk(suite, model, chunks[0])
         assert model.response_prefix == prefix
         assert model.answer(asked, 4) == answers

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ray_abliterate import __version__
-from ray_abliterate.cluster.residual_shards import Extraction, Shards
+from ray_abliterate.cluster.object_store import Reference
+from ray_abliterate.cluster.residual_shards import ExtractionSettings, ResidualShards
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.directions.compute import directions_from_residuals
 from ray_abliterate.directions.directions import Directions, NoDirection
@@ -25,7 +26,7 @@ from ray_abliterate.errors import SearchError
 from ray_abliterate.model.batch_size import Tuning
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import DirectionSettings
-from ray_abliterate.replica.messages import ModelFacts
+from ray_abliterate.replica.messages import ModelFacts, ReplicaApi
 from ray_abliterate.search.plan import ModelShape
 from ray_abliterate.testing.directions import assert_same, planted_residuals
 
@@ -35,17 +36,17 @@ LAYERS = 3
 
 @dataclass
 class Store:
-    """References are the values; parts come back in the other order, and some are lost at first."""
+    """References hold the values; parts come back in the other order, and some are lost at first."""
 
     lose: int = 0
     backwards: bool = True
     parts: list[Any] = field(default_factory=list)
 
-    def put(self, value: Any) -> Any:
-        return value
+    def put(self, value: Any) -> Reference[Any]:
+        return Reference(value)
 
-    def fetch(self, reference: Any) -> Any:
-        return reference
+    def fetch(self, reference: Reference[Any]) -> Any:
+        return reference.handle
 
     def each(self, function: Any, references: Any, *args: Any) -> Iterator[tuple[Any, Any]]:
         items = list(references.items())
@@ -54,7 +55,7 @@ class Store:
                 self.lose -= 1
                 yield key, None
                 continue
-            part = function(value, *args)
+            part = function(value.handle, *args)
             self.parts.append((function.__name__, *args[:1]))
             yield key, part
 
@@ -83,17 +84,17 @@ class Pool:
             "r1",
         )
 
-    def map_by_reference(self, method: str, calls: Any) -> Iterator[tuple[int, Any]]:
+    def map_by_reference(self, method: Any, calls: Any) -> Iterator[tuple[int, Any]]:
         for index, (name, first, prompts, *_) in enumerate(calls):
-            assert method == "residuals"
+            assert method is ReplicaApi.extract_residuals
             self.calls += 1
             values = self.sets[name].values[first : first + len(prompts)].numpy()
-            yield index, ResidualShard.of(name, first, values).batch
+            yield index, Reference(ResidualShard.of(name, first, values).batch)
 
 
 def opened(
     prompts: int, hidden: int, lose: int = 0, positions: int = 1
-) -> tuple[Shards, Pool, list[Residuals]]:
+) -> tuple[ResidualShards, Pool, list[Residuals]]:
     """Of several positions, the sets differ most at the one before the last."""
     layers = LAYERS * positions
     *sets, planted = planted_residuals(seed=2, prompts=prompts, layers=layers, hidden=hidden)
@@ -113,7 +114,7 @@ def of_sets(
     texts: Sequence[Sequence[str]] | None = None,
     positions: int = 1,
     components: tuple[str, ...] = (),
-) -> tuple[Shards, Pool]:
+) -> tuple[ResidualShards, Pool]:
     """Shards of two sets, extracted; of prompts that are all different, if there are no texts."""
     layers = sets[0].layers // positions // (1 + len(components))
     pool = Pool(dict(zip(("behaviour", "neutral"), sets, strict=True)), Store(), layers, components)
@@ -122,9 +123,9 @@ def of_sets(
     prompts = [PromptSet.of(name, *own) for name, own in zip(pool.sets, texts, strict=True)]
     tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
     files = ShardFiles(None, None, pytest.fail)
-    extraction = Extraction(ROWS, (), "float32", tuning, positions, bool(components))
-    shards = Shards(pool, files, extraction, *prompts)
-    shards.extract(SilentProgress())
+    extraction = ExtractionSettings(ROWS, (), "float32", tuning, positions, bool(components))
+    shards = ResidualShards(pool, files, extraction, *prompts)
+    shards.extract(SilentProgress().step)
     return shards, pool
 
 
@@ -278,9 +279,11 @@ def test_residuals_at_one_position_keep_the_key_that_they_had() -> None:
     facts = opened(10, 8)[1].facts
     tuning = Tuning(read_rows=ROWS, answer_rows=2, state_every=1, drafts=False)
     prompts = PromptSet.of("behaviour", "a", "b")
-    keys = [Extraction(ROWS, (), "float32", tuning, k).key(facts, prompts) for k in (1, 2, 3)]
+    keys = [
+        ExtractionSettings(ROWS, (), "float32", tuning, k).key(facts, prompts) for k in (1, 2, 3)
+    ]
     assert len(set(keys)) == 3
-    assert keys[0] == Extraction(ROWS, (), "float32", tuning).key(facts, prompts)
+    assert keys[0] == ExtractionSettings(ROWS, (), "float32", tuning).key(facts, prompts)
     versions = [__version__, version("torch"), version("transformers")]
     assert keys[0] == content_key(
         weights=facts.fingerprint, revision="r1", model_dtype="float32", computes=facts.computes,
@@ -311,7 +314,7 @@ def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) 
         waiting.append(sum(map(len, total.waiting.parts)))
         return total
 
-    monkeypatch.setattr(moments, "TAKEN_AT_ONCE", 8)
+    monkeypatch.setattr(moments, "ROWS_AT_ONCE", 8)
     monkeypatch.setattr(moments.PairedMoments, "__add__", watched)
     shards, _, both = opened(50, 8)
     settings = DirectionSettings(method="whitened")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ray_abliterate.ablation import edit as ablation
 from ray_abliterate.ablation.edit import Edit
 from ray_abliterate.errors import ExportError
-from ray_abliterate.export.low_rank_factors import factors
+from ray_abliterate.export.low_rank_factors import low_rank_factors
 from ray_abliterate.search.plan import Plan
 from tests.support.exported import (
     CLOSE,
@@ -117,12 +117,14 @@ def test_rows_of_zeros_stay_zeros(rank):
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(6, 9, generator=generator)
     matrix[2] = 0
-    products = ablation.project(matrix[None], torch.randn(2, 6, generator=generator), "row")
+    products = ablation.compute_projections(
+        matrix[None], torch.randn(2, 6, generator=generator), "row"
+    )
     first, *others = [((row, 1.0),) for row in range(rank)]
-    edit = ablation.edit(products, first, 0.8, others)
+    edit = ablation.make_edit(products, first, 0.8, others)
     wanted = matrix.clone()
     edit.apply_(wanted[None], matrix[None])
-    found = factors(edit, 0, matrix, "row")
+    found = low_rank_factors(edit, 0, matrix, "row")
     added = matrix + found.outward @ found.inward
     have = found.magnitude[:, None] * added / added.norm(dim=1, keepdim=True)
     assert torch.equal(have[2], torch.zeros(9))
@@ -163,7 +165,7 @@ def test_the_factors_of_an_unedited_column_lack_nothing():
     matrix = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros(1, 1, 4), torch.zeros(1, 1, 5)
     edit = Edit(*nothing, None, torch.ones(1, 5), torch.ones(1, 4) / 2, 1.0)
-    assert factors(edit, 0, matrix, "column").error == 0.0
+    assert low_rank_factors(edit, 0, matrix, "column").error == 0.0
 
 
 @pytest.mark.parametrize(("family", "input_first"), [("llama", False), ("gpt2", True)])

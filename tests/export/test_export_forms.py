@@ -21,7 +21,7 @@ from ray_abliterate.errors import ExportError
 from ray_abliterate.export import export, merged
 from ray_abliterate.export.checkpoint import INDEX
 from ray_abliterate.export.export import ExportForm, export_trial
-from ray_abliterate.export.scratch import scratch, scratch_name
+from ray_abliterate.export.output_folder import open_partial, partial_path
 from ray_abliterate.export.verification import Verifier
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import SilentProgress
@@ -173,7 +173,7 @@ def test_a_killed_export_goes_on_where_it_was(mixtral_run, tmp_path):
     command = [sys.executable, "-c", KILLED, str(run.directory.path), str(to)]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
-    left = scratch_name(to)
+    left = partial_path(to)
     finished = json.loads((left / ".progress.json").read_text())["finished"]
     written = {path.name for path in left.glob("*.safetensors")}
     assert finished and written - set(finished), "it was killed between files"
@@ -198,14 +198,14 @@ def interrupted(mixtral_run, tmp_path, monkeypatch):
         patch.setattr(export, "model_card", interrupt)
         with pytest.raises(KeyboardInterrupt):
             export_trial(mixtral_run.directory, mixtral_run.trial, to, notes)
-    assert str(scratch_name(to)) in notes.lines[-1]
-    assert "the same command goes on from there" in notes.lines[-1]
+    assert str(partial_path(to)) in notes.lines[-1]
+    assert "the same command resumes from there" in notes.lines[-1]
     return to
 
 
 def rewritten(run, to, trial=None):
     """Weight files that the next attempt wrote anew."""
-    before = places_of(scratch_name(to))
+    before = places_of(partial_path(to))
     export_trial(run.directory, trial or run.trial, to, SilentProgress(), verify=False)
     after = places_of(to)
     return {n for n in after if n.endswith(".safetensors") and after[n] != before.get(n)}
@@ -216,7 +216,7 @@ def test_finished_files_are_not_written_again(mixtral_run, interrupted):
 
 
 def test_a_finished_file_that_changed_is_written_again(mixtral_run, interrupted):
-    path = sorted(scratch_name(interrupted).glob("*.safetensors"))[1]
+    path = sorted(partial_path(interrupted).glob("*.safetensors"))[1]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -224,7 +224,7 @@ def test_a_finished_file_that_changed_is_written_again(mixtral_run, interrupted)
 
 
 def test_another_trial_does_not_take_up_what_is_left(mixtral_run, interrupted):
-    weights = {path.name for path in scratch_name(interrupted).glob("*.safetensors")}
+    weights = {path.name for path in partial_path(interrupted).glob("*.safetensors")}
     plan = mixtral_run.trial.plan
     other = replace(plan, profiles=plan.profiles[:1])
     assert rewritten(mixtral_run, interrupted, replace(mixtral_run.trial, plan=other)) == weights
@@ -237,20 +237,20 @@ def test_other_further_directions_do_not_take_up_what_is_left(
     more = torch.zeros(directions.layers, 1, 32)
     wider = replace(directions, further=more)
     monkeypatch.setattr(RunDirectory, "directions", lambda self: wider)
-    weights = {path.name for path in scratch_name(interrupted).glob("*.safetensors")}
+    weights = {path.name for path in partial_path(interrupted).glob("*.safetensors")}
     assert rewritten(mixtral_run, interrupted) == weights
 
 
 def test_a_changed_base_model_is_read_again(mixtral_run, interrupted):
     path = next(mixtral_run.model.glob("model-00001*"))
     os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
-    weights = {path.name for path in scratch_name(interrupted).glob("*.safetensors")}
+    weights = {path.name for path in partial_path(interrupted).glob("*.safetensors")}
     assert rewritten(mixtral_run, interrupted) == weights
 
 
 def test_two_processes_do_not_write_one_export(planted_run, tmp_path):
     to = tmp_path / "out"
-    with scratch(to, {}), pytest.raises(ExportError, match="another process is writing"):
+    with open_partial(to, {}), pytest.raises(ExportError, match="another process is writing"):
         export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
 
 
@@ -277,7 +277,7 @@ def test_a_disk_that_fills_up_is_explained_and_the_export_goes_on(mixtral_run, t
         patch.setattr(merged, "_write", full)
         with pytest.raises(ExportError, match=r"No space left on device(?s:.*)If the disk is full"):
             export_trial(run.directory, run.trial, to, SilentProgress())
-    assert len(json.loads((scratch_name(to) / ".progress.json").read_text())["finished"]) == 2
+    assert len(json.loads((partial_path(to) / ".progress.json").read_text())["finished"]) == 2
     export_trial(run.directory, run.trial, to, SilentProgress(), verify=False)
 
 
@@ -310,7 +310,7 @@ def test_a_base_revision_that_is_gone_is_named(planted_run, tmp_path, monkeypatc
     recipe = json.loads(file.read_text())
     recipe["model"]["name"] = "owner/tiny"
     file.write_text(json.dumps(recipe))
-    copy.note(model={**copy.read_environment()["model"], "revision": "abc123"})
+    copy.record_facts(model={**copy.read_environment()["model"], "revision": "abc123"})
     with pytest.raises(ExportError, match=r"owner/tiny at revision abc123 cannot be read"):
         export_trial(copy, planted_run.trial, tmp_path / "out", SilentProgress())
     assert not (tmp_path / "out").exists()

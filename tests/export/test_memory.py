@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.export_memory import in_a_process, make_checkpoint
+from benchmarks.export_memory import export_in_new_process, make_checkpoint
 
 MARGIN = 48 * 2**20
 """Bytes beside two float32 matrices: the chunk that is copied, products, the allocator's own."""
@@ -20,7 +20,7 @@ def test_an_export_holds_two_float32_matrices_whatever_the_models_size(
     checkpoint, shard_size, tmp_path
 ):
     folder, size = checkpoint
-    found = in_a_process(folder, tmp_path / "out", "row", shard_size)
+    found = export_in_new_process(folder, tmp_path / "out", "row", shard_size)
     allowed = 2 * found["largest_writer_float32_bytes"] + MARGIN
     assert size > 3 * allowed
     assert found["added_bytes"] < allowed

@@ -12,8 +12,15 @@ from markdown_it import MarkdownIt
 
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.evaluation.suites.suite import SuiteChunk
-from ray_abliterate.export.model_card import Kind, code, escaped, front_matter_of, model_card
-from ray_abliterate.export.public_names import Original, Published
+from ray_abliterate.export.model_card import (
+    ExportKind,
+    code_span,
+    escape_markdown,
+    model_card,
+    read_front_matter,
+)
+from ray_abliterate.export.original_model import OriginalModel
+from ray_abliterate.export.public_names import PublicName
 from ray_abliterate.pipeline.directory import Baseline, RunDirectory
 from ray_abliterate.recipe import Recipe, SuiteFile
 from ray_abliterate.search.frontier import Trial
@@ -70,13 +77,13 @@ def a_run(folder: Path, name: str = "owner/some-model", **model: Any) -> tuple[R
         Score("kl-divergence", 0.1, 0.05, 0.2, unit="nats per token"),
     )
     trial = Trial(7, plan(), Scorecard(scores), 1.0)
-    directory.append(trial)
+    directory.append_trial(trial)
     base = (Score("keyword-rate", 0.9, 0.7, 1.0, detail={"hits": 18, "total": 20}),)
     directory.save_baseline(Baseline(Scorecard(base), (), 2))
     vectors = torch.nn.functional.normalize(torch.ones(4, 8), dim=1)
     directory.save_directions(Directions(vectors, "mean-difference", {"behaviour": "b"}))
     facts = {"layers": 4, "hidden": 8, "components": ["attn", "mlp"], "dtype": "bfloat16"}
-    directory.note(
+    directory.record_facts(
         model={**facts, "revision": "0123abc", **model},
         versions={"ray-abliterate": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "x": "9"},
         prompts={
@@ -98,9 +105,9 @@ def metadata(card: str) -> dict[str, Any]:
     return values
 
 
-def base_of(directory: RunDirectory, folder: Path | None = None) -> Original:
+def base_of(directory: RunDirectory, folder: Path | None = None) -> OriginalModel:
     """The model that a run searched on; its folder holds nothing if none is given."""
-    return Original(folder or directory.path, Published.searched(directory))
+    return OriginalModel(folder or directory.path, PublicName.searched(directory))
 
 
 def with_licence(folder: Path, text: str) -> Path:
@@ -134,7 +141,7 @@ def test_the_card_says_what_was_edited_how_and_what_it_scored(tmp_path: Path) ->
 def test_the_card_keeps_paths_prompts_and_users_to_itself(tmp_path: Path) -> None:
     directory, trial = a_run(tmp_path / "run", name=str(tmp_path))
     card = model_card(directory, trial, base_of(directory))
-    assert f"**{escaped(tmp_path.name)}**" in card
+    assert f"**{escape_markdown(tmp_path.name)}**" in card
     for private in ("somebody", "secret-prompts", "held-out", "/home", str(tmp_path.parent)):
         assert private not in card
     assert "base_model" not in metadata(card)
@@ -142,9 +149,9 @@ def test_the_card_keeps_paths_prompts_and_users_to_itself(tmp_path: Path) -> Non
 
 def test_the_card_of_originals_names_the_quantized_form_that_was_searched(tmp_path: Path) -> None:
     directory, trial = a_run(tmp_path / "run", "owner/some-model-w4", quantization="gptq int4")
-    quantized = Published.searched(directory)
-    base = Published("owner/some-model", "owner/some-model", "fff111")
-    card = model_card(directory, trial, Original(tmp_path, base, quantized))
+    quantized = PublicName.searched(directory)
+    base = PublicName("owner/some-model", "owner/some-model", "fff111")
+    card = model_card(directory, trial, OriginalModel(tmp_path, base, quantized))
     assert metadata(card)["base_model"] == "owner/some-model"
     assert (
         "weights of [owner/some-model](https://huggingface.co/owner/some-model) (revision `fff111`)"
@@ -155,7 +162,7 @@ def test_the_card_of_originals_names_the_quantized_form_that_was_searched(tmp_pa
         in card
     )
     assert "on its weights (`gptq int4`)" in card and "were edited" in card
-    alone = model_card(directory, trial, Original(tmp_path, quantized))
+    alone = model_card(directory, trial, OriginalModel(tmp_path, quantized))
     assert "quantized form of the base model" not in alone and "`gptq int4`" in alone
 
 
@@ -164,7 +171,7 @@ def test_the_card_of_originals_names_the_quantized_form_that_was_searched(tmp_pa
     [("merged", "finetune", "transformers"), ("adapter", "adapter", "peft")],
 )
 def test_metadata_name_the_base_model_and_what_became_of_it(
-    tmp_path: Path, kind: Kind, relation: str, library: str
+    tmp_path: Path, kind: ExportKind, relation: str, library: str
 ) -> None:
     directory, trial = a_run(tmp_path / "run")
     card = model_card(directory, trial, base_of(directory), kind)
@@ -189,7 +196,7 @@ def test_the_base_models_licence_is_carried_over(tmp_path: Path) -> None:
     assert found["license"] == "other" and found["license_name"] == "some-terms"
     assert found["license_link"] == "LICENSE" and found["language"] == ["en", "de"]
     assert "extra_gated_prompt" not in found and "chat" not in found["tags"]
-    assert "The base model's: `some-terms` (`LICENSE`)." in card
+    assert "That of the base model: `some-terms` (`LICENSE`)." in card
 
 
 @pytest.mark.parametrize(
@@ -205,7 +212,7 @@ def test_without_a_readable_licence_it_is_said_to_be_the_base_models(
     card = model_card(directory, trial, base)
     assert "license" not in metadata(card)
     assert "The licence and the terms of use of the base model apply to this one." in card
-    assert front_matter_of(tmp_path / "missing.md") == {}
+    assert read_front_matter(tmp_path / "missing.md") == {}
 
 
 def tags(card: str) -> Counter[str]:
@@ -231,17 +238,17 @@ def test_a_nasty_name_stays_a_name(tmp_path: Path, name: str) -> None:
 
 
 def test_escapes_are_exact() -> None:
-    assert escaped("a*b_c[d](e)<f>|g#h") == r"a\*b\_c\[d\](e)\<f\>\|g\#h"
-    assert code("a`b``c") == "``` a`b``c ```"
-    assert code("") == "` `"
-    assert escaped("x\ny|z") == r"x y\|z"
+    assert escape_markdown("a*b_c[d](e)<f>|g#h") == r"a\*b\_c\[d\](e)\<f\>\|g\#h"
+    assert code_span("a`b``c") == "``` a`b``c ```"
+    assert code_span("") == "` `"
+    assert escape_markdown("x\ny|z") == r"x y\|z"
 
 
 def test_validation_is_beside_the_base_models_with_the_paired_difference(tmp_path: Path) -> None:
     directory, trial = a_run(tmp_path / "run")
     settings = SuiteFile.of([{"kind": "over-refusal", "name": "harmless"}])
     assert "## Validation" not in model_card(directory, trial, base_of(directory))
-    directory.note(suites=[setting.model_dump(mode="json") for setting in settings])
+    directory.record_facts(suites=[setting.model_dump(mode="json") for setting in settings])
     kept = directory.suite_results(settings)
     for model, values in (("base", [1.0, 1.0, 1.0, 0.0]), ("trial-7", [0.0, 0.0, 1.0, 0.0])):
         items = tuple(f"i{n}" for n in range(4))
@@ -254,4 +261,4 @@ def test_validation_is_beside_the_base_models_with_the_paired_difference(tmp_pat
     row = next(line for line in card.splitlines() if line.startswith("| harmless |"))
     assert r"| 0.25 \[0.0456" in row and r"| 0.75 \[0.301" in row and r" \* |" in row
     assert r"| -0.5 \[-0.79, +0.14\], p 0.5 |" in row
-    assert "not all of its items were measured" in card
+    assert "Not all of its items were measured" in card

@@ -25,7 +25,9 @@ print(json.dumps(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logit
 @pytest.mark.skipif(not PYTHON, reason="ONNX_PYTHON names no Python with optimum: make test-extras")
 def test_an_export_becomes_onnx_with_the_same_logits(planted_run, tmp_path):
     """Transformers 4 reads it, too. The tolerance is float32's, for other orders of summing."""
-    folder = export_trial(planted_run.directory, planted_run.trial, tmp_path / "out", SilentProgress())
+    folder = export_trial(
+        planted_run.directory, planted_run.trial, tmp_path / "out", SilentProgress()
+    )
     task = ["--task", "text-generation-with-past"]
     command = [PYTHON, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model"]
     apart = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}

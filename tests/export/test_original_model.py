@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from ray_abliterate.cli.app import app
 from ray_abliterate.errors import ExportError, ModelError, PushError
 from ray_abliterate.export.export import ExportForm, export_trial
-from ray_abliterate.export.find_export import exported
-from ray_abliterate.export.reproduce import reproduce
+from ray_abliterate.export.find_export import find_or_export
+from ray_abliterate.export.reproduce import rebuild_export
 from ray_abliterate.model.loading import load
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import SilentProgress
@@ -93,7 +93,13 @@ def test_what_is_published_names_the_originals_and_no_path(
 ) -> None:
     form = ExportForm(kind)
     to = export_trial(
-        search.directory, search.trial, tmp_path / "out", SilentProgress(), False, form, str(wide_folder)
+        search.directory,
+        search.trial,
+        tmp_path / "out",
+        SilentProgress(),
+        False,
+        form,
+        str(wide_folder),
     )
     bundle = json.loads((to / "reproduce" / "reproduce.json").read_text())
     assert bundle["base"]["called"] == "tiny-wide" and bundle["base"]["name"] is None
@@ -143,7 +149,7 @@ def test_originals_of_the_hub_are_named_with_their_commit_and_rebuilt_from_there
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: owner/wide\n" in card and f"(revision `{commit}`)" in card
     hub.clear()
-    result = reproduce(tmp_path / "out", tmp_path / "again", SilentProgress())
+    result = rebuild_export(tmp_path / "out", tmp_path / "again", SilentProgress())
     assert result.bit_equal == result.tensors > 0 and set(hub) == {("owner/wide", commit)}
     assert written(tmp_path / "again") == written(tmp_path / "out")
 
@@ -239,13 +245,13 @@ def test_a_push_exports_the_originals_once(
 ) -> None:
     place, given = search.directory.path, str(wide_folder)
     with pytest.raises(ExportError, match="--originals FOLDER_OR_HUB_NAME"):
-        exported(place, 0, SilentProgress(), True)
-    folder = exported(place, 0, SilentProgress(), True, given)
-    assert folder == exported(place, 0, SilentProgress(), True, given)
-    assert folder == exported(place, 0, SilentProgress(), True)
+        find_or_export(place, 0, SilentProgress(), True)
+    folder = find_or_export(place, 0, SilentProgress(), True, given)
+    assert folder == find_or_export(place, 0, SilentProgress(), True, given)
+    assert folder == find_or_export(place, 0, SilentProgress(), True)
     with pytest.raises(
-        PushError, match=r"was made of tiny-wide, not of --originals .*tiny-planted"
+        ExportError, match=r"was made of tiny-wide, not of --originals .*tiny-planted"
     ):
-        exported(place, 0, SilentProgress(), True, str(planted_folder))
+        find_or_export(place, 0, SilentProgress(), True, str(planted_folder))
     with pytest.raises(PushError, match="leave --originals out"):
-        exported(folder, None, SilentProgress(), True, given)
+        find_or_export(folder, None, SilentProgress(), True, given)

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from ray_abliterate.errors import PushError
 from ray_abliterate.export import push as pushing
-from ray_abliterate.export.push import files_of, push
+from ray_abliterate.export.push import upload_export, uploaded_files
 from ray_abliterate.pipeline.progress import SilentProgress
 from tests.support.hub_server import TOKEN, Hub, Request, serving
 
@@ -87,7 +87,7 @@ def large(folder: Path) -> dict[str, str]:
 
 def whole(hub: Hub, folder: Path) -> bool:
     """Whether the Hub has what the folder has."""
-    small = {name: (folder / name).read_bytes() for name in files_of(folder)}
+    small = {name: (folder / name).read_bytes() for name in uploaded_files(folder)}
     return hub.committed == large(folder) and hub.files == {
         name: data for name, data in small.items() if name not in hub.committed
     }
@@ -95,7 +95,7 @@ def whole(hub: Hub, folder: Path) -> bool:
 
 def test_all_files_but_hidden_ones_arrive_and_the_model_is_private(hub, folder):
     progress = Notes()
-    revision = push(folder, NAME, progress)
+    revision = upload_export(folder, NAME, progress)
     assert revision == f"{1:040x}" and hub.commits == 1
     assert hub.private == {NAME: True}
     assert whole(hub, folder)
@@ -105,18 +105,18 @@ def test_all_files_but_hidden_ones_arrive_and_the_model_is_private(hub, folder):
 
 
 def test_public_is_public(hub, folder):
-    push(folder, NAME, SilentProgress(), public=True)
+    upload_export(folder, NAME, SilentProgress(), public=True)
     assert hub.private == {NAME: False}
 
 
 def test_the_same_again_sends_nothing(hub, folder):
-    push(folder, NAME, SilentProgress())
+    upload_export(folder, NAME, SilentProgress())
     asked = len(hub.asked)
-    push(folder, NAME, SilentProgress())
+    upload_export(folder, NAME, SilentProgress())
     assert set(hub.sent.values()) == {1} and hub.commits == 1
     assert not any(line.startswith("PUT") or "/commit/" in line for line in hub.asked[asked:])
     (folder / "README.md").write_text("---\nbase_model: a/b\n---\n# Another card\n")
-    push(folder, NAME, SilentProgress())
+    upload_export(folder, NAME, SilentProgress())
     assert hub.commits == 2 and whole(hub, folder) and set(hub.sent.values()) == {1}
 
 
@@ -136,7 +136,7 @@ def test_a_fault_at_any_request_is_overcome(hub, folder, where, fault):
         "429": lambda request: request.answer(429, {"error": "slow down"}, Retry_After="7"),
     }
     hub.once(where, answers[fault])
-    push(folder, NAME, SilentProgress())
+    upload_export(folder, NAME, SilentProgress())
     assert whole(hub, folder)
     assert set(hub.sent.values()) == {1}
     method, _, part = where.partition(" ")
@@ -146,7 +146,7 @@ def test_a_fault_at_any_request_is_overcome(hub, folder, where, fault):
 def test_the_hubs_wish_for_patience_is_followed(hub, folder):
     hub.once("PUT /large/", lambda request: request.answer(429, Retry_After="7"), times=2)
     progress = Notes()
-    push(folder, NAME, progress)
+    upload_export(folder, NAME, progress)
     assert hub.waits.count(8.0) == 2  # the client adds a second
     assert any("Waiting 8.0s" in note for note in progress.notes)
     told = "\n".join(progress.notes)
@@ -157,19 +157,19 @@ def test_what_has_arrived_is_not_sent_again_after_a_long_outage(hub, folder):
     names = large(folder)
     lost = names["model-3.safetensors"]
     hub.once(f"PUT /large/{lost}", Request.drop, times=1000)
-    with pytest.raises(PushError, match=r"not uploaded whole(?s:.*)same command again"):
-        push(folder, NAME, SilentProgress())
+    with pytest.raises(PushError, match=r"not uploaded completely(?s:.*)same command again"):
+        upload_export(folder, NAME, SilentProgress())
     assert hub.commits == 0 and lost not in hub.sent
     assert set(hub.sent) == set(names.values()) - {lost}
     hub.faults.clear()
-    push(folder, NAME, SilentProgress())
+    upload_export(folder, NAME, SilentProgress())
     assert whole(hub, folder) and set(hub.sent.values()) == {1}
 
 
 def test_an_outage_that_the_client_gives_up_on_is_waited_for(hub, folder):
     lost = large(folder)["model-3.safetensors"]
     hub.once(f"PUT /large/{lost}", Request.drop, times=8)  # the client tries 6 times
-    push(folder, NAME, SilentProgress())
+    upload_export(folder, NAME, SilentProgress())
     assert whole(hub, folder) and set(hub.sent.values()) == {1}
 
 
@@ -181,9 +181,9 @@ def test_ctrl_c_says_how_to_go_on(hub, folder):
     hub.once("POST /commit/", interrupt)
     progress = Notes()
     with pytest.raises(KeyboardInterrupt):
-        push(folder, NAME, progress)
+        upload_export(folder, NAME, progress)
     assert "same command again" in progress.notes[-1] and hub.commits == 0
-    push(folder, NAME, progress)
+    upload_export(folder, NAME, progress)
     assert whole(hub, folder) and set(hub.sent.values()) == {1}
 
 
@@ -268,15 +268,15 @@ def test_xet_takes_the_files_in_spite_of_faults_and_takes_them_once(hub, folder)
 def test_an_expired_token_is_named_and_not_shown(hub, folder):
     hub.token = "hf_" + "y" * 34
     with pytest.raises(PushError, match=r"expired(?s:.*)hf auth login") as caught:
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     assert TOKEN not in str(caught.value) and not hub.sent
 
 
 def test_a_token_that_expires_in_the_midst_is_named(hub, folder):
     hub.once("POST /commit/", lambda request: request.answer(401, {"error": "expired"}))
     with pytest.raises(PushError, match="expired"):
-        push(folder, NAME, SilentProgress())
-    push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
+    upload_export(folder, NAME, SilentProgress())
     assert whole(hub, folder) and set(hub.sent.values()) == {1}
 
 
@@ -289,7 +289,7 @@ def test_what_the_hub_refuses_is_told_with_the_next_step(hub, folder, status, wo
     hub.once("POST /api/repos/create", lambda r: r.answer(status, {"error": "no way"}), times=1000)
     hub.once("GET /api/models/", lambda r: r.answer(status, {"error": "no"}), times=1000)
     with pytest.raises(PushError, match=words):
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     assert not hub.sent
 
 
@@ -297,21 +297,21 @@ def test_without_a_token_the_way_to_one_is_told(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     with pytest.raises(PushError, match="hf auth login"):
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     assert not hub.asked
 
 
 def test_a_model_that_is_public_already_is_not_taken_for_private(hub, folder):
     hub.private[NAME] = False
     with pytest.raises(PushError, match="everybody can read it"):
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     assert not hub.sent
 
 
 def test_a_model_with_other_weights_is_left_alone(hub, folder):
     hub.private[NAME], hub.committed["model-9.safetensors"] = True, "0" * 64
-    with pytest.raises(PushError, match=r"other weights already \(model-9"):
-        push(folder, NAME, SilentProgress())
+    with pytest.raises(PushError, match=r"other weights \(model-9"):
+        upload_export(folder, NAME, SilentProgress())
     assert not hub.sent
 
 
@@ -323,7 +323,7 @@ def test_a_model_with_other_weights_is_left_alone(hub, folder):
 )
 def test_a_name_that_cannot_be_is_refused(hub, folder, name):
     with pytest.raises(PushError, match="Write USER/NAME"):
-        push(folder, name, SilentProgress())
+        upload_export(folder, name, SilentProgress())
     assert not hub.asked
 
 
@@ -331,15 +331,15 @@ def test_an_unverified_export_needs_to_be_asked_for(hub, folder):
     file = folder / "verification.json"
     file.write_text('{"scores": [{"name": "kl", "within": false}]}')
     with pytest.raises(PushError, match=r"does not score as its trial did \(kl\)"):
-        push(folder, NAME, SilentProgress(), unverified=True)
+        upload_export(folder, NAME, SilentProgress(), unverified=True)
     file.write_text("{")
     with pytest.raises(PushError, match="damaged"):
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     file.unlink()
     with pytest.raises(PushError, match=r"was not verified(?s:.*)--unverified"):
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     assert not hub.asked
-    push(folder, NAME, SilentProgress(), unverified=True)
+    upload_export(folder, NAME, SilentProgress(), unverified=True)
     assert whole(hub, folder)
 
 
@@ -350,9 +350,9 @@ def test_prompts_and_answers_need_to_be_asked_for(hub, folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("private")
     with pytest.raises(PushError, match=r"--with-responses"):
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     assert not hub.asked
-    push(folder, NAME, SilentProgress(), with_responses=True)
+    upload_export(folder, NAME, SilentProgress(), with_responses=True)
     assert whole(hub, folder) and name in hub.files
 
 
@@ -363,12 +363,12 @@ def test_a_folder_that_is_no_export_is_refused(hub, folder):
     ):
         (folder / name).rename(folder / "away")
         with pytest.raises(PushError, match=words):
-            push(folder, NAME, SilentProgress())
+            upload_export(folder, NAME, SilentProgress())
         (folder / "away").rename(folder / name)
     for file in folder.glob("*.safetensors"):
         file.unlink()
     with pytest.raises(PushError, match="no safetensors"):
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     assert not hub.asked
 
 
@@ -376,7 +376,7 @@ def test_an_adapter_names_a_base_model_that_others_have(hub, folder):
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({"base_model_name_or_path": "/home/somebody/model"}))
     with pytest.raises(PushError, match="which nobody else has"):
-        push(folder, NAME, SilentProgress())
+        upload_export(folder, NAME, SilentProgress())
     config.write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
-    push(folder, NAME, SilentProgress())
+    upload_export(folder, NAME, SilentProgress())
     assert whole(hub, folder)

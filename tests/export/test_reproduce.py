@@ -20,9 +20,10 @@ from ray_abliterate.export import reproduce as reproduction
 from ray_abliterate.export.bundle import Bundle, public_recipe, read_bundle, write_bundle
 from ray_abliterate.export.checkpoint import Checkpoint
 from ray_abliterate.export.export import ExportForm
-from ray_abliterate.export.find_export import exported
-from ray_abliterate.export.public_names import Original, Published
-from ray_abliterate.export.reproduce import compare, differences, reproduce
+from ray_abliterate.export.find_export import find_or_export
+from ray_abliterate.export.original_model import OriginalModel
+from ray_abliterate.export.public_names import PublicName
+from ray_abliterate.export.reproduce import compare_tensors, differences, rebuild_export
 from ray_abliterate.export.tensor_records import TensorRecord
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import SilentProgress
@@ -88,7 +89,9 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_an_export_is_rebuilt_bit_for_bit(exports, tmp_path, name):
     run, folder = exports(name)
     progress = Notes()
-    found = reproduce(folder / "reproduce" / "reproduce.json", tmp_path / "again", progress, run.model)
+    found = rebuild_export(
+        folder / "reproduce" / "reproduce.json", tmp_path / "again", progress, run.model
+    )
     assert found.bit_equal == found.tensors > 0 and found.reasons == () and not progress.notes
     assert weights(tmp_path / "again") == weights(folder)
     again = {p.relative_to(tmp_path / "again").as_posix() for p in (tmp_path / "again").rglob("*")}
@@ -189,7 +192,7 @@ def test_an_adapter_is_rebuilt_bit_for_bit(adapters, tmp_path, name):
     """DoRA, LoRA that lacks something of the edit, and LoRA of stacked experts that is exact."""
     run, folder = adapters(name)
     progress = Notes()
-    found = reproduce(folder, tmp_path / "again", progress, run.model)
+    found = rebuild_export(folder, tmp_path / "again", progress, run.model)
     assert found.bit_equal == found.tensors > 0 and found.reasons == () and found.kind == "adapter"
     for file in filter(Path.is_file, folder.rglob("*")):
         assert (tmp_path / "again" / file.relative_to(folder)).read_bytes() == file.read_bytes()
@@ -229,30 +232,30 @@ def test_an_adapter_of_another_base_or_with_other_values_is_refused(copied_adapt
     name = "model.layers.1.mlp.down_proj.weight"
     moved(tmp_path / "other", name)
     with pytest.raises(ReproductionError, match=rf"not the base model.*\s.*1 of .*{name}"):
-        reproduce(folder, tmp_path / "o", SilentProgress(), str(tmp_path / "other"))
+        rebuild_export(folder, tmp_path / "o", SilentProgress(), str(tmp_path / "other"))
     assert not (tmp_path / "o").exists()
     facts = json.loads((folder / "reproduce" / "reproduce.json").read_text())["adapter"]
     name = next(n for n in sorted(facts["tensors"]) if "lora_A" in n)
     facts["tensors"][name]["sha256"] = "0" * 64
     changed(folder, adapter=facts)
-    with pytest.raises(ReproductionError, match=f"{name}: other bits, with the same versions"):
-        reproduce(folder, tmp_path / "o", SilentProgress(), base)
+    with pytest.raises(ReproductionError, match=f"{name}: different bits, with the same versions"):
+        rebuild_export(folder, tmp_path / "o", SilentProgress(), base)
     assert (tmp_path / "o.unverified" / "adapter_config.json").exists()
     written = json.loads((folder / "reproduce" / "reproduce.json").read_text())["written"]
     changed(folder, written={**written, "versions": {**written["versions"], "torch": "1.0"}})
-    found = reproduce(folder, tmp_path / "p", SilentProgress(), base)
+    found = rebuild_export(folder, tmp_path / "p", SilentProgress(), base)
     assert found.bit_equal == found.tensors - 1 and found.largest_sample_difference == 0
     facts["tensors"][name]["sample"][0] += 0.01
     changed(folder, adapter=facts)
-    with pytest.raises(ReproductionError, match=r"units of the last place \(allowed 64\)"):
-        reproduce(folder, tmp_path / "q", SilentProgress(), base)
+    with pytest.raises(ReproductionError, match=r"units in the last place \(allowed 64\)"):
+        rebuild_export(folder, tmp_path / "q", SilentProgress(), base)
 
 
 def test_an_adapters_bundle_of_an_earlier_version_cannot_be_checked(copied_adapter, tmp_path):
     folder, base = copied_adapter
     changed(folder, format=1, adapter=None)
     with pytest.raises(ReproductionError, match=r"no hashes of its tensors(?s:.*)export it anew"):
-        reproduce(folder, tmp_path / "o", SilentProgress(), base)
+        rebuild_export(folder, tmp_path / "o", SilentProgress(), base)
 
 
 def test_a_merged_bundle_of_an_earlier_version_is_rebuilt(copied, tmp_path):
@@ -261,7 +264,7 @@ def test_a_merged_bundle_of_an_earlier_version_is_rebuilt(copied, tmp_path):
     values = json.loads(file.read_text())
     del values["adapter"]
     file.write_text(json.dumps({**values, "format": 1}))
-    found = reproduce(folder, tmp_path / "o", SilentProgress(), base)
+    found = rebuild_export(folder, tmp_path / "o", SilentProgress(), base)
     assert found.bit_equal == found.tensors > 0
 
 
@@ -281,19 +284,19 @@ def test_a_file_that_is_damaged_or_missing_is_named(copied, tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(ReproductionError, match=words):
-            reproduce(file, tmp_path / "o", SilentProgress(), base)
+            rebuild_export(file, tmp_path / "o", SilentProgress(), base)
     with pytest.raises(ReproductionError, match=r"holds no reproduce\.json"):
-        reproduce(tmp_path, tmp_path / "o", SilentProgress(), base)
+        rebuild_export(tmp_path, tmp_path / "o", SilentProgress(), base)
     file.write_text(whole)
     directions = file.parent / "directions.safetensors"
     data = bytearray(directions.read_bytes())
     data[-1] ^= 1
     directions.write_bytes(data)
     with pytest.raises(ReproductionError, match="SHA-256 differs"):
-        reproduce(file, tmp_path / "o", SilentProgress(), base)
+        rebuild_export(file, tmp_path / "o", SilentProgress(), base)
     directions.unlink()
     with pytest.raises(ReproductionError, match="damaged"):
-        reproduce(file, tmp_path / "o", SilentProgress(), base)
+        rebuild_export(file, tmp_path / "o", SilentProgress(), base)
     assert not (tmp_path / "o").exists()
 
 
@@ -304,11 +307,11 @@ def test_another_base_model_is_refused_before_anything_is_written(copied, tmp_pa
     name = "model.layers.1.mlp.down_proj.weight"
     moved(tmp_path / "other", name)
     with pytest.raises(ReproductionError, match=rf"not the base model.*\s.*1 of .*{name}"):
-        reproduce(folder, tmp_path / "o", SilentProgress(), str(tmp_path / "other"))
-    with pytest.raises(ReproductionError, match="Say where it is with --base"):
-        reproduce(folder, tmp_path / "o", SilentProgress())
+        rebuild_export(folder, tmp_path / "o", SilentProgress(), str(tmp_path / "other"))
+    with pytest.raises(ReproductionError, match="Name its folder with --base"):
+        rebuild_export(folder, tmp_path / "o", SilentProgress())
     with pytest.raises(ExportError, match="not an empty folder"):
-        reproduce(folder, tmp_path / "other", SilentProgress(), base)
+        rebuild_export(folder, tmp_path / "other", SilentProgress(), base)
     assert not (tmp_path / "o").exists()
 
 
@@ -323,7 +326,7 @@ def test_a_hub_model_is_fetched_at_its_revision(copied, tmp_path, monkeypatch):
         return str(base)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    reproduce(folder, tmp_path / "o", SilentProgress())
+    rebuild_export(folder, tmp_path / "o", SilentProgress())
     assert set(asked) == {("owner/tiny", "abc")}
 
     def gone(name, revision, **patterns):
@@ -331,7 +334,7 @@ def test_a_hub_model_is_fetched_at_its_revision(copied, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", gone)
     with pytest.raises(ReproductionError, match=r"owner/tiny at revision abc(?s:.*)--base"):
-        reproduce(folder, tmp_path / "p", SilentProgress())
+        rebuild_export(folder, tmp_path / "p", SilentProgress())
 
 
 def test_a_bundle_cannot_ask_for_code_to_be_run(copied, tmp_path, monkeypatch):
@@ -347,8 +350,8 @@ def test_a_bundle_cannot_ask_for_code_to_be_run(copied, tmp_path, monkeypatch):
         return find(recipe, *rest)
 
     monkeypatch.setattr(reproduction, "find_targets", noted)
-    reproduce(folder, tmp_path / "o", SilentProgress(), base)
-    reproduce(folder, tmp_path / "p", SilentProgress(), base, trust_remote_code=True)
+    rebuild_export(folder, tmp_path / "o", SilentProgress(), base)
+    rebuild_export(folder, tmp_path / "p", SilentProgress(), base, trust_remote_code=True)
     assert asked == [False, True]
 
 
@@ -367,8 +370,8 @@ def with_other_bits(folder: Path, **values: Any) -> str:
 def test_other_bits_with_the_same_versions_are_kept_aside(copied, tmp_path):
     folder, base = copied
     name = with_other_bits(folder)
-    with pytest.raises(ReproductionError, match=f"{name}: other bits, with the same versions"):
-        reproduce(folder, tmp_path / "o", SilentProgress(), base)
+    with pytest.raises(ReproductionError, match=f"{name}: different bits, with the same versions"):
+        rebuild_export(folder, tmp_path / "o", SilentProgress(), base)
     assert (tmp_path / "o.unverified" / "reproduced.json").exists()
     assert not (tmp_path / "o").exists()
 
@@ -379,12 +382,12 @@ def test_other_versions_are_warned_of_and_allow_for_rounding_only(copied, tmp_pa
     changed(folder, written={**written, "versions": {**written["versions"], "torch": "1.0"}})
     with_other_bits(folder)
     progress = Notes()
-    found = reproduce(folder, tmp_path / "o", progress, base)
+    found = rebuild_export(folder, tmp_path / "o", progress, base)
     assert found.bit_equal == found.tensors - 1
     assert any("torch was 1.0, and is" in note for note in progress.notes)
     with_other_bits(folder, norm=1e9)
     with pytest.raises(ReproductionError, match="norm 1 off"):
-        reproduce(folder, tmp_path / "p", SilentProgress(), base)
+        rebuild_export(folder, tmp_path / "p", SilentProgress(), base)
 
 
 @pytest.mark.parametrize("kind", ["edited tensors", "tensors of the adapter"])
@@ -429,9 +432,9 @@ def test_a_tensor_more_or_less_fails(exports):
     found = dict(bundle.tensors)
     name = sorted(found)[0]
     found["another.weight"] = found.pop(name)
-    _, failures = compare(bundle, found, ("other versions",))
+    _, failures = compare_tensors(bundle, found, ("other versions",))
     assert failures == [
-        "another.weight was not written, and now is", f"{name} was written, and now is not",
+        "another.weight was not in the export", f"{name} was not written",
     ]  # fmt: skip
 
 
@@ -440,21 +443,21 @@ def test_a_tensor_more_or_less_fails(exports):
 
 def test_a_runs_trial_is_exported_once_to_be_uploaded(copied_run):
     directory, progress = copied_run.directory, Notes()
-    folder = exported(directory.path, None, progress, unverified=False)
+    folder = find_or_export(directory.path, None, progress, unverified=False)
     assert folder == directory.path / "exports" / "trial-0"
     assert (folder / "verification.json").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert exported(directory.path, 0, progress, unverified=False) == folder
+    assert find_or_export(directory.path, 0, progress, unverified=False) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert any("the frontier's knee" in note for note in progress.notes)
-    assert exported(folder, None, progress, unverified=False) == folder
+    assert find_or_export(folder, None, progress, unverified=False) == folder
     changed(folder, plan={**json.loads(copied_run.trial.plan.to_json()), "norm": "none"})
-    with pytest.raises(PushError, match="is not of trial 0"):
-        exported(directory.path, 0, progress, unverified=False)
+    with pytest.raises(ExportError, match="is not of trial 0"):
+        find_or_export(directory.path, 0, progress, unverified=False)
     with pytest.raises(PushError, match="is an export, not a run"):
-        exported(folder, 3, progress, unverified=False)
+        find_or_export(folder, 3, progress, unverified=False)
     with pytest.raises(TrialNotFound):
-        exported(directory.path, 7, progress, unverified=False)
+        find_or_export(directory.path, 7, progress, unverified=False)
 
 
 def test_two_bundles_of_a_trial_are_equal_files(planted_run, tmp_path):
@@ -464,7 +467,7 @@ def test_two_bundles_of_a_trial_are_equal_files(planted_run, tmp_path):
     found = set()
     for _ in range(16):
         directory, trial = planted_run.directory, planted_run.trial
-        base = Original(planted_run.model, Published.searched(directory))
+        base = OriginalModel(planted_run.model, PublicName.searched(directory))
         write_bundle(directory, trial, base, tmp_path, names)
         files = sorted((tmp_path / "reproduce").iterdir())
         found.add(tuple(file.read_bytes() for file in files))

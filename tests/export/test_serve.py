@@ -15,6 +15,7 @@ import pytest
 
 from ray_abliterate.errors import ServeError
 from ray_abliterate.export import export, serve
+from ray_abliterate.export.find_export import is_export
 from ray_abliterate.pipeline.progress import SilentProgress
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def wait_until_it_listens(server, url):
 def test_a_served_trial_answers_openai_clients_as_its_plan_does(planted_copy, port):
     for name in serve.NEEDED:
         pytest.importorskip(name)
-    folder = serve.of_trial(planted_copy.directory, planted_copy.trial, Notes()).folder
+    folder = serve.serve_trial(planted_copy.directory, planted_copy.trial, Notes()).folder
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [sys.executable, "-m", "ray_abliterate", "serve", str(folder), "--port", str(port)],
@@ -87,11 +88,11 @@ def test_a_served_trial_answers_openai_clients_as_its_plan_does(planted_copy, po
 
 def test_a_trials_folder_is_written_once_and_not_verified(planted_copy, monkeypatch):
     folder = planted_copy.directory.path / "serving" / "trial-0"
-    served = serve.of_trial(planted_copy.directory, planted_copy.trial, Notes())
-    assert served == serve.Served(folder.resolve())
+    served = serve.serve_trial(planted_copy.directory, planted_copy.trial, Notes())
+    assert served == serve.ServedModel(folder.resolve())
     assert not (folder / "verification.json").exists()
     monkeypatch.setattr(export, "export_trial", None)
-    assert serve.of_trial(planted_copy.directory, planted_copy.trial, Notes()) == served
+    assert serve.serve_trial(planted_copy.directory, planted_copy.trial, Notes()) == served
 
 
 def test_an_export_of_the_trial_is_served_instead_of_a_second_copy(planted_copy, monkeypatch):
@@ -100,12 +101,12 @@ def test_an_export_of_the_trial_is_served_instead_of_a_second_copy(planted_copy,
         planted_copy.directory, planted_copy.trial, exported, SilentProgress(), verify=False
     )
     monkeypatch.setattr(export, "export_trial", None)
-    served = serve.of_trial(planted_copy.directory, planted_copy.trial, Notes())
+    served = serve.serve_trial(planted_copy.directory, planted_copy.trial, Notes())
     assert served.folder == exported.resolve()
 
 
 def test_how_the_model_is_loaded_and_asked_reaches_the_server(tmp_path):
-    command = serve.Served(tmp_path / "m", True, thinking=False).command("::1", 81)
+    command = serve.ServedModel(tmp_path / "m", True, thinking=False).command("::1", 81)
     words = "serve m --host ::1 --port 81 --trust-remote-code --reasoning off"
     assert command[-len(words.split()) :] == words.split()
 
@@ -114,17 +115,17 @@ def test_an_adapter_and_a_name_with_a_revision_are_refused(tmp_path):
     for name, file in (("adapter", "adapter_config.json"), ("model@main", "config.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
-        assert serve.is_export(tmp_path / name)
+        assert is_export(tmp_path / name)
     with pytest.raises(ServeError, match="is an adapter"):
-        serve.exported(tmp_path / "adapter")
+        serve.serve_folder(tmp_path / "adapter")
     with pytest.raises(ServeError, match="rename it"):
-        serve.exported(tmp_path / "model@main")
+        serve.serve_folder(tmp_path / "model@main")
 
 
 def test_missing_packages_are_named_with_the_extra(monkeypatch, port):
     monkeypatch.setattr(serve, "NEEDED", ("json", "no_such_package"))
     with pytest.raises(ServeError) as error:
-        serve.refuse_early("127.0.0.1", port, Notes())
+        serve.refuse_unservable("127.0.0.1", port, Notes())
     assert "needs no_such_package." in str(error.value)
     assert "pip install 'ray-abliterate[serve]'" in str(error.value)
 
@@ -135,7 +136,7 @@ def test_a_taken_port_is_refused():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ServeError, match="choose another --port"):
-            serve.refuse_early("127.0.0.1", taken.getsockname()[1], Notes())
+            serve.refuse_unservable("127.0.0.1", taken.getsockname()[1], Notes())
 
 
 @pytest.mark.usefixtures("all_installed")
@@ -144,5 +145,5 @@ def test_a_taken_port_is_refused():
 )
 def test_only_an_address_that_others_reach_is_warned_about(host, warned, port):
     progress = Notes()
-    serve.refuse_early(host, port, progress)
+    serve.refuse_unservable(host, port, progress)
     assert any("no password" in line for line in progress.lines) == warned

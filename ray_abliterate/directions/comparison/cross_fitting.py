@@ -54,7 +54,7 @@ def cross_fitted_coordinates(
     known = need_of(settings) in REDUCIBLE_NEEDS
     places = [numpy.arange(len(s)) if known else evenly_spaced_indices(len(s)) for s in sets]
     both = zip(sets, places, strict=True)
-    folds = Folds.of(*([s.prompts[place].folded for place in own] for s, own in both))
+    folds = Folds.of(*([s.prompts[place].normalized for place in own] for s, own in both))
     if folds is not None and known:
         return _reduced_along(reduced, [s.name for s in sets], settings, columns, folds)
     along = [numpy.zeros((len(own), len(columns))) for own in places]

@@ -1,4 +1,4 @@
-"""Prompts dealt to folds, and statistics of residuals kept apart by fold.
+"""Prompts dealt to folds, and statistics of residuals that are kept separately for each fold.
 
 What is measured along a direction should have had no part in it (cross-fitting; Stone 1974, Journal
 of the Royal Statistical Society B 36). So prompts are dealt to a few folds, and each fold is
@@ -19,18 +19,24 @@ from ray_abliterate.directions.residuals.moments import ResidualRows
 from ray_abliterate.directions.residuals.shard import ResidualShard, winsorized
 
 FOLDS = 5
-"""Folds at most. Directions come from four fifths of the prompts then; more folds find the layer
+"""The most folds. Directions then come from four fifths of the prompts; more folds find the layer
 that separates best no more often, fewer do so less often."""
 
-MOST = 1000
-"""Prompts of a set that are looked at where all their residuals have to be in memory."""
+MOST_PROMPTS = 1000
+"""Prompts of a set that are used where all their residuals have to be in memory."""
 
 FoldNumbers = Int[numpy.ndarray, "_"]
 
 
 @dataclass(frozen=True)
 class Folds:
-    """The fold of every prompt of both sets, from 0; each fold has prompts of both."""
+    """The folds of both sets' prompts, each of which has prompts of both.
+
+    Attributes:
+        count: The number of folds.
+        behaviour: The fold of each prompt of the behaviour set, from 0.
+        neutral: The same of the neutral set.
+    """
 
     count: int
     behaviour: FoldNumbers
@@ -38,18 +44,18 @@ class Folds:
 
     @classmethod
     def of(cls, behaviour: Sequence[Hashable], neutral: Sequence[Hashable]) -> "Folds | None":
-        """Deal prompts in turn, by their places in their sets.
+        """Deal prompts to folds in turn, in the order of their sets.
 
-        Prompts that are the same are in one fold, in both sets, or they would be measured along
-        what was found from themselves. Where sets are of equal size, so are prompt i and prompt i,
-        which may be a pair.
+        Equal prompts share a fold, in both sets, or they would be measured along a direction that
+        was found from themselves. Where the sets are of equal size, prompt i of one shares a fold
+        with prompt i of the other, since they may be a pair.
 
         Args:
             behaviour: Prompts that show the behaviour.
             neutral: Prompts that don't.
 
         Returns:
-            As many folds as can be, `FOLDS` at most; None if there can't be two.
+            As many folds as possible, `FOLDS` at most; None if there can't be two.
         """
         groups = _groups(behaviour, neutral)
         for count in range(FOLDS, 1, -1):
@@ -60,65 +66,68 @@ class Folds:
 
     @property
     def sides(self) -> tuple[FoldNumbers, FoldNumbers]:
-        """Of both sets."""
+        """The folds of the behaviour's prompts, and of the neutral ones."""
         return self.behaviour, self.neutral
 
 
-def evenly_spaced_indices(count: int, most: int = MOST) -> FoldNumbers:
-    """Places of at most so many prompts, at even distances, the first and the last among them."""
+def evenly_spaced_indices(count: int, most: int = MOST_PROMPTS) -> FoldNumbers:
+    """Return `most` of `count` indices at even distances, with the first and last; or all."""
     if count <= most:
         return numpy.arange(count)
     return numpy.linspace(0, count - 1, most).round().astype(int)
 
 
 def _groups(*sets: Sequence[Hashable]) -> list[list[int]]:
-    """A number for every prompt, by first appearance; prompts that belong together share it."""
-    leads: dict[Hashable, Hashable] = {prompt: prompt for own in sets for prompt in own}
+    """Number the groups of prompts that belong together, by first appearance."""
+    # union-find: each prompt points towards the root of its group
+    parents: dict[Hashable, Hashable] = {prompt: prompt for prompts in sets for prompt in prompts}
 
-    def lead(prompt: Hashable) -> Hashable:
-        while leads[prompt] != prompt:
-            leads[prompt] = prompt = leads[leads[prompt]]
+    def root(prompt: Hashable) -> Hashable:
+        while parents[prompt] != prompt:
+            parents[prompt] = prompt = parents[parents[prompt]]
         return prompt
 
-    if len({len(own) for own in sets}) == 1:
+    if len({len(prompts) for prompts in sets}) == 1:  # equal sizes may mean pairs
         for one, other in zip(*sets, strict=True):
-            leads[lead(other)] = lead(one)
+            parents[root(other)] = root(one)
     numbers: dict[Hashable, int] = {}
-    return [[numbers.setdefault(lead(prompt), len(numbers)) for prompt in own] for own in sets]
+    return [
+        [numbers.setdefault(root(prompt), len(numbers)) for prompt in prompts] for prompts in sets
+    ]
 
 
 @dataclass(frozen=True)
 class ByFold:
-    """A statistic of each fold's prompts; of more prompts by `+`."""
+    """A statistic of each fold's prompts, by fold; `+` adds the prompts of another part."""
 
     parts: Mapping[int, Any]
 
     def __add__(self, other: "ByFold") -> "ByFold":
-        both = {
+        merged = {
             fold: reduce(add, [one.parts[fold] for one in (self, other) if fold in one.parts])
             for fold in sorted({*self.parts, *other.parts})
         }
-        return ByFold(both)
+        return ByFold(merged)
 
     def without(self, fold: int) -> Any:
-        """The statistic of all other folds' prompts."""
+        """Return the statistic of all other folds' prompts."""
         return reduce(add, [part for number, part in self.parts.items() if number != fold])
 
 
 def by_fold(batch: Any, folds: FoldNumbers, function: Callable[..., Any], *args: Any) -> ByFold:
-    """`function` of each fold's rows of one shard.
+    """Apply `function` to each fold's rows of one shard.
 
     Args:
-        batch: The shard.
-        folds: Of all prompts of its set.
-        function: Takes a shard's record batch, and gives what `+` merges.
+        batch: The shard's record batch.
+        folds: The folds of all prompts of its set.
+        function: Takes a record batch, and returns a value that `+` merges.
         args: Further arguments of it.
     """
-    own = _own(batch, folds)
+    shard_folds = _folds_of_shard(batch, folds)
     return ByFold(
         {
-            int(fold): function(batch.take(numpy.flatnonzero(own == fold)), *args)
-            for fold in numpy.unique(own)
+            int(fold): function(batch.take(numpy.flatnonzero(shard_folds == fold)), *args)
+            for fold in numpy.unique(shard_folds)
         }
     )
 
@@ -130,30 +139,30 @@ def project_shard(
     quantile: float = 1.0,
     first: int = 0,
 ) -> ResidualRows:
-    """One shard, each prompt along its fold's unit vectors.
+    """Project each prompt of one shard onto its fold's unit vectors.
 
     Args:
-        batch: The shard.
-        vectors: By fold, one for each column of layers from the first one on.
-        folds: Of all prompts of the shard's set.
-        quantile: Residuals are winsorised first.
-        first: That column.
+        batch: The shard's record batch.
+        vectors: Unit vectors by fold, one for each column of layers from `first` on.
+        folds: The folds of all prompts of the shard's set.
+        quantile: At which residuals are winsorised first; 1 changes nothing.
+        first: The first column.
 
     Returns:
         Coordinates after every layer, `"prompt layer"`.
     """
-    shard, own = ResidualShard(batch), _own(batch, folds)
+    shard, shard_folds = ResidualShard(batch), _folds_of_shard(batch, folds)
     # a sum of products, not a matrix product, whose bits would depend on the number of threads
     along = [
         (
             winsorized(shard.layer(first + index), quantile)
-            * vectors[own, index].astype(numpy.float64)
+            * vectors[shard_folds, index].astype(numpy.float64)  # (prompt, hidden)
         ).sum(axis=-1)
         for index in range(vectors.shape[1])
     ]
     return ResidualRows((numpy.stack(along, axis=-1),))
 
 
-def _own(batch: Any, folds: FoldNumbers) -> FoldNumbers:
+def _folds_of_shard(batch: Any, folds: FoldNumbers) -> FoldNumbers:
     shard = ResidualShard(batch)
     return folds[shard.first : shard.first + shard.prompts]

@@ -1,7 +1,6 @@
-"""Residuals: what the residual stream holds at each prompt's last token, block by block.
+"""Whole sets of residuals: the residual stream at each prompt's last token, block by block.
 
-Whole sets, for direction methods; `model/language_model.py` collects them,
-`directions/residuals/shard.py` holds them batch by batch.
+`model/language_model.py` collects them; `directions/residuals/shard.py` holds them by batch.
 """
 
 from collections.abc import Iterable
@@ -21,12 +20,12 @@ LayerVectors = Float[Tensor, "layer hidden"]
 
 @dataclass(frozen=True)
 class Residuals:
-    """Outputs of every block at one position per prompt, before any final norm.
+    """Outputs of every block at one position of each prompt, before any final norm.
 
     Attributes:
         values: float32 on the CPU, `"prompt layer hidden"`, prompts in the order of their set;
             `layer` i is the output of block i.
-        fingerprint: The prompt set's.
+        fingerprint: The fingerprint of the prompt set.
 
     Raises:
         ValueError: a value is not finite; the message names prompt and layer.
@@ -48,30 +47,31 @@ class Residuals:
 
     @property
     def layers(self) -> int:
-        """Number of blocks."""
+        """The number of blocks."""
         return self.values.shape[1]
 
     def mean(self) -> Float[Tensor, "layer hidden"]:
-        """Mean over prompts, float64."""
+        """Return the mean over prompts, float64."""
         return self.values.double().mean(dim=0)
 
     def winsorized(self, quantile: float) -> "Residuals":
-        """Every residual clamped at the quantile of its own magnitudes (1 changes nothing).
+        """Clamp every residual at a quantile of its own magnitudes; 1 changes nothing.
 
         The threshold is taken per prompt and layer, over the hidden units, so the result does not
         depend on which prompts share a batch.
         """
         if quantile >= 1:
             return self
+        # one layer at a time: (prompt, hidden)
         layers = [winsorized(layer, quantile) for layer in self.values.numpy().swapaxes(0, 1)]
         return type(self)(torch.from_numpy(numpy.stack(layers, axis=1)), self.fingerprint)
 
 
 def join(shards: Iterable[ResidualShard], fingerprint: str = "") -> Residuals:
-    """All shards of a set in the order of its prompts, whatever the order they arrive in.
+    """Join all shards of a set in the order of its prompts, in whatever order they arrive.
 
     Raises:
-        ValueError: a shard is missing or there twice.
+        ValueError: a shard is missing, or arrives twice.
     """
     ordered = sorted(shards, key=lambda shard: shard.first)
     ends = [0, *accumulate(shard.prompts for shard in ordered)]

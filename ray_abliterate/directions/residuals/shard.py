@@ -1,9 +1,9 @@
 """Residual shards: the residuals of one fixed batch of prompts, as an Arrow record batch.
 
 Knows Arrow and numpy, and nothing about models, torch or Ray: a process that reduces a shard where
-it lies has little to load (Arrow's own ways from and to numpy would load pandas). Sums are float64
-and are added in the order of the shards, so that they have the same bits whoever made the shards,
-and wherever they were.
+it lies has little to load (Arrow's own conversions from and to numpy would load pandas). Sums are
+float64 and are added in the order of the shards, so that they have the same bits whoever made the
+shards, and wherever they were.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ LayerValues = Float[numpy.ndarray, "prompt hidden"]
 
 
 class DamagedShard(Exception):
-    """A file is not the shard that was written."""
+    """Raised where a file is not the shard that was written."""
 
 
 @dataclass(frozen=True)
 class ResidualShard:
-    """Residuals of consecutive prompts of one set: a view of a record batch, one row a prompt.
+    """Residuals of consecutive prompts of one set: a view of a record batch, one row per prompt.
 
-    Columns: `prompt` (the prompt's place in its set), `set`, and `layer-0`, `layer-1`, …, each of
+    Columns: `prompt` (the prompt's index in its set), `set`, and `layer-0`, `layer-1`, …, each of
     fixed-size lists in float32 or float16, so that a layer is read alone, and without a copy. What
     components add to the stream comes after the stream itself: all layers of the first component,
     then of the next. Of several token positions, all of that at the last one comes first, then all
@@ -43,10 +43,16 @@ class ResidualShard:
     def of(
         cls, name: str, first: int, values: ShardValues, dtype: str = "float32"
     ) -> "ResidualShard":
-        """The shard of a prompt set that begins with prompt `first`.
+        """Build the shard of a prompt set that begins with prompt `first`.
+
+        Args:
+            name: The prompt set's name.
+            first: Index of the first prompt in its set.
+            values: The residuals.
+            dtype: `float32` or `float16`, in which they are stored.
 
         Raises:
-            ModelError: a value is not finite, or not in `dtype`; names prompt and layer.
+            ModelError: a value is not finite, or too large for `dtype`; names prompt and layer.
         """
         values = numpy.asarray(values, numpy.float32)
         _refuse_infinite(
@@ -54,51 +60,55 @@ class ResidualShard:
             "set model.dtype to bfloat16 or float32",
         )  # fmt: skip
         with numpy.errstate(over="ignore"):
-            kept = values.astype(dtype)
-        _refuse_infinite(kept, first, f"is too large for {dtype}; set direction.residual_dtype")
-        count, layers, hidden = kept.shape
+            stored = values.astype(dtype)
+        _refuse_infinite(stored, first, f"is too large for {dtype}; set direction.residual_dtype")
+        count, layers, hidden = stored.shape
         columns = {
-            "prompt": _array(numpy.arange(first, first + count, dtype=numpy.int32)),
-            "set": _repeated(name, count),
+            "prompt": _arrow_array(numpy.arange(first, first + count, dtype=numpy.int32)),
+            "set": _repeated_string(name, count),
         }
         for layer in range(layers):
-            flat = _array(numpy.ascontiguousarray(kept[:, layer]).reshape(-1))
+            flat = _arrow_array(numpy.ascontiguousarray(stored[:, layer]).reshape(-1))
             columns[f"layer-{layer}"] = pyarrow.FixedSizeListArray.from_arrays(flat, hidden)
         return cls(pyarrow.record_batch(columns))
 
     @property
     def name(self) -> str:
-        """The prompt set."""
+        """The name of the prompt set."""
         return str(self.batch.column("set")[0].as_py())
 
     @property
     def first(self) -> int:
-        """The first prompt's place in its set."""
+        """The index of the first prompt in its set."""
         return int(self.batch.column("prompt")[0].as_py())
 
     @property
     def prompts(self) -> int:
-        """Number of prompts."""
+        """The number of prompts."""
         return int(self.batch.num_rows)
 
     @property
     def layers(self) -> int:
-        """Number of layers."""
+        """The number of columns of layers."""
         return int(self.batch.num_columns) - 2
 
     def layer(self, index: int) -> LayerValues:
-        """One layer, in the shard's own dtype: a read-only view."""
+        """Return one layer as a read-only view, in the shard's own dtype."""
         column = self.batch.column(f"layer-{index}")
         view: LayerValues = numpy.from_dlpack(column.flatten()).reshape(len(column), -1)
         return view
 
     def values(self) -> ShardValues:
-        """All layers, float32, copied."""
+        """Return a copy of all layers, in float32."""
         layers = [self.layer(index) for index in range(self.layers)]
         return numpy.stack(layers, axis=1).astype(numpy.float32, copy=False)
 
     def to_file(self, key: str) -> bytes:
-        """An Arrow IPC file that holds its content key, and a checksum of that and all values."""
+        """Serialise the shard as an Arrow IPC file, with its key and a checksum of key and values.
+
+        Args:
+            key: The content key that the residuals were computed for; see `content_key`.
+        """
         facts = {"key": key, "sha256": self._checksum(key.encode())}
         batch, sink = self.batch.replace_schema_metadata(facts), pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_file(sink, batch.schema) as writer:
@@ -107,14 +117,14 @@ class ResidualShard:
 
     @classmethod
     def from_file(cls, data: Any, key: str | None = None) -> "ResidualShard | None":
-        """The inverse of `to_file`, bit for bit; None if the file was written for another key.
+        """Parse `to_file`'s output, bit for bit; return None if it was written for another key.
 
         Args:
             data: The file's bytes, or an Arrow buffer that maps them; values are views of it.
-            key: The content key that is wanted; any, if there is none.
+            key: The content key to expect; None accepts any.
 
         Raises:
-            DamagedShard: it was not written so.
+            DamagedShard: the bytes are not those that were written.
         """
         try:
             batch = pyarrow.ipc.open_file(pyarrow.py_buffer(data)).get_batch(0)
@@ -123,9 +133,11 @@ class ResidualShard:
             written = facts[b"key"]
             intact = facts[b"sha256"] == shard._checksum(written).encode()
         except _UNREADABLE as error:
-            raise DamagedShard(f"it is no Arrow file of a shard ({type(error).__name__})") from None
+            raise DamagedShard(
+                f"it is not an Arrow file of a shard ({type(error).__name__})"
+            ) from None
         if not intact:
-            raise DamagedShard("it does not have the checksum that it was written with")
+            raise DamagedShard("its checksum is not the one that it was written with")
         return shard if key is None or written == key.encode() else None
 
     def _checksum(self, key: bytes) -> str:
@@ -141,16 +153,16 @@ _UNREADABLE = (
     pyarrow.ArrowException, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError,
     MemoryError, OverflowError,
 )  # fmt: skip
-"""What reading an Arrow file can raise once its bytes are not what they were."""
+"""What reading an Arrow file may raise once its bytes have changed."""
 
 
 def content_key(**facts: Any) -> str:
-    """SHA-256 of all that decides what residuals are."""
+    """Return the SHA-256 of all facts that decide what residuals are."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def winsorized(values: LayerValues, quantile: float) -> LayerValues:
-    """Every residual of a layer clamped at the quantile of its own magnitudes, in float32."""
+    """Clamp every residual of a layer at a quantile of its own magnitudes, in float32."""
     values = values.astype(numpy.float32, copy=False)
     if quantile >= 1:
         return values
@@ -162,7 +174,7 @@ def winsorized(values: LayerValues, quantile: float) -> LayerValues:
 
 @dataclass(frozen=True)
 class Sums:
-    """How many prompts, and the sum of their residuals in float64; of more shards by `+`."""
+    """The number of prompts and the sum of their residuals; `+` adds those of another shard."""
 
     prompts: int
     totals: Float[numpy.ndarray, "layer hidden"]
@@ -172,13 +184,18 @@ class Sums:
 
     @property
     def mean(self) -> Float[numpy.ndarray, "layer hidden"]:
-        """Mean over prompts."""
+        """The mean over prompts, float64."""
         return self.totals / self.prompts
 
 
 def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> Sums:
-    """The sums of one shard, every residual winsorised first (1: none is); of some columns of
-    layers, all if unset."""
+    """Sum one shard over its prompts, in float64.
+
+    Args:
+        batch: The shard's record batch.
+        quantile: At which each residual is winsorised first; 1 changes nothing.
+        columns: The columns of layers to read; all if None.
+    """
     shard = ResidualShard(batch)
     totals = [
         winsorized(shard.layer(index), quantile).sum(axis=0, dtype=numpy.float64)
@@ -187,22 +204,22 @@ def sums_of(batch: Any, quantile: float = 1.0, columns: range | None = None) -> 
     return Sums(shard.prompts, numpy.stack(totals))
 
 
-def _array(values: FlatArray) -> Any:
-    """As Arrow has it, uncopied."""
+def _arrow_array(values: FlatArray) -> Any:
+    """View a numpy array as an Arrow array, without a copy."""
     kind = pyarrow.from_numpy_dtype(values.dtype)
     return pyarrow.Array.from_buffers(kind, values.size, [None, pyarrow.py_buffer(values)])
 
 
-def _repeated(text: str, count: int) -> Any:
-    """So many strings."""
+def _repeated_string(text: str, count: int) -> Any:
+    """Return an Arrow array that holds one string `count` times."""
     data = text.encode()
     ends = pyarrow.py_buffer(numpy.arange(count + 1, dtype=numpy.int32) * numpy.int32(len(data)))
     buffers = [None, ends, pyarrow.py_buffer(data * count)]
     return pyarrow.Array.from_buffers(pyarrow.string(), count, buffers)
 
 
-def _refuse_infinite(values: ShardValues, first: int, what: str) -> None:
+def _refuse_infinite(values: ShardValues, first: int, problem: str) -> None:
     broken = ~numpy.isfinite(values).all(axis=-1)
     if broken.any():
         prompt, layer = numpy.argwhere(broken)[0].tolist()
-        raise ModelError(f"the residual of prompt {first + prompt} after layer {layer} {what}")
+        raise ModelError(f"the residual of prompt {first + prompt} after layer {layer} {problem}")

@@ -1,6 +1,6 @@
-"""Residual shards as files: in the run's own directory, and in a cache that runs share.
+"""Residual shards as files, in the run's own directory and in a cache that runs share.
 
-A file is used only if its checksum holds and it was written for the same content key.
+A file is used only if its checksum is right and it was written for the same content key.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,51 +9,51 @@ from pathlib import Path
 
 import pyarrow
 
-from ray_abliterate.data.atomic_files import cache_root, link_whole, write_whole
+from ray_abliterate.data.atomic_files import cache_root, link_atomically, write_atomically
 from ray_abliterate.directions.residuals.shard import DamagedShard, ResidualShard
 from ray_abliterate.recipe import RunSettings
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """A folder of shards, `<set>-<number>.arrow`."""
+    """A folder of shards, in files `<set>-<number>.arrow`."""
 
     path: Path
 
     def file(self, name: str, number: int) -> Path:
-        """Where a shard is, or would be."""
+        """Return the path of a shard, whether or not it is there."""
         return self.path / f"{name}-{number:05d}.arrow"
 
     def read(self, name: str, number: int, key: str) -> ResidualShard | None:
-        """A shard; None if there is none for this key.
+        """Read a shard; return None if there is none for this key.
 
         Raises:
-            DamagedShard: the file is not what was written.
+            DamagedShard: the file is not the one that was written.
         """
         file = self.file(name, number)
         return ResidualShard.from_file(file.read_bytes(), key) if file.exists() else None
 
-    def all(self, name: str) -> Iterator[ResidualShard]:
-        """Every shard of a set, whatever its key.
+    def read_all(self, name: str) -> Iterator[ResidualShard]:
+        """Yield every shard of a set, whatever its key.
 
         Raises:
-            DamagedShard: a file is not what was written.
+            DamagedShard: a file is not the one that was written.
         """
         for file in sorted(self.path.glob(f"{name}-*.arrow")):
             shard = ResidualShard.from_file(file.read_bytes())
             assert shard is not None
             yield shard
 
-    def mapped(self, name: str, key: str, count: int) -> Iterator[ResidualShard]:
-        """The first shards of a set that are there for a key, memory-mapped: values are not held.
+    def map_all(self, name: str, key: str, count: int) -> Iterator[ResidualShard]:
+        """Yield a set's shards memory-mapped, up to the first that is not there for this key.
 
         Args:
-            name: The set.
+            name: The set's name.
             key: Its content key.
-            count: How many shards there should be.
+            count: The number of shards that the set has.
 
         Raises:
-            DamagedShard: a file is not what was written; names it.
+            DamagedShard: a file is not the one that was written; names it.
         """
         for number in range(count):
             file = self.file(name, number)
@@ -70,17 +70,17 @@ class ShardFolder:
 
 
 class ShardFiles:
-    """Where a run looks for its shards, and keeps them."""
+    """The places where a run looks for its shards, and stores them."""
 
     def __init__(
         self, own: ShardFolder | None, cache: Path | None, note: Callable[[str], None]
     ) -> None:
-        """Look in both, own first.
+        """Look in both places, the run's own first.
 
         Args:
-            own: The run's own folder, if it keeps its shards.
-            cache: The folder that runs share, if they do; it has a folder per content key.
-            note: Is told about damaged files, and about a cache that cannot be used.
+            own: The run's own folder, if it stores its shards.
+            cache: The folder that runs share, if they do, with a folder for each content key.
+            note: Receives notes of damaged files, and of a cache that cannot be used.
         """
         self._own = own
         self._cache = cache
@@ -90,33 +90,33 @@ class ShardFiles:
     def of(
         cls, settings: RunSettings, own: ShardFolder, note: Callable[[str], None]
     ) -> "ShardFiles":
-        """The places that the recipe wants, of the run's folder and the user's cache."""
+        """Return the places that the recipe asks for: the run's folder, the user's cache, or both."""
         cache = cache_root() / "residuals" if settings.residual_cache else None
         return cls(own if settings.save_residuals else None, cache, note)
 
     @property
-    def kept(self) -> bool:
-        """Whether shards become files at all."""
+    def stores(self) -> bool:
+        """Whether shards are stored at all."""
         return self._own is not None or self._cache is not None
 
     def find(self, name: str, number: int, key: str) -> ResidualShard | None:
-        """A shard that was kept, now in both places; None if it has to be made."""
-        found, lacking = None, []
+        """Return a stored shard, and link it where it is missing; None if there is none."""
+        shard, lacking = None, []
         for folder in self._folders(key):
-            if found is None:
-                found = self._read(folder, name, number, key)
-                good = folder.file(name, number)
-                if found is None:
+            if shard is None:
+                shard = self._read(folder, name, number, key)
+                intact = folder.file(name, number)
+                if shard is None:
                     lacking.append(folder)
             elif not folder.file(name, number).exists():
                 lacking.append(folder)
-        if found is not None:
+        if shard is not None:
             for folder in lacking:
-                self._link(folder, folder.file(name, number), good)
-        return found
+                self._link(folder, folder.file(name, number), intact)
+        return shard
 
-    def keep(self, shard: ResidualShard, number: int, key: str) -> None:
-        """Write a shard that was made.
+    def store(self, shard: ResidualShard, number: int, key: str) -> None:
+        """Write a shard to every place.
 
         Raises:
             OSError: the run's own folder cannot be written.
@@ -124,7 +124,7 @@ class ShardFiles:
         first, *others = self._folders(key)
         file = first.file(shard.name, number)
         try:
-            write_whole(file, shard.to_file(key))
+            write_atomically(file, shard.to_file(key))
         except OSError as error:
             self._give_up(first, error)
         for folder in others:
@@ -138,19 +138,19 @@ class ShardFiles:
         try:
             return folder.read(name, number, key)
         except DamagedShard as damage:
-            self._note(f"{folder.file(name, number)} is damaged and is made again: {damage}")
+            self._note(f"{folder.file(name, number)} is damaged and is computed again: {damage}")
         except OSError as error:
             self._give_up(folder, error)
         return None
 
-    def _link(self, folder: ShardFolder, file: Path, good: Path) -> None:
+    def _link(self, folder: ShardFolder, file: Path, intact: Path) -> None:
         try:
-            link_whole(file, good)
+            link_atomically(file, intact)
         except OSError as error:
             self._give_up(folder, error)
 
     def _give_up(self, folder: ShardFolder, error: OSError) -> None:
-        """Do without the cache from now on."""
+        """Do without the cache from now on; raise the error if the folder is the run's own."""
         if folder == self._own:
             raise error
         self._cache = None

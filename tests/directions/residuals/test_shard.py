@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_abliterate.data.atomic_files import cache_root, link_whole, write_whole
+from ray_abliterate.data.atomic_files import cache_root, link_atomically, write_atomically
 from ray_abliterate.directions.residuals.folds import project_shard
 from ray_abliterate.directions.residuals.shard import (
     DamagedShard,
@@ -207,7 +207,7 @@ def test_a_shard_is_kept_by_the_run_and_found_by_another(
 ) -> None:
     shard = ResidualShard.of("behaviour", 8, some())
     assert files.find("behaviour", 2, KEY) is None
-    files.keep(shard, 2, KEY)
+    files.store(shard, 2, KEY)
     own = tmp_path / "run" / "behaviour-00002.arrow"
     assert own.samefile(cached(tmp_path))
     other = ShardFiles(ShardFolder(tmp_path / "other"), tmp_path / "cache", notes.append)
@@ -223,7 +223,7 @@ def test_a_damaged_file_is_noted_and_the_good_one_put_in_its_place(
     files: ShardFiles, tmp_path: Path, notes: list[str]
 ) -> None:
     shard = ResidualShard.of("behaviour", 8, some())
-    files.keep(shard, 2, KEY)
+    files.store(shard, 2, KEY)
     own = tmp_path / "run" / "behaviour-00002.arrow"
     good = own.read_bytes()
     own.unlink()
@@ -238,7 +238,7 @@ def test_a_shard_that_is_damaged_in_both_places_has_to_be_made_again(
     files: ShardFiles, tmp_path: Path, notes: list[str]
 ) -> None:
     shard = ResidualShard.of("behaviour", 8, some())
-    files.keep(shard, 2, KEY)
+    files.store(shard, 2, KEY)
     file = cached(tmp_path)
     data = bytearray(file.read_bytes())
     data[data.index(some()[3, 2, 1].tobytes())] ^= 1
@@ -246,7 +246,7 @@ def test_a_shard_that_is_damaged_in_both_places_has_to_be_made_again(
         both.write(data)
     assert files.find("behaviour", 2, KEY) is None
     assert len(notes) == 2
-    files.keep(shard, 2, KEY)
+    files.store(shard, 2, KEY)
     assert files.find("behaviour", 2, KEY) is not None
     assert len(notes) == 2
 
@@ -258,11 +258,11 @@ def test_a_cache_that_cannot_be_written_is_one_note_and_no_error(
     for own in (ShardFolder(tmp_path / "run"), None):
         files = ShardFiles(own, tmp_path / "cache", notes.append)
         for number in (0, 1):
-            if files.kept:
-                files.keep(ResidualShard.of("behaviour", 4 * number, some()), number, KEY)
-        assert files.kept == (own is not None)
+            if files.stores:
+                files.store(ResidualShard.of("behaviour", 4 * number, some()), number, KEY)
+        assert files.stores == (own is not None)
         assert len(notes) == 1 and "not shared" in notes.pop()
-    assert len(list(ShardFolder(tmp_path / "run").all("behaviour"))) == 2
+    assert len(list(ShardFolder(tmp_path / "run").read_all("behaviour"))) == 2
 
 
 def test_the_recipe_says_where_shards_are_kept(
@@ -274,9 +274,9 @@ def test_the_recipe_says_where_shards_are_kept(
         settings = RunSettings(save_residuals=own, residual_cache=shared)
         folder, key = ShardFolder(tmp_path / f"{own}-{shared}"), content_key(own=own, s=shared)
         files = ShardFiles.of(settings, folder, notes.append)
-        assert files.kept == (own or shared)
-        if files.kept:
-            files.keep(shard, 0, key)
+        assert files.stores == (own or shared)
+        if files.stores:
+            files.store(shard, 0, key)
         assert folder.path.exists() == own
         assert (tmp_path / "cache" / "residuals" / key).exists() == shared
 
@@ -293,9 +293,9 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 def test_linking_a_file_to_itself_leaves_it_and_no_other(tmp_path: Path) -> None:
     file = tmp_path / "a"
-    write_whole(file, b"x")
-    link_whole(tmp_path / "b", file)
-    link_whole(tmp_path / "b", file)
+    write_atomically(file, b"x")
+    link_atomically(tmp_path / "b", file)
+    link_atomically(tmp_path / "b", file)
     assert (tmp_path / "b").read_bytes() == b"x"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b"]
 
@@ -307,7 +307,7 @@ def test_a_file_is_copied_where_it_cannot_be_linked(
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr("os.link", across)
-    write_whole(tmp_path / "a", b"x")
-    link_whole(tmp_path / "b", tmp_path / "a")
+    write_atomically(tmp_path / "a", b"x")
+    link_atomically(tmp_path / "b", tmp_path / "a")
     assert (tmp_path / "b").read_bytes() == b"x"
     assert not (tmp_path / "b").samefile(tmp_path / "a")

@@ -76,12 +76,12 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
 def test_pairs_gathered_part_by_part_are_the_direct_ones(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ray_abliterate.directions.residuals.moments.TAKEN_AT_ONCE", at_once)
+    monkeypatch.setattr("ray_abliterate.directions.residuals.moments.ROWS_AT_ONCE", at_once)
     values = some(40, 7, 3, 100.0)
     gathered = reduce(
         add,
         [ResidualRows((part,)) for part in numpy.array_split(values, 11)],
-        PairedMoments(Moments.nothing(7)),
+        PairedMoments(Moments.empty(7)),
     )
     assert_direct(gathered.moments, values)
     assert sum(map(len, gathered.waiting.parts)) < at_once

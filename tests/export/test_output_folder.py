@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 from ray_abliterate.errors import ExportError
-from ray_abliterate.export.scratch import scratch
-from ray_abliterate.export.target import check_target
+from ray_abliterate.export.output_folder import open_partial, refuse_unfit_target
 
 NOBODY = 65534
 
@@ -31,7 +30,7 @@ def test_a_parent_that_may_not_be_written_is_refused(tmp_path):
     with (
         unprivileged(),
         pytest.raises(ExportError, match=r"cannot be written \(Permission denied\).*--to"),
-        scratch(to, {}),
+        open_partial(to, {}),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -41,12 +40,12 @@ def test_a_parent_that_may_not_be_looked_into_is_refused(tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir(mode=0o000)
     with unprivileged(), pytest.raises(ExportError, match=r"\(Permission denied\).*--to"):
-        check_target(hidden / "some" / "out", tmp_path / "model", 0)
+        refuse_unfit_target(hidden / "some" / "out", tmp_path / "model", 0)
 
 
 def test_files_in_the_target_are_never_touched(tmp_path):
     (tmp_path / "out").mkdir()
-    check_target(tmp_path / "out", tmp_path / "model", 0)
+    refuse_unfit_target(tmp_path / "out", tmp_path / "model", 0)
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ExportError, match="not an empty folder"):
-        check_target(tmp_path / "out", tmp_path / "model", 0)
+        refuse_unfit_target(tmp_path / "out", tmp_path / "model", 0)
