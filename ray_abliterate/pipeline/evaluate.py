@@ -18,7 +18,7 @@ from ray_abliterate.errors import EvaluationChanged, RecipeError, RunDirectoryEr
 from ray_abliterate.evaluation.streaming.reader import TextRequest
 from ray_abliterate.evaluation.suites.build import build_suites
 from ray_abliterate.evaluation.suites.suite import Suite
-from ray_abliterate.model.source import model_source
+from ray_abliterate.model.source import resolve_model
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.event_recorder import EventRecorder
 from ray_abliterate.pipeline.progress import Progress
@@ -70,7 +70,7 @@ class Models:
         shared = not is_own_cluster()
         with progress.stage("model"):
             return [
-                (label, name, model_source(name, progress.note, shared, options[label]))
+                (label, name, resolve_model(name, progress.note, shared, options[label]))
                 for label, name in self.labelled()
             ]
 

@@ -34,7 +34,7 @@ class EventRecorder:
 
     def record_trial(self, trial: Trial, answers: tuple[dict[str, Any], ...]) -> None:
         """Append a finished or failed trial to `trials.jsonl`, and save its answers if any."""
-        self.writer.submit(partial(self._directory.append, trial))
+        self.writer.submit(partial(self._directory.append_trial, trial))
         if answers:
             save = partial(self._directory.save_responses, trial.number, list(answers))
             self.writer.submit(save)
@@ -44,4 +44,4 @@ class EventRecorder:
         self._progress.note(f"warning: {text}")
         warnings = self._directory.read_environment().get("warnings", [])
         if text not in warnings:
-            self._directory.note(warnings=[*warnings, text])
+            self._directory.record_facts(warnings=[*warnings, text])

@@ -13,7 +13,7 @@ from typing import Any
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.search.frontier import Trial
 
-EXPORTS_FACT = "verified_exports"
+EXPORTS_FACT = "exports"
 """Key of the export folders in `environment.json`."""
 FULL_PRECISION_FACT = "full_precision"
 """Key of the scores in full precision in `environment.json`."""
@@ -54,11 +54,11 @@ class FullPrecisionScore:
 
 def verified_exports(directory: RunDirectory) -> tuple[VerifiedExport, ...]:
     """Return all verified exports in the run directory, then those elsewhere that still exist."""
-    own = (directory.path / "verified_exports").absolute()
+    inside = (directory.path / "exports").absolute()
     noted = directory.read_environment().get(EXPORTS_FACT, ())
     files = (Path(path) / "verification.json" for path in noted)
-    elsewhere = (file for file in files if file.exists() and file.parent.parent != own)
-    return tuple(map(_read_export, (*sorted(own.glob("*/verification.json")), *elsewhere)))
+    elsewhere = (file for file in files if file.exists() and file.parent.parent != inside)
+    return tuple(map(_read_export, (*sorted(inside.glob("*/verification.json")), *elsewhere)))
 
 
 def note_export(directory: RunDirectory, to: Path) -> None:
@@ -69,7 +69,7 @@ def note_export(directory: RunDirectory, to: Path) -> None:
     """
     noted = directory.read_environment().get(EXPORTS_FACT, [])
     if str(to) not in noted:
-        directory.note(**{EXPORTS_FACT: [*noted, str(to)]})
+        directory.record_facts(**{EXPORTS_FACT: [*noted, str(to)]})
 
 
 def note_full_precision(
@@ -82,9 +82,9 @@ def note_full_precision(
         trial: The trial that was exported.
         scores: Name, value on quantized weights and value in full precision of each score.
     """
-    own = {name: [quantized, full] for name, quantized, full in scores}
+    pairs = {name: [quantized, full] for name, quantized, full in scores}
     noted = directory.read_environment().get(FULL_PRECISION_FACT, {})
-    directory.note(**{FULL_PRECISION_FACT: {**noted, str(trial.number): own}})
+    directory.record_facts(**{FULL_PRECISION_FACT: {**noted, str(trial.number): pairs}})
 
 
 def full_precision_scores(environment: Mapping[str, Any]) -> tuple[FullPrecisionScore, ...]:
@@ -99,10 +99,10 @@ def full_precision_scores(environment: Mapping[str, Any]) -> tuple[FullPrecision
 
 def quantization_gaps(scores: Iterable[FullPrecisionScore]) -> dict[str, tuple[float, int]]:
     """Return by score the mean distance of quantized from full values, and the trials behind it."""
-    quantization_gaps: dict[str, list[float]] = {}
+    gaps: dict[str, list[float]] = {}
     for score in scores:
-        quantization_gaps.setdefault(score.name, []).append(abs(score.full - score.quantized))
-    return {name: (sum(own) / len(own), len(own)) for name, own in quantization_gaps.items()}
+        gaps.setdefault(score.name, []).append(abs(score.full - score.quantized))
+    return {name: (sum(values) / len(values), len(values)) for name, values in gaps.items()}
 
 
 def _read_export(file: Path) -> VerifiedExport:

@@ -41,7 +41,7 @@ def extract(
         RecipeChanged: the folder holds a run of another model or other prompts.
         RunDirectoryError: the folder cannot be written, or is in use.
     """
-    if RunDirectory.is_one(folder):
+    if RunDirectory.holds_run(folder):
         directory = RunDirectory.open(folder)
         own = directory.read_recipe()
         # Only these fields decide what residuals are; method and search may differ.
@@ -95,7 +95,7 @@ def find_directions(
     if tuning is None:
         with progress.stage("batch sizes"):
             tuning = pool.call(ReplicaApi.tune, pool.layout.replicas)
-        directory.note(tuning=asdict(tuning))
+        directory.record_facts(tuning=asdict(tuning))
     prefix = response_prefix(context, sets)
     if recipe.prompts.filter_by_behaviour:
         verdicts = BaseModelVerdicts(context, prefix, tuning)
@@ -106,7 +106,7 @@ def find_directions(
     shards = ResidualShards(pool, files, extraction, sets.behaviour, sets.neutral)
     with progress.stage("residuals"):
         shards.extract(progress.step)
-    directory.note(residuals=shards.facts())
+    directory.record_facts(residuals=shards.facts())
     with progress.stage("directions"):
         directions = shards.directions(recipe.direction)
     if statistics := directions.origin.get("statistics"):
@@ -134,5 +134,5 @@ def response_prefix(context: RunContext, sets: PromptSets) -> tuple[int, ...]:
                 *sets.neutral.prompts[:PREFIX_PROMPTS],
             ]
             prefix = context.pool.call(ReplicaApi.find_response_prefix, prompts)
-    directory.note(response_prefix=list(prefix))
+    directory.record_facts(response_prefix=list(prefix))
     return prefix

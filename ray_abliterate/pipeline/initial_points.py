@@ -128,7 +128,7 @@ def initial_points(
     if criterion == "log-odds":
         layer = _layer_by_log_odds(context, space, layer)
     first, middle = space.initial_points(float(layer))
-    context.directory.note(
+    context.directory.record_facts(
         seeds={"by": criterion, "layer": layer, "taken": first["direction_layer"]}
     )
     return first, middle

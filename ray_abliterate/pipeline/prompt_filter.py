@@ -23,13 +23,13 @@ from ray_abliterate.version import __version__
 log = logging.getLogger(__name__)
 
 CONTRADICTION = {
-    "behaviour": "the base model's answer to {} does not show the behaviour",
-    "neutral": "the base model's answer to {} shows the behaviour",
+    "behaviour": "{} whose base-model answer does not show the behaviour",
+    "neutral": "{} whose base-model answer shows the behaviour",
 }
 WANTED = {"behaviour": True, "neutral": False}
 """By set: whether an answer has to show the behaviour for its prompt to stay."""
 
-Verdict = bool | None
+BehaviourVerdict = bool | None
 """Whether an answer shows the behaviour; None if it is unclear."""
 
 
@@ -82,7 +82,7 @@ class BaseModelVerdicts:
             "versions": [__version__, version("torch"), version("transformers")],
         }
 
-    def judge(self, sets: Sequence[PromptSet]) -> dict[str, list[Verdict]]:
+    def judge(self, sets: Sequence[PromptSet]) -> dict[str, list[BehaviourVerdict]]:
         """Return the verdict on the base model's answer to each prompt, by set, in order."""
         directory, step = self._context.directory, self._context.progress.step
         batches = {
@@ -192,23 +192,23 @@ def filter_by_behaviour(
         if outcome.kept < least:
             raise PromptSourceError(_too_few(name, outcome, test.name, least))
     facts = {name: asdict(outcome) for name, outcome in filtered.items()}
-    directory.note(filtered={"test": test.name, **facts})
+    directory.record_facts(filtered={"test": test.name, **facts})
     for line in left_out_lines(directory.read_environment()):
         if any(outcome.left_out for outcome in filtered.values()):
             context.record.warn(line)
         else:
             context.progress.note(line)
     return [
-        s.only(i for i in range(len(s)) if i not in set(filtered[s.name].left_out)) for s in sets
+        s.subset(i for i in range(len(s)) if i not in set(filtered[s.name].left_out)) for s in sets
     ]
 
 
-def _filtered(prompts: PromptSet, verdicts: Sequence[Verdict]) -> FilteredSet:
+def _filtered(prompts: PromptSet, verdicts: Sequence[BehaviourVerdict]) -> FilteredSet:
     wanted = WANTED[prompts.name]
     left_out = tuple(i for i, shows in enumerate(verdicts) if shows is not wanted)
     unclear = sum(shows is None for shows in verdicts)
     kept = [i for i, shows in enumerate(verdicts) if shows is wanted]
-    fingerprint = prompts.only(kept).fingerprint if kept else ""
+    fingerprint = prompts.subset(kept).fingerprint if kept else ""
     contradicting = len(left_out) - unclear
     return FilteredSet(len(prompts), len(kept), contradicting, unclear, left_out, fingerprint)
 
@@ -236,7 +236,7 @@ def _counts(name: str, outcome: FilteredSet) -> str:
     if outcome.contradicting:
         reasons.append(CONTRADICTION[name].format(outcome.contradicting))
     if outcome.unclear:
-        reasons.append(f"{outcome.unclear} answers are empty, degenerate or unclear")
+        reasons.append(f"{outcome.unclear} whose answer is empty, degenerate or unclear")
     left_out = f"{len(outcome.left_out)} of {outcome.prompts} prompts are left out"
     return f"{left_out}: {', '.join(reasons)}"
 

@@ -20,8 +20,8 @@ class PromptSets:
     """All prompt sets of a run.
 
     Attributes:
-        behaviour: Prompts that show the behaviour; "harmful" in Arditi et al., "positive" in repeng.
-        neutral: Prompts that don't; "harmless" there, "negative" in repeng.
+        behaviour: Prompts that show the behaviour ("harmful" in Arditi et al., positive in repeng).
+        neutral: Prompts that don't ("harmless", negative).
         scored: Held-out prompts of the scorers, by the scorer's name.
     """
 
@@ -76,5 +76,5 @@ def load_prompts(
     if recorded is None:
         overlaps = warn_on_overlap([sets.behaviour, sets.neutral], list(sets.scored.values()))
         folders = {"base": str(base.resolve()), "base_given": str(base)}
-        directory.note(prompts=sets.facts(), warnings=[*alike, *overlaps], **folders)
+        directory.record_facts(prompts=sets.facts(), warnings=[*alike, *overlaps], **folders)
     return sets

@@ -1,7 +1,7 @@
 """Runs and directions from Python: what the commands do, as functions that return values.
 
-`run_recipe` and `resume_run` start Ray, as the commands do; `compute_directions` works on a model in
-this process, without Ray.
+`run_recipe` and `resume_run` start Ray, as the commands do; `compute_directions` works on a model
+in this process, without Ray.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

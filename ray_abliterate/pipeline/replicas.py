@@ -12,7 +12,7 @@ from ray_abliterate.cluster.connection import connect, is_own_cluster
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.errors import ModelError
-from ray_abliterate.model.source import model_source
+from ray_abliterate.model.source import resolve_model
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.event_recorder import EventRecorder
 from ray_abliterate.pipeline.progress import Progress
@@ -46,11 +46,13 @@ def start_replicas(
         ModelError: the model cannot be loaded, or is not the one the run began with.
     """
     with progress.stage("model"):
-        source = model_source(recipe.model.name, record.warn, not is_own_cluster())
+        source = resolve_model(recipe.model.name, record.warn, not is_own_cluster())
     with ExitStack() as stack:
         with progress.stage("replicas"):
             dashboard = connect(recipe.run.dashboard, (str(base.resolve()),))
-            starting = ReplicaPool.start(directory.pinned(recipe), source, scored, record.record)
+            starting = ReplicaPool.start(
+                directory.pin_revision(recipe), source, scored, record.record
+            )
             pool = stack.enter_context(starting)
         context = RunContext(recipe, directory, base, pool, record, progress, source)
         record_environment(context, dashboard)
@@ -79,7 +81,7 @@ def record_environment(context: RunContext, dashboard: str = "") -> None:
         )
     shape = asdict(facts.shape)
     model = {key: value for key, value in asdict(facts).items() if key != "shape"}
-    directory.note(
+    directory.record_facts(
         model={"name": name, **shape, **model},
         replicas=asdict(context.pool.layout),
         versions={"python": platform.python_version(), **_versions()},

@@ -1,4 +1,4 @@
-"""What `directions` and `residuals` make of a run's residuals, without Ray and without a model."""
+"""Analyses of a run's stored residuals, for `directions` and `residuals`: no Ray, no model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,26 +20,30 @@ from ray_abliterate.search.frontier import Frontier, Trial
 def methods_to_compare(
     settings: DirectionSettings, names: Sequence[str] = ()
 ) -> dict[str, DirectionSettings]:
-    """What to compare, by name: what is named, or the package's methods and the recipe's own.
+    """Return the methods to compare, by name: all of the package and the recipe's own by default.
 
     The recipe's own keeps its options; all share what the recipe says about sparing.
+
+    Args:
+        settings: The recipe's.
+        names: Methods to compare instead.
 
     Raises:
         RecipeError: there is no such method.
         ScoreError: a method's module cannot be imported.
     """
-    found = {}
+    methods = {}
     own = settings.method
     for name in names or (*METHODS, *(() if own in METHODS else (own,))):
         same = name == own
         change = {} if same else {"method": name, "options": {}, "ensemble": ()}
         try:
-            found[name] = DirectionSettings.model_validate(settings.model_dump() | change)
+            methods[name] = DirectionSettings.model_validate(settings.model_dump() | change)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise RecipeError(f"--method {name}: {reason}") from None
-        refuse_unknown_methods(found[name])
-    return found
+        refuse_unknown_methods(methods[name])
+    return methods
 
 
 def compare_run(
@@ -50,8 +54,14 @@ def compare_run(
 ) -> MethodComparison:
     """Compare methods on the residuals of a run.
 
+    Args:
+        directory: The run's.
+        methods: As `methods_to_compare` gives them.
+        pairs: Pairs of disjoint samples that the stability of a method is measured on.
+        progress: Display of stages and steps.
+
     Raises:
-        RunDirectoryError: the run holds no residuals.
+        RunDirectoryError: the run holds no residuals, or they are damaged.
         SearchError: no method has a direction.
     """
     with progress.stage("reading residuals"):
@@ -68,13 +78,13 @@ def compare_run(
 
 @dataclass(frozen=True)
 class ResidualAnalysis:
-    """What `residuals` shows.
+    """What the residuals of a run look like, layer by layer.
 
     Attributes:
-        views: A view a layer.
-        best: The layer that separates best.
-        trial: Whose strengths are shown beside; None if the run has none.
-        strengths: By component, for every layer.
+        views: A view per layer.
+        best: The layer that separates the sets best.
+        trial: Number of the trial whose strengths are shown; None if the run has none.
+        strengths: The trial's strength at every layer, by component.
     """
 
     views: tuple[LayerView, ...]
@@ -86,25 +96,30 @@ class ResidualAnalysis:
 def analyse_residuals(
     directory: RunDirectory, trial: Trial | None, progress: Progress
 ) -> ResidualAnalysis:
-    """What a run's residuals look like; without a trial, the knee of its frontier stands beside.
+    """Compute views of a run's residuals after each block.
+
+    Args:
+        directory: The run's.
+        trial: The trial whose strengths are shown; the knee of the frontier if None.
+        progress: Display of stages and steps.
 
     Raises:
-        RunDirectoryError: the run holds no residuals.
+        RunDirectoryError: the run holds no residuals, or they are damaged.
     """
     with progress.stage("reading residuals"):
         behaviour, neutral = stored_sets(directory)
-    found = []
+    layers = []
     with progress.stage("projections"):
-        for one in view_layers(behaviour, neutral, directory.read_recipe().direction):
-            found.append(one)
-            progress.step(len(found), behaviour.layers)
-    rows = [{"layer": v.layer, **v.measures} if v.held_out else None for v in found]
+        for view in view_layers(behaviour, neutral, directory.read_recipe().direction):
+            layers.append(view)
+            progress.step(len(layers), behaviour.layers)
+    rows = [{"layer": v.layer, **v.measures} if v.held_out else None for v in layers]
     best = int(best_row(rows)["layer"]) if any(rows) else 0
     if trial is None and (frontier := Frontier.of(directory.trials())):
         trial = frontier.knee
     strengths = (
-        {name: profile.strengths(len(found)) for name, profile in trial.plan.profiles}
+        {name: profile.strengths(len(layers)) for name, profile in trial.plan.profiles}
         if trial
         else {}
     )
-    return ResidualAnalysis(tuple(found), best, trial.number if trial else None, strengths)
+    return ResidualAnalysis(tuple(layers), best, trial.number if trial else None, strengths)

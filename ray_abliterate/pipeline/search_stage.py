@@ -47,7 +47,7 @@ def search(
     for trial in study.finished:
         known = listed.get(trial.number)
         if known != trial and not (trial.shared and known is not None):
-            directory.append(trial)
+            directory.append_trial(trial)
     done = {trial.number: trial for trial in directory.trials()}
     metrics, reference = SearchMetrics(), [loss or 1.0 for loss in baseline.scorecard.losses]
 
@@ -99,5 +99,5 @@ def rescore_frontier(context: RunContext, shared_setup: Reference[TrialSetup]) -
         with context.progress.stage("frontier, one by one"):
             for count, trial in enumerate(members, start=1):
                 evaluation = pool.call(ReplicaApi.evaluate, trial.plan, shared_setup.argument)
-                directory.append(replace(trial, scorecard=evaluation.scorecard, shared=False))
+                directory.append_trial(replace(trial, scorecard=evaluation.scorecard, shared=False))
                 context.progress.step(count, len(members))

@@ -1,6 +1,6 @@
-"""Residuals that a run has kept, read from its files one layer at a time.
+"""Residuals that a run has stored, read from its files one layer at a time.
 
-Files are memory-mapped: what a layer needs is read, and nothing is held but that layer.
+Files are memory-mapped: only what a layer needs is read, and nothing but that layer is held.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,22 @@ SETS = ("behaviour", "neutral")
 
 
 class StoredSet:
-    """One prompt set's residuals in files."""
+    """The residuals of one prompt set, in shards that are files.
+
+    Attributes:
+        prompts: Number of prompts.
+        layers: Number of blocks of the model.
+    """
 
     def __init__(
         self, shards: Sequence[ResidualShard], first: int = 0, layers: int | None = None
     ) -> None:
-        """Take shards in the order of their prompts.
+        """Check that the shards hold each prompt once.
 
         Args:
-            shards: All of the set's.
-            first: The column of layers to begin with: shards may hold several token positions.
-            layers: How many blocks the model has; all columns if not given.
+            shards: All shards of the set, in the order of their prompts.
+            first: Column of the first layer: shards may hold several token positions.
+            layers: Number of blocks of the model; all columns if None.
 
         Raises:
             ValueError: they don't hold each prompt once.
@@ -44,21 +49,20 @@ class StoredSet:
         self.layers = shards[0].layers if layers is None else layers
 
     def layer(self, index: int) -> LayerValues:
-        """Residuals after one block, float32, prompts in the order of their set."""
+        """Return the residuals after one block, float32 `"prompt hidden"`, in the set's order."""
         parts = [shard.layer(self._first + index) for shard in self._shards]
-        found: LayerValues = numpy.concatenate(parts).astype(numpy.float32, copy=False)
-        return found
+        values: LayerValues = numpy.concatenate(parts).astype(numpy.float32, copy=False)
+        return values
 
 
 def stored_sets(directory: RunDirectory) -> tuple[StoredSet, StoredSet]:
-    """Both sets of a run, from its own folder or from the cache that runs share.
+    """Return both sets of a run, from its own folder or from the cache that runs share.
 
-    Where residuals were read at several tokens, those at the token of the run's directions.
-
-    Every file's checksum is compared first, which reads all of them once.
+    Where residuals were read at several tokens, these are those at the token of the run's
+    directions. Every file's checksum is compared first, which reads all of them once.
 
     Raises:
-        RunDirectoryError: residuals were not extracted, not kept, or are damaged; says what to do.
+        RunDirectoryError: residuals were not extracted, not saved, or are damaged.
     """
     facts = directory.read_environment().get("residuals")
     if not facts:
@@ -67,18 +71,19 @@ def stored_sets(directory: RunDirectory) -> tuple[StoredSet, StoredSet]:
             f"  Extract them with:  ray-abliterate resume {directory.path}"
         )
     try:
-        behaviour, neutral = (_stored(directory, name, facts[name]) for name in SETS)
+        behaviour, neutral = (_find_set(directory, name, facts[name]) for name in SETS)
     except (DamagedShard, OSError, ValueError) as error:
         raise RunDirectoryError(
-            f"the residuals of {directory.path} can't be read: {error}\n  {_again(directory)}"
+            f"the residuals of {directory.path} can't be read: {error}\n"
+            f"  {_extract_again(directory)}"
         ) from None
     return behaviour, neutral
 
 
-def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> StoredSet:
+def _find_set(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> StoredSet:
     key, count = str(facts["key"]), int(facts["shards"])
     for folder in (directory.shards, ShardFolder(cache_root() / "residuals" / key)):
-        shards = list(folder.mapped(name, key, count))
+        shards = list(folder.map_all(name, key, count))
         if len(shards) == count:
             layers = directory.read_environment()["model"]["layers"]
             directions = directory.directions()
@@ -86,19 +91,19 @@ def _stored(directory: RunDirectory, name: str, facts: Mapping[str, Any]) -> Sto
             return StoredSet(shards, back * _columns(directory), layers)
     why = "" if directory.read_recipe().run.save_residuals else " (run.save_residuals = false)"
     raise RunDirectoryError(
-        f"{directory.path} has not kept the residuals of {name!r}{why}, and the cache does not "
-        f"have them either.\n  {_again(directory)}"
+        f"{directory.path} does not hold the residuals of {name!r}{why}, and the cache does not "
+        f"either.\n  {_extract_again(directory)}"
     )
 
 
 def _columns(directory: RunDirectory) -> int:
-    """Columns of a token position: layers of the stream, and those of components, if kept."""
+    """Return the columns of a token: layers of the stream, then those of each component, if any."""
     model = directory.read_environment()["model"]
     parts = len(model["components"]) if directory.read_recipe().direction.per_component else 0
     return int(model["layers"]) * (1 + parts)
 
 
-def _again(directory: RunDirectory) -> str:
+def _extract_again(directory: RunDirectory) -> str:
     return (
         "Extract them again, into another folder:  "
         f"ray-abliterate directions RECIPE --to {directory.path}-directions"

@@ -1,6 +1,6 @@
-"""What suites found of models, kept chunk by chunk as it comes. Files and values, no model.
+"""Results of suites on models, stored chunk by chunk as they come. Files and values, no model.
 
-A folder per run, in it one per model (`base`, `trial-17`), in that a file per suite: a line of JSON
+A folder per run holds one per model (`base`, `trial-17`), and that a file per suite: a line of JSON
 for each chunk. The file's name holds a hash of the suite's settings, so that results of other
 settings are not taken for its own; a chunk's fingerprint does the same for its items.
 """
@@ -18,21 +18,21 @@ from ray_abliterate.recipe import SuiteSettings
 from ray_abliterate.search.score import Score
 
 BASE = "base"
-"""Label of the model as it was."""
+"""Label of the unedited model."""
 
 
 def label(trial: int | None) -> str:
-    """What a model's results are called: the base model's, or a trial's."""
+    """Return the name that a model's results go by: the base model's for None, or a trial's."""
     return BASE if trial is None else f"trial-{trial}"
 
 
 @dataclass(frozen=True)
 class SuiteProgress:
-    """What is known of one suite of one model.
+    """The chunks of one suite that are stored of one model.
 
     Attributes:
-        chunks: Those that are measured.
-        wanted: How many there are in all; None while nobody has listed them.
+        chunks: Chunks that have been measured.
+        wanted: Chunks of the suite; None while they have not all been listed.
     """
 
     chunks: tuple[SuiteChunk, ...]
@@ -40,7 +40,7 @@ class SuiteProgress:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is missing."""
+        """Whether all chunks of the suite have been measured."""
         return self.wanted is not None and len(self.chunks) == self.wanted
 
 
@@ -50,8 +50,9 @@ class Finding:
 
     Attributes:
         score: The score; None where a suite scores nothing.
-        comparison: With the base model, on the chunks that both have.
-        whole: Whether nothing is missing.
+        comparison: Difference from the base model, on the chunks that both have; None for the base
+            model itself, and where there is no such chunk.
+        whole: Whether all chunks of the suite have been measured.
     """
 
     score: Score | None
@@ -60,41 +61,41 @@ class Finding:
 
 
 class SuiteResults:
-    """The results of a run's models."""
+    """A store of suites' results on the models of a run, or on other models, in one folder."""
 
     def __init__(self, folder: Path, suites: Sequence[SuiteSettings]) -> None:
-        """Look into a folder; it is made when there is something to write.
+        """Name the files; the folder is made when there is something to write.
 
         Args:
             folder: Where results are.
-            suites: The suites whose results are looked for.
+            suites: The suites whose results are stored and read.
         """
         self._folder = folder
         self._files = {setting.name: f"{setting.name}-{_key(setting)}" for setting in suites}
 
     @property
     def suites(self) -> tuple[str, ...]:
-        """Names of the suites, in order."""
+        """Names of the suites, in the order of their settings."""
         return tuple(self._files)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Models that have results of one of these suites, the base model first."""
-        found = {
+        """Labels of the models that have results of one of these suites, the base model first."""
+        labels = {
             file.parent.name
             for stem in self._files.values()
             for file in self._folder.glob(f"*/{stem}.jsonl")
         }
-        return tuple(sorted(found, key=lambda name: (name != BASE, len(name), name)))
+        return tuple(sorted(labels, key=lambda name: (name != BASE, len(name), name)))
 
     def of(self, model: str, suite: str) -> SuiteProgress:
-        """What is known; of chunks that were measured twice, the last.
+        """Return what is stored of one suite of one model; of a chunk measured twice, the last.
 
         Raises:
             RunDirectoryError: a line that is not the last is damaged.
         """
         file = self._file(model, suite)
-        found: dict[str, SuiteChunk] = {}
+        chunks: dict[str, SuiteChunk] = {}
         wanted = None
         lines = file.read_bytes().split(b"\n") if file.exists() else []
         for number, line in enumerate(lines, start=1):
@@ -111,30 +112,31 @@ class SuiteResults:
                     break  # torn when its writer was killed
                 raise RunDirectoryError(
                     f"{file}, line {number} is damaged ({error}).\n"
-                    "  Delete the line; what it held is measured again."
+                    "  Delete the line; its chunk is then measured again."
                 ) from None
-            found[chunk.chunk] = chunk
-        return SuiteProgress(tuple(found.values()), wanted)
+            chunks[chunk.chunk] = chunk
+        return SuiteProgress(tuple(chunks.values()), wanted)
 
     def finding(self, model: str, suite: Suite) -> Finding | None:
-        """What a suite says of a model; None if nothing is measured."""
-        known, base = self.of(model, suite.name), self.of(BASE, suite.name)
-        if not known.chunks:
+        """Return what a suite says of a model; None if no chunk has been measured."""
+        stored, base = self.of(model, suite.name), self.of(BASE, suite.name)
+        if not stored.chunks:
             return None
-        scores = suite.summary(known.chunks)
-        both = {chunk.chunk for chunk in known.chunks} & {chunk.chunk for chunk in base.chunks}
-        found: tuple[PairedDifference, ...] = ()
+        scores = suite.summary(stored.chunks)
+        both = {chunk.chunk for chunk in stored.chunks} & {chunk.chunk for chunk in base.chunks}
+        differences: tuple[PairedDifference, ...] = ()
         if model != BASE and scores and both:
-            sides = ([c for c in side.chunks if c.chunk in both] for side in (base, known))
-            found = suite.compare(*sides)
-        return Finding(scores[0] if scores else None, found[0] if found else None, known.whole)
+            sides = ([c for c in side.chunks if c.chunk in both] for side in (base, stored))
+            differences = suite.compare(*sides)
+        difference = differences[0] if differences else None
+        return Finding(scores[0] if scores else None, difference, stored.whole)
 
     def add(self, model: str, chunk: SuiteChunk) -> None:
-        """One more chunk."""
+        """Append the result of one chunk to the model's file."""
         self._append(model, chunk.suite, chunk.to_dict())
 
     def close(self, model: str, suite: str, wanted: int) -> None:
-        """All chunks are measured: so many there are."""
+        """Record that all chunks have been measured, and how many there are."""
         self._append(model, suite, {"wanted": wanted})
 
     def _append(self, model: str, suite: str, entry: dict[str, Any]) -> None:
@@ -151,14 +153,15 @@ class SuiteResults:
         return self._folder / model / f"{self._files[suite]}.jsonl"
 
 
-def comparison_text(found: PairedDifference) -> str:
-    """The difference from the base model, its interval, and p where it is exact."""
-    p = "" if found.p is None else f", p {found.p:.2g}"
-    return f"{found.difference:+.3g} [{found.low:+.2g}, {found.high:+.2g}]{p}"
+def comparison_text(difference: PairedDifference) -> str:
+    """Return the difference from the base model, its interval, and p where it is exact."""
+    p = "" if difference.p is None else f", p {difference.p:.2g}"
+    interval = f"[{difference.low:+.2g}, {difference.high:+.2g}]"
+    return f"{difference.difference:+.3g} {interval}{p}"
 
 
 def _torn(file: Path) -> int:
-    """Bytes after the last line's end."""
+    """Return the number of bytes after the last line's end."""
     return len(file.read_bytes().rpartition(b"\n")[2])
 
 

@@ -1,8 +1,9 @@
 """Runs suites over a pool of replicas: finished trials are measured chunk by chunk.
 
-Any replica may measure a chunk, and measure it again. A few more chunks than there are replicas are
-out at once, so that nothing holds a whole data set; a replica that dies costs the chunk it had. Each
-result is on the disk before the next is asked for, so a stopped measurement goes on where it was.
+Any replica may measure a chunk, and measure it again. A few more chunks than there are replicas
+are out at once, so that nothing holds a whole data set; a replica that dies costs the chunk it had.
+Each result is on the disk before the next is asked for, so a stopped measurement goes on where it
+was.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -149,7 +150,7 @@ def measure_trials(
         RayAbliterateError: a chunk can't be measured; those before it stay stored.
     """
     suites, results = build_suites(settings, base), context.directory.suite_results(settings)
-    context.directory.note(suites=[setting.model_dump(mode="json") for setting in settings])
+    context.directory.record_facts(suites=[setting.model_dump(mode="json") for setting in settings])
     runner = SuiteRunner(context.pool, shared_setup, results, context.progress)
     for model in (BASE_MODEL, *map(MeasuredModel.of, trials)):
         runner.measure(model, suites, settings)

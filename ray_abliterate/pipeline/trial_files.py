@@ -1,4 +1,4 @@
-"""What a run directory holds of its trials: the journal, results, events, answers."""
+"""What a run directory holds of its trials: the journal, results, events, answers, verdicts."""
 
 import io
 import json
@@ -26,22 +26,25 @@ class TrialFiles:
         """Optuna's journal: the one source of truth for resuming; optuna-dashboard opens it."""
         return self.path / "study.journal"
 
-    def append(self, trial: Trial) -> None:
-        """Add one finished or failed trial to `trials.jsonl`."""
+    def append_trial(self, trial: Trial) -> None:
+        """Append a finished or failed trial to `trials.jsonl`."""
         append_line(self.path / "trials.jsonl", trial.to_json())
 
     def append_event(self, event: Mapping[str, Any]) -> None:
-        """Add something that happened to `events.jsonl`."""
+        """Append an event of the run's replicas or files to `events.jsonl`."""
         append_line(self.path / "events.jsonl", json.dumps(event, ensure_ascii=False))
 
     def events(self) -> tuple[dict[str, Any], ...]:
-        """All that happened to the run's replicas and files, in order; a torn line is skipped."""
+        """Return all events of the run, in order; a torn line is skipped."""
         return read_json_lines(self.path / "events.jsonl")
 
     def trials(self) -> tuple[Trial, ...]:
-        """All trials in order of number; a torn line is skipped, a repeated number counts once."""
+        """Return all trials in order of number.
+
+        A torn line is skipped with a warning; of lines with one number the last counts.
+        """
         file = self.path / "trials.jsonl"
-        found: dict[int, Trial] = {}
+        trials: dict[int, Trial] = {}
         lines = file.read_text("utf-8", errors="replace").split("\n") if file.exists() else []
         for position, line in enumerate(lines, start=1):
             try:
@@ -50,32 +53,73 @@ class TrialFiles:
                 if line.strip():
                     log.warning("%s: line %d is torn and was skipped", file, position)
                 continue
-            found[trial.number] = trial
-        return tuple(found[number] for number in sorted(found))
+            trials[trial.number] = trial
+        return tuple(trials[number] for number in sorted(trials))
 
     def trial(self, number: int) -> Trial:
-        """One finished trial.
+        """Return one finished trial.
 
         Raises:
             TrialNotFound: there is none with this number, or it failed.
         """
         trials = {trial.number: trial for trial in self.trials()}
         if number not in trials:
-            span = f"0 to {max(trials)}" if trials else "none yet"
+            numbers = f"0 to {max(trials)}" if trials else "none yet"
             members = ", ".join(str(t.number) for t in Frontier.of(trials.values()).members)
             hint = f"\n  On the frontier: {members}" if members else ""
-            raise TrialNotFound(f"{self.path} has no trial {number} (it has {span}).{hint}")
+            raise TrialNotFound(f"{self.path} has no trial {number} (it has {numbers}).{hint}")
         if trials[number].scorecard is None:
             raise TrialNotFound(f"trial {number} failed: {trials[number].error}")
         return trials[number]
 
-    def save_foreign(self, study: Mapping[str, Any]) -> None:
-        """Keep what another tool found of the plans that a run began with."""
+    def trial_rows(self) -> list[dict[str, Any]]:
+        """Return the trials as a table: a row each, all with the same columns, for pandas and csv.
+
+            pandas.DataFrame(run.trial_rows()).set_index("number")
+
+        Columns, in this order; None where a trial has no value:
+            number, frontier, pruned, error, seconds, replica: of the trial; `frontier` says whether
+                it is a member, `pruned` whether it was stopped early, so that scores are bounds.
+            NAME, NAME/low, NAME/high: value and 95 % interval of each score.
+            direction_scope, direction_layer, COMPONENT.peak, …: the plan's parameters, under the
+                names that the search has for them.
+        """
+        trials = self.trials()
+        members = {trial.number for trial in Frontier.of(trials).members}
+        scores = [trial.scorecard.metrics() if trial.scorecard else {} for trial in trials]
+        plans = [trial.plan.to_params() for trial in trials]
+        names = [name for columns in (scores, plans) for row in columns for name in row]
+        empty = dict.fromkeys(names)
+        return [
+            {
+                "number": trial.number,
+                "frontier": trial.number in members,
+                "pruned": trial.pruned,
+                "error": trial.error,
+                "seconds": trial.seconds,
+                "replica": trial.replica,
+                **empty,
+                **score,
+                **plan,
+            }
+            for trial, score, plan in zip(trials, scores, plans, strict=True)
+        ]
+
+    def append_verdicts(self, line: Mapping[str, Any]) -> None:
+        """Append the verdicts on the base model's answers to one batch to `verdicts.jsonl`."""
+        append_line(self.path / "verdicts.jsonl", json.dumps(line))
+
+    def verdicts(self) -> tuple[dict[str, Any], ...]:
+        """Return all verdicts on the base model's answers, in order; a torn line is skipped."""
+        return read_json_lines(self.path / "verdicts.jsonl")
+
+    def save_imported_study(self, study: Mapping[str, Any]) -> None:
+        """Save what another tool found about the plans that a run begins with."""
         text = json.dumps(study, indent=2, ensure_ascii=False)
         write_atomically(self.path / "imported.json", text.encode())
 
-    def foreign(self) -> dict[str, Any] | None:
-        """What another tool found of the run's first plans, if they came from one."""
+    def imported_study(self) -> dict[str, Any] | None:
+        """Return what another tool found about the run's first plans; None if they are our own."""
         file = self.path / "imported.json"
         values: dict[str, Any] | None = (
             json.loads(file.read_text("utf-8")) if file.exists() else None
@@ -83,7 +127,7 @@ class TrialFiles:
         return values
 
     def save_responses(self, number: int, rows: list[dict[str, Any]]) -> None:
-        """Keep the answers of one trial, as a Parquet table."""
+        """Save the answers of one trial as a Parquet table."""
         import pyarrow
         import pyarrow.parquet
 
@@ -92,12 +136,12 @@ class TrialFiles:
         write_atomically(self.path / "responses" / f"{number:06d}.parquet", buffer.getvalue())
 
     def save_profile(self, table: str, trace: bytes) -> None:
-        """Keep where the time of one trial goes."""
+        """Save where the time of one trial goes, as a table and as a gzipped trace."""
         write_atomically(self.path / "profile" / "stages.txt", (table + "\n").encode())
         write_atomically(self.path / "profile" / "trial.json.gz", trace)
 
     def responses(self, number: int) -> list[dict[str, Any]]:
-        """Answers of one trial.
+        """Return the answers of one trial: rows with prompt, answer, verdict and tokens.
 
         Raises:
             TrialNotFound: they were not recorded.
@@ -108,8 +152,8 @@ class TrialFiles:
         if not file.exists():
             raise TrialNotFound(
                 f"{self.path} holds no answers of trial {number}.\n"
-                "  They are kept by runs with [run] record_responses = true; "
-                f"to see some now:  ray-abliterate chat {self.path} --trial {number}"
+                "  Runs with [run] record_responses = true keep them; to see some now:  "
+                f"ray-abliterate chat {self.path} --trial {number}"
             )
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
         return rows

@@ -59,7 +59,7 @@ def validate_during_search(
     if not recipe.evaluation.replicas:
         yield lambda frontier: None
         return
-    pinned = context.directory.pinned(recipe)
+    pinned = context.directory.pin_revision(recipe)
     start = partial(context.pool.evaluators, pinned, context.source, context.record.record)
     validation = Validation(context, start, shared_setup)
     validation.update(Frontier.of(context.directory.trials()))
@@ -93,7 +93,9 @@ class Validation:
         self._done: set[str] = set()
         self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="validation", daemon=True)
-        directory.note(suites=[setting.model_dump(mode="json") for setting in self._settings])
+        directory.record_facts(
+            suites=[setting.model_dump(mode="json") for setting in self._settings]
+        )
 
     def __enter__(self) -> "Validation":
         self._thread.start()

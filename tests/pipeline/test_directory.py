@@ -74,7 +74,7 @@ def test_a_run_is_created_in_an_empty_folder_or_a_new_one(tmp_path):
 
 
 def test_a_folder_with_a_run_is_refused_with_the_way_to_go_on(run):
-    run.append(finished(0))
+    run.append_trial(finished(0))
     with pytest.raises(RunExists, match=rf"holds 1 of 20 trials(?s:.*)resume {run.path}"):
         RunDirectory.create(run.path, recipe(), TEXT)
     assert len(run.trials()) == 1
@@ -82,12 +82,12 @@ def test_a_folder_with_a_run_is_refused_with_the_way_to_go_on(run):
 
 def test_a_run_that_never_had_a_model_gives_way_to_another_recipe(run):
     """Whose prompts or model were not there: the recipe is mended, and run again."""
-    run.note(prompts={"behaviour": {}})
+    run.record_facts(prompts={"behaviour": {}})
     run.append_event({"event": "replica-failed-to-start"})
     with run.locked():
         pass
     mended = recipe("model.name=another/model")
-    assert RunDirectory.create(run.path, mended, "mended").recipe == mended
+    assert RunDirectory.create(run.path, mended, "mended").read_recipe() == mended
     assert (run.path / "recipe.toml").read_text() == "mended"
     assert run.read_environment() == {} and run.events() == ()
 
@@ -96,9 +96,9 @@ def test_a_run_that_never_had_a_model_gives_way_to_another_recipe(run):
 def test_a_run_that_has_something_gives_way_to_none(run, kept):
     with ExitStack() as held:
         if kept == "model":
-            run.note(model={"name": "m"})
+            run.record_facts(model={"name": "m"})
         elif kept == "imported":
-            run.save_foreign({})
+            run.save_imported_study({})
         else:
             held.enter_context(run.locked())
         with pytest.raises(RunDirectoryError, match=r"already holds 0 of 20|in use"):
@@ -120,7 +120,7 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 
 
 def test_a_missing_run_is_refused_with_the_runs_beside_it(run, tmp_path):
-    with pytest.raises(RunNotFound, match=r"Runs beside it: .*run"):
+    with pytest.raises(RunNotFound, match=r"Runs in the same folder: .*run"):
         RunDirectory.open(tmp_path / "other")
     with pytest.raises(RunNotFound, match="holds no run"):
         RunDirectory.open(tmp_path / "deep" / "other")
@@ -138,14 +138,14 @@ def test_a_damaged_recipe_is_refused(run):
 def test_trials_come_back_as_they_were_in_order_of_number(run):
     trials = [finished(2), failed(0), finished(1)]
     for trial in trials:
-        run.append(trial)
+        run.append_trial(trial)
     assert run.trials() == (trials[1], trials[2], trials[0])
 
 
 def test_a_bounded_trial_comes_back_as_it_was(run):
     score = Score("kl-divergence", 0.25, 0.25, 1.0, detail={"hits": 3}, bound=True)
     trial = Trial(0, PLAN, Scorecard((score,)), 1.5)
-    run.append(trial)
+    run.append_trial(trial)
     assert run.trials() == (trial,) and run.trial(0).pruned
 
 
@@ -155,18 +155,18 @@ def test_a_run_without_trials_has_none(run):
 
 @pytest.mark.parametrize("kept", [1, 5, 60, -1])
 def test_a_torn_last_line_is_skipped_and_the_next_trial_gets_a_line_of_its_own(run, kept, caplog):
-    run.append(finished(0))
+    run.append_trial(finished(0))
     torn = failed(1, "Käse").to_json().encode()
     with (run.path / "trials.jsonl").open("ab") as file:
         file.write(torn[:kept])
     assert run.trials() == (finished(0),)
     assert "torn" in caplog.text
-    run.append(finished(2))
+    run.append_trial(finished(2))
     assert run.trials() == (finished(0), finished(2))
 
 
 def test_a_line_torn_inside_a_letter_is_skipped(run):
-    run.append(finished(0))
+    run.append_trial(finished(0))
     torn = failed(1, "Käse").to_json().encode()
     with (run.path / "trials.jsonl").open("ab") as file:
         file.write(torn[: torn.index("ä".encode()) + 1])
@@ -175,35 +175,35 @@ def test_a_line_torn_inside_a_letter_is_skipped(run):
 
 def test_a_whole_last_line_without_its_line_end_counts(run):
     (run.path / "trials.jsonl").write_text(finished(0).to_json())
-    run.append(finished(1))
+    run.append_trial(finished(1))
     assert run.trials() == (finished(0), finished(1))
 
 
 def test_a_repeated_number_counts_once(run):
-    run.append(finished(0))
-    run.append(failed(1))
-    run.append(finished(1, 0.5))
+    run.append_trial(finished(0))
+    run.append_trial(failed(1))
+    run.append_trial(finished(1, 0.5))
     assert run.trials() == (finished(0), finished(1, 0.5))
 
 
 @pytest.mark.parametrize("mark", ["\n", "\r", "\u2028", "\u2029", "\x85", "\x0c"])
 def test_an_error_text_with_any_kind_of_line_end_is_one_trial(run, mark):
-    run.append(failed(0, f"first{mark}second"))
-    run.append(finished(1))
+    run.append_trial(failed(0, f"first{mark}second"))
+    run.append_trial(finished(1))
     assert run.trials() == (failed(0, f"first{mark}second"), finished(1))
 
 
 def test_one_trial_is_found_by_its_number(run):
-    run.append(finished(0))
+    run.append_trial(finished(0))
     assert run.trial(0) == finished(0)
 
 
 def test_a_trial_that_is_not_there_or_failed_is_refused(run):
     with pytest.raises(TrialNotFound, match=r"no trial 0 \(it has none yet\)"):
         run.trial(0)
-    run.append(finished(0, 0.5))
-    run.append(finished(3, 0.25))
-    run.append(failed(4))
+    run.append_trial(finished(0, 0.5))
+    run.append_trial(finished(3, 0.25))
+    run.append_trial(failed(4))
     with pytest.raises(TrialNotFound, match=r"no trial 7 \(it has 0 to 4\)(?s:.*)frontier: 3"):
         run.trial(7)
     with pytest.raises(TrialNotFound, match="trial 4 failed: out of memory"):
@@ -257,7 +257,7 @@ def test_a_driver_that_fails_lets_go_of_the_run(run):
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(run, monkeypatch):
-    run.note(device="cpu")
+    run.record_facts(device="cpu")
 
     def broken(*_):
         raise OSError(28, "No space left on device")
@@ -265,15 +265,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(run, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", broken)
         with pytest.raises(OSError, match="No space"):
-            run.note(device="cuda")
+            run.record_facts(device="cuda")
     assert run.read_environment() == {"device": "cpu"}
     assert hidden_files(run.path) == []
 
 
 def test_facts_add_up(run):
     assert run.read_environment() == {}
-    run.note(device="cpu", layers=4)
-    run.note(layers=5)
+    run.record_facts(device="cpu", layers=4)
+    run.record_facts(layers=5)
     assert run.read_environment() == {"device": "cpu", "layers": 5}
 
 
@@ -282,9 +282,9 @@ def test_what_is_known_before_the_search_comes_back_as_it_was(run):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 2, 8, generator=generator).numpy()
     files = ShardFiles(run.shards, None, print)
-    files.keep(ResidualShard.of("neutral", 0, values[:2]), 0, "key")
-    files.keep(ResidualShard.of("neutral", 2, values[2:]), 1, "key")
-    run.note(prompts={"neutral": {"fingerprint": "abc"}})
+    files.store(ResidualShard.of("neutral", 0, values[:2]), 0, "key")
+    files.store(ResidualShard.of("neutral", 2, values[2:]), 1, "key")
+    run.record_facts(prompts={"neutral": {"fingerprint": "abc"}})
     again = run.residuals("neutral")
     assert again is not None
     assert torch.equal(again.values, torch.from_numpy(values))
@@ -314,7 +314,7 @@ def test_answers_come_back_and_missing_ones_say_how_to_get_them(run):
 def test_a_recipes_folder_that_is_gone_is_looked_for_as_it_was_given(run, tmp_path, monkeypatch):
     assert run.read_base() == Path(".")
     (tmp_path / "job-1").mkdir()
-    run.note(base=str(tmp_path / "job-1"), base_given="recipes")
+    run.record_facts(base=str(tmp_path / "job-1"), base_given="recipes")
     assert run.read_base() == tmp_path / "job-1"
     (tmp_path / "job-1").rmdir()
     assert run.read_base() == Path("recipes")
@@ -324,7 +324,7 @@ def test_damaged_or_missing_residuals_are_an_error_that_names_the_set(run):
     values = torch.ones(2, 1, 4).numpy()
     files = ShardFiles(run.shards, None, print)
     for number in range(3):
-        files.keep(ResidualShard.of("neutral", 2 * number, values), number, "key")
+        files.store(ResidualShard.of("neutral", 2 * number, values), number, "key")
     file = run.shards.file("neutral", 1)
     good = file.read_bytes()
     file.write_bytes(good[:-1])

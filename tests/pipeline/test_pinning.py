@@ -45,10 +45,10 @@ def test_a_model_of_the_hub_is_loaded_at_the_commit_that_the_run_began_with(tmp_
 
     recipe = Recipe.parse(TEXT, "recipe.toml")
     directory = RunDirectory.create(tmp_path / "run", recipe, "")
-    assert directory.pinned(recipe) == recipe
-    directory.note(model={"revision": "0123abc"}, response_prefix=[])
+    assert directory.pin_revision(recipe) == recipe
+    directory.record_facts(model={"revision": "0123abc"}, response_prefix=[])
     directory.save_directions(Directions(torch.ones(1, 1), "mean-difference", {}))
-    directory.append(Trial(0, Plan.nothing(), CARD, 1.0))
+    directory.append_trial(Trial(0, Plan.nothing(), CARD, 1.0))
     monkeypatch.setattr(run, "load_prompts", lambda *_: PromptSets(None, None, {}))
     for module in (replicas, evaluating):
         monkeypatch.setattr(module, "model_source", lambda *_: "")

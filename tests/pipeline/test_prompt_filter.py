@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cli.app import app
 from ray_abliterate.errors import PromptSourceError, RunDirectoryError, ScoreError
 from ray_abliterate.export.model_card import _direction_facts
@@ -20,6 +19,7 @@ from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.prompt_sets import load_prompts
 from ray_abliterate.pipeline.replicas import record_environment
 from ray_abliterate.recipe import Recipe
+from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import Plan
@@ -104,7 +104,7 @@ class Started:
 
     def found(self) -> Any:
         setup, shards = find_directions(self.context, self.sets)
-        run.measure_baseline(self.context, setup, setup, shards)
+        run.measure_baseline(self.context, setup, self.pool.put(setup), shards)
         return setup.directions
 
     def key(self, name: str) -> str:
@@ -143,9 +143,9 @@ def test_it_is_said_how_many_and_which_were_left_out(
     assert (other["prompts"], other["kept"], other["left_out"]) == (7, 6, [4])
     assert (one["contradicting"], one["unclear"]) == (2, 0)
     said = [
-        "prompts.behaviour: 2 of 7 prompts are left out: to 2 the base model's answer does not "
+        "prompts.behaviour: 2 of 7 prompts are left out: 2 whose base-model answer does not "
         "show the behaviour (scorer 'keyword-rate'). Which ones: environment.json, filtered",
-        "prompts.neutral: 1 of 7 prompts are left out: to 1 the base model's answer shows the "
+        "prompts.neutral: 1 of 7 prompts are left out: 1 whose base-model answer shows the "
         "behaviour (scorer 'keyword-rate'). Which ones: environment.json, filtered",
     ]
     assert [note for note in filtered.progress.notes if "left out" in note] == [
@@ -207,7 +207,7 @@ def test_verdicts_of_another_test_are_not_taken(planted_folder: Path, tmp_path: 
     (kl, rate) = started.recipe.scorers
     other = rate.model_copy(update={"markers": ("sure",)})
     recipe = started.recipe.model_copy(update={"scorers": (kl, other)})
-    started.recipe = recipe
+    started.context = replace(started.context, recipe=recipe)
     started.pool.replica = Replica(recipe, str(planted_folder), started.sets.scored)
     (started.directory.path / "baseline.json").unlink()
     with pytest.raises(PromptSourceError, match=r"prompts.behaviour: 5 of 7 .*; 2 are left"):
@@ -265,8 +265,8 @@ def test_answers_that_say_nothing_leave_both_sets_and_are_counted_apart(
     assert (behaviour["left_out"], behaviour["unclear"]) == ([0, 3, 6], 2)
     assert (facts["neutral"]["left_out"], facts["neutral"]["unclear"]) == ([0, 4], 2)
     (line, _) = [text for text in started.progress.notes if "left out" in text]
-    assert "to 1 the base model's answer does not show" in line
-    assert "2 answers are empty, degenerate or unclear" in line
+    assert "1 whose base-model answer does not show" in line
+    assert "2 whose answer is empty, degenerate or unclear" in line
 
 
 def test_sets_that_agree_are_noted_without_a_warning(planted_folder: Path, tmp_path: Path) -> None:

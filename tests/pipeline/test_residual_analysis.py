@@ -14,7 +14,7 @@ from ray_abliterate.data.atomic_files import cache_root
 from ray_abliterate.directions.comparison.compare import compare_methods
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.directions.layer_views import misplaced_prompts, view_layers
-from ray_abliterate.directions.residuals.folds import MOST, evenly_spaced_indices
+from ray_abliterate.directions.residuals.folds import MOST_PROMPTS, evenly_spaced_indices
 from ray_abliterate.directions.residuals.shard import ResidualShard
 from ray_abliterate.directions.residuals.shard_files import ShardFolder
 from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
@@ -60,7 +60,7 @@ def a_run(path: Path, recipe: Recipe, folder: ShardFolder | None = None, **plant
             file.write_bytes(shard.to_file(f"key of {name}"))
         facts[name] = {"key": f"key of {name}", "shards": len(starts)}
     layers = residuals.layers
-    directory.note(residuals=facts, model={"layers": layers})
+    directory.record_facts(residuals=facts, model={"layers": layers})
     return directory
 
 
@@ -70,7 +70,7 @@ def finished(directory: RunDirectory) -> None:
          "attn.peak_layer": 2.0, "attn.floor": 0.5, "attn.reach": 1.5}, "none",
     )  # fmt: skip
     card = Scorecard((Score("keyword-rate", 0.5, 0, 1), Score("kl-divergence", 0.1, 0, 1)))
-    directory.append(Trial(7, plan, card, 1.0))
+    directory.append_trial(Trial(7, plan, card, 1.0))
 
 
 def figures(html: str) -> list:
@@ -100,7 +100,7 @@ def test_half_precision_comes_back_in_float32() -> None:
 def test_residuals_that_only_the_cache_has_are_found(recipe: Recipe, tmp_path: Path) -> None:
     folder = ShardFolder(cache_root() / "residuals" / "key of behaviour")
     directory = a_run(tmp_path / "run", recipe, folder, prompts=20)
-    with pytest.raises(RunDirectoryError, match="has not kept the residuals of 'neutral'"):
+    with pytest.raises(RunDirectoryError, match="does not hold the residuals of 'neutral'"):
         stored_sets(directory)
     folder.path.rename(folder.path.with_name("key of neutral"))
     folder.path.mkdir()
@@ -114,8 +114,8 @@ def test_a_run_without_residuals_says_what_to_do(recipe: Recipe, tmp_path: Path)
     with pytest.raises(RunDirectoryError, match=r"no residuals yet.\n .* resume "):
         stored_sets(directory)
     facts = {name: {"key": "x", "shards": 1} for name in ("behaviour", "neutral")}
-    directory.note(residuals=facts)
-    with pytest.raises(RunDirectoryError, match=r"has not kept[\s\S]*directions RECIPE --to"):
+    directory.record_facts(residuals=facts)
+    with pytest.raises(RunDirectoryError, match=r"does not hold the residuals[\s\S]*directions RECIPE --to"):
         stored_sets(directory)
 
 
@@ -130,12 +130,12 @@ def test_damaged_missing_and_foreign_files_are_refused(recipe: Recipe, tmp_path:
     foreign = ResidualShard.of("neutral", 16, values(40, 4)[:16]).to_file("another key")
     kept = directory.shards.file("neutral", 1).read_bytes()
     directory.shards.file("neutral", 1).write_bytes(foreign)
-    with pytest.raises(RunDirectoryError, match="has not kept the residuals of 'neutral'"):
+    with pytest.raises(RunDirectoryError, match="does not hold the residuals of 'neutral'"):
         stored_sets(directory)
     directory.shards.file("neutral", 1).write_bytes(kept)
     for number in (2, 0):  # also the last one alone, without which all before it fit together
         directory.shards.file("neutral", number).unlink()
-        with pytest.raises(RunDirectoryError, match="has not kept the residuals of 'neutral'"):
+        with pytest.raises(RunDirectoryError, match="does not hold the residuals of 'neutral'"):
             stored_sets(directory)
     with pytest.raises(ValueError, match="each prompt once"):
         StoredSet([ResidualShard.of("s", 4, numpy.ones((2, 1, 3), numpy.float32))])
@@ -145,7 +145,7 @@ def test_of_several_token_positions_the_one_that_the_directions_are_from_is_read
     recipe: Recipe, tmp_path: Path
 ) -> None:
     directory = a_run(tmp_path / "run", recipe, prompts=20, layers=6)
-    directory.note(model={"layers": 2})  # three positions of two layers each
+    directory.record_facts(model={"layers": 2})  # three positions of two layers each
     assert numpy.array_equal(stored_sets(directory)[0].layer(1), values(20, 6)[:, 1])
     vectors = torch.nn.functional.normalize(torch.ones(2, 32), dim=1)
     directory.save_directions(Directions(vectors, "m", {"position": "-2"}))
@@ -159,7 +159,7 @@ def test_behind_each_position_stand_the_components(recipe: Recipe, tmp_path: Pat
     direction = recipe.direction.model_copy(update={"per_component": True, "positions": 2})
     wanted = recipe.model_copy(update={"direction": direction})
     directory = a_run(tmp_path / "run", wanted, prompts=20, layers=12)
-    directory.note(model={"layers": 2, "components": ["attn", "mlp"]})
+    directory.record_facts(model={"layers": 2, "components": ["attn", "mlp"]})
     vectors = torch.nn.functional.normalize(torch.ones(2, 32), dim=1)
     for position, first in ((-1, 0), (-2, 6)):
         directory.save_directions(Directions(vectors, "m", {}).at_position(position))
@@ -214,8 +214,8 @@ def test_a_prompt_in_the_wrong_set_is_listed(recipe: Recipe, tmp_path: Path) -> 
 
 
 def test_of_many_prompts_some_are_picked_at_even_distances() -> None:
-    found = evenly_spaced_indices(3 * MOST)
-    assert len(found) == MOST and (found[0], found[-1]) == (0, 3 * MOST - 1)
+    found = evenly_spaced_indices(3 * MOST_PROMPTS)
+    assert len(found) == MOST_PROMPTS and (found[0], found[-1]) == (0, 3 * MOST_PROMPTS - 1)
     assert set(numpy.diff(found)) <= {3, 4}
     assert evenly_spaced_indices(5).tolist() == [0, 1, 2, 3, 4]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cli.tables import suites_table
 from ray_abliterate.errors import RecipeError, RunDirectoryError, ScoreError
 from ray_abliterate.evaluation.suites.build import build_suites
@@ -19,7 +18,7 @@ from ray_abliterate.pipeline.suite_runner import (
     measure_trials,
 )
 from ray_abliterate.recipe import SuiteFile, SuiteSettings
-from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.messages import ReplicaApi, TrialSetup
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.report.report import build_report
 from ray_abliterate.search.plan import Plan
@@ -193,7 +192,7 @@ def test_suites_of_a_run_are_in_its_directory(
 ) -> None:
     directory = planted_run.directory
     context = run_context(directory, pool)
-    measure_trials(context, [planted_run.trial], settings, folder, setup)
+    measure_trials(context, [planted_run.trial], settings, folder, pool.put(setup))
     kept = directory.suite_results(settings)
     assert kept.labels == (BASE, "trial-0")
     assert all(kept.of(model, suite).whole for model in kept.labels for suite in kept.suites)

@@ -9,7 +9,6 @@ import numpy
 import pytest
 from rich.console import Console
 
-from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cli.tables import text_table
 from ray_abliterate.errors import EvaluationChanged, EvaluationError
 from ray_abliterate.evaluation.streaming.reader import TextRequest
@@ -17,7 +16,7 @@ from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.suite_runner import BASE_MODEL, MeasuredModel
 from ray_abliterate.pipeline.text_evaluation import TextEvaluation, TextResults
 from ray_abliterate.recipe import ModelSettings
-from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.messages import ReplicaApi, TrialSetup
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.replica.unedited_replica import UneditedReplica
 from ray_abliterate.report.text_page import text_page
@@ -102,18 +101,29 @@ class Bare(InProcessPool):
 def test_pieces_are_the_texts_own_and_meet_without_a_gap(
     pool: Stopping, text: str, tmp_path: Path
 ) -> None:
-    none = pool.call(ReplicaApi.plan_reading, TextRequest(text, carry="none", chunk_size=16, overlap=4), True)
+    none = pool.call(
+        ReplicaApi.plan_reading, TextRequest(text, carry="none", chunk_size=16, overlap=4), True
+    )
     assert none.chunks == 167 and none.pieces()[:2] == ((0, 16), (16, 16))
     assert sum(count for _, count in none.pieces()) == none.chunks
-    window = pool.call(ReplicaApi.plan_reading, TextRequest(text, carry="window", window=9, chunk_size=8), True)
+    window = pool.call(
+        ReplicaApi.plan_reading, TextRequest(text, carry="window", window=9, chunk_size=8), True
+    )
     layers = pool.replica.model.module.config.num_hidden_layers
     assert window.stretch == max(16, layers * 8)
-    assert pool.call(ReplicaApi.plan_reading, TextRequest(text, carry="kv"), True).pieces() == ((0, None),)
+    assert pool.call(ReplicaApi.plan_reading, TextRequest(text, carry="kv"), True).pieces() == (
+        (0, None),
+    )
     words = tmp_path / "words.txt"
     words.write_text("tell me about the rain " * 40)
-    counted = pool.call(ReplicaApi.plan_reading, TextRequest(str(words), carry="none", chunk_size=32), True)
+    counted = pool.call(
+        ReplicaApi.plan_reading, TextRequest(str(words), carry="none", chunk_size=32), True
+    )
     assert counted.tokens is not None and counted.tokens >= 200
-    assert pool.call(ReplicaApi.plan_reading, TextRequest(str(words), carry="none"), False).stretch is None
+    assert (
+        pool.call(ReplicaApi.plan_reading, TextRequest(str(words), carry="none"), False).stretch
+        is None
+    )
 
 
 @pytest.mark.parametrize("carry", ["kv", "window", "none"])
@@ -157,7 +167,7 @@ def test_models_are_compared_chunk_by_chunk(read: Any, text: str) -> None:
     assert apart.low <= apart.difference <= apart.high
     output = Console(width=160, record=True)
     output.print(text_table(found))
-    assert "below: mean difference from base" in output.export_text()
+    assert "second line: mean difference from base" in output.export_text()
     page = text_page(found)
     assert "trial-0" in page and "nats per token" in page
     assert 'src="http' not in page and "cdn.plot.ly" not in page.split("<body>")[1][:2000]

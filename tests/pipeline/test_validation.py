@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_abliterate.replica.messages import ReplicaApi
 from ray_abliterate.cli.progress_display import LineDisplay, LiveDisplay
 from ray_abliterate.errors import ModelError, ScoreError
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.suite_results import BASE, Finding
 from ray_abliterate.pipeline.validation import Validation
-from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.messages import ReplicaApi, TrialSetup
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.search.plan import Plan
@@ -97,7 +96,7 @@ def made(planted_run: Any, tmp_path: Path) -> Iterator[Any]:
 
     context = run_context(directory, pool, progress=heard, base=tmp_path)
     context.record.notify = notify  # type: ignore[method-assign]
-    yield Validation(context, start, setup), pool, heard, events
+    yield Validation(context, start, pool.put(setup)), pool, heard, events
     file.write_text(before)
     shutil.rmtree(directory.path / "evaluations", ignore_errors=True)
 

@@ -1,6 +1,6 @@
-"""Reads a study journal of Heretic (1.4, or master in July 2026), and says what of it is ours.
+"""Reads a study journal of Heretic (1.4, or master in July 2026), and translates its settings.
 
-Heretic keeps its studies in Optuna's journal files: its settings as an attribute of the study, a
+Heretic stores its studies in Optuna's journal files: its settings as an attribute of the study, a
 trial's parameters as Optuna's, its scores as attributes. Only names and values are read, nothing is
 run. What has no exact counterpart is refused, or noted where it changes scores and not plans.
 """
@@ -19,16 +19,16 @@ from ray_abliterate.search.frontier import weakly_dominates
 
 STUDY_NAME = "heretic"
 FIELDS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
-"""Of a component's parameters; `min_weight` is a share of `max_weight` there, as our floor is."""
+"""Parameters of a component; `min_weight` is a share of `max_weight` there, as our floor is."""
 DATASET_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?", re.ASCII)
-"""Of a data set on the Hub; some have no owner."""
+"""Name of a data set on the Hub; some have no owner."""
 NORMS = {"none": "none", "full": "row"}
 SCORERS = {"KeywordRate": "keyword-rate", "KLDivergence": "kl-divergence"}
 PROMPTS = {
     "KeywordRate": {"dataset": "mlabonne/harmful_behaviors", "split": "test[:100]"},
     "KLDivergence": {"dataset": "mlabonne/harmless_alpaca", "split": "test[:100]"},
 }
-"""What master scores on where its settings don't say."""
+"""Prompts that master scores on where its settings name none."""
 
 Bounds = tuple[float, float]
 
@@ -39,9 +39,9 @@ class ForeignTrial:
 
     Attributes:
         index: The number that Heretic shows.
-        params: As Optuna has them.
-        scores: What Heretic found, as it shows it.
-        losses: The values it compared, smaller is better.
+        params: The parameters, under Heretic's names.
+        scores: The scores as Heretic shows them, by name.
+        losses: The objectives that it compared, smaller is better.
     """
 
     index: int
@@ -52,14 +52,14 @@ class ForeignTrial:
 
 @dataclass(frozen=True)
 class HereticStudy:
-    """A study.
+    """A study of Heretic's.
 
     Attributes:
-        settings: Heretic's settings, as it keeps them.
+        settings: Heretic's settings, under its names.
         trials: Those that finished: the Pareto front first, then the others, each in order.
         front: How many of them are on the front.
-        unfinished: How many were broken off or failed.
-        bounds: Range of each real parameter.
+        unfinished: How many were interrupted or failed.
+        bounds: Range of each real parameter, by name.
         components: Names of its components.
     """
 
@@ -72,21 +72,21 @@ class HereticStudy:
 
     @property
     def version(self) -> str:
-        """Which Heretic wrote it."""
+        """The version of Heretic that wrote the study: `1.4` or `master`."""
         return "master" if "scorers" in self.settings else "1.4"
 
     @property
     def last_layer(self) -> int:
-        """Index of the model's last block: where a peak can lie at most."""
+        """Index of the model's last block, the highest that a peak can lie at."""
         high = self.bounds[f"{self.components[0]}.max_weight_position"][1]
         return round(high)
 
 
 def read_study(journal: Path) -> HereticStudy:
-    """The study in a journal, which is left as it is; a torn last line is skipped.
+    """Read the study in a journal, which is left as it is; a torn last line is skipped.
 
     Raises:
-        ForeignStudyError: it is no journal of Heretic's, or has no finished trial.
+        ForeignStudyError: it is not a journal of Heretic's, or has no finished trial.
     """
     from optuna.trial import TrialState
 
@@ -94,7 +94,7 @@ def read_study(journal: Path) -> HereticStudy:
     if "settings" not in study.user_attrs:
         raise ForeignStudyError(
             f"{journal} holds the study {study.study_name!r}, which has no settings of Heretic's.\n"
-            "  Heretic keeps its studies in checkpoints/MODEL.jsonl."
+            "  Heretic writes its studies to checkpoints/MODEL.jsonl."
         )
     try:
         settings = json.loads(study.user_attrs["settings"])
@@ -105,8 +105,8 @@ def read_study(journal: Path) -> HereticStudy:
         ) from None
     if not done:
         raise ForeignStudyError(f"{journal} has no finished trial.")
-    known = next(t for t in trials if t.state == TrialState.COMPLETE)
-    bounds = {n: (d.low, d.high) for n, d in known.distributions.items() if hasattr(d, "low")}
+    first = next(t for t in trials if t.state == TrialState.COMPLETE)
+    bounds = {n: (d.low, d.high) for n, d in first.distributions.items() if hasattr(d, "low")}
     components = sorted({n.rpartition(".")[0] for n in bounds if n.endswith(f".{FIELDS[0]}")})
     wanted = {"direction_index", *(f"{c}.{field}" for c in components for field in FIELDS)}
     strange = sorted(wanted ^ set(bounds))
@@ -114,7 +114,7 @@ def read_study(journal: Path) -> HereticStudy:
         raise ForeignStudyError(
             f"{journal} has other parameters than Heretic 1.4 and its master branch: "
             f"{', '.join(strange) or 'no component'}.\n"
-            "  Other branches search for something else than directions and strengths."
+            "  Other branches search over something other than directions and strengths."
         )
     order, front = _front_first(done)
     unfinished = len(trials) - len(done)
@@ -122,14 +122,16 @@ def read_study(journal: Path) -> HereticStudy:
 
 
 def _open(journal: Path) -> tuple[Any, list[Any]]:
-    """The study in a file, and its trials."""
+    """Return Optuna's study in a file, and its trials."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if not journal.is_file():
-        raise ForeignStudyError(f"{journal} is not there; Heretic writes checkpoints/MODEL.jsonl.")
+        raise ForeignStudyError(
+            f"{journal} does not exist; Heretic writes its studies to checkpoints/MODEL.jsonl."
+        )
     try:
         storage = JournalStorage(JournalFileBackend(str(journal)))
         studies = storage.get_all_studies()
@@ -142,14 +144,14 @@ def _open(journal: Path) -> tuple[Any, list[Any]]:
 
 
 def _trial(frozen: Any, settings: Mapping[str, Any]) -> ForeignTrial:
-    known = frozen.user_attrs
-    index = int(known["index"])
+    attributes = frozen.user_attrs
+    index = int(attributes["index"])
     if "scorers" not in settings:
-        rate, kl = int(known["refusals"]), float(known["kl_divergence"])
-        scores = {"refusals": f"{rate}/{known['n_bad_prompts']}", "KL divergence": f"{kl:.4g}"}
+        rate, kl = int(attributes["refusals"]), float(attributes["kl_divergence"])
+        scores = {"refusals": f"{rate}/{attributes['n_bad_prompts']}", "KL divergence": f"{kl:.4g}"}
         return ForeignTrial(index, frozen.params, scores, (float(rate), kl))
     goals = [str(scorer["optimization"]) for scorer in settings["scorers"]]
-    records = known["scores"]
+    records = attributes["scores"]
     signs = {"minimize": 1.0, "maximize": -1.0}
     losses = tuple(
         signs[goal] * float(record["score"]["value"])
@@ -174,84 +176,84 @@ def _front_first(trials: Sequence[ForeignTrial]) -> tuple[tuple[ForeignTrial, ..
 
 
 def recipe_values(study: HereticStudy, model: str | None) -> dict[str, Any]:
-    """The recipe of a study, without its search space.
+    """Return the recipe's values of a study, without its search space.
 
     Args:
         study: The study.
-        model: Where the model is, if not where the study says.
+        model: Folder or Hub name of the model, if not the one that the study names.
 
     Raises:
-        ForeignStudyError: a setting has no counterpart; says which.
+        ForeignStudyError: a setting has no counterpart; the message names it.
     """
-    known = study.settings
-    norm = str(known.get("row_normalization", "full"))
+    settings = study.settings
+    norm = str(settings.get("row_normalization", "full"))
     if norm not in NORMS:
         raise ForeignStudyError(
             f'row_normalization = "{norm}" has no counterpart here: its edits are relative to '
             "normalised rows.\n"
-            '  Studies with "full" (norm = "row") and "none" can be taken over.'
+            '  Studies with "full" (norm = "row") and "none" can be imported.'
         )
-    quantile = float(known.get("winsorization_quantile", 1.0))
+    quantile = float(settings.get("winsorization_quantile", 1.0))
     if not 0.5 < quantile <= 1:
         raise ForeignStudyError(f"winsorization_quantile = {quantile} is not between 0.5 and 1.")
     dtypes = get_args(ModelSettings.model_fields["dtype"].annotation)
-    dtype = next((d for d in known.get("dtypes", ()) if d in dtypes), "auto")
-    revision = None if model else known.get("model_commit")
+    dtype = next((d for d in settings.get("dtypes", ()) if d in dtypes), "auto")
+    revision = None if model else settings.get("model_commit")
     return {
-        "model": _set(name=model or known["model"], revision=revision, dtype=dtype),
+        "model": _given(name=model or settings["model"], revision=revision, dtype=dtype),
         "prompts": {
-            "behaviour": _source(known, known["bad_prompts"], "bad_prompts"),
-            "neutral": _source(known, known["good_prompts"], "good_prompts"),
+            "behaviour": _source(settings, settings["bad_prompts"], "bad_prompts"),
+            "neutral": _source(settings, settings["good_prompts"], "good_prompts"),
         },
         "direction": {
-            "project_out_neutral": bool(known.get("orthogonalize_direction", True)),
+            "project_out_neutral": bool(settings.get("orthogonalize_direction", True)),
             "winsorize_quantile": quantile,
-            "skip_common_prefix": bool(known.get("response_prefix")),
+            "skip_common_prefix": bool(settings.get("response_prefix")),
         },
         "edit": {"norm": NORMS[norm]},
         "search": {
             "trials": len(study.trials),
-            "startup_trials": int(known.get("n_startup_trials", 60)),
-            "seed": int(known.get("seed") or 0),
+            "startup_trials": int(settings.get("n_startup_trials", 60)),
+            "seed": int(settings.get("seed") or 0),
             "seeds": "none",
         },
-        "scorers": list(_scorers(known)),
-        "run": _set(batch_size=known.get("batch_size") or None),
+        "scorers": list(_scorers(settings)),
+        "run": _given(batch_size=settings.get("batch_size") or None),
     }
 
 
-def _scorers(known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    tokens = int(known.get("max_response_length", 100))
-    if "scorers" not in known:
-        rate, kl = known["bad_evaluation_prompts"], known["good_evaluation_prompts"]
+def _scorers(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    tokens = int(settings.get("max_response_length", 100))
+    if "scorers" not in settings:
+        rate, kl = settings["bad_evaluation_prompts"], settings["good_evaluation_prompts"]
         yield {
             "kind": "keyword-rate",
-            "prompts": _source(known, rate, "bad_evaluation_prompts"),
-            "markers": list(known["refusal_markers"]),
+            "prompts": _source(settings, rate, "bad_evaluation_prompts"),
+            "markers": list(settings["refusal_markers"]),
             "max_new_tokens": tokens,
         }
-        prompts = _source(known, kl, "good_evaluation_prompts")
+        prompts = _source(settings, kl, "good_evaluation_prompts")
         yield {"kind": "kl-divergence", "prompts": prompts}
         return
-    for scorer in known["scorers"]:
+    for scorer in settings["scorers"]:
         name = str(scorer["plugin"]).rpartition(".")[2]
         if name not in SCORERS or scorer.get("instance_name"):
             raise ForeignStudyError(
                 f"the scorer {scorer['plugin']} {scorer.get('instance_name') or ''} has no "
                 f"counterpart here; known are {' and '.join(SCORERS)}, once each."
             )
-        own = known.get("scorer", {}).get(name, {})
+        own = settings.get("scorer", {}).get(name, {})
         prompts = {**PROMPTS[name], "column": "text"} if "prompts" not in own else own["prompts"]
         goal = {"none": "report"}.get(scorer["optimization"], scorer["optimization"])
-        found = {"kind": SCORERS[name], "goal": goal, "prompts": _source(known, prompts, name)}
+        values = {"kind": SCORERS[name], "goal": goal, "prompts": _source(settings, prompts, name)}
         if name == "KeywordRate":
-            found["max_new_tokens"] = tokens
-            found["markers"] = own.get("keyword_markers", "broad")
-        yield found
+            values["max_new_tokens"] = tokens
+            values["markers"] = own.get("keyword_markers", "broad")
+        yield values
 
 
-def _source(known: Mapping[str, Any], given: Mapping[str, Any], setting: str) -> dict[str, Any]:
-    """A prompt set; Heretic puts a blank between prefix, prompt and suffix."""
+def _source(settings: Mapping[str, Any], given: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """Return the source of a prompt set; Heretic joins prefix, prompt and suffix with blanks."""
     place, split = str(given["dataset"]), given.get("split") or ""
     if not SPLIT.match(split):
         raise ForeignStudyError(f'{setting}: split = "{split}" has no counterpart; write `[:400]`.')
@@ -259,13 +261,13 @@ def _source(known: Mapping[str, Any], given: Mapping[str, Any], setting: str) ->
     system = given.get("system_prompt")
     return {
         **_place(place, setting),
-        **_set(
+        **_given(
             split=split or None,
             column=None if Path(place).is_file() else given.get("column"),
             revision=given.get("commit"),
             prefix=f"{prefix} " if prefix else None,
             suffix=f" {suffix}" if suffix else None,
-            system=known.get("system_prompt") if system is None else system,
+            system=settings.get("system_prompt") if system is None else system,
         ),
         "deduplicate": False,
     }
@@ -276,23 +278,23 @@ def _place(place: str, setting: str) -> dict[str, str]:
     if path.is_file():
         if path.suffix != ".txt":
             raise ForeignStudyError(
-                f"{setting}: Heretic reads {place} line by line; give a copy of it the ending .txt."
+                f"{setting}: Heretic reads {place} line by line; give it a name in .txt."
             )
         return {"file": place}
     if path.is_dir():
         if not (path / "state.json").is_file():
             raise ForeignStudyError(
-                f"{setting}: {place} was not saved by `datasets` (save_to_disk); save it so."
+                f"{setting}: {place} was not saved by `datasets`; save it with save_to_disk."
             )
         return {"folder": place}
     if DATASET_NAME.fullmatch(place) and path.suffix not in (".txt", ".json", ".csv", ".parquet"):
         return {"dataset": place}
     raise ForeignStudyError(
-        f"{setting}: {place} is not there (from {Path.cwd()}).\n"
-        "  Give the command in the folder where Heretic was run."
+        f"{setting}: {place} does not exist (looked for in {Path.cwd()}).\n"
+        "  Run the command in the folder where Heretic was run."
     )
 
 
-def _set(**values: Any) -> dict[str, Any]:
-    """Those that are not None."""
+def _given(**values: Any) -> dict[str, Any]:
+    """Return the settings that are not None."""
     return {name: value for name, value in values.items() if value is not None}

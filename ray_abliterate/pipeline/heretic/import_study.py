@@ -1,9 +1,9 @@
 """Makes a run of a Heretic study: its recipe, and its trials as plans that wait to be evaluated.
 
 Heretic's scores are not taken for ours: its row-preserving edit is a low-rank approximation of
-ours, and its answers are judged otherwise. They are kept beside (`show` has them), and `resume`
-scores the plans anew, in parallel: those of Heretic's Pareto front first, so that others can be
-stopped early.
+ours, and its answers are judged otherwise. They are stored with the run (`show` prints them), and
+`resume` scores the plans anew, in parallel: those of Heretic's Pareto front first, so that others
+can be stopped early.
 """
 
 import re
@@ -34,14 +34,21 @@ EDITED = {
     r"|(block_sparse_moe|feed_forward)\.experts\.\d+\.w2|feed_forward\.w2"
     r"|shared_mlp\.output_linear|moe\.experts\.\d+\.output_linear)",
 }
-"""The matrices that each of Heretic's components stands for, by the end of their names."""
+"""Regexes for the ends of the names of the matrices that Heretic edits, by its component."""
 OFF = (-0.25, 1.5)
-"""Peaks of a component that Heretic leaves alone: may be 0."""
+"""Range of the peak of a component that Heretic does not edit; below 0 the strength is 0."""
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What was made of a study."""
+class ImportedStudy:
+    """A run that was made of a study.
+
+    Attributes:
+        directory: The run directory, whose plans wait to be evaluated.
+        study: The study.
+        trials: The trials that were imported, in the order of their new numbers.
+        notes: Why scores may differ from Heretic's though the plans are equal.
+    """
 
     directory: RunDirectory
     study: HereticStudy
@@ -51,20 +58,20 @@ class Imported:
 
 def import_study(
     journal: Path, to: Path, progress: Progress, model: str | None = None, front_only: bool = False
-) -> Imported:
-    """Make a run directory of a study's journal, which is left as it is.
+) -> ImportedStudy:
+    """Make a run directory from a study's journal, which is left as it is.
 
     Args:
         journal: Heretic's `checkpoints/MODEL.jsonl`.
-        to: The run directory, which must not be there.
-        progress: Receives what happens.
+        to: The run directory, which must not hold a run yet.
+        progress: Display of stages.
         model: Folder or Hub name of the model, if not what the journal says.
-        front_only: Take over the trials of Heretic's Pareto front only.
+        front_only: Import only the trials of Heretic's Pareto front.
 
     Raises:
         ForeignStudyError: the journal can't be read, or has no exact counterpart here.
         ModelError: the model's configuration can't be read.
-        RunExists: there is something already.
+        RunExists: the folder holds a run, or other files.
     """
     study = read_study(journal)
     values = recipe_values(study, model)
@@ -72,7 +79,7 @@ def import_study(
         shape, writers = _shape(values["model"])
     if study.last_layer != shape.layers - 1:
         raise ForeignStudyError(
-            f"the study is of a model with {study.last_layer + 1} layers, and "
+            f"the study is of a model with {study.last_layer + 1} layers, but "
             f"{values['model']['name']} has {shape.layers}.\n  Name the right one with --model."
         )
     sources = matching_components(writers, study.components)
@@ -83,9 +90,9 @@ def import_study(
     recipe = Recipe.parse(text, "recipe.toml")
     plans = [params_of(trial, sources, shape.layers - 1) for trial in trials]
     directory = RunDirectory.create(to, recipe, text)
-    directory.note(base=str(Path.cwd()), base_given=".")
+    directory.record_facts(base=str(Path.cwd()), base_given=".")
     _enqueue(directory, recipe, shape, trials, plans)
-    directory.save_foreign(
+    directory.save_imported_study(
         {
             "tool": f"Heretic {study.version}",
             "notes": notes,
@@ -95,30 +102,35 @@ def import_study(
             ],
         }
     )
-    return Imported(directory, study, trials, notes)
+    return ImportedStudy(directory, study, trials, notes)
 
 
 # Components and plans
 
 
 def matching_components(writers: Sequence[Writer], theirs: Sequence[str]) -> dict[str, str | None]:
-    """For each of our components the one of Heretic's that edits the same matrices.
+    """Return for each of our components the one of Heretic's that edits the same matrices.
 
-    None where Heretic edits none of them: stacked experts, for instance.
+    None where Heretic edits none of them, such as stacked experts.
+
+    Args:
+        writers: Our writers.
+        theirs: Components of the study.
 
     Raises:
-        ForeignStudyError: it edits some of them, or one that isn't in the study.
+        ForeignStudyError: Heretic edits only some of a component's matrices, or edits them as a
+            component that isn't in the study.
     """
-    found: dict[str, set[str | None]] = {}
+    matches: dict[str, set[str | None]] = {}
     for writer in writers:
-        found.setdefault(writer.component, set()).add(_theirs(writer.parameter))
-    for component, names in found.items():
+        matches.setdefault(writer.component, set()).add(_theirs(writer.parameter))
+    for component, names in matches.items():
         if len(names) > 1 or not names <= {*theirs, None}:
             raise ForeignStudyError(
                 f"Heretic doesn't edit the component {component!r} as a whole "
-                f"({', '.join(sorted(map(str, names)))}), so its plans can't be told here."
+                f"({', '.join(sorted(map(str, names)))}), so its plans have no counterpart here."
             )
-    return {component: next(iter(names)) for component, names in sorted(found.items())}
+    return {component: next(iter(names)) for component, names in sorted(matches.items())}
 
 
 def _theirs(parameter: str) -> str | None:
@@ -129,7 +141,13 @@ def _theirs(parameter: str) -> str | None:
 def params_of(
     trial: ForeignTrial, sources: Mapping[str, str | None], last: int
 ) -> dict[str, float | str]:
-    """A trial's parameters in our names; the tents and the layers they count are the same."""
+    """Return a trial's parameters under our names; the values mean the same in both tools.
+
+    Args:
+        trial: Heretic's trial.
+        sources: Heretic's component for each of ours, as `matching_components` gives it.
+        last: Index of the last layer.
+    """
     given = trial.params
     params: dict[str, float | str] = {
         "direction_scope": str(given["direction_scope"]).replace(" ", "-"),
@@ -137,27 +155,27 @@ def params_of(
     }
     for ours, theirs in sources.items():
         if theirs is None:
-            found = {"peak": 0.0, "peak_layer": 0.8 * last, "floor": 0.5, "reach": float(last)}
+            profile = {"peak": 0.0, "peak_layer": 0.8 * last, "floor": 0.5, "reach": float(last)}
         else:
-            found = {
+            profile = {
                 "peak": float(given[f"{theirs}.max_weight"]),
                 "peak_layer": float(given[f"{theirs}.max_weight_position"]),
                 "floor": float(given[f"{theirs}.min_weight"]),
                 "reach": float(given[f"{theirs}.min_weight_distance"]),
             }
-        params |= {f"{ours}.{field}": value for field, value in found.items()}
+        params |= {f"{ours}.{field}": value for field, value in profile.items()}
     return params
 
 
 def space_values(study: HereticStudy, sources: Mapping[str, str | None]) -> dict[str, Any]:
-    """The ranges that Heretic searched, as shares of the last layer's index where ours are."""
+    """Return the ranges that Heretic searched; layers as shares of the last one's index."""
     last = study.last_layer
 
     def share(name: str) -> list[float]:
         low, high = study.bounds[name]
         return [round(low / last, 12), round(high / last, 12)]
 
-    space: dict[str, Any] = {"direction_layer": share("direction_index"), "matching_components": {}}
+    space: dict[str, Any] = {"direction_layer": share("direction_index"), "components": {}}
     for ours, theirs in sources.items():
         if theirs is None:
             ranges = {"peak": list(OFF), "peak_layer": [0.6, 1.0], "reach": [0.0, 1.0]}
@@ -168,7 +186,7 @@ def space_values(study: HereticStudy, sources: Mapping[str, str | None]) -> dict
                 "floor": list(study.bounds[f"{theirs}.min_weight"]),
                 "reach": share(f"{theirs}.min_weight_distance"),
             }
-        space["matching_components"][ours] = ranges
+        space["components"][ours] = ranges
     return space
 
 
@@ -179,14 +197,14 @@ def _enqueue(
     trials: Sequence[ForeignTrial],
     plans: Sequence[dict[str, float | str]],
 ) -> None:
-    """Put the plans into the run's journal, where the search takes up what waits."""
+    """Enqueue the plans in the run's journal, where the search finds those that wait."""
     from ray_abliterate.search.study import open_storage, open_study
 
     space = SearchSpace.of(shape, recipe.search.space, recipe.edit.norm)
     goals = [scorer.goal for scorer in recipe.scorers if scorer.goal != "report"]
     study = open_study(open_storage(directory.journal), goals)
     for trial, params in zip(trials, plans, strict=True):
-        space.plan(params)  # a plan that can't be is refused here
+        space.plan(params)  # refuses a plan that our space can't hold
         study.enqueue_trial(params, user_attrs={"heretic": trial.index})
 
 
@@ -208,8 +226,8 @@ def _shape(settings: Mapping[str, Any]) -> tuple[ModelShape, tuple[Writer, ...]]
     module = build_skeleton(config)
     writers = find_writers(module, in_memory=False)
     layers = int(text_config(module).num_hidden_layers)
-    found = tuple(sorted({writer.component for writer in writers}))
-    return ModelShape(layers, hidden_size(module), found), writers
+    edited = tuple(sorted({writer.component for writer in writers}))
+    return ModelShape(layers, hidden_size(module), edited), writers
 
 
 def _notes(
@@ -218,7 +236,7 @@ def _notes(
     writers: Sequence[Writer],
     sources: Mapping[str, str | None],
 ) -> Iterator[str]:
-    """What is not the same, so that scores may differ though plans are equal."""
+    """Yield the differences for which scores may differ though plans are equal."""
     if values["edit"]["norm"] == "row":
         yield "rows keep their norms exactly here; Heretic approximates that edit at a low rank"
     if study.settings.get("quantization", "none") != "none":
@@ -233,7 +251,9 @@ def _notes(
     yield "the last layer's own direction is taken before the final norm; Heretic's after it"
     left = [component for component, theirs in sources.items() if theirs is None]
     if left:
-        yield f"Heretic leaves {', '.join(left)} alone; the plans do, the search may go on there"
+        yield (
+            f"Heretic does not edit {', '.join(left)}, nor do its plans; a longer search may do so"
+        )
     if any(scorer.get("markers") == "broad" for scorer in values["scorers"]):
         yield "the journal doesn't hold Heretic's own list of markers; ours is used"
     if len(study.settings.get("dtypes", ())) > 1:

@@ -22,6 +22,7 @@ from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.prompt_sets import load_prompts
 from ray_abliterate.pipeline.replicas import record_environment
 from ray_abliterate.recipe import Recipe
+from ray_abliterate.recipe.toml_writer import to_toml
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.plan import ModelShape, Plan
 from ray_abliterate.search.space import SearchSpace
@@ -108,8 +109,9 @@ def test_the_search_takes_up_the_plans_first_and_then_its_own(place, planted_fol
     directory = taken_over(version, place / "run", planted_folder)
     known = [trial.system_attrs["fixed_params"] for trial in waiting(directory)]
     storage = open_storage(directory.journal)
+    handlers = OutcomeHandlers(lambda *_: None, lambda _: None, lambda _: ())
     searcher = TuneSearcher(
-        space(directory), lambda *_: None, lambda _: None, lambda _: (), 100, lambda: False,
+        space(directory), handlers, 100, lambda: False,
         metric=["keyword-rate", "kl-divergence"], mode=["min", "min"], points_to_evaluate=None,
         sampler=make_sampler(directory.read_recipe().search, len(known)),
         study_name=STUDY_NAME, storage=storage,
@@ -143,7 +145,7 @@ def test_the_verdicts_are_heretics(place, planted_folder, version):
     context = run_context(directory, pool, recipe, progress)
     record_environment(context)
     setup, _ = find_directions(context, sets)
-    found = directory.foreign()
+    found = directory.imported_study()
     assert [trial["number"] for trial in found["trials"]] == list(range(5))
     for trial, known in zip(waiting(directory), found["trials"], strict=True):
         plan = space(directory).plan(trial.system_attrs["fixed_params"])
@@ -209,7 +211,7 @@ def test_toml_holds_what_it_was_made_of():
     [
         ('\\"row_normalization\\":\\"full\\"', '\\"row_normalization\\":\\"pre\\"', "relative to"),
         ('quantile\\":1.0', 'quantile\\":0.3', "between 0.5 and 1"),
-        ('\\"dataset\\":\\"behaviour.txt\\"', '\\"dataset\\":\\"gone.txt\\"', "is not there"),
+        ('\\"dataset\\":\\"behaviour.txt\\"', '\\"dataset\\":\\"gone.txt\\"', "does not exist"),
         ('\\"split\\":\\"[:4]\\"', '\\"split\\":\\"[:10%]\\"', "no counterpart"),
         ("mlp.down_proj.max_weight\"", "mlp.down_proj.start_layer\"", "other parameters"),
         ('"high\\": 3.0', '"high\\": 7.0', "8 layers"),
@@ -235,7 +237,7 @@ def test_files_that_are_no_journal_and_models_that_are_not_there_are_named(place
         (place / "x.jsonl").write_bytes(data)
         with pytest.raises(ForeignStudyError, match=r"x\.jsonl"):
             import_study(place / "x.jsonl", place / "run", SilentProgress())
-    with pytest.raises(ForeignStudyError, match="is not there"):
+    with pytest.raises(ForeignStudyError, match="does not exist"):
         import_study(place / "y.jsonl", place / "run", SilentProgress())
     with pytest.raises(ModelError, match="--model"):
         import_study(journal("1.4"), place / "run", SilentProgress(), str(place / "nowhere"))
@@ -288,7 +290,7 @@ def test_a_study_of_a_mixture_of_experts_leaves_stacked_experts_alone(place):
     directory = import_study(
         place / "moe.jsonl", place / "run", SilentProgress(), str(place / "moe")
     ).directory
-    assert any("leaves experts alone" in note for note in directory.foreign()["notes"])
+    assert any("does not edit experts" in note for note in directory.imported_study()["notes"])
     settings = directory.read_recipe().search.space
     moe = SearchSpace.of(ModelShape(4, 32, ("attn", "experts")), settings, "row")
     plans = [moe.plan(trial.system_attrs["fixed_params"]) for trial in waiting(directory)]
@@ -309,7 +311,7 @@ def test_show_tells_heretics_scores_from_our_own(place, planted_folder):
     directory = taken_over("1.4", place / "run", planted_folder)
     output = console()
     with output.capture() as shown:
-        output.print(foreign_table(directory.foreign(), rows=2))
+        output.print(foreign_table(directory.imported_study(), rows=2))
     assert "As scored by Heretic 1.4, not by this run" in shown.get()
     assert "0/4" in shown.get() and "2 of 5 trials" in shown.get()
     shutil.rmtree(directory.path)
