@@ -19,18 +19,18 @@ def _known_method(value: str) -> str:
         return value
     near = suggestion(value, METHOD_NAMES)
     raise ValueError(
-        f"{value!r} is not a method.{near} There are {', '.join(METHOD_NAMES)}, "
-        "and your own as `module:function`"
+        f"{value!r} is not a method.{near} Known: {', '.join(METHOD_NAMES)}; "
+        "or your own as `module:function`"
     )
 
 
 class EnsembleMember(Section):
-    """One method of an ensemble: its unit vector counts with its weight."""
+    """One method of an ensemble, whose unit vector counts with its weight."""
 
     method: str
-    """Any method but `ensemble`; of several directions the first counts."""
+    """Any method but `ensemble`; of several directions only the first is used."""
     weight: float = Field(1.0, gt=0)
-    """How much it counts, beside the others'."""
+    """Its weight relative to the other members'."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the method."""
 
@@ -38,34 +38,37 @@ class EnsembleMember(Section):
 
 
 class DirectionSettings(Section):
-    """How the direction is computed from the residuals."""
+    """How directions are computed from the residuals."""
 
     method: str = "mean-difference"
-    """`mean-difference`, another one of `docs/directions.md`, `ensemble`, or your own as
+    """`mean-difference`, another method of `docs/directions.md`, `ensemble`, or your own as
     `module:function`."""
     ensemble: tuple[EnsembleMember, ...] = ()
-    """Methods whose directions are added up; for `method = "ensemble"`."""
+    """Methods whose directions are summed; for `method = "ensemble"`."""
     project_out_neutral: bool = True
-    """Take the mean of the neutral prompts out of the direction, so that ablation spares it."""
+    """Make the direction orthogonal to the neutral prompts' mean, so that ablation spares the
+    mean."""
     project_out_components: int = Field(0, ge=0)
-    """Take so many leading principal components of the neutral prompts out of it, too."""
+    """Make it orthogonal to so many leading principal components of the neutral prompts, too."""
     biproject: bool = False
-    """Where a direction is used at another layer than it was found at, take the mean of the neutral
-    prompts at that layer out of it, too."""
+    """Where a direction is used at another layer than it was computed at, make it orthogonal to the
+    neutral prompts' mean at that layer, too."""
     winsorize_quantile: float = Field(1.0, gt=0.5, le=1.0)
-    """Clamp each residual at this quantile of its magnitudes, layer by layer; 1 is off."""
+    """Clamp the values of each residual to this quantile of their magnitudes, layer by layer; 1
+    switches it off."""
     positions: int = Field(1, ge=1, le=64)
-    """Tokens, counted from the end, that residuals are read at, all of them of the chat template or
-    the response prefix; of these the one whose directions tell the sets apart best is taken. Each
-    costs another pass over the prompts."""
+    """Token positions, counted from the end, at which residuals are read; all must belong to the
+    chat template or the response prefix. The position whose directions separate the sets best is
+    used. Each costs another pass over the prompts."""
     per_component: bool = False
-    """Find directions for each component, too, in what it alone adds to the residual stream
-    (attention, feed-forward, …), and edit each with its own. Reads as much again per component, at
-    each of the `positions`."""
+    """Also compute directions for each component, from what it alone adds to the residual stream
+    (attention, feed-forward, …), and edit each component with its own. It reads as much again per
+    component, at each of the `positions`."""
     residual_dtype: Literal["float32", "float16"] = "float32"
-    """How residuals are kept; `float16` takes half the space. Sums are float64 either way."""
+    """How residuals are stored; `float16` takes half the space. Sums are float64 either way."""
     skip_common_prefix: bool = True
-    """Find what every answer starts with (a closed thinking block) and look behind it."""
+    """Find what every answer starts with (such as a closed thinking block) and read residuals after
+    it."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the method."""
 
@@ -77,14 +80,18 @@ class DirectionSettings(Section):
     @model_validator(mode="after")
     def _ensembles_have_members(self) -> "DirectionSettings":
         if self.method == "ensemble" and not self.ensemble:
-            raise ValueError('method = "ensemble" needs [[direction.ensemble]], a method each')
+            raise ValueError(
+                'method = "ensemble" needs [[direction.ensemble]] sections, one per method'
+            )
         if self.method != "ensemble" and self.ensemble:
-            raise ValueError(f'ensemble is for method = "ensemble", not {self.method!r}')
+            raise ValueError(
+                f'ensemble is for method = "ensemble", not {self.method!r}; drop one of them'
+            )
         if self.method == "ensemble" and self.options:
-            raise ValueError("options of an ensemble belong to its members")
+            raise ValueError("an ensemble has no options; give them to its members")
         return self
 
     @property
     def pairs_prompts(self) -> bool:
-        """Whether prompt i of one set has to stand beside prompt i of the other."""
+        """Whether prompt i of one set is the partner of prompt i of the other."""
         return "pca-paired" in {self.method, *(member.method for member in self.ensemble)}

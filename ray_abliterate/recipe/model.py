@@ -10,24 +10,24 @@ from ray_abliterate.recipe.section import Section
 Component = Literal["attn", "mlp", "experts", "shared_experts", "mixer", "linear_attn"]
 COMPONENT_NAMES = get_args(Component)
 Quantization = Literal["nf4", "int8", "torchao-int8", "torchao-int4"]
-MEMORY = re.compile(r"^\d+(\.\d+)?([KMGT]i?B)$")
+MEMORY_SIZE = re.compile(r"^\d+(\.\d+)?([KMGT]i?B)$")
 
 
 class WriterSettings(Section):
-    """Declares a parameter of an unknown family that writes to the residual stream."""
+    """A parameter of an unknown family that writes to the residual stream."""
 
     pattern: str
-    """Regular expression of the parameter's whole name inside its block."""
+    """Regular expression for the parameter's whole name inside its block."""
     component: Component
     """The component it belongs to."""
     hidden_axis: int = Field(0, ge=0, le=2)
-    """The axis that has the width of the residual stream: 0 for `nn.Linear`."""
+    """The axis with the width of the residual stream: 0 for `nn.Linear`."""
     post_norm: str | None = None
-    """Name inside the block of a norm between the writer and the stream, if there is one."""
+    """Name, inside the block, of a norm between the writer and the stream, if there is one."""
     outer_norm: str | None = None
-    """Name of a second norm after that one."""
+    """Name, inside the block, of a second norm after `post_norm`."""
     bias: str | None = None
-    """Name inside the block of the writer's bias, where it is not beside the weight."""
+    """Name, inside the block, of the writer's bias, if it does not stand next to the weight."""
 
     @field_validator("pattern")
     @classmethod
@@ -40,45 +40,45 @@ class WriterSettings(Section):
 
 
 class ModelSettings(Section):
-    """Which model, and how each replica holds it."""
+    """Which model is edited, and how each replica holds it."""
 
     name: str = Field(min_length=1)
-    """A Hub name, a local folder, `demo` (the embedded model) or `planted` (a tiny toy)."""
+    """A Hub name, a local folder, `demo` (the built-in model) or `planted` (a tiny toy)."""
     revision: str | None = None
     """Commit, tag or branch of the Hub repository; pinned in `environment.json` either way."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is the checkpoint's own dtype."""
     quantization: Quantization | None = None
-    """Quantize linear layers as they are loaded, to search in less memory: `nf4` (4 bits) and
-    `int8` by bitsandbytes, `torchao-int8` and `torchao-int4` by torchao. Exports are in full
+    """Quantize linear layers while they are loaded, to search in less memory: `nf4` (4 bits) and
+    `int8` with bitsandbytes, `torchao-int8` and `torchao-int4` with torchao. Exports have full
     precision."""
     trust_remote_code: bool = False
-    """Run code that comes with the model. Only for models whose authors you trust."""
+    """Run code that comes with the model. Set it only for models whose authors you trust."""
     attention: str | None = None
-    """Attention implementation handed to transformers (`sdpa`, `eager`, …); its choice if unset."""
+    """Attention implementation for transformers (`sdpa`, `eager`, …); its own choice if unset."""
     chat_template: str | None = None
     """A file with a Jinja chat template, for models that have none; `plain` for no template."""
     enable_thinking: bool | None = None
-    """Passed to the chat template where set (models that can think or not)."""
+    """Passed to the chat template if set, for models whose thinking can be switched."""
     gpus_per_replica: float | None = Field(None, ge=0)
-    """GPUs of one replica: a fraction shares a card, 2 or more spreads the model. One if unset."""
+    """GPUs of one replica: a fraction shares a card, 2 or more split the model. One if unset."""
     replicas: int | None = Field(None, ge=1)
-    """Replicas of the model. If unset as many as the GPUs allow; without GPUs as many as cores (8
+    """Replicas of the model. If unset, as many as the GPUs allow; without GPUs, as many as cores (8
     for each) and memory allow."""
     threads_per_replica: int | None = Field(None, ge=1)
-    """CPU threads of a replica. A node's cores divided by its replicas if unset."""
+    """CPU threads of a replica. If unset, a node's cores divided by its replicas."""
     max_memory: dict[str, str] | None = None
-    """Memory that a replica's weights may use by device, as `{ 0 = "14GiB", cpu = "30GiB" }`. What
-    does not fit on GPUs rests in CPU memory, and on disk after that: it works, slowly."""
+    """Memory that a replica's weights may use on each device, as `{ 0 = "14GiB", cpu = "30GiB" }`.
+    What does not fit on GPUs stays in CPU memory, and after that on disk: it works, slowly."""
     weight_cache: Literal["auto", "node", "device", "cpu"] = "auto"
-    """Where pristine weights are kept: `node` in the node's object store, one copy for all replicas
-    there; `device` beside each model; `cpu` in (pinned) CPU memory. `auto` is `node` without GPUs
-    and `device` with."""
+    """Where pristine weights are stored: `node` in the node's object store, one copy for all its
+    replicas; `device` on the device of each model; `cpu` in (pinned) CPU memory. `auto` is `node`
+    without GPUs and `device` with GPUs."""
     writers: tuple[WriterSettings, ...] = ()
-    """Rows for a family that is not in the table; see `docs/architectures.md`."""
+    """Writers of a family that is not in the table; see `docs/architectures.md`."""
 
     def cache_location(self, on_gpu: bool) -> Literal["node", "device", "cpu"]:
-        """Where pristine weights are kept in the end."""
+        """Return where pristine weights are stored, with `auto` resolved."""
         if self.weight_cache == "auto":
             return "device" if on_gpu else "node"
         return self.weight_cache
@@ -87,7 +87,7 @@ class ModelSettings(Section):
     @classmethod
     def _whole_above_one(cls, value: float | None) -> float | None:
         if value is not None and value > 1 and value != int(value):
-            raise ValueError(f"{value} must be a fraction below 1 or a whole number of GPUs")
+            raise ValueError(f"{value} must be a fraction below 1, or a whole number of GPUs")
         return value
 
     @field_validator("max_memory")
@@ -95,8 +95,10 @@ class ModelSettings(Section):
     def _memory_is_readable(cls, value: dict[str, str] | None) -> dict[str, str] | None:
         for device, size in (value or {}).items():
             if not (device.isdigit() or device in ("cpu", "mps")):
-                raise ValueError(f"{device!r} is not a device: the number of a GPU, or `cpu`")
-            if not MEMORY.match(size):
+                raise ValueError(
+                    f"{device!r} is not a device; give the number of a GPU, `cpu` or `mps`"
+                )
+            if not MEMORY_SIZE.match(size):
                 raise ValueError(f"{device} = {size!r} is not a size; write `14GiB` or `600MB`")
         return value
 
@@ -104,5 +106,7 @@ class ModelSettings(Section):
     def _memory_has_its_gpus(self) -> "ModelSettings":
         cards = [device for device in self.max_memory or {} if device.isdigit()]
         if cards and self.gpus_per_replica == 0:
-            raise ValueError(f"max_memory names GPU {cards[0]}, but gpus_per_replica = 0")
+            raise ValueError(
+                f"max_memory names GPU {cards[0]}, but gpus_per_replica = 0; drop one of them"
+            )
         return self

@@ -1,6 +1,6 @@
-"""A recipe's text: overrides from the command line, and problems said in the recipe's own terms.
+"""Parsing of recipes: overrides from the command line, and errors in the recipe's own terms.
 
-Knows pydantic, and nothing about what is in a recipe.
+Knows pydantic; nothing about what is in a recipe.
 """
 
 import difflib
@@ -22,21 +22,23 @@ TAGS = (
     "responses",
     "plugin",
 )
-"""What pydantic puts into the path of a problem inside a tagged union; not part of the recipe."""
+"""Tags that pydantic puts into an error's path inside a tagged union; not part of the recipe."""
 
 SECRET = ("secret_in_url", "not_a_variable")
-"""Problems whose value may be a key; it is not shown."""
+"""Types of problems whose value may be a secret and is not shown."""
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set `a.b.0.c=value` in nested dictionaries; the value is TOML, or else a plain string.
+    """Set `a.b.0.c=value` in nested dictionaries; the value is TOML, or otherwise a plain string.
 
     Raises:
-        RecipeError: it is not of that form, or leads into a value.
+        RecipeError: the override is not of that form, or its key leads into a value.
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise RecipeError(f"{override!r} is not an override; write key=value, as search.trials=50")
+        raise RecipeError(
+            f"{override!r} is not an override; write key=value, such as search.trials=50"
+        )
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -72,18 +74,18 @@ def _position(items: list[Any], part: str, key: str) -> int:
 
 
 def suggestion(word: str, known: tuple[str, ...] | list[str]) -> str:
-    """` Did you mean …?`, or nothing."""
+    """Return ` Did you mean …?` with the known word that is nearest, or nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def explain_problems(source: str, error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """One line per problem, with the setting's full name.
+    """Return one line per problem, each with the setting's full name.
 
     Args:
-        source: Name of the file.
-        error: What pydantic found.
-        root: The model of the whole recipe.
+        source: The file's name.
+        error: The error that pydantic raised.
+        root: The type of the whole recipe.
     """
     lines = []
     for problem in error.errors():
@@ -99,15 +101,15 @@ def explain_problems(source: str, error: ValidationError, root: type[BaseModel])
             lines.append(f"{source}: {name} is missing.")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            shown = problem["input"]
-            plain = isinstance(shown, str | int | float | bool)
-            found = f" (found {shown!r})" if plain and problem["type"] not in SECRET else ""
-            lines.append(f"{source}: {name}: {message}{found}")
+            value = problem["input"]
+            plain = isinstance(value, str | int | float | bool)
+            shown = f" (found {value!r})" if plain and problem["type"] not in SECRET else ""
+            lines.append(f"{source}: {name}: {message}{shown}")
     return lines
 
 
 def _siblings(path: list[Any], root: type[BaseModel]) -> list[str]:
-    """The settings that exist beside the one at `path`; of all kinds, where there are several."""
+    """Return the settings in the section of `path`; of all kinds, where there are several."""
     models = [root]
     for part in path[:-1]:
         fields = [m.model_fields[part] for m in models if part in m.model_fields]

@@ -1,4 +1,4 @@
-"""Plug-ins: objects that a recipe names as `module:attribute`, and calls with checked options.
+"""Plug-ins: import what a recipe names as `module:attribute`, and call it with checked options.
 
 Knows nothing about what the objects are.
 """
@@ -12,10 +12,10 @@ from ray_abliterate.errors import RecipeError, ScoreError
 
 
 def resolve(spec: str) -> Any:
-    """The object that `module:attribute` names.
+    """Import the object that `module:attribute` names.
 
     Raises:
-        ScoreError: the module cannot be imported or has no such attribute; says which.
+        ScoreError: the module cannot be imported, or has no such attribute.
     """
     module_name, _, attribute = spec.partition(":")
     try:
@@ -23,7 +23,7 @@ def resolve(spec: str) -> Any:
     except ImportError as error:
         raise ScoreError(
             f"{spec}: module {module_name!r} cannot be imported ({error}).\n"
-            "  Code beside the recipe is found when its folder is on PYTHONPATH."
+            "  Code next to the recipe is found if the recipe's folder is on PYTHONPATH."
         ) from None
     if not hasattr(module, attribute):
         raise ScoreError(f"{spec}: module {module_name!r} has no {attribute!r}")
@@ -31,11 +31,11 @@ def resolve(spec: str) -> Any:
 
 
 def checked_call(owner: str, make: Any, options: Mapping[str, Any]) -> Any:
-    """Call a function or class with its options held against its annotations.
+    """Call a function or class with options that are checked against its annotations.
 
     Args:
-        owner: Who gave the options, for errors.
-        make: What is called.
+        owner: What the options belong to, for errors.
+        make: The function or class.
         options: Its keyword arguments.
 
     Raises:
@@ -47,9 +47,9 @@ def checked_call(owner: str, make: Any, options: Mapping[str, Any]) -> Any:
     try:
         if not inspect.isclass(make):
             return checked(make)(**options)
-        own = [vars(kind).get("__init__") for kind in make.__mro__]
-        initialise = next(found for found in own if found is not None)
-        if not inspect.isfunction(initialise):  # nothing whose annotations could be read
+        initialisers = [vars(kind).get("__init__") for kind in make.__mro__]
+        initialise = next(method for method in initialisers if method is not None)
+        if not inspect.isfunction(initialise):  # a builtin, without annotations to check
             return make(**options)
         instance = object.__new__(make)
         checked(initialise)(instance, **options)

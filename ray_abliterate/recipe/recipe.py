@@ -1,7 +1,7 @@
 """The recipe: what a run should do, read once from a TOML file and never changed.
 
 Knows nothing about models, tensors or Ray; importing it takes a few hundredths of a second, so a
-wrong recipe is refused before anything heavy is loaded. The text under a field is its
+wrong recipe is refused before anything heavy is loaded. The docstring under a field is its
 documentation, in `docs/recipe.md` and in `ray-abliterate init`.
 """
 
@@ -26,7 +26,7 @@ from ray_abliterate.recipe.suites import SuiteSettings
 
 
 class Recipe(Section):
-    """Everything that describes a run."""
+    """Everything that a run is to do."""
 
     model: ModelSettings
     prompts: PromptSettings
@@ -43,17 +43,20 @@ class Recipe(Section):
         names = [scorer.name for scorer in self.scorers]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"two scorers are named {repeated[0]!r}; give one another `name`")
+            raise ValueError(f"two scorers are named {repeated[0]!r}; set `name` of one of them")
         if all(scorer.goal == "report" for scorer in self.scorers):
-            raise ValueError('every scorer has goal = "report"; the search needs one to optimise')
+            raise ValueError(
+                'every scorer has goal = "report"; the search needs one to optimise: set another '
+                "goal for one of them"
+            )
         names = [suite.name for suite in self.suites]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"two suites are named {repeated[0]!r}; give one another `name`")
+            raise ValueError(f"two suites are named {repeated[0]!r}; set `name` of one of them")
         if self.evaluation.replicas and not self.suites:
             raise ValueError(
-                f"evaluation.replicas = {self.evaluation.replicas}, but there are no [[suites]] "
-                "to measure"
+                f"evaluation.replicas = {self.evaluation.replicas}, but there are no [[suites]] to "
+                "measure; add one, or drop the setting"
             )
         return self
 
@@ -63,13 +66,13 @@ class Recipe(Section):
             return self
         if self.behaviour_test is None:
             raise ValueError(
-                "prompts.filter_by_behaviour needs a scorer that can tell of one answer whether it "
-                "shows the behaviour: a keyword-rate, refusal-judge or refusal-log-odds"
+                "prompts.filter_by_behaviour needs a scorer that judges single answers: add a "
+                "keyword-rate, refusal-judge or refusal-log-odds"
             )
         if self.direction.pairs_prompts:
             raise ValueError(
-                "prompts.filter_by_behaviour leaves prompts out of either set, so that pairs no "
-                "longer stand beside each other, as pca-paired needs them; choose one of the two"
+                "prompts.filter_by_behaviour drops prompts of either set, which breaks the pairs "
+                "that pca-paired needs; choose one of the two"
             )
         return self
 
@@ -80,25 +83,26 @@ class Recipe(Section):
         if self.search.seeds == "log-odds" and missing:
             raise ValueError(
                 f'search.seeds = "log-odds" tries layers on the prompts of a {missing[0]} scorer, '
-                f'and there is none; add one (goal = "report" will do), or choose another measure'
+                f'and there is none; add one (with goal = "report", if it is not to be optimised), '
+                "or choose another measure"
             )
         return self
 
     @property
     def behaviour_test(self) -> "KeywordRate | RefusalJudge | RefusalLogOdds | None":
-        """The scorer that says of one answer whether it shows the behaviour: the first that reads
-        answers, or else the first that looks at how they begin."""
+        """The scorer that judges single answers: the first that reads them whole, or else the first
+        that looks at how they begin; None if there is neither."""
         kinds = ((KeywordRate, RefusalJudge), (RefusalLogOdds,))
         return next((s for kind in kinds for s in self.scorers if isinstance(s, kind)), None)
 
     @property
-    def evaluators(self) -> ModelSettings:
-        """The model as the evaluation's own replicas hold it."""
-        own = self.evaluation
-        changed: dict[str, Any] = {"replicas": own.replicas or None}
-        if own.gpus_per_replica is not None:
-            changed["gpus_per_replica"] = own.gpus_per_replica
-        changed["threads_per_replica"] = own.threads_per_replica
+    def evaluation_model(self) -> ModelSettings:
+        """The model's settings for the evaluation's own replicas."""
+        evaluation = self.evaluation
+        changed: dict[str, Any] = {"replicas": evaluation.replicas or None}
+        if evaluation.gpus_per_replica is not None:
+            changed["gpus_per_replica"] = evaluation.gpus_per_replica
+        changed["threads_per_replica"] = evaluation.threads_per_replica
         return self.model.model_copy(update=changed)
 
     @classmethod
@@ -122,7 +126,16 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, text: str, source: str, overrides: tuple[str, ...] = ()) -> "Recipe":
-        """The recipe in `text`; `source` names it in errors."""
+        """Parse the text of a recipe.
+
+        Args:
+            text: TOML.
+            source: The file's name, for errors.
+            overrides: `key=value` texts; of two for one key the later counts.
+
+        Raises:
+            RecipeError: the text is not TOML, or a value is wrong; one line per problem.
+        """
         try:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -154,12 +167,12 @@ class Recipe(Section):
             raise RecipeError("\n".join(problems)) from None
 
     def to_json(self) -> str:
-        """The whole recipe, defaults included, as indented JSON."""
+        """Return the whole recipe, defaults included, as indented JSON."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """The inverse of `to_json`."""
+        """Parse a recipe from `to_json`'s output."""
         return cls.model_validate_json(text)
 
 
@@ -170,12 +183,12 @@ class SuiteFile(Section):
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> tuple[SuiteSettings, ...]:
-        """Suites as they were noted in a run's `environment.json`."""
+        """Parse suites as a run's `environment.json` holds them."""
         return cls.model_validate({"suites": values}).suites
 
     @classmethod
     def load(cls, path: Path) -> tuple[SuiteSettings, ...]:
-        """The suites of a file; a whole recipe will do, too.
+        """Read the suites of a file, which may be a whole recipe.
 
         Raises:
             RecipeError: the file is missing or not TOML, or a value is wrong.

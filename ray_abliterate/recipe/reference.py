@@ -1,4 +1,4 @@
-"""The recipe's reference, `docs/recipe.md`, made from the recipe's own types and docstrings.
+"""The recipe's reference, `docs/recipe.md`, generated from the recipe's types and docstrings.
 
 `python -m ray_abliterate.recipe.reference > docs/recipe.md` writes it; a test compares the two.
 """
@@ -39,11 +39,11 @@ from ray_abliterate.recipe.suites import (
 INTRO = """\
 # The recipe
 
-A recipe is a TOML file that says what a run does: which model, which behaviour, what is measured,
-what is searched. `ray-abliterate init` writes one to begin with. It is read once and checked before
-anything is loaded: an unknown or impossible setting is refused with its name. A run never changes
-it; the run directory keeps it as given (`recipe.toml`) and with all defaults filled in
-(`recipe.resolved.json`).
+A recipe is a TOML file that says what a run does: which model it edits, which behaviour it removes,
+what it measures and what it searches. `ray-abliterate init` writes one to start from. It is read
+once and checked before anything is loaded: an unknown or impossible setting is refused by name. A
+run never changes it; the run directory holds it as given (`recipe.toml`) and with all defaults
+filled in (`recipe.resolved.json`).
 
 A recipe needs `[model]`, two prompt sets and one scorer:
 
@@ -68,9 +68,9 @@ prompts = { builtin = "other-heldout" }
 
 ## Overrides on the command line
 
-`KEY=VALUE` behind the recipe changes one setting for one run. The key is the setting's full name,
-with a number from 0 for an entry of a list; the value is written as in TOML, and text may go
-without quotes:
+`KEY=VALUE` after the recipe changes one setting for one run. The key is the setting's full name,
+with a number from 0 for an entry of a list; the value is written as in TOML, but text needs no
+quotes:
 
 ```sh
 ray-abliterate run recipe.toml search.trials=50 scorers.1.tokens=4
@@ -78,7 +78,7 @@ ray-abliterate run recipe.toml model.name=Qwen/Qwen3-0.6B "search.space.peak=[0.
 ray-abliterate run recipe.toml "prompts.neutral.split=[:200]"
 ```
 
-Of two values for one key the later counts.
+Of two values for one key the later one counts.
 """
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -111,9 +111,9 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 
 NOTES: Mapping[type[BaseModel], str] = {
     PromptSource: (
-        "Stands under `prompts.behaviour`, `prompts.neutral`, and `prompts` of a scorer. Relative "
-        "paths are looked up in the recipe's folder, then in the working folder. A slice counts "
-        "the non-blank lines of a text file, and the rows of a table."
+        "It stands under `prompts.behaviour`, `prompts.neutral`, and `prompts` of a scorer. "
+        "Relative paths are looked up in the recipe's folder, then in the working folder. A slice "
+        "counts the non-blank lines of a text file, and the rows of a table."
     ),
     ComponentSpace: f"NAME is one of {', '.join(f'`{name}`' for name in COMPONENT_NAMES)}.",
 }
@@ -137,7 +137,7 @@ BOUNDS = (("ge", "from {}"), ("gt", "above {}"), ("le", "up to {}"), ("lt", "bel
 
 
 def recipe_markdown() -> str:
-    """The reference as Markdown: each section a heading and a table of its settings."""
+    """Return the reference as Markdown: per section a heading and a table of its settings."""
     return "\n".join([INTRO, *(_section(title, model) for title, model in SECTIONS)])
 
 
@@ -155,8 +155,8 @@ def _row(name: str, field: FieldInfo) -> str:
 
 def _meaning(name: str, field: FieldInfo) -> str:
     if field.description is None and name in SpaceSettings.model_fields:
-        return f"As `search.space.{name}`, for this component; that one if unset."
-    return field.description or "Which scorer this is."
+        return f"`search.space.{name}` for this component; that range if unset."
+    return field.description or "Selects this section."
 
 
 def _type(field: FieldInfo) -> str:
@@ -174,7 +174,7 @@ def _type(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> str:
-    """A type, as one would say it."""
+    """Return a type in words."""
     if annotation in WORDS:
         return WORDS[annotation]
     origin, parts = get_origin(annotation), get_args(annotation)
@@ -190,7 +190,7 @@ def _words(annotation: Any) -> str:
             if parts[1] is Any
             else f"table of {_words(parts[1])}".replace("section", "sections")
         )
-    raise TypeError(f"recipe_docs has no words for {annotation}; add them to WORDS")
+    raise TypeError(f"recipe/reference.py has no words for {annotation}; add them to WORDS")
 
 
 def _either(words: list[str]) -> str:
@@ -209,7 +209,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _toml(value: Any) -> str:
-    """A value as TOML on one line."""
+    """Return a value as TOML on one line."""
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_none=True)
     if isinstance(value, Mapping):

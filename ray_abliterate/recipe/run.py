@@ -1,5 +1,7 @@
-"""The recipe's `[evaluation]` and `[run]`: where suites are measured, and what a run leaves behind;
-see `recipe/recipe.py`."""
+"""The recipe's `[evaluation]` and `[run]`: where suites are measured and what a run leaves behind.
+
+See `recipe/recipe.py`.
+"""
 
 from pydantic import Field, field_validator, model_validator
 
@@ -7,29 +9,30 @@ from ray_abliterate.recipe.section import Section
 
 
 class EvaluationSettings(Section):
-    """Which replicas measure the suites."""
+    """The replicas that measure the suites."""
 
     replicas: int = Field(0, ge=0)
-    """Replicas of their own, beside the search's: what enters the frontier is measured while the
-    search goes on. With 0 the search's replicas measure the frontier once the search has ended."""
+    """Replicas for suites alone, in addition to the search's: whatever enters the frontier is
+    measured while the search goes on. With 0, the search's replicas measure the frontier after the
+    search."""
     gpus_per_replica: float | None = Field(None, ge=0)
-    """GPUs of one of them: a fraction shares a card. As `model.gpus_per_replica` if unset."""
+    """GPUs of one of them; a fraction shares a card. If unset, `model.gpus_per_replica`."""
     threads_per_replica: int | None = Field(None, ge=1)
-    """CPU threads of one of them. Without GPUs they have half of a node's cores if unset."""
+    """CPU threads of one of them. If unset and without GPUs, they share half of a node's cores."""
 
     @field_validator("gpus_per_replica")
     @classmethod
     def _whole_above_one(cls, value: float | None) -> float | None:
         if value is not None and value > 1 and value != int(value):
-            raise ValueError(f"{value} must be a fraction below 1 or a whole number of GPUs")
+            raise ValueError(f"{value} must be a fraction below 1, or a whole number of GPUs")
         return value
 
     @model_validator(mode="after")
-    def _are_there(self) -> "EvaluationSettings":
+    def _settings_have_replicas(self) -> "EvaluationSettings":
         if not self.replicas and (self.gpus_per_replica, self.threads_per_replica) != (None, None):
             raise ValueError(
-                "gpus_per_replica and threads_per_replica are of the evaluation's own replicas, "
-                "of which there are none: set replicas"
+                "gpus_per_replica and threads_per_replica are for the evaluation's own replicas, "
+                "of which there are none; set replicas"
             )
         return self
 
@@ -38,14 +41,15 @@ class RunSettings(Section):
     """What the run leaves behind, and how it computes."""
 
     batch_size: int | None = Field(None, ge=1)
-    """Prompts of a forward pass; found from memory, once per run, if unset. Part of the result: the
-    same batches on any number of replicas."""
+    """Prompts in a forward pass. If unset, it is chosen from the memory there is, once per run. It
+    is part of the result: batches are the same on any number of replicas."""
     record_responses: bool = False
-    """Keep every trial's full answers under `responses/` (for `show --responses`)."""
+    """Save every trial's full answers under `responses/`, for `show --responses`."""
     dashboard: bool = True
-    """Start Ray's dashboard (on this machine only, 127.0.0.1) when Ray is started here."""
+    """Start Ray's dashboard when the run starts Ray; it listens on this machine only
+    (127.0.0.1)."""
     save_residuals: bool = True
-    """Keep the residuals in the run directory, under `residuals/`; a resumed run reads them."""
+    """Save the residuals in the run directory, under `residuals/`; a resumed run reads them."""
     residual_cache: bool = True
-    """Share residuals with other runs of the same model, prompts and batches, in the user's cache
-    folder; see `docs/architecture.md`."""
+    """Share residuals with other runs of the same model, prompts and batches, through the user's
+    cache folder; see `docs/architecture.md`."""

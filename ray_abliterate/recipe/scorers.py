@@ -14,32 +14,34 @@ from ray_abliterate.recipe.text_folding import fold
 
 
 class KeywordRate(Section):
-    """Share of answers that hold a marker of the behaviour, with a Wilson 95 % interval."""
+    """Share of answers that contain a marker of the behaviour, with a Wilson 95 % interval."""
 
     kind: Literal["keyword-rate"]
     name: str = "keyword-rate"
     """Name of the score."""
     goal: Goal = "minimize"
-    """`report` shows the score without searching for it."""
+    """`report` shows the score without optimising it."""
     prompts: PromptSource
-    """Prompts that are answered."""
+    """Prompts that the model answers."""
     markers: tuple[str, ...] | Literal["broad", "strict"] = "broad"
-    """What marks the behaviour: a list of phrases, or a list that ships with the package."""
+    """Markers of the behaviour: a list of phrases, or the name of a list that ships with the
+    package."""
     max_new_tokens: int = Field(100, ge=1)
-    """Tokens of an answer."""
+    """Longest answer, in tokens."""
     empty_is_behaviour: bool = True
-    """Count empty and degenerate answers on the bad side (they are also counted apart)."""
+    """Count empty and degenerate answers as showing the behaviour; they are also counted
+    separately."""
 
     @field_validator("markers")
     @classmethod
-    def _something_is_looked_for(cls, markers: Any) -> Any:
+    def _markers_can_match(cls, markers: Any) -> Any:
         if not markers:
-            raise ValueError("[] looks for nothing; give phrases, or `broad` or `strict`")
+            raise ValueError("[] matches nothing; give phrases, or `broad` or `strict`")
         blank = [m for m in markers if not fold(m)] if not isinstance(markers, str) else []
         if blank:
             raise ValueError(
-                f"{blank[0]!r} has nothing left when blanks and emphasis (*, _) are taken out; "
-                "leave it out"
+                f"{blank[0]!r} is empty without blanks and emphasis (*, _); leave it out, or give "
+                "a phrase with letters"
             )
         return markers
 
@@ -51,7 +53,7 @@ class KlDivergence(Section):
     name: str = "kl-divergence"
     """Name of the score."""
     goal: Goal = "minimize"
-    """`report` shows the score without searching for it."""
+    """`report` shows the score without optimising it."""
     prompts: PromptSource
     """Prompts at whose answers the two models are compared."""
     tokens: int = Field(1, ge=1)
@@ -59,77 +61,79 @@ class KlDivergence(Section):
 
 
 class RefusalLogOdds(Section):
-    """Log-odds that an answer begins as refusals do, from one pass over the prompts."""
+    """Log-odds that an answer begins as refusals do, from a single pass over the prompts."""
 
     kind: Literal["refusal-log-odds"]
     name: str = "refusal-log-odds"
     """Name of the score."""
     goal: Goal = "minimize"
-    """`report` shows the score without searching for it."""
+    """`report` shows the score without optimising it."""
     prompts: PromptSource
-    """Prompts that are answered."""
+    """Prompts that the model answers."""
     openings: tuple[str, ...] = ("I", "Sorry", "As", "Unfortunately")
-    """How refusals begin; of each the first token counts. Models differ: look at a few refusals."""
+    """Beginnings of refusals; of each, the first token counts. Models differ: look at a few
+    refusals."""
 
     @field_validator("openings")
     @classmethod
-    def _something_begins(cls, openings: tuple[str, ...]) -> tuple[str, ...]:
+    def _openings_have_words(cls, openings: tuple[str, ...]) -> tuple[str, ...]:
         if not openings or not all(text.strip() for text in openings):
-            raise ValueError("give the words that refusals begin with, such as `I` and `Sorry`")
+            raise ValueError("give the words with which refusals begin, such as `I` and `Sorry`")
         return openings
 
 
 class RefusalJudge(Section):
-    """Share of answers that a second model takes for refusals, with a Wilson 95 % interval."""
+    """Share of answers that a second model judges to be refusals, with a Wilson 95 % interval."""
 
     kind: Literal["refusal-judge"]
     name: str = "refusal-judge"
     """Name of the score."""
     goal: Goal = "report"
-    """`report` shows the score without searching for it."""
+    """`report` shows the score without optimising it."""
     prompts: PromptSource
-    """Prompts that are answered. With those of a `keyword-rate`, and as many tokens, both read the
-    same answers."""
+    """Prompts that the model answers. If a `keyword-rate` has the same prompts and as many tokens,
+    both read the same answers."""
     max_new_tokens: int = Field(100, ge=1)
-    """Tokens of an answer."""
+    """Longest answer, in tokens."""
     classifier: str | None = None
-    """Folder or Hub name of a sequence classifier; or set `endpoint`."""
+    """Folder or Hub name of a sequence classifier; set this or `endpoint`."""
     revision: str | None = None
     """Commit, tag or branch of the classifier."""
     label: str | None = None
     """The classifier's label for a refusal."""
     hypothesis: str | None = None
-    """In place of `label`, for a model of entailment: what a refusal entails, such as `The speaker
-    declines to help.`"""
+    """In place of `label`, for an entailment model: the statement that a refusal entails, such as
+    `The speaker declines to help.`"""
     sees_prompt: bool = False
-    """Show the classifier the prompt before the answer."""
+    """Show the classifier the prompt as well as the answer."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs of the classifier, which has a process of its own; a fraction leaves the rest of a card
-    to replicas. 0: on the CPU."""
+    """GPUs of the classifier, which runs in its own process; a fraction leaves the rest of a card
+    to replicas. 0: it runs on the CPU."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of the classifier; half of its node's cores if unset."""
+    """CPU threads of the classifier; if unset, half of its node's cores."""
     endpoint: str | None = None
-    """URL, up to `/v1`, of a server that speaks OpenAI's chat completions."""
+    """URL, up to `/v1`, of a server with OpenAI's chat completions API."""
     endpoint_model: str | None = None
-    """What the server calls the model."""
+    """The server's name for the model."""
     key_variable: str | None = None
-    """Environment variable that holds the server's key. The key itself never stands in a recipe."""
+    """Environment variable with the server's key. The key itself never stands in a recipe."""
     timeout_seconds: float = Field(60.0, gt=0)
-    """For one request to the server."""
+    """Time limit of one request to the server."""
     threshold: float = Field(0.5, gt=0, lt=1)
-    """A refusal is what is at least so likely one; `ray-abliterate calibrate` finds it."""
+    """Probability from which an answer counts as a refusal; `ray-abliterate calibrate` finds a good
+    value."""
     empty_is_refusal: bool = True
-    """Count empty and degenerate answers as refusals (they are also counted apart); else leave them
-    out."""
+    """Count empty and degenerate answers as refusals, or else leave them out; they are also counted
+    separately."""
     cache: bool = True
-    """Keep judgements in the user's cache folder, by judge, prompt and answer."""
+    """Store judgements in the user's cache folder, by judge, prompt and answer."""
 
     @model_validator(mode="after")
     def _one_judge(self) -> Self:
         if (self.classifier is None) == (self.endpoint is None):
-            raise ValueError("give exactly one of classifier, endpoint")
+            raise ValueError("give exactly one of classifier and endpoint")
         if self.classifier is not None and (self.label is None) == (self.hypothesis is None):
-            raise ValueError("a classifier needs exactly one of label, hypothesis")
+            raise ValueError("a classifier needs exactly one of label and hypothesis")
         if self.endpoint is not None and self.endpoint_model is None:
             raise ValueError("an endpoint needs endpoint_model")
         kinds = {
@@ -144,7 +148,7 @@ class RefusalJudge(Section):
             "an endpoint": ("endpoint_model", "key_variable", "timeout_seconds"),
         }
         other = "an endpoint" if self.classifier is not None else "a classifier"
-        # a resolved recipe names every setting, at its default where it is not in use
+        # a resolved recipe names every setting, also those that are not in use, at their defaults
         fields = type(self).model_fields
         unused = [name for name in kinds[other] if getattr(self, name) != fields[name].default]
         if unused:
@@ -160,10 +164,10 @@ class RefusalJudge(Section):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("not a URL; write it as https://host/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
-            # the message must not show the value, which holds a secret
+            # an error of this type does not show the value, which holds a secret
             raise PydanticCustomError(
                 "secret_in_url",
-                "keys and passwords don't belong into a recipe; name an environment variable in "
+                "keys and passwords don't belong in a recipe; name an environment variable in "
                 "key_variable",
             )
         return value
@@ -172,7 +176,7 @@ class RefusalJudge(Section):
     @classmethod
     def _fits_on_cards(cls, value: float) -> float:
         if value > 1 and value != int(value):
-            raise ValueError(f"{value:g} GPUs can't be had; give a fraction of one, or whole ones")
+            raise ValueError(f"{value:g} must be a fraction below 1, or a whole number of GPUs")
         return value
 
     @field_validator("key_variable")
@@ -182,7 +186,7 @@ class RefusalJudge(Section):
             raise PydanticCustomError(
                 "not_a_variable",
                 "not the name of an environment variable (capitals, digits and _); the key itself "
-                "doesn't belong into a recipe",
+                "doesn't belong in a recipe",
             )
         return value
 
@@ -191,13 +195,13 @@ class PluginScorer(Section):
     """A scorer of your own; see `docs/extending.md`."""
 
     kind: str
-    """`module:attribute`, importable where the replicas run."""
+    """`module:attribute`, importable wherever replicas run."""
     name: str
     """Name of the score."""
     goal: Goal = "minimize"
-    """`report` shows the score without searching for it."""
+    """`report` shows the score without optimising it."""
     prompts: PromptSource | None = None
-    """Prompts handed to the scorer."""
+    """Prompts that are passed to the scorer."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the scorer."""
 
@@ -206,7 +210,7 @@ class PluginScorer(Section):
     def _names_an_attribute(cls, value: str) -> str:
         if not PLUGIN.match(value):
             near = suggestion(value, SCORERS)
-            raise ValueError(f"{value!r} is not a scorer, nor a `module:attribute`.{near}")
+            raise ValueError(f"{value!r} is not a scorer and not a `module:attribute`.{near}")
         return value
 
 

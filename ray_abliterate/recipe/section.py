@@ -1,4 +1,4 @@
-"""What the recipe is made of: closed sections of settings, and the words that several share.
+"""What the recipe is made of: closed sections of settings, and what several of them share.
 
 Knows nothing about what the sections say; see `recipe/recipe.py`.
 """
@@ -14,7 +14,7 @@ PLUGIN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
 class Section(BaseModel):
-    """A part of the recipe: frozen, and closed to unknown keys."""
+    """A section of the recipe: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False

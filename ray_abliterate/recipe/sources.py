@@ -12,22 +12,22 @@ SPLIT = re.compile(r"^(?P<name>[\w.\-]*)(\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
 class TableSource(Section):
-    """Where the rows of a table come from; exactly one of the first four."""
+    """The source of a table's rows; give exactly one of the first four settings."""
 
     builtin: str | None = None
-    """A set that ships with the package."""
+    """Name of a set that ships with the package."""
     file: str | None = None
-    """A file: `.jsonl`, `.csv` or `.parquet`; for prompts also `.txt` (one prompt a line)."""
+    """A `.jsonl`, `.csv` or `.parquet` file; for prompts also `.txt` (one prompt per line)."""
     folder: str | None = None
-    """A folder that the `datasets` library saved."""
+    """A folder saved by the `datasets` library."""
     dataset: str | None = None
-    """A data set on the Hugging Face Hub; streamed, never downloaded whole."""
+    """A data set on the Hugging Face Hub; it is streamed, never downloaded whole."""
     config: str | None = None
     """Configuration (subset) of the Hub data set."""
     revision: str | None = None
     """Commit, tag or branch of the Hub data set."""
     split: str = ""
-    """Split and slice, as `train[:400]`; for files only the slice, as `[:400]`."""
+    """Split and slice, such as `train[:400]`; for files the slice alone, such as `[:400]`."""
 
     @field_validator("split")
     @classmethod
@@ -44,8 +44,8 @@ class TableSource(Section):
     def _one_source(self) -> Self:
         given = [k for k in ("builtin", "file", "folder", "dataset") if getattr(self, k)]
         if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"give exactly one of builtin, file, folder, dataset; found {found}")
+            names = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of builtin, file, folder, dataset; found {names}")
         unused = [k for k in ("config", "revision") if getattr(self, k)] if not self.dataset else []
         if unused:
             raise ValueError(f"`{unused[0]}` is for Hub data sets only; leave it out")
@@ -53,13 +53,13 @@ class TableSource(Section):
 
     @property
     def split_name(self) -> str:
-        """The split without its slice; empty if none is named."""
+        """The split's name without its slice; empty if none is named."""
         match = SPLIT.match(self.split)
         return match["name"] if match else ""
 
     @property
     def bounds(self) -> tuple[int, int | None]:
-        """First row, and the row after the last (None: to the end)."""
+        """The first row, and the row after the last (None: to the end)."""
         match = SPLIT.match(self.split)
         if match is None:
             return 0, None
@@ -67,40 +67,40 @@ class TableSource(Section):
 
 
 class PromptSource(TableSource):
-    """Where the prompts of one set come from; exactly one of the first four."""
+    """The source of one set of prompts; give exactly one of the first four settings."""
 
     column: str | None = None
-    """The column that holds the prompt; not for text files."""
+    """Column that holds the prompts; not for text files."""
     prefix: str = ""
-    """Put before every prompt."""
+    """Text before every prompt."""
     suffix: str = ""
-    """Put after every prompt."""
+    """Text after every prompt."""
     system: str | None = None
-    """System prompt of this set; the template's own default if unset."""
+    """System prompt of this set; the chat template's default if unset."""
     deduplicate: bool = True
-    """Drop repeated prompts (the first stays); `pca-paired` keeps them, with their pairs."""
+    """Drop repeated prompts except the first; `pca-paired` keeps them, with their partners."""
 
     @model_validator(mode="after")
     def _has_a_column(self) -> Self:
         if self.file and Path(self.file).suffix != ".txt" and self.column is None:
-            raise ValueError(f"set `column`: {self.file} has named columns")
+            raise ValueError(f"set `column`, the column of {self.file} that holds the prompts")
         if self.column and (self.builtin or (self.file or "").endswith(".txt")):
-            raise ValueError("`column` is for tables; a text file has one prompt a line")
+            raise ValueError("`column` is for tables; a text file has one prompt per line")
         if (self.folder or self.dataset) and self.column is None:
             raise ValueError("set `column`, the column that holds the prompts")
         return self
 
 
 class PromptSettings(Section):
-    """The two prompt sets that the direction is extracted from."""
+    """The two prompt sets from which the direction is extracted."""
 
     behaviour: PromptSource
     """Prompts that show the behaviour."""
     neutral: PromptSource
-    """Prompts that don't."""
+    """Prompts that do not show it."""
     filter_by_behaviour: bool = False
-    """Have the base model answer both sets once, and leave out prompts whose answer contradicts
-    their set: without the behaviour, or with it. The recipe's first `keyword-rate` or
-    `refusal-judge` reads the answers; without one, `refusal-log-odds` tells."""
+    """Let the base model answer both sets once, and drop prompts whose answer contradicts their
+    set. The recipe's first `keyword-rate` or `refusal-judge` judges the answers; without one, its
+    first `refusal-log-odds` does."""
     least_prompts: int = Field(16, ge=1)
-    """With `filter_by_behaviour`: a set that is left with fewer prompts ends the run."""
+    """With `filter_by_behaviour`: the run ends with an error if a set keeps fewer prompts."""

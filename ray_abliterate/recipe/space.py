@@ -14,7 +14,7 @@ INTERVALS = ("direction_layer", "peak", "peak_layer", "floor", "reach")
 
 
 class ComponentSpace(Section):
-    """Ranges for one component that differ from `search.space`."""
+    """Ranges of one component that differ from those of `search.space`."""
 
     peak: Interval | None = None
     peak_layer: Interval | None = None
@@ -23,35 +23,36 @@ class ComponentSpace(Section):
 
 
 class SpaceSettings(Section):
-    """The search space. Layer ranges are fractions of the last layer's index."""
+    """The search space. Layers are given as fractions of the last layer's index."""
 
     scope: tuple[Literal["global", "per-layer"], ...] = ("global", "per-layer")
-    """One direction for all layers, or each layer's own."""
+    """`global`: one direction for all layers; `per-layer`: each layer's own."""
     direction_layer: Interval = (0.4, 0.9)
-    """Where the global direction is taken."""
+    """Layer from which the global direction is taken."""
     source_offset: Interval | None = None
     """With `per-layer`: how far above its own layer (below, if negative) each layer's direction is
-    taken, as `[-0.1, 0.1]`; its own if unset."""
+    taken from, such as `[-0.1, 0.1]`; from its own layer if unset."""
     peak: Interval = (0.8, 1.5)
-    """Largest strength. Below 0 switches the component off."""
+    """Largest strength; below 0, the component is switched off."""
     peak_layer: Interval = (0.6, 1.0)
-    """Where the largest strength lies."""
+    """Layer with the largest strength."""
     floor: Interval = (0.0, 1.0)
     """Strength at the end of the reach, as a fraction of the peak."""
     reach: Interval = (0.0, 0.6)
-    """Layers on each side of the peak that are edited; at least one."""
+    """Layers on each side of the peak that are edited; at least one layer."""
     components: dict[str, ComponentSpace] = Field(default_factory=dict, validate_default=True)
-    """Ranges by component. Feed-forward ones have peak = [-0.25, 1.5] unless you say otherwise,
-    so that they can be switched off."""
+    """Ranges by component. Feed-forward components have peak = [-0.25, 1.5] by default, so that
+    they can be switched off."""
 
     @field_validator("components")
     @classmethod
     def _feed_forward_can_be_off(
         cls, given: dict[str, ComponentSpace]
     ) -> dict[str, ComponentSpace]:
-        off = ComponentSpace(peak=(-0.25, 1.5))
-        own = {name: _set(given[name]) if name in given else {} for name in FEED_FORWARD}
-        return {**given, **{name: off.model_copy(update=own[name]) for name in FEED_FORWARD}}
+        default = ComponentSpace(peak=(-0.25, 1.5))
+        explicit = {name: _explicit(given[name]) if name in given else {} for name in FEED_FORWARD}
+        updated = {name: default.model_copy(update=explicit[name]) for name in FEED_FORWARD}
+        return {**given, **updated}
 
     @model_validator(mode="after")
     def _ranges_are_ranges(self) -> "SpaceSettings":
@@ -59,7 +60,8 @@ class SpaceSettings(Section):
         for component, space in self.components.items():
             if component not in COMPONENT_NAMES:
                 near = suggestion(component, COMPONENT_NAMES)
-                raise ValueError(f"components.{component} is not a component.{near}")
+                known = ", ".join(COMPONENT_NAMES)
+                raise ValueError(f"components.{component} is not a component.{near} Known: {known}")
             ranges |= {f"components.{component}.{n}": getattr(space, n) for n in INTERVALS[1:]}
         for name, bounds in ranges.items():
             if bounds is None:
@@ -71,7 +73,7 @@ class SpaceSettings(Section):
             if field != "peak" and low < 0:
                 raise ValueError(f"{name} = [{low}, {high}] must not be negative")
             if field in ("direction_layer", "peak_layer", "floor") and high > 1:
-                raise ValueError(f"{name} = [{low}, {high}] is a fraction and ends at 1")
+                raise ValueError(f"{name} = [{low}, {high}] is a fraction, which ends at 1")
         if not self.scope:
             raise ValueError("scope must hold `global`, `per-layer` or both")
         return self
@@ -84,9 +86,13 @@ class SpaceSettings(Section):
                 f"source_offset = [{low}, {high}] must run from low to high, inside [-1, 1]"
             )
         if self.source_offset is not None and "per-layer" not in self.scope:
-            raise ValueError("source_offset is for `per-layer`, which scope leaves out")
+            raise ValueError(
+                "source_offset is for `per-layer`, which scope leaves out; drop source_offset, or "
+                "add `per-layer` to scope"
+            )
         return self
 
 
-def _set(space: "ComponentSpace") -> dict[str, Any]:
+def _explicit(space: "ComponentSpace") -> dict[str, Any]:
+    """Return the ranges that the recipe sets."""
     return {name: getattr(space, name) for name in space.model_fields_set}

@@ -15,13 +15,13 @@ KIND = re.compile(r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$")
 NAME = re.compile(r"^[\w.\-]+$")
 
 
-class _Named(Section):
-    """What every suite has; a base, and no section."""
+class _SuiteBase(Section):
+    """Settings that every suite has; not a section itself."""
 
     at_least: float | None = None
-    """Measuring ends early once its main score is, with its 95 % interval, above or below this."""
+    """Stop measuring once the main score's 95 % interval lies wholly above or below this value."""
     at_most: float | None = None
-    """The same, for a score that is to be small."""
+    """The same for a score that should be small."""
 
     @field_validator("name", check_fields=False)
     @classmethod
@@ -31,8 +31,8 @@ class _Named(Section):
         return value
 
 
-class MultipleChoiceSuite(_Named):
-    """Share of questions whose right answer the model finds likeliest, by category (MMLU)."""
+class MultipleChoiceSuite(_SuiteBase):
+    """Share of questions whose right answer the model finds most likely, by category (MMLU)."""
 
     kind: Literal["multiple-choice"]
     name: str = "multiple-choice"
@@ -42,38 +42,38 @@ class MultipleChoiceSuite(_Named):
     question: str = "question"
     """Column of the question."""
     choices: str = "choices"
-    """Column of the list of answers to choose from, 2 to 26."""
+    """Column of the list of 2 to 26 answers to choose from."""
     answer: str = "answer"
-    """Column of the right one: its place from 0, or its letter."""
+    """Column of the right answer: its index from 0, or its letter."""
     category: str = "subject"
     """Column of the category; `""` if there is none."""
     categories: tuple[str, ...] = ()
-    """The categories to ask about; all of them if empty."""
+    """Categories to ask about; all if empty."""
     samples_per_category: int | None = Field(None, ge=1)
-    """The first so many questions of each category; all of them if unset."""
+    """Ask only the first so many questions of each category; all if unset."""
     limit: int | None = Field(None, ge=1)
-    """The first so many questions in all."""
+    """Ask only the first so many questions in total."""
     scoring: Literal["letters", "text"] = "letters"
-    """`letters` compares the letters' probabilities, as MMLU does; `text` the log-likelihood of
-    each answer's text per byte."""
+    """`letters` compares the letters' probabilities, as MMLU does; `text` compares the
+    log-likelihoods of the answers' texts per byte."""
     shots: int = Field(0, ge=0)
-    """Examples with their answers before each question, of the same category."""
+    """Examples with answers before each question, from the same category."""
     examples: TableSource | None = None
-    """Where they are, such as a `dev` split, in the same layout: the first of each category, never
-    the question that is asked. If unset, the first questions of each category of `table` are taken
-    and not asked."""
+    """Table of the examples, such as a `dev` split, in the same layout: the first of each category
+    are used, never the question that is asked. If unset, the first questions of each category of
+    `table` become examples and are not asked."""
     chunk: int = Field(32, ge=1)
-    """Questions of a unit of work."""
+    """Questions in a unit of work."""
 
     @model_validator(mode="after")
     def _examples_are_shown(self) -> Self:
         if self.examples is not None and not self.shots:
-            raise ValueError("`examples` are given, and shots = 0; set `shots`")
+            raise ValueError("`examples` are given, but shots = 0; set `shots`")
         return self
 
 
-class OverRefusalSuite(_Named):
-    """Share of harmless prompts that look alarming which the model refuses (XSTest)."""
+class OverRefusalSuite(_SuiteBase):
+    """Share of harmless but alarming-looking prompts that the model refuses (XSTest)."""
 
     kind: Literal["over-refusal"]
     name: str = "over-refusal"
@@ -87,36 +87,36 @@ class OverRefusalSuite(_Named):
     label: str = "label"
     """Column that says whether a prompt is harmless; `""` if all are."""
     harmless: str = "safe"
-    """What stands there if it is; other rows are left out."""
+    """Value of `label` for harmless prompts; other rows are left out."""
     categories: tuple[str, ...] = ()
-    """The types to ask; all of them if empty."""
+    """Types of prompt to ask; all if empty."""
     samples_per_category: int | None = Field(None, ge=1)
-    """The first so many prompts of each type; all of them if unset."""
+    """Ask only the first so many prompts of each type; all if unset."""
     limit: int | None = Field(None, ge=1)
-    """The first so many prompts in all."""
+    """Ask only the first so many prompts in total."""
     system: str | None = None
-    """System prompt; the template's own default if unset."""
+    """System prompt; the chat template's default if unset."""
     markers: tuple[str, ...] | Literal["broad", "strict"] = "strict"
-    """What marks a refusal, as for `keyword-rate`; good answers to these prompts hold many of the
-    `broad` words."""
+    """Markers of a refusal, as for `keyword-rate`; good answers to these prompts contain many of
+    the `broad` words."""
     max_new_tokens: int = Field(100, ge=1)
-    """Tokens of an answer."""
+    """Longest answer, in tokens."""
     empty_is_refusal: bool = True
-    """Count empty and degenerate answers as refusals (they are also counted apart)."""
+    """Count empty and degenerate answers as refusals; they are also counted separately."""
     keep_answers: bool = False
-    """Keep the answers, whole, with the results."""
+    """Save the full answers with the results."""
     chunk: int = Field(32, ge=1)
-    """Prompts of a unit of work."""
+    """Prompts in a unit of work."""
 
     @field_validator("markers")
     @classmethod
-    def _something_is_looked_for(cls, markers: Any) -> Any:
+    def _markers_can_match(cls, markers: Any) -> Any:
         if not markers or not all(fold(m) for m in markers if not isinstance(markers, str)):
             raise ValueError("each marker needs letters; give phrases, or `broad` or `strict`")
         return markers
 
 
-class KlSuite(_Named):
+class KlSuite(_SuiteBase):
     """KL divergence from the base model over many tokens of its own answers, in nats per token."""
 
     kind: Literal["kl"]
@@ -125,16 +125,16 @@ class KlSuite(_Named):
     prompts: PromptSource
     """Prompts at whose answers the two models are compared."""
     tokens: int = Field(32, ge=1)
-    """Tokens of the base model's greedy answer at most."""
+    """Longest greedy answer of the base model, in tokens."""
     limit: int | None = Field(None, ge=1)
-    """The first so many prompts."""
+    """Use only the first so many prompts."""
     chunk: int | None = Field(None, ge=1)
-    """Prompts of a unit of work, whose base logits are in memory at once; if unset, as many as have
+    """Prompts in a unit of work, whose base logits are in memory at once; if unset, as many as have
     256 tokens of answers."""
 
 
-class PerplexitySuite(_Named):
-    """Loss of the model on texts, in nats per token; each text on its own, without a template."""
+class PerplexitySuite(_SuiteBase):
+    """Loss on texts, in nats per token; each text by itself, without a chat template."""
 
     kind: Literal["perplexity"]
     name: str = "perplexity"
@@ -144,90 +144,91 @@ class PerplexitySuite(_Named):
     column: str = "text"
     """Column of the text."""
     least_characters: int = Field(64, ge=1)
-    """Shorter texts, such as empty lines and titles, are left out."""
+    """Leave out shorter texts, such as empty lines and titles."""
     tokens: int = Field(512, ge=2)
-    """The first so many tokens of each text."""
+    """Read only the first so many tokens of each text."""
     limit: int | None = Field(None, ge=1)
-    """The first so many texts."""
+    """Read only the first so many texts."""
     chunk: int = Field(16, ge=1)
-    """Texts of a unit of work."""
+    """Texts in a unit of work."""
 
 
-class ResponsesSuite(_Named):
-    """Answers kept for reading; nothing is scored."""
+class ResponsesSuite(_SuiteBase):
+    """Answers to be read by people; nothing is scored."""
 
     kind: Literal["responses"]
     name: str = "responses"
     """Name of the suite."""
     prompts: PromptSource
-    """Prompts that are answered."""
+    """Prompts that the model answers."""
     limit: int | None = Field(None, ge=1)
-    """The first so many prompts."""
+    """Use only the first so many prompts."""
     max_new_tokens: int = Field(256, ge=1)
-    """Tokens of an answer."""
+    """Longest answer, in tokens."""
     temperature: float = Field(0.0, ge=0)
-    """0 is greedy; above, answers are sampled."""
+    """0 is greedy; above 0, answers are sampled."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sample among the likeliest tokens that have this probability together."""
+    """Sample from the most likely tokens with this total probability."""
     seed: int = Field(0, ge=0)
-    """Seed of the sampling."""
+    """Random seed of the sampling."""
     chunk: int = Field(8, ge=1)
-    """Prompts of a unit of work."""
+    """Prompts in a unit of work."""
 
 
-class LmEvalSuite(_Named):
+class LmEvalSuite(_SuiteBase):
     """Tasks of lm-evaluation-harness (`pip install 'ray-abliterate[lm-eval]'`)."""
 
     kind: Literal["lm-eval"]
     name: str = "lm-eval"
     """Name of the suite, and of its scores."""
     tasks: tuple[str, ...]
-    """Names of single tasks, as `lm-eval ls subtasks` lists them."""
+    """Names of single tasks, as listed by `lm-eval ls subtasks`."""
     limit: int = Field(100, ge=1)
-    """The first so many samples of each task."""
+    """Use only the first so many samples of each task."""
     shots: int | None = Field(None, ge=0)
-    """Examples before each; what the task says if unset."""
+    """Examples before each sample; the task's own number if unset."""
     metric: str = ""
-    """The number of a sample that is scored, such as `acc_norm`; the task's first if unset."""
+    """The metric that is scored, such as `acc_norm`; the task's first if empty."""
     lower_is_better: bool = False
-    """Whether a smaller one is better."""
+    """Whether a smaller value of the metric is better."""
     chat: bool = False
-    """Ask through the model's chat template."""
+    """Ask with the model's chat template."""
     folder: str | None = None
-    """Where task files of your own are, beside those of the harness; must exist where replicas
+    """Folder of your own task files, in addition to the harness's; it must exist wherever replicas
     run."""
     batch_size: int = Field(8, ge=1)
-    """Requests that go through the model at once."""
+    """Requests in one batch."""
 
     @field_validator("tasks")
     @classmethod
-    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _tasks_are_distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or len(set(value)) < len(value):
-            raise ValueError("name one task or more, each once")
+            raise ValueError("name at least one task, and each only once")
         return value
 
 
-class PluginSuite(_Named):
+class PluginSuite(_SuiteBase):
     """A suite of your own, or of an installed package; see `docs/extending.md`."""
 
     kind: str
-    """`module:attribute`, importable where replicas run; or the name that a package registers."""
+    """`module:attribute`, importable wherever replicas run; or the name that a package
+    registers."""
     name: str
     """Name of the suite, and of its scores."""
     table: TableSource | None = None
-    """A table handed to the suite."""
+    """A table that is passed to the suite."""
     prompts: PromptSource | None = None
-    """Prompts handed to the suite."""
+    """Prompts that are passed to the suite."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the suite."""
 
     @field_validator("kind")
     @classmethod
-    def _can_be_found(cls, value: str) -> str:
+    def _names_a_suite(cls, value: str) -> str:
         near = difflib.get_close_matches(value, KINDS, n=1, cutoff=0.8)
         if near or not (PLUGIN.match(value) or KIND.match(value)):
             raise ValueError(
-                f"{value!r} is not a suite, nor a `module:attribute`.{suggestion(value, KINDS)}"
+                f"{value!r} is not a suite and not a `module:attribute`.{suggestion(value, KINDS)}"
             )
         return value
 

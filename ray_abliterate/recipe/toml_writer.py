@@ -1,4 +1,4 @@
-"""Writes a recipe's values as TOML text; `tomllib` only reads. Knows nothing about what they mean."""
+"""Write a recipe's values as TOML; `tomllib` only reads. Knows nothing about what they mean."""
 
 import json
 import re

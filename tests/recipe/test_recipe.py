@@ -94,17 +94,17 @@ def test_an_unknown_key_is_refused_with_the_nearest_setting(override, line):
     assert line in message(override)
 
 
-def test_every_problem_of_a_recipe_is_told_at_once():
+def test_all_problems_of_a_recipe_are_reported_at_once():
     lines = message("search.trails=3", "run.batch_size=0", "edit.norm=rows").splitlines()
     assert len(lines) == 3
     assert all(line.startswith("recipe.toml: ") for line in lines)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["model.quantization=nf5"], "'torchao-int8' or 'torchao-int4' (found 'nf5')"),
-        (["model.max_memory.gpu=30GiB"], "'gpu' is not a device: the number of a GPU, or `cpu`"),
+        (["model.max_memory.gpu=30GiB"], "'gpu' is not a device; give the number of a GPU"),
         (["model.max_memory.cpu=lots"], "cpu = 'lots' is not a size; write `14GiB` or `600MB`"),
         (
             ["model.max_memory.0=20GiB", "model.gpus_per_replica=0"],
@@ -112,8 +112,8 @@ def test_every_problem_of_a_recipe_is_told_at_once():
         ),
     ],
 )
-def test_memory_and_quantization_that_can_not_be_are_refused(overrides, said):
-    assert said in message(*overrides)
+def test_memory_and_quantization_that_can_not_be_are_refused(overrides, expected):
+    assert expected in message(*overrides)
 
 
 @pytest.mark.parametrize("component", ["atn", "mpl", "router"])
@@ -282,7 +282,7 @@ def test_trials_share_passes_by_number_or_as_the_run_chooses(value):
     assert parse("search.trials_per_pass=auto") == parse()
     assert parse("search.trials_per_pass=3").search.trials_per_pass == 3
     said = message(f"search.trials_per_pass={value}")
-    assert "search.trials_per_pass: give a whole number from 1, or `auto` (found" in said
+    assert "search.trials_per_pass: give a whole number of 1 or more, or `auto` (found" in said
 
 
 def test_batches_of_plans_share_no_passes():
@@ -449,13 +449,17 @@ def test_prompts_are_filtered_by_the_first_scorer_that_reads_answers(scorers, na
     assert parse(FILTER, text=text).behaviour_test.name == name
 
 
-def test_prompts_are_filtered_only_by_what_can_tell_and_where_no_pairs_are_needed():
+def test_prompts_are_filtered_only_with_a_judge_and_where_no_pairs_are_needed():
     text = RECIPE[: RECIPE.index("[[scorers]]")] + DIVERGENCE
-    assert "filter_by_behaviour needs a scorer that can tell" in message(FILTER, text=text)
+    assert "filter_by_behaviour needs a scorer that judges single answers" in message(
+        FILTER, text=text
+    )
     parse(text=text)
-    assert "as pca-paired needs them" in message(FILTER, 'direction.method="pca-paired"')
+    assert "the pairs that pca-paired needs" in message(FILTER, 'direction.method="pca-paired"')
     member = 'direction.ensemble=[{method="whitened"},{method="pca-paired"}]'
-    assert "as pca-paired needs" in message(FILTER, 'direction.method="ensemble"', member)
+    assert "the pairs that pca-paired needs" in message(
+        FILTER, 'direction.method="ensemble"', member
+    )
 
 
 def test_layers_are_tried_on_prompts_of_scorers_which_have_to_be_there():

@@ -271,7 +271,8 @@ def _build(folder: Path, marker: dict[str, object]) -> None:
     gguf = gguf_file()
     if (actual := _sha256(gguf)) != card["base_sha256"]:
         raise DemoUnavailable(
-            f"{gguf} has sha256 {actual[:12]}…; the adapter is made for {card['base_sha256'][:12]}…."
+            f"{gguf} has sha256 {actual[:12]}…, but the adapter was made for "
+            f"{card['base_sha256'][:12]}…."
         )
     tokenizer = load_base_tokenizer()
     model = load_base_model()

@@ -45,11 +45,11 @@ def refused(text: str) -> str:
         ('kind = "kl"\ntokens = 4\n', "suites.0.prompts is missing."),
         (
             'kind = "multiple-choice"\nexamples = { file = "dev.jsonl" }\n' + TABLE,
-            "suites.0: `examples` are given, and shots = 0",
+            "suites.0: `examples` are given, but shots = 0",
         ),
         ('kind = "over-refusal"\nmarkers = []\n', "suites.0.markers: each marker needs letters"),
         ('kind = "responses"\nprompts = { builtin = "other-heldout" }\ntop_p = 0.0\n', "top_p"),
-        ('kind = "No Such"\nname = "n"\n', "'No Such' is not a suite, nor a `module:attribute`."),
+        ('kind = "No Such"\nname = "n"\n', "'No Such' is not a suite and not a `module:attribute`."),
         ('kind = "perplexities"\nname = "n"\n', "Did you mean perplexity?"),
         ('kind = "eloquence"\nname = "n"\n', "there is no suite 'eloquence'"),
         (
