@@ -4,6 +4,7 @@ Verbs import heavy modules where they use them, so that `--help` is instant.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ from ray_abliterate.cli import (
 )
 from ray_abliterate.cli.terminal import Terminal, say
 from ray_abliterate.errors import RayAbliterateError
+from ray_abliterate.model.optional_packages import hide_optional_packages
 
 VERBOSE = ("-v", "--verbose")
 
@@ -69,18 +71,23 @@ for verbs in (
 
 
 def main() -> None:
+    """Run the command line as a process of its own."""
+    hide_optional_packages()
+    run_command(sys.argv[1:])
+
+
+def run_command(arguments: Sequence[str]) -> None:
     """Run a verb, and exit with its code.
 
     An error that a user can act on is a message and exit code 2. Any other error is a line that
     names the log with the traceback, and exit code 1.
     """
-    arguments = sys.argv[1:]
-    given = [argument for argument in arguments if argument not in VERBOSE]
-    if len(given) < len(arguments):  # typer knows the option before the verb only
-        arguments = [VERBOSE[0], *given]
-    terminal = Terminal()
+    words = [argument for argument in arguments if argument not in VERBOSE]
+    if len(words) < len(arguments):  # typer knows the option before the verb only
+        arguments = [VERBOSE[0], *words]
+    terminal = Terminal(arguments)
     try:
-        app(args=arguments, obj=terminal)
+        app(args=arguments, obj=terminal, prog_name=app.info.name)
     except RayAbliterateError as error:
         say(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)

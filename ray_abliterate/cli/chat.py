@@ -19,7 +19,7 @@ from ray_abliterate.cli.chat_session import BASE, Mode, Session, Speaker, refuse
 from ray_abliterate.cli.chat_view import view_for, write
 from ray_abliterate.cli.tables import frontier_table
 from ray_abliterate.errors import ChatError, RayAbliterateError, RunDirectoryError
-from ray_abliterate.model.source import model_source
+from ray_abliterate.model.source import resolve_model
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.replica.messages import TrialSetup
@@ -87,7 +87,9 @@ def converse(
     setup = TrialSetup(directions, prefix, directory.tuning())
     name = directory.read_recipe().model.name
     replica = Replica(
-        directory.pinned(directory.read_recipe()), model_source(name, SilentProgress().note), {}
+        directory.pin_revision(directory.read_recipe()),
+        resolve_model(name, SilentProgress().note),
+        {},
     )
     edited, rng = Speaker.of(trial), rng or random.Random()
     session = Session(directory, replica, setup, options.tokens, edited, options.mode, rng)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray_abliterate.evaluation.streaming.reader import TextRequest
     from ray_abliterate.pipeline.directory import RunDirectory
     from ray_abliterate.pipeline.evaluate import Models
-    from ray_abliterate.pipeline.text_evaluation import Text
+    from ray_abliterate.pipeline.text_evaluation import TextResults
 
 commands = typer.Typer()
 
@@ -89,7 +89,7 @@ def evaluate(
     """
     from ray_abliterate.pipeline.directory import RunDirectory
 
-    is_run = RunDirectory.is_one(Path(model))
+    is_run = RunDirectory.holds_run(Path(model))
     if trial and not is_run:
         raise RecipeError(f"--trial {trial[0]}: {model} is not a run directory")
     if compare and is_run:
@@ -189,7 +189,7 @@ def _read_text_with_models(
     _show_text(text, folder, models)
 
 
-def _show_text(text: "Text", folder: Path, models: "Models | None" = None) -> None:
+def _show_text(text: "TextResults", folder: Path, models: "Models | None" = None) -> None:
     """Write the page of a text, and print its table."""
     from ray_abliterate.cli.tables import text_table
     from ray_abliterate.report.pages import write_text_page

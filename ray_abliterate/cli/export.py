@@ -126,7 +126,7 @@ def import_heretic(
     output = console()
     folder = to or Path("runs") / checkpoint.stem
     imported = import_study(checkpoint, folder, LineDisplay(output), model, front)
-    output.print(foreign_table(imported.directory.foreign() or {}, rows=20))
+    output.print(foreign_table(imported.directory.imported_study() or {}, rows=20))
     for note in imported.notes:
         output.print(f"note: {note}", markup=False)
     if imported.study.unfinished:

@@ -90,6 +90,6 @@ def calibrate(
         )
     with_prompts = chosen[0].endpoint is not None or chosen[0].sees_prompt
     texts = list(calibration.read_labelled_texts(labelled, with_prompts))
-    markers = {name: Markers(phrases, name).occur_in for name, phrases in MARKERS.items()}
+    markers = {name: Markers(phrases, name).in_text for name, phrases in MARKERS.items()}
     for line in calibration.calibrate(build_judge(chosen[0]), texts, markers).lines():
         say(line)

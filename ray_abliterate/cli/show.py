@@ -56,7 +56,7 @@ def _print_run(directory: "RunDirectory") -> None:
     output.print(frontier_table(Frontier.of(trials), baseline.scorecard if baseline else None))
     if selection := directory.selection():
         output.print(layers_table(selection))
-    if imported := directory.foreign():
+    if imported := directory.imported_study():
         output.print(foreign_table(imported))
     results = directory.suite_results(recipe.suites)
     if results.labels:

@@ -1,6 +1,6 @@
 """Keep the terminal for our own lines; what libraries say goes into a log file.
 
-    terminal = Terminal()
+    terminal = Terminal(["run", "recipe.toml"])
     terminal.quiet()                      # file descriptors 1 and 2 now lead into a log
     say("a line that the user sees")
     log_to(directory.log)                 # the log moves into the run directory
@@ -16,11 +16,13 @@ import atexit
 import faulthandler
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -101,7 +103,9 @@ class OwnWarnings(logging.Handler):
 class Terminal:
     """Represents the terminal of one command, and the log of what libraries say meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Leave everything as it is; `arguments` are the command's, for the log."""
+        self._arguments = tuple(arguments)
         self._log: Path | None = None
         self._start = 0  # size of the log before this command, in bytes
         self._header = 0  # bytes of the line that begins this command's part
@@ -167,7 +171,7 @@ class Terminal:
             return
         self._flush()
         self._start = os.fstat(descriptor).st_size
-        command = " ".join(["ray-abliterate", *sys.argv[1:]])
+        command = shlex.join(["ray-abliterate", *self._arguments])
         header = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode()
         self._header = len(header)
         os.write(descriptor, header + self._log.read_bytes())

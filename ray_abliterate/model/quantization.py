@@ -1,6 +1,6 @@
 """Quantized models: what a recipe may ask for, what checkpoints may be, and what either needs.
 
-Knows nothing about edits: how quantized layers are edited is in `beside`.
+Knows nothing about edits; quantized layers are edited by hooks (`ablation/layer_hooks.py`).
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from ray_abliterate.model.optional_packages import reveal_package
 from ray_abliterate.recipe import Quantization
 
 GROUP = 32
-"""Weights of a row that share a scale, with torchao-int4."""
+"""Consecutive weights of a row that share a scale, with torchao-int4."""
 
 INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009  # unknown to torch's type stubs
 
@@ -34,37 +34,36 @@ PACKAGES = {
     "spqr": (("spqr_quant",), "'spqr_quant[gpu]'"),
     "vptq": (("vptq",), "vptq"),
 }
-"""Modules that a method needs, and what pip installs them as."""
-
+"""Modules that each quantization method needs, and what `pip install` calls them."""
 
 UNPACKED = "unpacked_from"
-"""Attribute of a model that was quantized and is not any more: how."""
+"""Attribute of a model that was unpacked when it was loaded: how it had been quantized."""
 
 
 def quantization_method(config: Any) -> str:
-    """The method that a checkpoint is quantized with; empty if it is not."""
-    for own in (config, config.get_text_config(decoder=True)):
-        found = getattr(own, "quantization_config", None)
-        if found:
-            values = found if isinstance(found, dict) else found.to_dict()
+    """Return the method that a checkpoint is quantized with; empty if it is not."""
+    for part in (config, config.get_text_config(decoder=True)):
+        declared = getattr(part, "quantization_config", None)
+        if declared:
+            values = declared if isinstance(declared, dict) else declared.to_dict()
             return str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
     return ""
 
 
 def remove_quantization(config: Any) -> None:
-    """Have a configuration be that of the model before it was quantized."""
-    for own in (config, config.get_text_config(decoder=True)):
-        if hasattr(own, "quantization_config"):
-            del own.quantization_config
+    """Change a configuration to that of the model before it was quantized."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def refuse_unloadable(name: str, config: Any, wanted: Quantization | None) -> None:
-    """Refuse what can't be loaded, before weights are read.
+    """Refuse a checkpoint that can't be loaded as the recipe asks, before weights are read.
 
     Args:
-        name: The checkpoint's, for messages.
-        config: Its configuration.
-        wanted: What the recipe asks for.
+        name: The checkpoint's name, for messages.
+        config: Its transformers configuration.
+        wanted: The quantization that the recipe asks for.
 
     Raises:
         ModelError: it is quantized already, a package is missing, or its layers don't divide into
@@ -74,7 +73,7 @@ def refuse_unloadable(name: str, config: Any, wanted: Quantization | None) -> No
     if method and wanted:
         raise ModelError(
             f"model.quantization = {wanted!r}, but {name} is quantized already ({method}).\n"
-            "  Leave model.quantization out to search on it as it is, or name the full-precision "
+            "  Remove model.quantization to search on it as it is, or give the full-precision "
             "original."
         )
     if not wanted:
@@ -87,15 +86,19 @@ def refuse_unloadable(name: str, config: Any, wanted: Quantization | None) -> No
 
 
 def refuse_missing_packages(what: str, method: str) -> None:
-    """Make sure that a method's packages are there.
+    """Refuse a quantization method whose packages are not installed.
+
+    Args:
+        what: What needs them, for the message.
+        method: The method, a key of `PACKAGES`.
 
     Raises:
-        ModelError: one is not; says how to install it.
+        ModelError: one is missing; the message says how to install it.
     """
     modules, install = PACKAGES.get(method, ((), ""))
     for module in modules:
         reveal_package(module)
-    missing = [module for module in modules if not _is_there(module)]
+    missing = [module for module in modules if not _is_installed(module)]
     if missing:
         raise ModelError(
             f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
@@ -104,10 +107,10 @@ def refuse_missing_packages(what: str, method: str) -> None:
 
 
 def refuse_uneven(name: str, config: Any) -> None:
-    """Make sure that rows of weights divide into the groups of torchao-int4.
+    """Refuse a model whose rows don't divide into the groups of torchao-int4.
 
     Raises:
-        ModelError: they don't.
+        ModelError: a width is not a multiple of `GROUP`.
     """
     text = config.get_text_config(decoder=True)
     for key in ("hidden_size", "intermediate_size"):
@@ -115,16 +118,16 @@ def refuse_uneven(name: str, config: Any) -> None:
         if isinstance(width, int) and width % GROUP:
             raise ModelError(
                 f"model.quantization = 'torchao-int4' takes {GROUP} weights of a row together, "
-                f"and {name} has {key} = {width}.\n  Choose nf4 or torchao-int8."
+                f"but {name} has {key} = {width}.\n  Choose nf4 or torchao-int8."
             )
 
 
 def quantization_config(wanted: Quantization, dtype: torch.dtype) -> Any:
-    """What transformers is told: one configuration on every device, so that results compare.
+    """Return the configuration for transformers: the same on every device, so that results compare.
 
     Args:
-        wanted: What the recipe asks for.
-        dtype: What layers compute in.
+        wanted: The quantization that the recipe asks for.
+        dtype: The dtype that layers compute in.
     """
     import transformers
 
@@ -141,34 +144,38 @@ def quantization_config(wanted: Quantization, dtype: torch.dtype) -> Any:
     return transformers.TorchAoConfig(IntxWeightOnlyConfig(INT4, PerGroup(GROUP)))
 
 
-def unpack(config: Any) -> str:
-    """Have a compressed-tensors checkpoint unpacked as it is loaded, and say how it was quantized.
+def request_unpacking(config: Any) -> str:
+    """Let a compressed-tensors checkpoint be unpacked while it is loaded.
 
     transformers would leave its layers without weights until the whole model has run once, and
     unpack them then. Unpacked, they are plain linear layers: memory is the original's, and inputs
-    are not rounded where the checkpoint's scheme would have them be. Of other methods: empty.
+    are not rounded where the checkpoint's scheme would have them be.
 
     Args:
-        config: The checkpoint's configuration; what it says of the method is changed.
+        config: The checkpoint's configuration; its quantization is changed.
+
+    Returns:
+        How the checkpoint was quantized, such as `compressed-tensors int4, unpacked`; empty for
+        other methods, which are left as they are.
     """
     if quantization_method(config) != "compressed-tensors":
         return ""
-    found: set[str] = set()
-    for own in (config, config.get_text_config(decoder=True)):
-        values = getattr(own, "quantization_config", None)
+    number_types: set[str] = set()
+    for part in (config, config.get_text_config(decoder=True)):
+        values = getattr(part, "quantization_config", None)
         if isinstance(values, dict):
             values["dequantize"] = True
             groups = [g for g in values.get("config_groups", {}).values() if isinstance(g, dict)]
             weights = [group["weights"] for group in groups if group.get("weights")]
-            found |= {f"{w.get('type', '')}{w.get('num_bits', '')}" for w in weights}
-    return f"{' '.join(['compressed-tensors', *sorted(found)])}, unpacked"
+            number_types |= {f"{w.get('type', '')}{w.get('num_bits', '')}" for w in weights}
+    return f"{' '.join(['compressed-tensors', *sorted(number_types)])}, unpacked"
 
 
 def stop_repacking(module: nn.Module) -> None:
-    """Keep 4-bit layers from being packed anew by CPUs with bfloat16 units.
+    """Keep CPUs with bfloat16 units from repacking 4-bit layers.
 
-    Packed ones compute in bfloat16 whatever the model's dtype, so that replicas on two kinds of
-    CPU would differ; and asking bitsandbytes (0.50) for their state turns the scales round.
+    Repacked layers compute in bfloat16 whatever the model's dtype, so that replicas on two kinds of
+    CPU would differ; and reading their state from bitsandbytes (0.50) inverts the scales.
     """
     for layer in module.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -176,24 +183,26 @@ def stop_repacking(module: nn.Module) -> None:
 
 
 def compute_dtype(config: Any, wanted: str) -> torch.dtype:
-    """What a checkpoint's layers compute in: the recipe's dtype, or its own."""
+    """Return the dtype that a checkpoint's layers compute in: the recipe's, or its own.
+
+    Args:
+        config: The checkpoint's configuration.
+        wanted: The recipe's dtype by name, or `auto`.
+    """
     if wanted != "auto":
         named: torch.dtype = getattr(torch, wanted)
         return named
-    for own in (config, config.get_text_config(decoder=True)):
-        if isinstance(getattr(own, "dtype", None), torch.dtype):
-            found: torch.dtype = own.dtype
-            return found
+    for part in (config, config.get_text_config(decoder=True)):
+        if isinstance(getattr(part, "dtype", None), torch.dtype):
+            dtype: torch.dtype = part.dtype
+            return dtype
     return torch.float32
 
 
-# What is loaded
-
-
 def describe_quantization(module: Any) -> str:
-    """How a loaded model is quantized: the method, and the bits of a weight if they are known.
+    """Return how a loaded model is quantized: the method, and the bits of a weight if known.
 
-    One that was unpacked has the numbers that quantization left of it.
+    An unpacked model counts as quantized, because its numbers are the rounded ones.
     """
     if unpacked := getattr(module, UNPACKED, ""):
         return str(unpacked)
@@ -216,7 +225,7 @@ def describe_quantization(module: Any) -> str:
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor is made of."""
+    """Yield the plain tensors that a tensor consists of: codes and scales of a quantized one."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
@@ -225,11 +234,11 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Memory of a tensor, quantized or not."""
+    """Return the bytes of a tensor, quantized or not."""
     return sum(t.numel() * t.element_size() for t in plain_tensors(tensor))
 
 
-def _is_there(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # its parent is missing

@@ -17,7 +17,7 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
-from ray_abliterate.cli.app import app, main
+from ray_abliterate.cli.app import app, run_command
 from ray_abliterate.directions.residuals.shard import ResidualShard
 from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.pipeline.directory import Baseline, RunDirectory
@@ -45,11 +45,10 @@ def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
     out, err, code = StringIO(), StringIO(), 0
     with (
         chdir(folder), redirect_stdout(out), redirect_stderr(err), open(os.devnull) as nothing,
-        patch.object(sys, "argv", ["ray-abliterate", *arguments]),
         patch.object(sys, "stdin", nothing), patch.dict(os.environ, COLUMNS="120"),
     ):  # fmt: skip
         try:
-            main()
+            run_command(arguments)
         except SystemExit as end:
             code = int(end.code or 0)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
@@ -76,10 +75,12 @@ def a_run(folder: Path, recipe: Recipe, trials: int = 2) -> RunDirectory:
             {"direction_scope": "global", "direction_layer": 2.0, "attn.peak": 1.0 + number,
              "attn.peak_layer": 2.0, "attn.floor": 0.5, "attn.reach": 1.5}, "none",
         )  # fmt: skip
-        directory.append(Trial(number, plan, Scorecard(scores), 1.0))
+        directory.append_trial(Trial(number, plan, Scorecard(scores), 1.0))
     card = Scorecard((Score("keyword-rate", 1, 0, 1), Score("kl-divergence", 0, 0, 0)))
     directory.save_baseline(Baseline(card, (), 2))
-    directory.note(model={"layers": 4, "hidden": 32, "components": ["attn"]}, base=str(folder))
+    directory.record_facts(
+        model={"layers": 4, "hidden": 32, "components": ["attn"]}, base=str(folder)
+    )
     return directory
 
 
@@ -279,7 +280,7 @@ def test_a_bounded_trial_is_told_apart_and_its_export_names_the_better_one(
         Score("keyword-rate", 0.75, 0.75, 1, detail={"hits": 3, "total": 4}, bound=True),
         Score("kl-divergence", 0.4, 0, 1, unit="nats per token"),
     )
-    directory.append(Trial(2, directory.trial(0).plan, Scorecard(scores), 0.5))
+    directory.append_trial(Trial(2, directory.trial(0).plan, Scorecard(scores), 0.5))
     assert (
         "3 of 6 trials, 1 stopped early, 0 failed" in command("show", "run", folder=tmp_path).stdout
     )
@@ -315,7 +316,9 @@ def test_a_study_of_heretics_becomes_a_run_that_shows_its_scores_as_its_own(
     tmp_path: Path,
 ) -> None:
     journal = ROOT / "tests" / "support" / "heretic" / "heretic-1.4.jsonl"
-    assert "behaviour.txt is not there" in refused("import-heretic", str(journal), folder=tmp_path)
+    assert "behaviour.txt does not exist" in refused(
+        "import-heretic", str(journal), folder=tmp_path
+    )
     for name in ("behaviour", "neutral"):
         (tmp_path / f"{name}.txt").write_text("a prompt\n")
     (tmp_path / "model").mkdir()
@@ -376,7 +379,7 @@ def test_directions_and_residuals_of_a_run_leave_a_page_each(
         shard = ResidualShard.of(name, 0, values).to_file(name)
         directory.shards.file(name, 0).write_bytes(shard)
         facts[name] = {"key": name, "shards": 1}
-    directory.note(residuals=facts)
+    directory.record_facts(residuals=facts)
     done = command(
         "directions", "run", "--method", "mean-difference", "--method", "inlp", "--pairs", "2",
         folder=tmp_path,

@@ -13,7 +13,8 @@ from ray_abliterate.cli import chat
 from ray_abliterate.cli.chat_session import stopping
 from ray_abliterate.cli.chat_view import STOPPED, Columns, Lines, Scroll, view_for
 from ray_abliterate.errors import ChatError, TrialNotFound
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.plan import Plan
 
 CAKE, STONE = "tell me about the cake", "about the stone"
@@ -38,7 +39,7 @@ def talk(run, *lines, mode="one", typed=False, terminal=False, width=100, save=N
     output = io.StringIO()
     console = Console(file=output, width=width, force_terminal=terminal, color_system=None)
     source = (Typed if typed else io.StringIO)("".join(f"{x}\n" for x in lines))
-    options = chat.Options(mode, tokens=4, save=save)
+    options = chat.ChatOptions(mode, tokens=4, save=save)
     chat.converse(run.directory, run.trial, options, console, source, random.Random(seed))
     return output.getvalue()
 
@@ -46,7 +47,7 @@ def talk(run, *lines, mode="one", typed=False, terminal=False, width=100, save=N
 @pytest.fixture(scope="module")
 def run(planted_copy):
     """A run with a second trial, which changes nothing."""
-    planted_copy.directory.append(replace(planted_copy.trial, number=1, plan=Plan.nothing()))
+    planted_copy.directory.append_trial(replace(planted_copy.trial, number=1, plan=Plan.nothing()))
     return planted_copy
 
 
@@ -66,7 +67,7 @@ def asked(monkeypatch):
 
 @pytest.fixture(scope="module")
 def replica(run):
-    return Replica(run.directory.recipe, str(run.model), {})
+    return Replica(run.directory.read_recipe(), str(run.model), {})
 
 
 # Tokens as they come
@@ -75,7 +76,7 @@ def replica(run):
 @pytest.mark.parametrize("limit", [1, 2, 8])
 @pytest.mark.parametrize("question", [CAKE, STONE])
 def test_what_is_streamed_is_what_reply_gives(run, replica, question, limit):
-    setup = Setup(run.directory.directions())
+    setup = TrialSetup(run.directory.directions())
     turns = [{"role": "user", "content": question}]
     for plan in (Plan.nothing(), run.trial.plan):
         pieces = Pieces()
@@ -318,7 +319,7 @@ def test_ctrl_c_at_the_prompt_ends_the_chat(run):
             raise KeyboardInterrupt
 
     console = Console(file=io.StringIO())
-    chat.converse(run.directory, run.trial, chat.Options(), console, Interrupted())
+    chat.converse(run.directory, run.trial, chat.ChatOptions(), console, Interrupted())
 
 
 # Transcripts

@@ -12,18 +12,18 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoConfig
 
-from ray_abliterate.cli import doctor
-from ray_abliterate.cli import recipe_preview as samples
-from ray_abliterate.cli.doctor import examine, fit
-from ray_abliterate.cluster.placement import Layout
+from ray_abliterate.cli import doctor, machine_checks, recipe_preview
+from ray_abliterate.cli.doctor import check_all, check_fit
+from ray_abliterate.cluster.placement import ReplicaLayout
 from ray_abliterate.data.builtin import demo_model as demo
-from ray_abliterate.data.tables import TableRow
+from ray_abliterate.data.readers import TableRow
 from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.model.architecture import find_writers
 from ray_abliterate.model.families import UNSUPPORTED
+from ray_abliterate.model.skeleton import build_skeleton
 from ray_abliterate.recipe import PromptSource, Recipe
 from ray_abliterate.recipe.suites import PerplexitySuite
-from ray_abliterate.replica.memory_estimate import Footprint, footprint, outline
+from ray_abliterate.replica.memory_estimate import MemoryEstimate, estimate_memory
 from ray_abliterate.testing.tiny import tiny_config, tiny_model
 from tests.conftest import MODEL_AND_PROMPTS
 
@@ -46,9 +46,10 @@ prompts = {{ file = "neutral-scored.txt" }}
 @pytest.fixture(autouse=True)
 def plenty(monkeypatch):
     """A machine without GPUs and with enough of the rest, whatever this one has."""
-    monkeypatch.setattr(doctor, "gpu_memory", lambda: [])
-    monkeypatch.setattr(doctor, "ram_available", lambda: 64 * GB)
-    monkeypatch.setattr(doctor, "cpu_cores", lambda: 8)
+    for module in (doctor, machine_checks):
+        monkeypatch.setattr(module, "gpu_memory", lambda: [])
+        monkeypatch.setattr(module, "ram_available", lambda: 64 * GB)
+        monkeypatch.setattr(module, "cpu_cores", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -76,7 +77,7 @@ def parsed(model, *overrides):
 def look(recipe=None, base=Path()):
     """Exit code, and what was printed."""
     output = io.StringIO()
-    code = examine(recipe, base, Console(file=output, width=400))
+    code = check_all(recipe, base, Console(file=output, width=400))
     return code, output.getvalue()
 
 
@@ -141,22 +142,24 @@ def test_the_hub_token_is_never_shown(monkeypatch):
 
 
 def test_a_library_that_is_too_old_fails(monkeypatch):
-    monkeypatch.setattr(doctor, "requires", lambda _: ["torch>=99", "ray[default,tune]>=2.60,<3"])
+    monkeypatch.setattr(
+        machine_checks, "requires", lambda _: ["torch>=99", "ray[default,tune]>=2.60,<3"]
+    )
     code, text = look()
     assert (code, row(text, "libraries")[0]) == (1, "FAIL")
     assert "pip install --upgrade 'torch>=99'" in text
 
 
 def test_a_run_folder_that_cannot_be_written_fails(monkeypatch):
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.setattr(machine_checks.os, "access", lambda *_: False)
     code, text = look()
     assert (code, row(text, "run folder")[0]) == (1, "FAIL")
 
 
 def test_little_memory_and_disk_are_warnings(monkeypatch):
-    monkeypatch.setattr(doctor, "ram_available", lambda: GB)
+    monkeypatch.setattr(machine_checks, "ram_available", lambda: GB)
     usage = shutil.disk_usage(".")._replace(free=GB)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda _: usage)
     code, text = look()
     states = [row(text, name)[0] for name in ("memory", "model cache", "working folder")]
     assert (code, states) == (0, ["warn"] * 3)
@@ -186,11 +189,11 @@ def test_few_rows_are_asked_of_the_hub(monkeypatch, tmp_path):
         asked.append(source.split)
         raise PromptSourceError("not today")
 
-    monkeypatch.setattr(samples, "load_prompt_set", load)
+    monkeypatch.setattr(recipe_preview, "load_prompt_set", load)
     for split in ("train[:400]", "train[100:103]", "train"):
         source = PromptSource(dataset="owner/data", column="text", split=split)
         with pytest.raises(PromptSourceError):
-            samples.read("behaviour", source, tmp_path)
+            recipe_preview.preview_prompts("behaviour", source, tmp_path)
     assert asked == ["train[0:8]", "train[100:103]", "train[0:8]"]
 
 
@@ -259,7 +262,7 @@ def test_one_chunk_is_asked_of_a_suite_on_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("ray_abliterate.evaluation.suites.perplexity.stream_table", rows)
     table = {"dataset": "owner/name", "split": "train"}
     setting = PerplexitySuite.model_validate({"kind": "perplexity", "table": table, "chunk": 4})
-    assert samples.asked(setting, tmp_path) == "perplexity, first 4 items"
+    assert recipe_preview.preview_suite(setting, tmp_path) == "perplexity, first 4 items"
     assert len(given) == 4
 
 
@@ -288,10 +291,10 @@ def test_a_quantized_checkpoint_can_be_searched_if_its_package_is_there(recipe, 
 
 
 def test_4_bits_need_a_fraction_of_the_memory(recipe, model):
-    module, settings = outline(AutoConfig.from_pretrained(model)), recipe.model
-    writers = find_writers(module)
+    module, settings = build_skeleton(AutoConfig.from_pretrained(model)), recipe.model
+    writers = find_writers(module, in_memory=False)
     small = recipe.model_copy(update={"model": settings.model_copy(update={"quantization": "nf4"})})
-    plain, four_bits = (footprint(module, writers, r, []) for r in (recipe, small))
+    plain, four_bits = (estimate_memory(module, writers, r, []) for r in (recipe, small))
     linear = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
     linear -= module.lm_head.weight.numel()
     saved = linear * (plain.dtype.itemsize - 0.5625)
@@ -330,12 +333,12 @@ def test_too_little_memory_fails(recipe, tmp_path, monkeypatch):
 
 # Memory
 
-NEED = Footprint(8 * 10**9, torch.bfloat16, 16 * GB, 8 * GB, GB, GB)
+NEED = MemoryEstimate(8 * 10**9, torch.bfloat16, 16 * GB, 8 * GB, GB, GB)
 
 
 def fitting(recipe, gpus, free, need=NEED):
     """The check of a replica on so many cards with so much free memory."""
-    return fit(need, recipe, Layout(1, gpus, 1.0, 1))
+    return check_fit(need, recipe, ReplicaLayout(1, gpus, 1.0, 1))
 
 
 @pytest.mark.parametrize(
@@ -367,48 +370,49 @@ def test_a_share_of_a_card_is_a_share_of_its_memory(recipe, monkeypatch):
 
 def test_replicas_on_the_cpu_share_its_memory(recipe, monkeypatch):
     monkeypatch.setattr(doctor, "ram_available", lambda: 64 * GB)
-    assert fit(NEED, recipe, Layout(1, 0.0, 1.0, 1)).state == "ok"
-    assert fit(NEED, recipe, Layout(3, 0.0, 1.0, 1)).state == "warn"  # one weight cache for all
-    check = fit(NEED, recipe, Layout(4, 0.0, 1.0, 1))
+    assert check_fit(NEED, recipe, ReplicaLayout(1, 0.0, 1.0, 1)).state == "ok"
+    assert (
+        check_fit(NEED, recipe, ReplicaLayout(3, 0.0, 1.0, 1)).state == "warn"
+    )  # one weight cache for all
+    check = check_fit(NEED, recipe, ReplicaLayout(4, 0.0, 1.0, 1))
     assert check.state == "FAIL"
     assert "Fewer replicas (model.replicas, now 4)" in check.fix
 
 
 @pytest.mark.parametrize("family", ["llama/biases", "mixtral", "gemma3", "zamba2", "falcon_mamba"])
-def test_an_outline_has_the_writers_and_the_size_of_the_model(family, recipe):
-    real, hollow = tiny_model(family), outline(tiny_config(family))
+def test_a_skeleton_has_the_writers_and_the_size_of_the_model(family, recipe):
+    real, skeleton = tiny_model(family), build_skeleton(tiny_config(family))
     writers = find_writers(real)
-    assert find_writers(hollow) == writers
-    found = footprint(hollow, writers, recipe, [])
+    assert find_writers(skeleton, in_memory=False) == writers
+    found = estimate_memory(skeleton, writers, recipe, [])
     assert found.parameters == sum(p.numel() for p in real.parameters())
     assert found.weights == 4 * found.parameters
     written = sum(real.get_parameter(w.parameter).numel() for w in writers)
     assert found.cache >= 4 * written
-    stored = sum(p.untyped_storage().nbytes() for p in hollow.parameters())
-    assert stored <= 4 * len(list(hollow.parameters()))
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
 
 
 def test_the_dtype_of_the_recipe_counts(recipe, model):
-    module = outline(tiny_config("llama"))
-    writers = find_writers(module)
-    full = footprint(module, writers, recipe, [])
-    half = footprint(module, writers, parsed(model, "model.dtype=bfloat16"), [])
+    module = build_skeleton(tiny_config("llama"))
+    writers = find_writers(module, in_memory=False)
+    full = estimate_memory(module, writers, recipe, [])
+    half = estimate_memory(module, writers, parsed(model, "model.dtype=bfloat16"), [])
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     assert full.weights == 2 * half.weights
 
 
 def test_a_bigger_batch_needs_more(recipe, model):
-    module = outline(tiny_config("llama"))
-    writers = find_writers(module)
-    small = footprint(module, writers, parsed(model, "run.batch_size=1"), [])
-    assert footprint(module, writers, recipe, []).batch == 32 * small.batch
+    module = build_skeleton(tiny_config("llama"))
+    writers = find_writers(module, in_memory=False)
+    small = estimate_memory(module, writers, parsed(model, "run.batch_size=1"), [])
+    assert estimate_memory(module, writers, recipe, []).batch == 32 * small.batch
     assert replace(small, cache=0).total == small.weights + small.batch
 
 
 def test_what_memory_lacks_is_no_failure_where_weights_may_rest_elsewhere(recipe):
-    need = Footprint(10**12, torch.float32, 10**15, 0, 0, 0)
-    layout = Layout(1, 0.0, 1.0, 1)
-    assert fit(need, recipe, layout).state == "FAIL"
+    need = MemoryEstimate(10**12, torch.float32, 10**15, 0, 0, 0)
+    layout = ReplicaLayout(1, 0.0, 1.0, 1)
+    assert check_fit(need, recipe, layout).state == "FAIL"
     settings = recipe.model.model_copy(update={"max_memory": {"cpu": "1GiB"}})
-    check = fit(need, recipe.model_copy(update={"model": settings}), layout)
+    check = check_fit(need, recipe.model_copy(update={"model": settings}), layout)
     assert check.state == "warn" and "slow" in check.found

@@ -33,14 +33,14 @@ def test_a_line_says_why_a_trial_was_stopped() -> None:
         progress.trial(ended, done, 2, Frontier.of(TRIALS[:done]))
     first, second = output.getvalue().splitlines()
     assert "trial 12: kl 0.4  rate 0.125  (frontier)" in first
-    assert "trial 13: kl 0.41  rate ≥ 0.25  (stopped: trial 12 is better)" in second
+    assert "trial 13: kl 0.41  rate ≥ 0.25  (stopped early: trial 12 is better)" in second
 
 
 def test_the_panel_counts_trials_that_were_stopped() -> None:
     progress = LiveDisplay(Console(file=io.StringIO()))
     for done, ended in enumerate(TRIALS, start=1):
         progress.trial(ended, done, 2, Frontier.of(TRIALS[:done]))
-    rate = progress._progress.tasks[0].fields["rate"]
+    rate = progress._bar.tasks[0].fields["rate"]
     assert rate.endswith(", 1 stopped early")
 
 
