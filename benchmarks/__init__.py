@@ -1,1 +1,1 @@
-"""Benchmarks: one file or folder a claim; figures are kept in `results/`."""
+"""Benchmarks: one file or folder per claim; `python -m benchmarks` lists them."""

@@ -135,14 +135,16 @@ class DecodeBench:
         prompt = [3 + i % 7 for i in range(options.prompt)]
         batch = self.engine.batch([prompt] * options.rows)
         milliseconds: dict[str, float] = {}
-        with self.edits.opened([Plan.uniform(shape, layers / 2, "row")] * count, directions):
+        with self.edits.applied([Plan.uniform(shape, layers / 2, "row")] * count, directions):
             with_graphs = {"recorded": True, "launched": False}
             if self.engine.decoder.graphs is None:
                 del with_graphs["recorded"]
             for name, recorded in with_graphs.items():
                 self.engine.techniques = replace(self.engine.techniques, recorded_steps=recorded)
                 milliseconds[f"{name}_ms"] = round(1000 * self._step_seconds(batch, count), 3)
-        stored = self.engine.kv_bytes_per_token or self.model.memory_cost.kv  # keys and values of a token
+        stored = (
+            self.engine.kv_bytes_per_token or self.model.memory_cost.kv
+        )  # keys and values of a token
         positions = options.prompt + options.tokens / 2  # on average
         read = self.weight_bytes + stored * options.rows * count * positions
         floor = round(1000 * read / self.bandwidth, 3)

@@ -1,87 +1,121 @@
-"""How many folds find the layer that separates best, on synthetic layers that hardly differ.
+"""How often so many folds find the layer that separates best, on layers that hardly differ.
 
     OMP_NUM_THREADS=1 python -m benchmarks.fold_count
 
-Twelve layers of noise about a shift along one unit, larger in one layer than in the others; the
-difference of means, measured in so many folds. Says how often that layer has the highest AUROC,
-and what the AUROC of layers without any shift is: mean and standard deviation.
+Synthetic data: twelve layers of noise about a shift along one unit, larger in one layer than in the
+others; the difference of means, measured in so many folds. The figures say how often that layer has
+the highest AUROC, and what the AUROC of layers without any shift is: mean and standard deviation.
 """
 
-import argparse
 from typing import Any
 
-from benchmarks.harness.record import save
+from benchmarks.harness.claim import Claim, Figures
+from benchmarks.harness.tables import table
 
 SIZES = ((20, 1000, 4.1), (100, 1000, 2.75))
-"""Prompts of each set, units, and the larger shift in standard deviations of a unit."""
+"""Prompts of each set, hidden units, and the larger shift in standard deviations of a unit."""
 FOLDS = (2, 3, 5, 10)
-LAYERS, PLANTED = 12, 5
-SMALLER = 0.85
-"""Of the larger shift, in all other layers."""
+LAYERS, PLANTED_LAYER = 12, 5
+SMALLER_SHIFT = 0.85
+"""The shift in all other layers, as a share of the larger one."""
 
 
 def main() -> None:
-    """Measure, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=400)
+    """Measure how often the planted layer is found, print, save."""
+    parser = CLAIM.parser(draws=2)
+    parser.add_argument("--draws", type=int, default=400, help="data sets of each size")
     options = parser.parse_args()
-    rows = [row for size in SIZES for row in measured(*size, options.draws)]
-    print(save("folds", {"draws": options.draws, "layers": LAYERS, "measured": rows}))
+    rows = [row for size in SIZES for row in measure(*size, options.draws)]
+    CLAIM.save({"draws": options.draws, "layers": LAYERS, "measured": rows}, options)
 
 
-def measured(prompts: int, hidden: int, shift: float, draws: int) -> list[dict[str, Any]]:
-    """A row for each number of folds."""
+def measure(prompts: int, hidden: int, shift: float, draws: int) -> list[dict[str, Any]]:
+    """Return a row for each number of folds."""
     import numpy
 
     random = numpy.random.default_rng(0)
-    found: dict[int, int] = dict.fromkeys(FOLDS, 0)
-    nothing: dict[int, list[float]] = {count: [] for count in FOLDS}
+    hits: dict[int, int] = dict.fromkeys(FOLDS, 0)
+    noise_areas: dict[int, list[float]] = {count: [] for count in FOLDS}
     for _ in range(draws):
         areas: dict[int, list[float]] = {count: [] for count in FOLDS}
         for layer in range(LAYERS):
             behaviour, neutral = random.standard_normal((2, prompts, hidden))
             for count in FOLDS if layer == 0 else ():
-                nothing[count].append(area(behaviour, neutral, count))
-            behaviour[:, 0] += shift * (1 if layer == PLANTED else SMALLER)
+                noise_areas[count].append(held_out_auroc(behaviour, neutral, count))
+            behaviour[:, 0] += shift * (1 if layer == PLANTED_LAYER else SMALLER_SHIFT)
             for count in FOLDS:
-                areas[count].append(area(behaviour, neutral, count))
-        for count, own in areas.items():
-            found[count] += own.index(max(own)) == PLANTED
+                areas[count].append(held_out_auroc(behaviour, neutral, count))
+        for count, by_layer in areas.items():
+            hits[count] += by_layer.index(max(by_layer)) == PLANTED_LAYER
     rows = []
     for count in FOLDS:
-        mean, spread = float(numpy.mean(nothing[count])), float(numpy.std(nothing[count]))
         row = {
             "prompts": prompts,
             "hidden": hidden,
             "folds": count,
-            "found": round(found[count] / draws, 3),
+            "found": round(hits[count] / draws, 3),
+            "nothing_mean": round(float(numpy.mean(noise_areas[count])), 3),
+            "nothing_spread": round(float(numpy.std(noise_areas[count])), 3),
         }
-        rows.append({**row, "nothing_mean": round(mean, 3), "nothing_spread": round(spread, 3)})
-        print(rows[-1])
+        rows.append(row)
+        print(row)
     return rows
 
 
-def area(behaviour: Any, neutral: Any, count: int) -> float:
-    """AUROC of all prompts, each along the difference of means of the other folds."""
+def held_out_auroc(behaviour: Any, neutral: Any, count: int) -> float:
+    """Return the AUROC of all prompts, each projected on the difference of means of other folds.
+
+    Args:
+        behaviour: Residuals of one set, `"prompt hidden"`.
+        neutral: Residuals of the other, of the same shape.
+        count: Number of folds.
+    """
     import numpy
 
     from ray_abliterate.directions.comparison.held_out import centre_folds
     from ray_abliterate.directions.residuals.folds import Folds
     from ray_abliterate.directions.separability import auroc
 
-    own = numpy.arange(len(behaviour)) % count
-    along = [numpy.empty(len(behaviour)) for _ in range(2)]
-    sums = [values.sum(axis=0) for values in (behaviour, neutral)]
+    fold_of = numpy.arange(len(behaviour)) % count  # (prompt,)
+    projections = [numpy.empty(len(behaviour)) for _ in range(2)]
+    sums = [values.sum(axis=0) for values in (behaviour, neutral)]  # (hidden,) each
     for fold in range(count):
-        inside = own == fold
+        inside = fold_of == fold
         others = [
             s - v[inside].sum(axis=0) for s, v in zip(sums, (behaviour, neutral), strict=True)
         ]
-        gap = others[0] - others[1]
-        vector = gap / numpy.linalg.norm(gap)
-        along[0][inside], along[1][inside] = behaviour[inside] @ vector, neutral[inside] @ vector
-    return auroc(*centre_folds(along[0], along[1], Folds(count, own, own)))
+        gap = others[0] - others[1]  # both sets leave out as many: sums serve as well as means
+        direction = gap / numpy.linalg.norm(gap)
+        projections[0][inside] = behaviour[inside] @ direction
+        projections[1][inside] = neutral[inside] @ direction
+    return auroc(*centre_folds(projections[0], projections[1], Folds(count, fold_of, fold_of)))
 
+
+def folds_table(figures: Figures) -> list[str]:
+    """Return how often each number of folds finds the layer, by size."""
+    rows_by_key = {
+        (row["prompts"], row["hidden"], row["folds"]): row for row in figures["measured"]
+    }
+    sizes = list(dict.fromkeys((prompts, hidden) for prompts, hidden, _ in rows_by_key))
+    lines = []
+    for count in dict.fromkeys(folds for _, _, folds in rows_by_key):
+        rows = [rows_by_key[*size, count] for size in sizes]
+        noise = (f"{row['nothing_mean']:.2f} ± {row['nothing_spread']:.2f}" for row in rows)
+        lines.append((count, *(f"{row['found']:.0%}" for row in rows), *noise))
+    heads = (
+        f"{what}, 2 × {prompts} × {hidden:,}"
+        for what in ("layer found", "AUROC of noise")
+        for prompts, hidden in sizes
+    )
+    return table(("folds", *heads), lines)
+
+
+CLAIM = Claim(
+    "fold_count",
+    "How often 2 to 10 folds find the layer that separates best, on layers that hardly differ.",
+    "folds",
+    {"folds": folds_table},
+)
 
 if __name__ == "__main__":
     main()

@@ -2,17 +2,18 @@
 
     python -m benchmarks.quantized_scores [--plans 8] [--prompts 24] [--kinds nf4 torchao-int8]
 
-The demo model, plans of a recorded study (spread over its KL divergences). Each kind extracts its
-own residuals and directions, as a search on it does; its scores are held against those of the same
-plans in full precision.
+The demo model, and plans of a recorded study, spread over its KL divergences. Each kind of
+quantization extracts residuals and directions of its own, as a search on it does; its scores are
+held against those of the same plans in full precision.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.record import save
+from benchmarks.harness.claim import Claim, Figures
+from benchmarks.harness.record import RESULTS
+from benchmarks.harness.tables import column_table
 
 RECIPE = """
 [model]
@@ -33,66 +34,76 @@ max_new_tokens = 16
 kind = "kl-divergence"
 prompts = {{ builtin = "other-heldout", split = "[:{prompts}]" }}
 """
-PLANS = Path(__file__).parent / "results" / "demo_plans.jsonl"
+PLANS = RESULTS / "demo_plans.jsonl"
 
 
 def main() -> None:
-    """Measure, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plans", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=24)
+    """Score the plans on every kind of weights, print, save."""
+    parser = CLAIM.parser(plans=2, prompts=4, kinds=["nf4"])
+    parser.add_argument("--plans", type=int, default=8, help="plans, 2 or more")
+    parser.add_argument("--prompts", type=int, default=24, help="prompts of each set")
     parser.add_argument("--kinds", nargs="+", default=["nf4", "torchao-int8"])
     options = parser.parse_args()
-    plans = spread(options.plans)
-    kinds = {kind: measured(kind, plans, options.prompts) for kind in ("", *options.kinds)}
-    full = kinds.pop("")
+    plans = recorded_plans(options.plans)
+    full = measure("", plans, options.prompts)
+    kinds = {kind: measure(kind, plans, options.prompts) for kind in options.kinds}
     figures = {
         "plans": len(plans),
         "prompts": options.prompts,
         "full": full,
-        "kinds": {kind: found | compared(found, full) for kind, found in kinds.items()},
+        "kinds": {
+            kind: measured | {"predicts": compare_scores(measured["scores"], full["scores"])}
+            for kind, measured in kinds.items()
+        },
     }
-    print(save("quantized", figures))
+    CLAIM.save(figures, options)
 
 
-def spread(count: int) -> list[dict[str, Any]]:
-    """Plans of the recorded study, at even ranks of their KL divergence."""
+def recorded_plans(count: int) -> list[dict[str, Any]]:
+    """Return plans of the recorded study, at even ranks of their KL divergence."""
     rows = [json.loads(line) for line in PLANS.read_text(encoding="utf-8").splitlines()]
     rows.sort(key=lambda row: row["kl"])
     return [rows[round(i * (len(rows) - 1) / (count - 1))]["plan"] for i in range(count)]
 
 
-def measured(kind: str, plans: list[dict[str, Any]], prompts: int) -> dict[str, Any]:
-    """Bytes, seconds and scores of one kind."""
+def measure(kind: str, plans: list[dict[str, Any]], prompts: int) -> dict[str, Any]:
+    """Return bytes, seconds and scores of one kind of weights.
+
+    Args:
+        kind: Quantization as a recipe names it; empty for full precision.
+        plans: Plans as a recorded study has them.
+        prompts: Prompts of each set.
+    """
     from ray_abliterate.data.prompt_sources import load_prompt_set
-    from ray_abliterate.directions.compute import compute
+    from ray_abliterate.directions.compute import directions_from_residuals
     from ray_abliterate.directions.residuals.residual_set import join
     from ray_abliterate.directions.residuals.shard import ResidualShard
-    from ray_abliterate.model.source import model_source
-    from ray_abliterate.pipeline.progress import Unwatched
+    from ray_abliterate.model.source import resolve_model
+    from ray_abliterate.pipeline.progress import SilentProgress
     from ray_abliterate.recipe import Recipe
-    from ray_abliterate.replica.replica import Replica, Setup
+    from ray_abliterate.replica.messages import TrialSetup
+    from ray_abliterate.replica.replica import Replica
     from ray_abliterate.search.plan import Plan
 
     line = f'quantization = "{kind}"' if kind else ""
     recipe = Recipe.parse(RECIPE.format(quantization=line, prompts=prompts), "recipe.toml")
-    sets = {s.name: load_prompt_set(s.name, s.prompts, Path()) for s in recipe.scorers}
-    replica = Replica(recipe, model_source("demo", Unwatched().note), sets)
-    both = [
+    scored = {s.name: load_prompt_set(s.name, s.prompts, Path()) for s in recipe.scorers}
+    replica = Replica(recipe, resolve_model("demo", SilentProgress().note), scored)
+    contrast = [
         load_prompt_set(n, getattr(recipe.prompts, n), Path()) for n in ("behaviour", "neutral")
     ]
-    shards = [ResidualShard(replica.residuals(s.name, 0, s.prompts, ())) for s in both]
-    directions = compute(*(join([shard]) for shard in shards), recipe.direction)
-    setup = Setup(directions)
+    shards = [ResidualShard(replica.extract_residuals(s.name, 0, s.prompts, ())) for s in contrast]
+    directions = directions_from_residuals(*(join([shard]) for shard in shards), recipe.direction)
+    setup = TrialSetup(directions)
     replica.evaluate(Plan.nothing(), setup)
     scores: dict[str, list[float]] = {}
     seconds = []
-    for values in plans:
-        found = replica.evaluate(Plan.from_params(dict(values), values["norm"]), setup)
-        seconds.append(found.seconds)
-        for score in found.scorecard.scores:
+    for params in plans:
+        evaluation = replica.evaluate(Plan.from_params(dict(params), params["norm"]), setup)
+        seconds.append(evaluation.seconds)
+        for score in evaluation.scorecard.scores:
             scores.setdefault(score.name, []).append(score.value)
-        print(kind or "full", round(found.seconds, 1), flush=True)
+        print(kind or "full precision", round(evaluation.seconds, 1), flush=True)
     facts = replica.describe()
     return {
         "model_bytes": facts.model_bytes,
@@ -103,19 +114,68 @@ def measured(kind: str, plans: list[dict[str, Any]], prompts: int) -> dict[str, 
     }
 
 
-def compared(found: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Mean distance, and correlation of ranks, by score."""
+def compare_scores(
+    scores: dict[str, list[float]], full: dict[str, list[float]]
+) -> dict[str, dict[str, float]]:
+    """Return the mean difference and the rank correlation, by score.
+
+    Args:
+        scores: Values of each plan on quantized weights, by score.
+        full: The same in full precision.
+    """
     from scipy.stats import spearmanr
 
-    known: dict[str, Any] = {}
-    for name, values in found["scores"].items():
-        pairs = list(zip(values, full["scores"][name], strict=True))
-        known[name] = {
+    compared: dict[str, dict[str, float]] = {}
+    for name, values in scores.items():
+        pairs = list(zip(values, full[name], strict=True))
+        compared[name] = {
             "mean_difference": sum(abs(a - b) for a, b in pairs) / len(pairs),
             "rank_correlation": float(spearmanr(*zip(*pairs, strict=True)).statistic),
         }
-    return {"predicts": known}
+    return compared
 
+
+def quantized_table(figures: Figures) -> list[str]:
+    """Return size, agreement of scores and seconds by kind of weights."""
+    rows = [("none (float32)", figures["full"])]
+    rows += [(f"`{kind}`", measured) for kind, measured in figures["kinds"].items()]
+    columns = {
+        "quantization": lambda row: row[0],
+        "model, with its weight cache": lambda row: _size(row[1]),
+        "refusals: mean difference, rank correlation": lambda row: _agreement(
+            row[1], "keyword-rate", ""
+        ),
+        "KL: mean difference, rank correlation": lambda row: _agreement(
+            row[1], "kl-divergence", " nats"
+        ),
+        "seconds a plan": lambda row: _range(row[1]["seconds"], 1),
+    }
+    return column_table(columns, rows)
+
+
+def _size(measured: dict[str, Any]) -> str:
+    sizes = (measured["model_bytes"], measured["cache_bytes"])
+    return " + ".join(f"{size / 1e6:.0f}" for size in sizes if size) + " MB"
+
+
+def _agreement(measured: dict[str, Any], score: str, unit: str) -> str:
+    """Return how well a score is predicted; in full precision, the range of its values."""
+    if "predicts" not in measured:
+        return _range(measured["scores"][score], 3) + unit
+    predicts = measured["predicts"][score]
+    return f"{predicts['mean_difference']:.3f}{unit}, {predicts['rank_correlation']:.2f}"
+
+
+def _range(values: list[float], digits: int) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+CLAIM = Claim(
+    "quantized_scores",
+    "How well scores on quantized weights predict scores in full precision.",
+    "quantized",
+    {"quantized": quantized_table},
+)
 
 if __name__ == "__main__":
     main()

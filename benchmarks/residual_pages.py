@@ -115,7 +115,7 @@ def open_sets(folder: Path, prompts: int) -> tuple[Any, Any]:
 
     count = -(-prompts // ROWS)
     behaviour, neutral = (
-        StoredSet(list(ShardFolder(folder).mapped(name, "key", count)))
+        StoredSet(list(ShardFolder(folder).map_all(name, "key", count)))
         for name in ("behaviour", "neutral")
     )
     return behaviour, neutral

@@ -2,61 +2,52 @@
 
     python -m benchmarks.residual_statistics [--prompts 400 4000 40000]
 
-Synthetic residuals, made shard by shard and forgotten; each statistic and number of prompts in a
+Synthetic residuals, made shard by shard and dropped; each statistic and number of prompts has a
 process of its own, whose peak memory (resident set) is counted, less what it held before the first
 shard. Times are of reducing, without making the residuals. "Residuals of one layer" is what methods
 need that can't be streamed; it grows, by design one layer at a time.
 """
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.harness.record import save
+from benchmarks.harness.claim import Claim, Figures
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.tables import cross_table
+from benchmarks.harness.worker_process import call_in_new_process
 
 LAYERS, HIDDEN, ROWS = 4, 1024, 64
-KINDS = ("sums", "variances", "covariance", "residuals")
+STATISTICS = {
+    "sums": "count and mean, all layers",
+    "variances": "and variances, all layers",
+    "covariance": "covariance, one layer",
+    "residuals": "residuals themselves, one layer",
+}
 
 
 def main() -> None:
-    """Measure, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure every statistic at every size, print, save."""
+    parser = CLAIM.parser(prompts=[128])
     parser.add_argument("--prompts", type=int, nargs="+", default=[400, 4000, 40_000])
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "PROMPTS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one[0], int(options.one[1]))))
-        return
     rows = []
-    for kind in KINDS:
+    for statistic in STATISTICS:
         for prompts in options.prompts:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.residual_statistics",
-                "--one",
-                kind,
-                str(prompts),
-            ]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            rows.append({"statistic": kind, "prompts": prompts, **json.loads(done.stdout)})
+            measured = call_in_new_process(measure, statistic, prompts)
+            rows.append({"statistic": statistic, "prompts": prompts, **measured})
             print(rows[-1])
     figures = {"layers": LAYERS, "hidden": HIDDEN, "rows": ROWS, "measured": rows}
-    print(save("statistics", figures))
+    CLAIM.save(figures, options)
 
 
-def measure(kind: str, prompts: int) -> dict[str, float]:
-    """Peak bytes and seconds of one statistic."""
-    reduce_one, finish = reducer(kind)
-    for batch in shards(2 * ROWS):  # libraries and buffers
+def measure(statistic: str, prompts: int) -> dict[str, float]:
+    """Return peak bytes and seconds of one statistic."""
+    reduce_one, finish = reducer(statistic)
+    for batch in shards(2 * ROWS):  # loads libraries and allocates buffers
         reduce_one(batch)
-    reduce_one, finish = reducer(kind)
-    before, seconds = peak(), 0.0
+    reduce_one, finish = reducer(statistic)
+    before, seconds = peak_bytes(), 0.0
     for batch in shards(prompts):
         started = time.perf_counter()
         reduce_one(batch)
@@ -64,11 +55,12 @@ def measure(kind: str, prompts: int) -> dict[str, float]:
     started = time.perf_counter()
     finish()
     seconds += time.perf_counter() - started
-    return {"added_bytes": peak() - before, "peak_bytes": peak(), "seconds": round(seconds, 3)}
+    peak = peak_bytes()
+    return {"added_bytes": peak - before, "peak_bytes": peak, "seconds": round(seconds, 3)}
 
 
-def reducer(kind: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
-    """What takes in a shard, and what gives the result."""
+def reducer(statistic: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
+    """Return the function that takes in a shard, and the one that gives the result."""
     from ray_abliterate.directions.residuals.moments import (
         Moments,
         PairedMoments,
@@ -83,18 +75,18 @@ def reducer(kind: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
     def add(part: Any) -> None:
         total[:] = [total[0] + part] if total else [part]
 
-    if kind == "covariance":
-        total.append(PairedMoments(Moments.nothing(HIDDEN)))
+    if statistic == "covariance":
+        total.append(PairedMoments(Moments.empty(HIDDEN)))
         return lambda batch: add(rows_of(batch, 0)), lambda: total[0].moments.covariance
-    if kind == "residuals":
+    if statistic == "residuals":
         total.append(ResidualRows(()))
         return lambda batch: add(rows_of(batch, 0)), lambda: total[0].values
-    of = {"sums": sums_of, "variances": moments_of}[kind]
-    return lambda batch: add(of(batch)), lambda: total[0]
+    of_shard = {"sums": sums_of, "variances": moments_of}[statistic]
+    return lambda batch: add(of_shard(batch)), lambda: total[0]
 
 
 def shards(prompts: int) -> Iterator[Any]:
-    """Residuals of so many prompts: noise about a mean, the same for the same number of prompts."""
+    """Yield residuals of so many prompts, noise about a mean; the same for the same number."""
     import numpy
 
     from ray_abliterate.directions.residuals.shard import ResidualShard
@@ -107,11 +99,25 @@ def shards(prompts: int) -> Iterator[Any]:
         yield ResidualShard.of("synthetic", first, values).batch
 
 
-def peak() -> int:
-    """Most bytes that this process ever held."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+def statistics_table(figures: Figures) -> list[str]:
+    """Return peak memory and time of each statistic, by the number of prompts."""
+    rows = {(row["statistic"], row["prompts"]): row for row in figures["measured"]}
+    sizes = sorted({prompts for _, prompts in rows})
 
+    def cell(statistic: str, prompts: int) -> str:
+        row = rows.get((statistic, prompts))
+        return f"{row['added_bytes'] / 1e6:,.0f} MB, {row['seconds']:.2f} s" if row else "–"
+
+    lines = {title: statistic for statistic, title in STATISTICS.items()}
+    return cross_table("statistic", lines, {f"{size:,} prompts": size for size in sizes}, cell)
+
+
+CLAIM = Claim(
+    "residual_statistics",
+    "Memory and time of statistics over residuals, by the number of prompts.",
+    "statistics",
+    {"statistics": statistics_table},
+)
 
 if __name__ == "__main__":
     main()

@@ -1,1 +1,1 @@
-"""Direction methods at the same search budget."""
+"""All direction methods at the same search budget, on planted models and the demo's."""

@@ -1,16 +1,17 @@
-"""What searches found, and the arithmetic of comparing them; part of `direction_search`.
+"""The hypervolumes of searches, and the arithmetic of comparing them.
 
 Plain numbers; knows neither models nor how plans are chosen.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.harness.statistics import paired_differences, spread
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import Score, Scorecard
@@ -21,11 +22,17 @@ Losses = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One search: model, method, seed, and how many plans.
+class SearchJob:
+    """One search.
 
-    `key` is of the model, its prompts and the method's settings; results of another key are of
-    something else.
+    Attributes:
+        model: Name of the model.
+        method: Name of the direction method.
+        seed: Seed of the sampler, which also draws the prompts that directions come from.
+        trials: Plans in all.
+        seed_points: Whether it begins with initial points.
+        key: Digest of the model, its prompts and the method's settings; a search with another key
+            is another search.
     """
 
     model: str
@@ -37,29 +44,41 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a search found: rate and divergence of each plan in order, None where one failed."""
+class SearchOutcome:
+    """What a search found.
 
-    job: Job
+    Attributes:
+        job: The search.
+        found: Rate and KL divergence of each plan in order, None where one failed.
+        layer: The layer that the initial points are about.
+        cosine: Norm of the planted direction's part that lies in the layer's directions.
+        seconds: Time of the search.
+    """
+
+    job: SearchJob
     found: tuple[Losses | None, ...]
     layer: int
     cosine: float | None
     seconds: float
 
     def to_json(self) -> str:
-        """One line."""
+        """Return one line."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, line: str) -> "Outcome":
-        """The inverse of `to_json`."""
+    def from_json(cls, line: str) -> "SearchOutcome":
+        """Parse what `to_json` returned."""
         values = json.loads(line)
         found = tuple(None if pair is None else tuple(pair) for pair in values.pop("found"))
-        return cls(Job(**values.pop("job")), found, **values)
+        return cls(SearchJob(**values.pop("job")), found, **values)
 
     def volume(self, reference: Losses, trials: int | None = None) -> float:
-        """Percent of the rectangle from the best there is, 0 and 0, to a reference point that the
-        frontier of the first `trials` plans covers."""
+        """Return the hypervolume in percent.
+
+        Args:
+            reference: Rate and KL divergence; the rectangle from 0 and 0 to here is 100 %.
+            trials: Plans that count; all of them if None.
+        """
         cards = [(n, losses) for n, losses in enumerate(self.found[:trials]) if losses is not None]
         frontier = Frontier.of(_trial(number, losses) for number, losses in cards)
         return 100 * frontier.hypervolume(reference) / (reference[0] * reference[1])
@@ -72,68 +91,56 @@ def _trial(number: int, losses: Losses) -> Trial:
 
 
 def key_of(*facts: Any) -> str:
-    """A short digest of what decides a result."""
+    """Return a short digest of what decides a result."""
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
-def read(file: Path) -> dict[Job, Outcome]:
-    """The searches that are finished; a torn last line is left out."""
-    found: dict[Job, Outcome] = {}
+def read(file: Path) -> dict[SearchJob, SearchOutcome]:
+    """Read the finished searches; a torn last line is left out."""
+    outcomes: dict[SearchJob, SearchOutcome] = {}
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     for line in lines:
         try:
-            outcome = Outcome.from_json(line)
+            outcome = SearchOutcome.from_json(line)
         except (ValueError, TypeError, KeyError):
             continue
-        found[outcome.job] = outcome
-    return found
+        outcomes[outcome.job] = outcome
+    return outcomes
 
 
-def append(file: Path, outcome: Outcome) -> None:
-    """Keep a finished search, on a line of its own whatever stands there."""
+def append(file: Path, outcome: SearchOutcome) -> None:
+    """Append a finished search to the file, on a line of its own even after a torn one."""
     torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
     with file.open("a", encoding="utf-8") as lines:
         lines.write("\n" * torn + outcome.to_json() + "\n")
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Smallest, median and largest."""
-    ends = {"min": min(values), "median": median(values), "max": max(values)}
-    return {name: round(value, 2) for name, value in ends.items()}
+def by_method(
+    outcomes: Iterable[SearchOutcome], references: Mapping[str, Losses]
+) -> list[dict[str, Any]]:
+    """Return volumes of each model's methods, in their order, and differences to `BASE`.
 
-
-def against(values: dict[int, float], base: dict[int, float]) -> dict[str, Any]:
-    """Differences to another way at the same seeds, and at how many of them it was more."""
-    differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
-    if not differences:
-        return {}
-    return {
-        **spread(differences),
-        "more": sum(difference > 0 for difference in differences),
-        "less": sum(difference < 0 for difference in differences),
-        "seeds": len(differences),
-    }
-
-
-def by_method(outcomes: Iterable[Outcome], references: dict[str, Losses]) -> list[dict[str, Any]]:
-    """Each model's methods, as they come: volumes, and differences to `BASE`."""
+    Args:
+        outcomes: The searches.
+        references: Rate and KL divergence that volumes are measured from, by model.
+    """
     volumes: dict[tuple[str, str], dict[int, float]] = {}
     cosines: dict[tuple[str, str], list[float]] = {}
     for outcome in outcomes:
-        way = outcome.job.model, outcome.job.method
+        group = outcome.job.model, outcome.job.method
         volume = outcome.volume(references[outcome.job.model])
-        volumes.setdefault(way, {})[outcome.job.seed] = volume
+        volumes.setdefault(group, {})[outcome.job.seed] = volume
         if outcome.cosine is not None:
-            cosines.setdefault(way, []).append(outcome.cosine)
+            cosines.setdefault(group, []).append(outcome.cosine)
     return [
         {
             "model": model,
             "method": method,
-            "volume": spread(list(own.values())),
-            "against": against(own, volumes.get((model, BASE), {})),
+            "volume": spread(list(by_seed.values()), 2),
+            "against": paired_differences(by_seed, volumes.get((model, BASE), {})),
             "cosine": _middle(cosines.get((model, method))),
         }
-        for (model, method), own in volumes.items()
+        for (model, method), by_seed in volumes.items()
     ]
 
 
@@ -142,26 +149,32 @@ def _middle(values: list[float] | None) -> float | None:
 
 
 def by_budget(
-    outcomes: Iterable[Outcome], references: dict[str, Losses], budgets: Sequence[int]
+    outcomes: Iterable[SearchOutcome], references: Mapping[str, Losses], budgets: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Each model with and without seed points, after so many plans of the same searches."""
-    kept: dict[tuple[str, int, bool], dict[int, float]] = {}
+    """Return volumes of each model with and without initial points.
+
+    Args:
+        outcomes: The searches.
+        references: Rate and KL divergence that volumes are measured from, by model.
+        budgets: Numbers of plans after which the same searches are measured.
+    """
+    volumes: dict[tuple[str, int, bool], dict[int, float]] = {}
     for outcome in outcomes:
         job = outcome.job
         for budget in budgets:
             volume = outcome.volume(references[job.model], budget)
-            kept.setdefault((job.model, budget, job.seed_points), {})[job.seed] = volume
+            volumes.setdefault((job.model, budget, job.seed_points), {})[job.seed] = volume
     rows = []
-    for model, budget in dict.fromkeys((model, budget) for model, budget, _ in kept):
-        on, off = (kept.get((model, budget, way), {}) for way in (True, False))
+    for model, budget in dict.fromkeys((model, budget) for model, budget, _ in volumes):
+        on, off = (volumes.get((model, budget, points), {}) for points in (True, False))
         if on and off:
             rows.append(
                 {
                     "model": model,
                     "budget": budget,
-                    "with": spread(list(on.values())),
-                    "without": spread(list(off.values())),
-                    "against": against(on, off),
+                    "with": spread(list(on.values()), 2),
+                    "without": spread(list(off.values()), 2),
+                    "against": paired_differences(on, off),
                 }
             )
     return rows

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.direction_search.hypervolumes import SearchJob, SearchOutcome
-from ray_abliterate.data.builtin.planted_model import PlantedTraits
+from benchmarks.direction_search.hypervolumes import SearchJob, SearchOutcome, key_of
+
+if TYPE_CHECKING:
+    from ray_abliterate.data.builtin.planted_model import PlantedTraits
 
 EXTRACTED = 128
 """Prompts of each set whose residuals are extracted; seeds draw from these."""
@@ -53,15 +55,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is compared: the recipe's `[direction]` by the name in tables."""
 
-PLANTED = PlantedTraits(layers=8, planted_layers=(3, 4, 5, 6), topic_loudness=0.7)
-
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to compare on: all that decides a search's result there, besides method and seed.
+    """How searches on a model are run.
 
     Attributes:
-        traits: Traits of the planted model; None for the demo's.
         norm: What edits preserve: nothing in a planted model, whose weight matrices are a few outer
             products, with rows that have no norms of their own.
         drawn: Prompts of each set that a seed draws to compute directions from.
@@ -70,7 +69,6 @@ class Subject:
         tokens: Tokens of an answer.
     """
 
-    traits: PlantedTraits | None
     norm: str
     drawn: int
     trials: int
@@ -78,14 +76,33 @@ class Subject:
     tokens: int
 
 
+PLANTED = Subject("none", 24, 40, 32, 1)
 SUBJECTS = {
-    "clean": Subject(PLANTED, "none", 24, 40, 32, 1),
-    "outliers": Subject(replace(PLANTED, outlier_words=(OUTLYING,)), "none", 24, 40, 32, 1),
-    "entangled": Subject(
-        replace(PLANTED, second_words=("how",), overlap=0.5), "none", 24, 40, 32, 1
-    ),
-    "demo": Subject(None, "row", 96, 20, 20, 8),
+    "clean": PLANTED,
+    "outliers": PLANTED,
+    "entangled": PLANTED,
+    "demo": Subject("row", 96, 20, 20, 8),
 }
+
+
+def planted_traits(name: str) -> "PlantedTraits | None":
+    """Return the traits of a planted model; None for the demo's."""
+    from ray_abliterate.data.builtin.planted_model import PlantedTraits
+
+    clean = PlantedTraits(layers=8, planted_layers=(3, 4, 5, 6), topic_loudness=0.7)
+    traits = {
+        "clean": clean,
+        "outliers": replace(clean, outlier_words=(OUTLYING,)),
+        "entangled": replace(clean, second_words=("how",), overlap=0.5),
+    }
+    return traits.get(name)
+
+
+def search_key(name: str, method: str) -> str:
+    """Return a digest of all that decides a search's result, besides seed, trials and points."""
+    return key_of(SUBJECTS[name], planted_traits(name), METHODS[method], EXTRACTED)
+
+
 REFERENCES = {
     "clean": (1.0, 0.1),
     "outliers": (1.0, 0.1),
@@ -105,7 +122,7 @@ class SearchBench:
         from ray_abliterate.replica.replica import Replica
 
         self.name, self.subject = name, SUBJECTS[name]
-        self._sets = dict(prompts(self.subject))
+        self._sets = dict(prompts(name))
         values = recipe(str(model_folder(name, folder)), self.subject)
         self._recipe = Recipe.model_validate(values)
         scored = {kind: self._sets[kind] for kind in ("keyword-rate", "kl-divergence")}
@@ -170,7 +187,7 @@ class SearchBench:
         for layer in range(sets[0].layers):
             values = (s.winsorized(direction.winsorize_quantile).values[:, layer] for s in sets)
             contrast = ContrastSets(*(v.contiguous() for v in values))
-            result = measure_held_out(contrast, direction, folds) if contrast.differ else None
+            result = measure_held_out(contrast, direction, folds) if contrast.means_differ else None
             measures = result.measures() if isinstance(result, HeldOut) else CHANCE_LEVEL
             rows.append({"layer": layer, **measures})
         return compute.directions_from_residuals(*sets, direction), layer_separation.best_layer(
@@ -214,7 +231,7 @@ class SearchBench:
         """Return how much of the planted direction lies in a layer's directions."""
         from ray_abliterate.data.builtin.planted_model import planted_axes
 
-        if self.subject.traits is None:
+        if planted_traits(self.name) is None:
             return None
         return round(float((directions.basis[layer] @ planted_axes()[0]).norm()), 4)
 
@@ -224,30 +241,31 @@ def draw(prompts: int, drawn: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(prompts), drawn))
 
 
-def prompts(subject: Subject) -> Iterator[tuple[str, Any]]:
-    """Yield the four prompt sets with their names."""
+def prompts(name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the four prompt sets of a model with their names."""
     from ray_abliterate.data.prompt_sources import load_prompt_set
     from ray_abliterate.data.prompts import PromptSet
     from ray_abliterate.recipe import PromptSource
 
+    subject, traits = SUBJECTS[name], planted_traits(name)
     sources = {
         "behaviour": ("cooking-train", EXTRACTED),
         "neutral": ("other-train", EXTRACTED),
         "keyword-rate": ("cooking-heldout", subject.scored),
         "kl-divergence": ("other-heldout", subject.scored),
     }
-    outlying = subject.traits is not None and subject.traits.outlier_words
-    for name, (builtin, count) in sources.items():
+    outlying = traits is not None and traits.outlier_words
+    for set_name, (builtin, count) in sources.items():
         prompt_set = load_prompt_set(
             name, PromptSource(builtin=builtin, split=f"[:{count}]"), Path()
         )
-        if outlying and name == "behaviour":
+        if outlying and set_name == "behaviour":
             users = [
                 prompt.user if number % EVERY else f"{prompt.user} {OUTLYING}"
                 for number, prompt in enumerate(prompt_set.prompts)
             ]
-            prompt_set = PromptSet.of(name, *users)
-        yield name, prompt_set
+            prompt_set = PromptSet.of(set_name, *users)
+        yield set_name, prompt_set
 
 
 def recipe(model: str, subject: Subject) -> dict[str, Any]:
@@ -277,7 +295,7 @@ def model_folder(name: str, folder: Path) -> Path:
     from ray_abliterate.data.builtin import demo_model as demo
     from ray_abliterate.data.builtin.planted_model import build_planted_model
 
-    traits = SUBJECTS[name].traits
+    traits = planted_traits(name)
     if traits is None:
         return demo.build_demo_model(demo.demo_folder())
     return build_planted_model(folder / f"planted-{name}", traits=traits)

@@ -1,4 +1,4 @@
-"""Benchmarks: each writes a JSON file with its command, versions and machine into `results/`."""
+"""Figures as JSON files under `results/`, each with its command, date, machine and versions."""
 
 import json
 import os
@@ -9,17 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parents[1] / "results"
 
-def save(name: str, figures: dict[str, Any], file: str = "") -> Path:
-    """Keep figures beside what produced them.
+
+def save(file: str, figures: dict[str, Any]) -> Path:
+    """Write figures, together with what produced them, to a file under `results/`.
 
     Args:
-        name: The benchmark.
-        figures: What it found.
-        file: Name of the JSON file without its ending; the benchmark's if unset.
+        file: Name of the JSON file without its ending.
+        figures: What was measured.
+
+    Returns:
+        The file's path.
     """
     record = {
-        "command": " ".join([f"python -m {_running()}", *map(_shown, sys.argv[1:])]),
+        "command": " ".join([f"python -m {_running_module()}", *map(_shown, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {
             "cpu": _processor(),
@@ -27,36 +31,36 @@ def save(name: str, figures: dict[str, Any], file: str = "") -> Path:
             "matrix_units": _matrix_units(),
             **_gpu(),
         },
-        "versions": {p: version(p) for p in ("torch", "transformers", "ray", "optuna")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "ray", "optuna")},
         "figures": figures,
     }
-    path = Path(__file__).parents[1] / "results" / f"{file or name}.json"
+    path = RESULTS / f"{file}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def _running() -> str:
-    """The benchmark's module, as `python -m` was given it."""
-    spec = sys.modules["__main__"].__spec__
-    return (spec.name if spec else "benchmarks").removesuffix(".__main__")
-
-
-def _shown(argument: str) -> str:
-    """An argument as figures keep it: folders of one machine mean nothing on another."""
-    return "…" if Path(argument).is_absolute() else argument
-
-
 def saved(file: str) -> dict[str, Any]:
-    """The figures that a file under `results/` holds."""
-    path = Path(__file__).parents[1] / "results" / f"{file}.json"
+    """Return the figures in a file under `results/`, named without its ending."""
+    path = RESULTS / f"{file}.json"
     figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["figures"]
     return figures
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _running_module() -> str:
+    """Return the benchmark's module, as `python -m` was given it."""
+    spec = sys.modules["__main__"].__spec__
+    return (spec.name if spec else "benchmarks").removesuffix(".__main__")
+
+
+def _shown(argument: str) -> str:
+    """Return an argument as it is saved: folders of one machine mean nothing on another."""
+    return "…" if Path(argument).is_absolute() else argument
 
 
 def _processor() -> str:
@@ -65,16 +69,17 @@ def _processor() -> str:
 
 
 def _matrix_units() -> list[str]:
-    """Instructions that bfloat16 products are fast with; they decide its ratio to float32."""
+    """Return the instructions that decide how fast bfloat16 products are beside float32 ones."""
     flags = next((line.split() for line in _cpu_lines() if line.startswith("flags")), [])
     return [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
 
 
 def _gpu() -> dict[str, str]:
-    """The GPU, where the benchmark has used torch and there is one."""
+    """Return the GPU's name, if the benchmark has used torch and there is one."""
     torch = sys.modules.get("torch")
-    found = torch is not None and torch.cuda.is_available()
-    return {"gpu": torch.cuda.get_device_name()} if found and torch is not None else {}
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name()}
 
 
 def _cpu_lines() -> list[str]:

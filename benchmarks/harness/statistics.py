@@ -7,11 +7,10 @@ from typing import Any
 KL_RELATIVE, KL_ABSOLUTE = 1e-3, 2e-5
 """Two programs measure the same KL divergence if they differ by less than this share of it plus
 this many nats: both print four decimals, and float32 rounding over a vocabulary is the rest."""
-NOT_MEASURED = "not measured"
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
-    """Smallest, median and largest."""
+    """Return the smallest value, the median and the largest, rounded."""
     middle = statistics.median(values)
     return {
         "min": round(min(values), digits),
@@ -20,8 +19,32 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     }
 
 
-def compare(ours: Sequence[float], peer: Sequence[float], trials_per_pass: int) -> dict[str, Any]:
-    """Seconds per trial of both, and how many times longer the peer takes.
+def paired_differences(values: Mapping[int, float], base: Mapping[int, float]) -> dict[str, Any]:
+    """Return the spread of differences to a baseline at the same seeds.
+
+    Args:
+        values: What was measured, by seed.
+        base: The same of the baseline; seeds that are not in both are left out.
+
+    Returns:
+        The spread of `values - base`, at how many seeds it is positive (`more`) and negative
+        (`less`), and the number of seeds; empty if the two share no seed.
+    """
+    differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+    if not differences:
+        return {}
+    return {
+        **spread(differences, 2),
+        "more": sum(difference > 0 for difference in differences),
+        "less": sum(difference < 0 for difference in differences),
+        "seeds": len(differences),
+    }
+
+
+def time_ratio(
+    ours: Sequence[float], peer: Sequence[float], trials_per_pass: int
+) -> dict[str, Any]:
+    """Return seconds per trial of two programs, and how many times longer the peer takes.
 
     Args:
         ours: Seconds of our passes, in order.
@@ -33,46 +56,33 @@ def compare(ours: Sequence[float], peer: Sequence[float], trials_per_pass: int) 
         the mean of the peer's trials at the same points.
 
     Raises:
-        ValueError: the two do not cover the same points.
+        ValueError: The two do not cover the same points.
     """
     if len(ours) * trials_per_pass != len(peer):
         raise ValueError(f"{len(ours)} passes of {trials_per_pass} are not {len(peer)} trials")
-    each = [seconds / trials_per_pass for seconds in ours]
+    per_trial = [seconds / trials_per_pass for seconds in ours]
     groups = [peer[i : i + trials_per_pass] for i in range(0, len(peer), trials_per_pass)]
-    paired = [statistics.mean(g) / s for g, s in zip(groups, each, strict=True)]
+    ratios = [statistics.mean(g) / s for g, s in zip(groups, per_trial, strict=True)]
     return {
-        "ours_seconds": spread(each),
+        "ours_seconds": spread(per_trial),
         "peer_seconds": spread(peer),
-        "ratio": round(statistics.median(peer) / statistics.median(each), 2),
-        "paired": spread(paired, 2),
+        "ratio": round(statistics.median(peer) / statistics.median(per_trial), 2),
+        "paired": spread(ratios, 2),
         "ours_passes": [round(seconds, 4) for seconds in ours],
     }
 
 
-def agreement(ours: Iterable[str], peer: Iterable[str]) -> dict[str, int]:
-    """Verdicts that are equal, and verdicts in all; each trial's are a digit a prompt."""
+def equal_verdicts(ours: Iterable[str], peer: Iterable[str]) -> dict[str, int]:
+    """Count the verdicts that two programs agree on, and all verdicts.
+
+    Args:
+        ours: Each trial's verdicts, a digit per prompt.
+        peer: The same of the peer, for the same trials and prompts.
+    """
     pairs = [(a, b) for x, y in zip(ours, peer, strict=True) for a, b in zip(x, y, strict=True)]
     return {"equal": sum(a == b for a, b in pairs), "verdicts": len(pairs)}
 
 
 def same_kl(ours: float, peer: float) -> bool:
-    """Whether two KL divergences, in nats, are the same quantity but for rounding."""
+    """Return whether two KL divergences, in nats, are the same quantity but for rounding."""
     return abs(ours - peer) <= KL_RELATIVE * max(ours, peer) + KL_ABSOLUTE
-
-
-def best(configuration: Mapping[str, Any]) -> float | None:
-    """The largest ratio of a configuration over its numbers of trials per pass."""
-    ratios = [found["ratio"] for found in configuration["per_pass"].values()]
-    return max(ratios, default=None)
-
-
-def verdict_lines(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The three lines a run ends with: best ratio by dtype and model; float32's smaller one."""
-    found = {(c["model"], c["dtype"]): best(c) for c in configurations}
-    single = [r for (_, dtype), r in found.items() if dtype == "float32" and r is not None]
-    named = {
-        "bf16 answers": found.get(("answers", "bfloat16")),
-        "bf16 declines": found.get(("declines", "bfloat16")),
-        "fp32": min(single, default=None),
-    }
-    return [f"ratio {n}: {NOT_MEASURED if r is None else f'{r:.2f}'}" for n, r in named.items()]

@@ -1,13 +1,13 @@
-"""Line-delimited JSON between a benchmark and the processes it measures.
+"""Processes of their own for what a benchmark measures: workers that answer, and single calls.
 
 The standard library only, because one side may run in another program's environment. A worker
-reads one command a line and answers with one line; between commands it sleeps on its standard
-input. What its libraries print goes to its standard error, which the benchmark keeps in a file.
+reads one command per line as JSON and answers with one line; between commands it sleeps on its
+standard input. What its libraries print goes to its standard error, which the benchmark writes to a
+file.
 """
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import traceback
@@ -17,24 +17,24 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 LOG_LINES = 20
-"""Last lines of a worker's log that an error shows."""
+"""The last lines of a worker's log that an error shows."""
 
 
 class WorkerError(RuntimeError):
-    """A worker died, or a command raised in it."""
+    """Says that a worker died, or that a command raised an exception in it."""
 
 
 class Worker:
-    """A process that answers commands; stopped at the end of the `with` block."""
+    """A process that answers commands until the `with` block ends."""
 
     def __init__(self, python: Path, module: str, folder: Path, threads: int) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
             python: The interpreter.
-            module: A module with a main function that calls `serve`.
-            folder: Its working directory, and the place of its log.
-            threads: CPU threads of its libraries; the worker also tells torch.
+            module: A module that calls `serve` when it is run.
+            folder: The working directory, where the log is written, too.
+            threads: CPU threads of its libraries; the worker also sets torch's.
         """
         self._log = folder / f"{module.rpartition('.')[2]}-{os.getpid()}-{id(self)}.log"
         with self._log.open("w") as log:
@@ -55,10 +55,11 @@ class Worker:
         self.stop()
 
     def call(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer.
+        """Return the worker's answer to a command.
 
         Raises:
-            WorkerError: with the worker's traceback, or the end of its log if it died.
+            WorkerError: The command failed there, or the worker died; the message has the
+                traceback, or the end of the worker's log.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -76,7 +77,7 @@ class Worker:
         return answer
 
     def stop(self) -> None:
-        """Let it end; a worker that does not end in 10 seconds is killed."""
+        """Close the worker's input so that it ends, and kill it if it is not gone in 10 seconds."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.close()
@@ -87,10 +88,10 @@ class Worker:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables of a measured process: equal threads, no hub, this repository importable."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HERETIC_")}
+    """Return the variables of a measured process: threads, no Hub, this repository importable."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HERETIC_")}
     return {
-        **kept,
+        **inherited,
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(threads),
@@ -103,32 +104,76 @@ def environment(threads: int) -> dict[str, str]:
 def serve(commands: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
     """Answer commands until standard input ends.
 
-    Both standard streams are moved aside first, so that nothing a library prints or asks can get
+    Both standard streams are moved aside first, so that nothing a library prints or asks for gets
     between the lines.
+
+    Args:
+        commands: Functions by the name of their command; each returns values that JSON has.
     """
     answers = os.fdopen(os.dup(1), "w")
-    orders = os.fdopen(os.dup(0))
+    requests = os.fdopen(os.dup(0))
     os.dup2(2, 1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
     sys.argv = sys.argv[:1]
-    for line in orders:
+    for line in requests:
         answers.write(json.dumps(answer(commands, json.loads(line))) + "\n")
         answers.flush()
 
 
 def answer(
-    commands: Mapping[str, Callable[..., dict[str, Any]]], order: Mapping[str, Any]
+    commands: Mapping[str, Callable[..., dict[str, Any]]], request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What one command returns; an exception becomes `{"error": traceback}`."""
-    arguments = {k: v for k, v in order.items() if k != "command"}
+    """Return what one command returns; an exception becomes `{"error": traceback}`."""
+    arguments = {k: v for k, v in request.items() if k != "command"}
     try:
-        return commands[order["command"]](**arguments)
-    except Exception:  # noqa: BLE001  # the other side raises it
+        return commands[request["command"]](**arguments)
+    except Exception:  # noqa: BLE001  # `Worker.call` raises it on the other side
         return {"error": traceback.format_exc()}
 
 
-def peak_bytes() -> int:
-    """The largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def call_in_new_process(
+    function: Callable[..., dict[str, Any]], *arguments: Any, threads: int | None = None
+) -> dict[str, Any]:
+    """Return what a function returns in a new Python process, so that its memory is its own.
+
+    Args:
+        function: A function at the top level of its module, whose result is values that JSON has.
+            What it prints on standard error is shown.
+        *arguments: Its arguments: values that JSON has.
+        threads: OpenMP threads of the process; as many as here if None.
+
+    Raises:
+        WorkerError: The function failed; its traceback is on standard error.
+    """
+    module = _importable_module(function)
+    program = (
+        "import importlib, json, sys; module, name, arguments = sys.argv[1:]; "
+        "function = getattr(importlib.import_module(module), name); "
+        "print(json.dumps(function(*json.loads(arguments))))"
+    )
+    words = [sys.executable, "-c", program, module, function.__name__, json.dumps(arguments)]
+    variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        words,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": _python_path(), **variables},
+    )
+    if done.returncode:
+        raise WorkerError(f"{module}.{function.__name__} failed in a process of its own")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _importable_module(function: Callable[..., Any]) -> str:
+    """Return the name by which another process imports a function's module."""
+    if function.__module__ != "__main__":
+        return function.__module__
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "run the benchmark by its command: python -m benchmarks.NAME"
+    return spec.name
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -1,135 +1,179 @@
-"""What asking and telling cost as a study grows; part of `scaling`.
+"""What asking for plans and reporting scores cost as a study grows.
+
+    python -m benchmarks.search_scaling.sampler_time [--sizes 200 1000 5000]
 
 The study of a search: its sampler, its journal on a disk, what it writes per trial, 16 plans in
 flight. It is filled with random plans that the recorded surrogate scores; at each size the sampler
-then takes over for some trials, each timed. Beside it, at the same trials: the study in memory, and
-the sampler without parts of what it does. No Ray.
+then takes over for some trials, each timed. For comparison, at the same trials: the study in
+memory, and the sampler without parts of what it does. No Ray.
 """
 
 import cProfile
 import json
 import pstats
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.recorded_study import SPACE, Surrogate, recorded
-from benchmarks.search_overhead import GOALS, settings, space
-from ray_abliterate.cluster.tune_trial import SCORES, SECONDS
-from ray_abliterate.search import study as journal
-from ray_abliterate.search.plan import Range
+from benchmarks.harness.claim import Claim, Figures
+from benchmarks.harness.default_search import GOALS, default_settings, default_space
+from benchmarks.harness.memory import resident_bytes
+from benchmarks.harness.recorded_study import SPACE, Surrogate, recorded_points
+from benchmarks.harness.tables import table
+from benchmarks.harness.worker_process import call_in_new_process
+from ray_abliterate.search.frontier import SCORES, SECONDS
+from ray_abliterate.search.space import RealRange
 
 IN_FLIGHT = 16
-TIMED = 30
-"""Trials that are asked for and told at each size."""
-
-Report = Callable[[str], None]
 
 
-def scores(surrogate: Surrogate, params: dict[str, Any]) -> Any:
-    """A trial of a model of 32 layers, scored as the same share of the recorded one's layers."""
-    scaled = {}
-    for (name, own), (_, other) in zip(space().parameters, SPACE.parameters, strict=True):
-        value = params[name]
-        if isinstance(own, Range) and isinstance(other, Range):
-            share = (value - own.low) / (own.high - own.low)
-            value = other.low + share * (other.high - other.low)
-        scaled[name] = value
-    return surrogate.point(scaled).trial(0).scorecard
+def main() -> None:
+    """Measure a growing study, print, save."""
+    parser = CLAIM.parser(sizes=[40], timed=2)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[200, 1000, 5000], help="trials of the study"
+    )
+    parser.add_argument("--timed", type=int, default=30, help="trials that are timed at each size")
+    options = parser.parse_args()
+    CLAIM.save(measure(options.sizes, options.timed), options)
+
+
+def measure(sizes: Sequence[int], timed: int) -> Figures:
+    """Return times, bytes and baselines at each size of the study.
+
+    Args:
+        sizes: Numbers of trials, ascending.
+        timed: Trials that are asked for and reported at each size.
+    """
+    warnings.simplefilter("ignore")  # Optuna's, that its constant liar is experimental
+    surrogate = Surrogate(recorded_points())
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "study.journal"
+        rows = []
+        study = GrowingStudy(_open(file), surrogate)
+        for size in sizes:
+            study.grow(size)
+            rows.append(_measure_size(size, study, file, timed))
+            print(f"{size} trials: {rows[-1]}", file=sys.stderr, flush=True)
+        study.finish_all()
+        resumed = call_in_new_process(reopen, str(file))
+        resumed["journal_bytes"] = file.stat().st_size
+    return {"in_flight": IN_FLIGHT, "timed": timed, "sizes": rows, "resumed": resumed}
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Seconds by the clock, and of the processor: the first wait for the disk, and for others."""
+class Timing:
+    """Seconds by the clock, which waits for the disk too, and of the processor."""
 
     clock: float
     processor: float
 
     @classmethod
-    def now(cls) -> "Spent":
-        """Since some beginning."""
+    def now(cls) -> "Timing":
+        """Return the seconds since some beginning."""
         return cls(time.perf_counter(), time.process_time())
 
     @classmethod
-    def since(cls, begin: "Spent") -> "Spent":
-        """Since then."""
+    def since(cls, begin: "Timing") -> "Timing":
+        """Return the seconds since `begin`, which `now` returned."""
         now = cls.now()
         return cls(now.clock - begin.clock, now.processor - begin.processor)
 
 
-class Filled:
-    """A study with plans in flight, that can be grown and timed."""
+class GrowingStudy:
+    """A study with plans in flight that can be grown and timed.
+
+    Attributes:
+        study: Optuna's.
+        surrogate: Scores its trials.
+    """
 
     def __init__(self, study: Any, surrogate: Surrogate) -> None:
-        self.study, self._surrogate = study, surrogate
-        self._domains = journal.distributions(space())
-        self._flying: list[Any] = []
+        from ray_abliterate.search.study import optuna_distributions
 
-    def fly(self, count: int) -> None:
-        """Ask until so many plans are in flight."""
-        while len(self._flying) < count:
-            self._flying.append(self.study.ask(self._domains))
+        self.study, self.surrogate = study, surrogate
+        self._distributions = optuna_distributions(default_space())
+        self._in_flight: list[Any] = []
 
-    def ask(self) -> Spent:
-        """One plan more."""
-        begin = Spent.now()
-        self._flying.append(self.study.ask(self._domains))
-        return Spent.since(begin)
+    def fill(self) -> "GrowingStudy":
+        """Ask until `IN_FLIGHT` plans are in flight, and return this study."""
+        while len(self._in_flight) < IN_FLIGHT:
+            self._in_flight.append(self.study.ask(self._distributions))
+        return self
 
-    def tell(self) -> Spent:
-        """The oldest plan ends, and is told as a search does."""
-        asked = self._flying.pop(0)
-        card = scores(self._surrogate, asked.params)
+    def ask(self) -> Timing:
+        """Ask for one plan more."""
+        begin = Timing.now()
+        self._in_flight.append(self.study.ask(self._distributions))
+        return Timing.since(begin)
+
+    def report(self) -> Timing:
+        """End the oldest plan in flight and report its scores as a search does."""
+        asked = self._in_flight.pop(0)
+        card = surrogate_scores(self.surrogate, asked.params)
         text = json.dumps(card.to_list())
-        begin = Spent.now()
+        begin = Timing.now()
         asked.set_user_attr(SCORES, text)
         asked.set_user_attr(SECONDS, 5.0)
         self.study.tell(asked, [score.value for score in card.scores])
-        return Spent.since(begin)
+        return Timing.since(begin)
 
     def grow(self, trials: int) -> None:
-        """Random plans until so many trials have ended, with plans in flight all along."""
+        """Try random plans until so many trials have ended, with plans in flight all along."""
         import optuna
 
-        own, self.study.sampler = self.study.sampler, optuna.samplers.RandomSampler(trials)
-        ended = len(self.study.get_trials(deepcopy=False)) - len(self._flying)
-        self.fly(IN_FLIGHT)
+        sampler, self.study.sampler = self.study.sampler, optuna.samplers.RandomSampler(trials)
+        ended = len(self.study.get_trials(deepcopy=False)) - len(self._in_flight)
+        self.fill()
         for _ in range(trials - ended):
-            self.tell()
+            self.report()
             self.ask()
-        self.study.sampler = own
+        self.study.sampler = sampler
 
-    def resume(self) -> "Filled":
-        """Itself, with plans in flight."""
-        self.fly(IN_FLIGHT)
-        return self
+    def finish_surplus(self) -> None:
+        """End plans until no more than `IN_FLIGHT` are in flight."""
+        while len(self._in_flight) > IN_FLIGHT:
+            self.report()
 
-    def surplus(self) -> bool:
-        """More plans are in flight than should be."""
-        return len(self._flying) > IN_FLIGHT
+    def finish_all(self) -> None:
+        """End all plans in flight."""
+        while self._in_flight:
+            self.report()
 
-    def land(self) -> None:
-        """All plans in flight end."""
-        while self._flying:
-            self.tell()
-
-    def timed(self) -> dict[str, dict[str, float]]:
-        """What asking and telling take, over a few times."""
-        pairs = [(self.tell(), self.ask()) for _ in range(TIMED)]
+    def time_trials(self, count: int) -> dict[str, dict[str, float]]:
+        """Return what asking and reporting take, over so many trials."""
+        pairs = [(self.report(), self.ask()) for _ in range(count)]
         return {
-            "ask": _spread([ask for _, ask in pairs]),
-            "tell": _spread([tell for tell, _ in pairs]),
+            "ask": _milliseconds([ask for _, ask in pairs]),
+            "tell": _milliseconds([report for report, _ in pairs]),
         }
 
+    def profile(self, count: int) -> dict[str, float]:
+        """Return milliseconds of each part of asking, over so many plans.
 
-PARTS = {
+        They are measured under a profiler, which makes what is Python look longer.
+        """
+        profile = cProfile.Profile()
+        profile.enable()
+        for _ in range(count):
+            self.ask()
+        profile.disable()
+        rows = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+        milliseconds = dict.fromkeys(OPTUNA_PARTS, 0.0)
+        for (file, _, function), row in rows.items():
+            for part, (ending, name) in OPTUNA_PARTS.items():
+                if function == name and file.endswith(ending):
+                    milliseconds[part] += 1000 * row[3] / count
+        return {part: round(value, 2) for part, value in milliseconds.items()}
+
+
+OPTUNA_PARTS = {
     "split into good and rest": ("sampler.py", "_split_trials"),
     "parameters of all trials to numbers": ("sampler.py", "_get_internal_repr"),
     "densities of the candidates": ("sampler.py", "_compute_acquisition_func"),
@@ -139,88 +183,75 @@ PARTS = {
 """Where the time of asking goes: files and functions of Optuna."""
 
 
-def parts(ask: Callable[[], Spent]) -> dict[str, float]:
-    """Milliseconds of each part, under a profiler (which makes what is Python look longer)."""
-    profile = cProfile.Profile()
-    profile.enable()
-    for _ in range(TIMED):
-        ask()
-    profile.disable()
-    rows = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    found = dict.fromkeys(PARTS, 0.0)
-    for (file, _, function), row in rows.items():
-        for part, (ending, name) in PARTS.items():
-            if function == name and file.endswith(ending):
-                found[part] += 1000 * row[3] / TIMED
-    return {part: round(value, 2) for part, value in found.items()}
+def surrogate_scores(surrogate: Surrogate, params: dict[str, Any]) -> Any:
+    """Return the scorecard of a trial of a model with 32 layers.
+
+    Layers are scaled to the same share of the recorded model's layers.
+    """
+    scaled = {}
+    parameters = zip(default_space().parameters, SPACE.parameters, strict=True)
+    for (name, domain), (_, recorded) in parameters:
+        value = params[name]
+        if isinstance(domain, RealRange) and isinstance(recorded, RealRange):
+            share = (value - domain.low) / (domain.high - domain.low)
+            value = recorded.low + share * (recorded.high - recorded.low)
+        scaled[name] = value
+    return surrogate.point(scaled).trial(0).scorecard
 
 
-def figures(sizes: Sequence[int], report: Report) -> dict[str, Any]:
-    """Times, bytes and baselines at each size of the study."""
-    warnings.simplefilter("ignore")  # Optuna's, that its constant liar is experimental
-    surrogate = Surrogate(recorded())
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "study.journal"
-        rows = []
-        filled = Filled(_opened(file), surrogate)
-        for size in sizes:
-            filled.grow(size)
-            rows.append(_at(size, filled, file, surrogate))
-            report(f"{size} trials: {rows[-1]}")
-        filled.land()
-        resumed = _resumed(file)
-    return {"in_flight": IN_FLIGHT, "timed": TIMED, "sizes": rows, "resumed": resumed}
-
-
-def _opened(file: Path) -> Any:
+def _open(file: Path) -> Any:
+    """Open the study of a journal, or create it, as a search does."""
     import optuna
 
+    from ray_abliterate.search.study import STUDY_NAME, make_sampler, open_storage
+
     return optuna.create_study(
-        storage=journal.open_storage(file),
-        study_name=journal.STUDY_NAME,
+        storage=open_storage(file),
+        study_name=STUDY_NAME,
         directions=[goal for _, goal in GOALS],
-        sampler=journal.sampler(settings(200), 0),
+        sampler=make_sampler(default_settings(200), 0),
         load_if_exists=True,
     )
 
 
-def _at(size: int, filled: Filled, file: Path, surrogate: Surrogate) -> dict[str, Any]:
-    """Everything at one size."""
+def _measure_size(size: int, study: GrowingStudy, file: Path, timed: int) -> dict[str, Any]:
+    """Return everything at one size."""
     before = file.stat().st_size
-    timed = filled.timed()
-    written = (file.stat().st_size - before) / TIMED
+    times = study.time_trials(timed)
+    written = (file.stat().st_size - before) / timed
     row = {
         "trials": size,
-        **timed,
+        **times,
         "journal_bytes_per_trial": round(written),
         "beside": {
-            name: Filled(study, surrogate).resume().timed()["ask"]
-            for name, study in _baselines(filled.study)
+            name: GrowingStudy(baseline, study.surrogate).fill().time_trials(timed)["ask"]
+            for name, baseline in _baselines(study.study)
         },
+        "parts_ms": study.profile(timed),
     }
-    row["parts_ms"] = parts(filled.ask)
-    while filled.surplus():
-        filled.tell()
+    study.finish_surplus()
     return row
 
 
 def _baselines(study: Any) -> Iterator[tuple[str, Any]]:
-    """Studies in memory with the same trials: the search's sampler, and with less and less."""
+    """Yield studies in memory with the same trials: the search's sampler, then simpler ones."""
     import optuna
 
-    default = settings(200)
-    honest = journal.sampler(default, 0)
-    honest._constant_liar = False
+    from ray_abliterate.search.study import make_sampler
+
+    default = default_settings(200)
+    without_liar = make_sampler(default, 0)
+    without_liar._constant_liar = False
     samplers = {
-        "in memory": journal.sampler(default, 0),
+        "in memory": make_sampler(default, 0),
         "in memory, Optuna's TPE as it is": optuna.samplers.TPESampler(
             n_startup_trials=default.startup,
             n_ei_candidates=default.ei_candidates,
             multivariate=True,
             seed=0,
         ),
-        "in memory, without the liar": honest,
-        "in memory, 24 candidates": journal.sampler(
+        "in memory, without the liar": without_liar,
+        "in memory, 24 candidates": make_sampler(
             default.model_copy(update={"ei_candidates": 24}), 0
         ),
         "in memory, random plans": optuna.samplers.RandomSampler(0),
@@ -236,9 +267,9 @@ def _baselines(study: Any) -> Iterator[tuple[str, Any]]:
         yield name, copied
 
 
-def _spread(values: Sequence[Spent]) -> dict[str, float]:
-    clock = sorted(1000 * spent.clock for spent in values)
-    processor = [1000 * spent.processor for spent in values]
+def _milliseconds(times: Sequence[Timing]) -> dict[str, float]:
+    clock = sorted(1000 * timing.clock for timing in times)
+    processor = [1000 * timing.processor for timing in times]
     return {
         "median_ms": round(statistics.median(clock), 2),
         "min_ms": round(clock[0], 2),
@@ -247,30 +278,56 @@ def _spread(values: Sequence[Spent]) -> dict[str, float]:
     }
 
 
-RESUME = """
-import json, sys, time
-import psutil
-from pathlib import Path
-from benchmarks.search_overhead import space
-from benchmarks.search_scaling.sampler_time import _opened, journal
-resident = lambda: psutil.Process().memory_info().rss
-before, begin = resident(), time.perf_counter()
-study = _opened(Path(sys.argv[1]))
-opened = time.perf_counter()
-outcomes = journal.outcomes(study, space())
-print(json.dumps({
-    "trials": len(outcomes),
-    "open_seconds": round(opened - begin, 2),
-    "outcomes_seconds": round(time.perf_counter() - opened, 2),
-    "resident_bytes": resident() - before,
-}))
-"""
+def reopen(file: str) -> dict[str, Any]:
+    """Open a journal in this process and return the seconds and bytes that it takes."""
+    from ray_abliterate.search.study import finished_trials
+
+    space = default_space()
+    before, begin = resident_bytes(), time.perf_counter()
+    study = _open(Path(file))
+    opened = time.perf_counter()
+    trials = finished_trials(study, space)
+    return {
+        "trials": len(trials),
+        "open_seconds": round(opened - begin, 2),
+        "outcomes_seconds": round(time.perf_counter() - opened, 2),
+        "resident_bytes": resident_bytes() - before,
+    }
 
 
-def _resumed(file: Path) -> dict[str, Any]:
-    """Opening the journal in a new process: seconds, and memory."""
-    done = subprocess.run(
-        [sys.executable, "-c", RESUME, str(file)], capture_output=True, text=True, check=True
+def sampler_table(figures: Figures) -> list[str]:
+    """Return the times of asking and reporting by the size of the study."""
+    sizes = figures["sizes"]
+    rows = [
+        ("asking, as a search does", *(_clock(size["ask"]) for size in sizes)),
+        ("telling, as a search does", *(_clock(size["tell"]) for size in sizes)),
+        *(
+            (f"asking, {name}", *(_clock(size["beside"][name]) for size in sizes))
+            for name in sizes[0]["beside"]
+        ),
+    ]
+    heads = [f"{size['trials']:,} trials, ms" for size in sizes]
+    resumed, size = figures["resumed"], sizes[-1]["journal_bytes_per_trial"]
+    note = (
+        f"Median, and in brackets the processor's share of it. The journal takes {size:,} bytes "
+        f"a trial; to open one of {resumed['trials']:,} trials takes "
+        f"{resumed['open_seconds'] + resumed['outcomes_seconds']:.1f} s and "
+        f"{resumed['resident_bytes'] / resumed['trials'] / 1000:.0f} kB of memory a trial."
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**found, "journal_bytes": file.stat().st_size}
+    return [*table(("", *heads), rows), "", note]
+
+
+def _clock(values: dict[str, float]) -> str:
+    """Return milliseconds by the clock, and in brackets of the processor."""
+    return f"{values['median_ms']:.1f} ({values['processor_ms']:.1f})"
+
+
+CLAIM = Claim(
+    "search_scaling.sampler_time",
+    "What asking for plans and reporting scores cost as a study grows.",
+    "scaling-sampler",
+    {"sampler": sampler_table},
+)
+
+if __name__ == "__main__":
+    main()

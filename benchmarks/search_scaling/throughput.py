@@ -1,16 +1,21 @@
-"""Trials per hour by the number of GPUs, on simulated nodes; part of `scaling`.
+"""Trials per hour by the number of GPUs, on simulated nodes.
+
+    python -m benchmarks.search_scaling.throughput [--replicas 16] [--seconds 5] [--rounds 12]
+        [--gpus 64]
 
 The real search: Tune, the sampler, the journal, the replica pool. Nodes are simulated
 (`ray.cluster_utils.Cluster`) and their GPUs are logical; in place of a replica stands one that
 holds its GPU for a fixed time per trial. All processes share one machine's cores, so this is what
-the head of a cluster has to do, with the workers' processes on top.
+the head of a cluster has to do, with the workers' processes on top. The last line printed is the
+share of the ideal throughput with the most GPUs.
 """
 
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,61 +24,80 @@ from typing import Any
 
 import psutil
 
-from benchmarks.search_overhead import GOALS, settings, space
+from benchmarks.harness.claim import Claim, Figures
+from benchmarks.harness.record import saved
+from benchmarks.harness.simulated_cluster import simulated_cluster
+from benchmarks.harness.tables import column_table
 
 GPUS_PER_NODE = 4
 HEAD_CPUS = 2
 
 
-class TimedReplica:
-    """Stands where a replica stands, and takes a fixed time."""
+def main() -> None:
+    """Measure every number of GPUs, print, save."""
+    parser = CLAIM.parser(replicas=2, seconds=0.2, rounds=3)
+    parser.add_argument("--replicas", type=int, default=16, help="most GPUs; doubled up to there")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time of a trial")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        nargs="*",
+        help="measure these numbers only; saved figures of smaller ones stay",
+    )
+    parser.add_argument("--rounds", type=int, default=12, help="trials of each GPU")
+    options = parser.parse_args()
+    counts = options.gpus or doublings(options.replicas)
+    rows = []
+    for count in counts:
+        with cluster(count):
+            rows.append(measure(count, options.seconds, options.rounds * count))
+        print(f"{count} GPUs: {rows[-1]}", file=sys.stderr, flush=True)
+    smaller: list[dict[str, Any]] = []
+    if options.gpus:
+        smaller = [row for row in saved("scaling")["gpus"] if row["gpus"] < counts[0]]
+    figures = {"seconds": options.seconds, "rounds": options.rounds, "gpus": [*smaller, *rows]}
+    CLAIM.save(figures, options)
+    print(f"efficiency at {rows[-1]['gpus']}: {100 * rows[-1]['efficiency']:.1f} %")
 
-    def __init__(self, place: Any, seconds: float) -> None:
-        self._seconds = seconds
 
-    def call(self, method: str, *args: Any) -> Any:
-        """A scorecard out of thin air, different for each plan, that says when it was made."""
-        from ray_abliterate.replica.messages import Evaluation
-        from ray_abliterate.search.score import Score, Scorecard
-
-        if method == "describe":
-            return "a replica that only waits"
-        began = time.time()
-        time.sleep(self._seconds)
-        x = args[0].profiles[0][1].peak / 2
-        detail = {"began": began, "ended": time.time()}
-        scores = (Score("rate", x, x, x, detail=detail), Score("kl", 1 - x, 1 - x, 1 - x))
-        return Evaluation(Scorecard(scores), self._seconds)
+def doublings(most: int) -> list[int]:
+    """Return 1, 2, 4, … and the most."""
+    below = [2**power for power in range(most.bit_length()) if 2**power < most]
+    return [*below, most]
 
 
 @dataclass(frozen=True)
-class Tally:
-    """What the search's processes had used at some moment."""
+class CpuTally:
+    """What the search's processes had used at some moment.
+
+    Attributes:
+        at: The moment.
+        cpu: CPU seconds by kind of process.
+        trial_bytes: Memory that each trial's process shares with no other.
+    """
 
     at: float
     cpu: Counter[str]
-    """CPU seconds by kind of process."""
     trial_bytes: tuple[int, ...]
-    """Memory that each trial's process shares with no other."""
 
     @classmethod
-    def now(cls) -> "Tally":
-        """As of now."""
-        cpu: Counter[str] = Counter({"driver": _cpu(psutil.Process())})
-        own = []
+    def now(cls) -> "CpuTally":
+        """Return the tally of this moment."""
+        cpu: Counter[str] = Counter({"driver": _cpu_seconds(psutil.Process())})
+        trial_bytes = []
         for process in psutil.Process().children(recursive=True):
             try:
                 kind = _kind(process)
                 if kind:
-                    cpu[kind] += _cpu(process)
+                    cpu[kind] += _cpu_seconds(process)
                 if kind == "trial processes":
-                    own.append(process.memory_full_info().uss)
+                    trial_bytes.append(process.memory_full_info().uss)
             except psutil.Error:  # it has just ended
                 continue
-        return cls(time.time(), cpu, tuple(own))
+        return cls(time.time(), cpu, tuple(trial_bytes))
 
 
-def _cpu(process: psutil.Process) -> float:
+def _cpu_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
 
@@ -88,7 +112,7 @@ KINDS = (
     ("DashboardAgent", "nodes' agents"),
     ("RuntimeEnvAgent", "nodes' agents"),
 )
-"""What a command line holds, and what that process is; others are not counted."""
+"""Part of a command line, and what that process is; others are not counted."""
 
 
 def _kind(process: psutil.Process) -> str:
@@ -96,84 +120,65 @@ def _kind(process: psutil.Process) -> str:
     return next((kind for part, kind in KINDS if part in title), "")
 
 
-def figures(
-    gpus: Sequence[int], seconds: float, rounds: int, report: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The figures of each number of GPUs."""
-    rows = []
-    for count in gpus:
-        with cluster(count):
-            rows.append(measure(count, seconds, rounds * count))
-        report(f"{count} GPUs: {rows[-1]}")
-    return rows
-
-
 @contextmanager
 def cluster(gpus: int) -> Iterator[None]:
-    """Simulated nodes with so many logical GPUs; Ray's files lie apart from other Rays' files."""
+    """Simulate nodes with so many logical GPUs; Ray's files lie apart from other Rays' files."""
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory(prefix="ra") as scratch:
         os.environ["RAY_TMPDIR"] = scratch
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": HEAD_CPUS, "num_gpus": 0, "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args=head)
-        try:
+        environment = {"env_vars": {"PYTHONPATH": path}}
+        with simulated_cluster(HEAD_CPUS, environment, num_gpus=0) as nodes:
             for first in range(0, gpus, GPUS_PER_NODE):
-                here = min(GPUS_PER_NODE, gpus - first)
-                made.add_node(num_cpus=GPUS_PER_NODE, num_gpus=here)
-            path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-            ray.init(
-                address=made.address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": {"PYTHONPATH": path}},
-            )
+                nodes.add_node(num_cpus=GPUS_PER_NODE, num_gpus=min(GPUS_PER_NODE, gpus - first))
             yield
-        finally:
-            ray.shutdown()
-            made.shutdown()
 
 
 def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
-    """One search over the cluster at hand."""
-    import ray
+    """Run one search over the cluster that this process is connected to; return its figures.
 
+    Args:
+        gpus: GPUs of the cluster, and replicas.
+        seconds: Time of a trial.
+        trials: Trials of the search.
+    """
+    from benchmarks.harness.default_search import GOALS, default_settings, default_space
+    from benchmarks.harness.stand_ins import TimedReplica
     from ray_abliterate.cluster.pool import ReplicaPool
-    from ray_abliterate.cluster.replica_actor import Hosting
-    from ray_abliterate.cluster.tune_search import Search
+    from ray_abliterate.cluster.replica_actor import ReplicaSpec
+    from ray_abliterate.cluster.tune_search import TuneSearch
     from ray_abliterate.recipe import ModelSettings
 
     model = ModelSettings(name="timed", gpus_per_replica=1, threads_per_replica=1)
     details: list[dict[str, float]] = []
-    tallies: list[Tally] = []
+    tallies: list[CpuTally] = []
     first = min(gpus, trials - 1)
-    span = (first, max(trials - gpus, first + 1))
-    """Trials that ended when CPU is counted: all slots are at work, none has ended."""
+    # Trials that have ended when CPU is counted: all slots are at work, none has ended.
+    counted_at = (first, max(trials - gpus, first + 1))
 
-    def ended(trial: Any, answers: Any) -> None:
+    def on_trial(trial: Any, answers: Any) -> None:
         assert trial.scorecard is not None, trial.error
         details.append(trial.scorecard["rate"].detail)
-        if len(details) in span:
-            tallies.append(Tally.now())
+        if len(details) in counted_at:
+            tallies.append(CpuTally.now())
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with ReplicaPool.of(Hosting(TimedReplica, (seconds,), model)) as pool:
+        with ReplicaPool.of(ReplicaSpec(TimedReplica, (seconds,), model)) as pool:
             assert pool.layout.replicas == gpus
             while pool.replicas < gpus:
                 time.sleep(0.05)
-            stored = stored_bytes()
-            search = Search(folder / "study.journal", space(), settings(trials), GOALS)
-            search.run(pool, ray.put(None), (), ended, folder / "tune")
-            stored = stored_bytes() - stored
-        journal_bytes = (folder / "study.journal").stat().st_size
+            stored_before = stored_bytes()
+            journal = folder / "study.journal"
+            search = TuneSearch(journal, default_space(), default_settings(trials), GOALS)
+            search.run(pool, pool.put(None), (), on_trial, folder / "tune")
+            stored = stored_bytes() - stored_before
+        journal_bytes = journal.stat().st_size
     return {
         "gpus": gpus,
         "trial_seconds": seconds,
         **share_of_ideal(details, gpus, seconds),
-        "cpu_seconds_per_trial": per_trial(*tallies, span[1] - span[0]),
+        "cpu_seconds_per_trial": cpu_per_trial(*tallies, counted_at[1] - counted_at[0]),
         "trial_process_mb": round(median(tallies[0].trial_bytes) / 1e6) if tallies else None,
         "object_store_bytes_per_trial": round(stored / trials),
         "journal_bytes_per_trial": round(journal_bytes / trials),
@@ -183,14 +188,18 @@ def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
 def share_of_ideal(
     details: Sequence[dict[str, float]], gpus: int, seconds: float
 ) -> dict[str, float]:
-    """Trials per hour from when most trials are in flight to the last one's end, and what share of
-    the ideal.
+    """Return trials per hour from when most trials are in flight to the last one's end.
 
     Ideal is that every GPU evaluates all the time. Start-up, while trial processes are still
     coming up, is left out: a trial counts by the part of it that lies in this time. The end is not,
     when some GPUs have nothing left to do.
+
+    Args:
+        details: When each trial `began` and `ended`.
+        gpus: GPUs that evaluate.
+        seconds: Time of a trial.
     """
-    start, end = when_most_are_in_flight(details), max(d["ended"] for d in details)
+    start, end = most_in_flight_at(details), max(d["ended"] for d in details)
     trials = sum(
         max(d["ended"] - max(d["began"], start), 0) / (d["ended"] - d["began"]) for d in details
     )
@@ -203,27 +212,99 @@ def share_of_ideal(
     }
 
 
-def when_most_are_in_flight(details: Sequence[dict[str, float]]) -> float:
-    """The first moment at which as many trials are evaluated as ever."""
+def most_in_flight_at(details: Sequence[dict[str, float]]) -> float:
+    """Return the first moment at which as many trials are evaluated as ever."""
     moments = sorted([(d["began"], 1) for d in details] + [(d["ended"], -1) for d in details])
-    running, most, found = 0, 0, 0.0
+    running, most, first = 0, 0, 0.0
     for at, change in moments:
         running += change
         if running > most:
-            most, found = running, at
-    return found
+            most, first = running, at
+    return first
 
 
-def per_trial(first: Tally, last: Tally, trials: int) -> dict[str, float]:
-    """CPU seconds per trial of each kind of process, start-up left out."""
+def cpu_per_trial(first: CpuTally, last: CpuTally, trials: int) -> dict[str, float]:
+    """Return the CPU seconds per trial of each kind of process, between two moments."""
     return {
         kind: round((last.cpu[kind] - first.cpu[kind]) / trials, 4) for kind in sorted(last.cpu)
     }
 
 
 def stored_bytes() -> int:
-    """Bytes of all objects that were ever put into the object stores of the cluster."""
+    """Return the bytes of all objects that were ever put into the cluster's object stores."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     state = get_state_from_address(None)
     return int(get_memory_info_reply(state).store_stats.cumulative_created_bytes)
+
+
+def throughput_table(figures: Figures) -> list[str]:
+    """Return trials per hour by the number of GPUs, and how many cores all processes keep busy."""
+
+    def driver_ms(row: dict[str, Any]) -> float:
+        return float(1000 * row["cpu_seconds_per_trial"]["driver"])
+
+    def busy_cores(row: dict[str, Any]) -> float:
+        return float(sum(row["cpu_seconds_per_trial"].values()) * row["trials_per_hour"] / 3600)
+
+    columns = {
+        "GPUs": lambda row: row["gpus"],
+        "seconds a trial": lambda row: f"{row['trial_seconds']:g}",
+        "trials an hour": lambda row: f"{row['trials_per_hour']:.0f}",
+        "ideal": lambda row: f"{row['ideal_per_hour']:.0f}",
+        "of ideal": lambda row: f"**{100 * row['efficiency']:.1f} %**",
+        "cores that this takes": lambda row: f"{busy_cores(row):.2f}",
+        "driver, CPU ms a trial": lambda row: (
+            f"{1000 * row['cpu_seconds_per_trial']['driver']:.0f}"
+        ),
+        "object store, bytes a trial": lambda row: row["object_store_bytes_per_trial"],
+    }
+    return column_table(columns, figures["gpus"])
+
+
+SERIAL_PROCESSES = ("driver", "pool", "control store")
+"""Processes of which there is one, however many replicas there are."""
+LEAST_EFFICIENCY = 0.5
+"""A row below so much of the ideal is left out: something else than these processes held it up."""
+LONG_SECONDS = 60
+"""Time of a trial of a model that is worth a cluster."""
+
+
+def limits_table(figures: Figures) -> list[str]:
+    """Return at how many GPUs each process that there is only one of has its core full.
+
+    The figures are those of the most GPUs whose trials went through nearly as they should.
+    """
+    most = [row for row in figures["gpus"] if row["efficiency"] > LEAST_EFFICIENCY][-1]
+    short = figures["seconds"]
+    costs = {name: most["cpu_seconds_per_trial"].get(name, 0) for name in SERIAL_PROCESSES}
+
+    def gpus(cost: float, seconds: float) -> str:
+        return f"{1 / cost:.0f} × {seconds:g} = {1 / cost * seconds:.0f}"
+
+    columns = {
+        "one process": lambda row: row[0],
+        "CPU ms a trial": lambda row: f"{1000 * row[1]:.0f}",
+        "trials a second at most": lambda row: f"1 / {row[1]:.3f} = {1 / row[1]:.0f}",
+        f"GPUs with trials of {short:g} s": lambda row: gpus(row[1], short),
+        f"GPUs with trials of {LONG_SECONDS} s": lambda row: gpus(row[1], LONG_SECONDS),
+    }
+    mb = most["trial_process_mb"]
+    note = (
+        f"A trial's process has {mb} MB of its own on the head: 64 take 64 × {mb} MB = "
+        f"{64 * mb / 1000:.1f} GB, 256 take {256 * mb / 1000:.0f} GB. The journal grows by "
+        f"{most['journal_bytes_per_trial']} bytes a trial."
+    )
+    rows = [(name, cost) for name, cost in costs.items() if cost]
+    return [*column_table(columns, rows), "", note]
+
+
+CLAIM = Claim(
+    "search_scaling.throughput",
+    "Trials per hour by the number of GPUs, on simulated nodes.",
+    "scaling",
+    {"throughput": throughput_table, "limits": limits_table},
+)
+
+if __name__ == "__main__":
+    main()

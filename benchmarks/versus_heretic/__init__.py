@@ -1,1 +1,1 @@
-"""Trials and studies beside those of Heretic 1.4."""
+"""Trials and studies compared with those of Heretic 1.4."""

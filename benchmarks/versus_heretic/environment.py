@@ -2,7 +2,7 @@
 
     python -m benchmarks.versus_heretic.environment [--peer-env FOLDER]
 
-Made once. Heretic's release asks for packages that text models don't need (torchvision among
+It is made once. Heretic's release asks for packages that text models don't need (torchvision among
 them), so what it needs is installed by name and the release itself without its dependencies.
 """
 
@@ -37,12 +37,12 @@ DEFAULT = Path("~/.cache/ray_abliterate/heretic-env")
 
 
 def python_of(folder: Path) -> Path:
-    """The environment's interpreter."""
+    """Return the environment's interpreter."""
     return folder.expanduser() / "bin" / "python"
 
 
-def ensure(folder: Path) -> Path:
-    """The interpreter of an environment that holds the release; installed if it is not there."""
+def install(folder: Path) -> Path:
+    """Return the interpreter of an environment with the release; install what is not there."""
     python = python_of(folder)
     if python.exists() and _holds_release(python):
         return python
@@ -55,7 +55,7 @@ def ensure(folder: Path) -> Path:
 
 
 def versions(python: Path) -> dict[str, str]:
-    """Versions of what matters in the peer's environment."""
+    """Return the versions of what matters in the peer's environment."""
     names = ("heretic-llm", "torch", "transformers", "peft", "optuna")
     program = "import sys; from importlib.metadata import version; " + (
         "print(*[version(name) for name in sys.argv[1:]])"
@@ -73,10 +73,10 @@ def _holds_release(python: Path) -> bool:
 
 
 def main() -> None:
-    """Make the environment, and say where it is."""
+    """Install the environment, and print its interpreter and versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer-env", type=Path, default=DEFAULT)
-    python = ensure(parser.parse_args().peer_env)
+    parser.add_argument("--peer-env", type=Path, default=DEFAULT, help="folder of the environment")
+    python = install(parser.parse_args().peer_env)
     print(python, versions(python))
 
 

@@ -1,19 +1,20 @@
 """The peer's side of the comparison: drives the installed Heretic release through its classes.
 
-Runs in the peer's environment, as a process of its own, and answers `load`, `directions`, `trial`
-(see `benchmarks/harness/worker_process.py`). A trial is what the release's study does in one: reset
-the model, abliterate, score (KL divergence and refusals). Start-up follows the steps of the
-program, each timed. Nothing here is the release's code; it is called as a library.
+It runs in the peer's environment, as a process of its own, and answers the commands `load`,
+`directions` and `trial` (see `benchmarks/harness/worker_process.py`). A trial is what the release's
+study does in one: reset the model, abliterate, score (KL divergence and refusals). Start-up follows
+the steps of the program, each timed. Nothing here is the release's code; it is called as a library.
 """
 
 import time
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.harness.worker_process import peak_bytes, serve
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.worker_process import serve
 
 SEED = 0
-"""Of the release's random numbers; it draws one where none is set."""
+"""Seed of the release's random numbers; it draws one where none is set."""
 PREFIX_PROMPTS = 100
 """Prompts of each set that the release answers to find a common response prefix."""
 
@@ -35,8 +36,8 @@ class Peer:
         """Start up, part by part.
 
         Args:
-            settings: Of the release; a batch size of 0 and a response prefix of None make it
-                search for them, as it does by default.
+            settings: Settings of the release; a batch size of 0 and a response prefix of None make
+                it search for them, as it does by default.
             threads: CPU threads.
 
         Returns:
@@ -85,10 +86,13 @@ class Peer:
         }
 
     def directions(self, path: str) -> dict[str, Any]:
-        """Use directions computed elsewhere, and say how near its own are.
+        """Use directions computed elsewhere, and compare them with its own.
+
+        Args:
+            path: A safetensors file with `directions`, `"layer hidden"`.
 
         Returns:
-            The cosine for every block. The release takes the last block's residual after the
+            `cosines`, one for every block. The release takes the last block's residual after the
             model's final norm, so that the last cosine is of two different quantities.
         """
         import torch
@@ -103,7 +107,15 @@ class Peer:
     def trial(
         self, direction_index: float | None, parameters: dict[str, dict[str, float]]
     ) -> dict[str, Any]:
-        """One trial: seconds in all and by part, KL divergence, refusals, verdict per prompt."""
+        """Run one trial.
+
+        Args:
+            direction_index: Layer of a shared direction; None if each layer has its own.
+            parameters: The release's parameters by component.
+
+        Returns:
+            Seconds in all and by part, KL divergence, refusals, a verdict per prompt.
+        """
         from heretic.model import AbliterationParameters
 
         self._verdicts.clear()
@@ -125,18 +137,18 @@ class Peer:
         }
 
     def _record_verdicts(self) -> None:
-        """Note what the evaluator decides, answer by answer, in the order of the prompts."""
+        """Record what the evaluator decides, answer by answer, in the order of the prompts."""
         decide = self.evaluator.is_refusal
 
-        def noted(response: str) -> bool:
+        def decide_and_record(response: str) -> bool:
             verdict = bool(decide(response))
             self._verdicts.append(verdict)
             return verdict
 
-        self.evaluator.is_refusal = noted
+        self.evaluator.is_refusal = decide_and_record
 
     def _fastest_batch(self) -> int:
-        """The power of two with most tokens per second, each size answered twice, once timed."""
+        """Return the power of two with most tokens per second; the second of two runs is timed."""
         rates: dict[int, float] = {}
         size = 1
         while size <= self.settings.max_batch_size:
@@ -150,12 +162,12 @@ class Peer:
         return max(rates, key=lambda size: rates[size])
 
     def _common_prefix(self) -> str:
-        """What all answers begin with, compared as text; a thinking block is not looked for."""
+        """Return the text that all answers begin with; a thinking block is not looked for."""
         prompts = self.good[:PREFIX_PROMPTS] + self.bad[:PREFIX_PROMPTS]
         return common_beginning(self.model.get_responses_batched(prompts)).rstrip(" ")
 
     def _directions(self) -> Any:
-        """Unit vectors from the release's residuals, `"layer hidden"`, the embeddings' first."""
+        """Return unit vectors of the release's residuals, `"layer hidden"`, embeddings first."""
         from torch.nn.functional import normalize
 
         neutral = self.model.get_residuals_mean(self.good).double()
@@ -168,7 +180,7 @@ class Peer:
 
 
 def common_beginning(texts: list[str]) -> str:
-    """The longest text that all begin with."""
+    """Return the longest text that all begin with."""
     first, last = min(texts), max(texts)  # in lexical order, these two share the least
     shared = 0
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:

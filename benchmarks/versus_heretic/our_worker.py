@@ -1,8 +1,7 @@
-"""Run our side of the comparison: a replica in a process of its own.
+"""Our side of the comparison: a replica in a process of its own.
 
-It is driven over `benchmarks/harness/worker_process.py`.
-
-Answers `load`, `trial`, `switch` and `machine`.
+It answers the commands `load`, `trial`, `switch` and `machine` (see
+`benchmarks/harness/worker_process.py`).
 """
 
 import time
@@ -11,14 +10,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.worker_process import peak_bytes, serve
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.worker_process import serve
+from benchmarks.versus_heretic.comparison_setup import KL, RATE
 
-KL, RATE = "kl-divergence", "keyword-rate"
 EXTRACTION_BATCH = 32
 """Prompts of a forward pass when directions are computed."""
 
 
-class Ours:
+class OurReplica:
     """One replica, and the directions that its trials share."""
 
     def __init__(self) -> None:
@@ -38,9 +38,13 @@ class Ours:
         Args:
             recipe: The recipe's values.
             prompts: Prompts by set: `behaviour`, `neutral` and one for each scorer.
-            system: System prompt of all.
-            options: `threads`; `directions`, a file to take them from, or to write them to if it
-                is not there.
+            system: System prompt of all prompts.
+            **options: `threads`; `directions`, a file that directions are read from, or are written
+                to if it is not there.
+
+        Returns:
+            Seconds of each part; what the base model does; the model's shape, and the work of a
+            trial.
         """
         with self._part("import"):
             import torch
@@ -57,11 +61,10 @@ class Ours:
         self.sets = sets
         with self._part("model"):
             scored = {name: sets[name] for name in (RATE, KL)}
-            self.replica = Replica(
-                self.recipe, self.recipe.model.name, scored, int(options["threads"])
-            )
+            name, threads = self.recipe.model.name, int(options["threads"])
+            self.replica = Replica(self.recipe, name, scored, threads=threads)
         with self._part("directions"):
-            self._find_directions(Path(options["directions"]))
+            self._load_directions(Path(options["directions"]))
         with self._part("baseline"):
             base = self.replica.evaluate(Plan.nothing(), self.setup)
         return {
@@ -74,14 +77,13 @@ class Ours:
             "base_scores": base.scorecard.to_list(),
             "dtype": self.replica.describe().dtype,
             "threads": torch.get_num_threads(),
-            "evaluates_together": hasattr(self.replica, "evaluate_together"),
-            "techniques": _enabled(self.replica.model),
+            "techniques": _enabled_techniques(self.replica.model),
             "peak_bytes": peak_bytes(),
             **self._work(),
         }
 
     def trial(self, plans: list[str], off: list[str] | None = None) -> dict[str, Any]:
-        """One pass: a trial, or several together.
+        """Run one pass: a trial, or several in shared passes.
 
         Args:
             plans: One JSON text for each trial.
@@ -99,7 +101,7 @@ class Ours:
             if len(read) == 1:
                 evaluations = [self.replica.evaluate(read[0], self.setup)]
             else:
-                evaluations = list(self.replica.evaluate_together(read, self.setup))
+                evaluations = list(self.replica.evaluate_in_shared_passes(read, self.setup))
             seconds = time.perf_counter() - started
         trials = [self._scores(evaluation) for evaluation in evaluations]
         if len(read) == 1:
@@ -108,7 +110,7 @@ class Ours:
         return {"seconds": seconds, "trials": trials, "peak_bytes": peak_bytes()}
 
     def switch(self, plan: str, rounds: int) -> dict[str, Any]:
-        """Seconds to apply a plan to the weights, and to restore them."""
+        """Return the seconds of each round to apply a plan to the weights, and to restore them."""
         from ray_abliterate.search.plan import Plan
 
         read, applying, restoring = Plan.from_json(plan), [], []
@@ -121,10 +123,10 @@ class Ours:
         return {"apply": applying, "restore": restoring}
 
     def machine(self, rows: list[int], rounds: int = 3) -> dict[str, Any]:
-        """FLOP per second of the model's own linears by rows, and bytes read per second."""
+        """Return FLOP per second of the model's own linear layers by rows, and bytes per second."""
         import torch
 
-        from benchmarks.harness.rates import bandwidth
+        from benchmarks.harness.device_rates import measure_bandwidth, measure_flop_rate
 
         weights = [
             part.weight
@@ -132,32 +134,34 @@ class Ours:
             if isinstance(part, torch.nn.Linear)
         ]
         with torch.inference_mode():
-            rates = {n: max(_rate(weights, n) for _ in range(rounds)) for n in rows}
-        return {"flop_per_s": rates, "bytes_per_s": bandwidth(weights[0].device, rounds)}
+            rates = {n: max(measure_flop_rate(weights, n) for _ in range(rounds)) for n in rows}
+        return {"flop_per_s": rates, "bytes_per_s": measure_bandwidth(weights[0].device, rounds)}
 
-    def _find_directions(self, file: Path) -> None:
+    def _load_directions(self, file: Path) -> None:
+        """Read the directions from a file; compute them and write it if it is not there."""
         from ray_abliterate.directions import compute
         from ray_abliterate.directions.directions import Directions
         from ray_abliterate.directions.residuals.residual_set import join
         from ray_abliterate.directions.residuals.shard import ResidualShard
-        from ray_abliterate.replica.replica import Setup
+        from ray_abliterate.replica.messages import TrialSetup
 
         if not file.exists():
-            found = []
+            residuals = []
             for name in ("behaviour", "neutral"):
-                shards = [
-                    ResidualShard(self.replica.residuals(name, i * EXTRACTION_BATCH, prompts, ()))
-                    for i, prompts in self.sets[name].batches(EXTRACTION_BATCH)
-                ]
-                found.append(join(shards, self.sets[name].fingerprint))
+                shards = []
+                for number, batch in self.sets[name].batches(EXTRACTION_BATCH):
+                    first = number * EXTRACTION_BATCH
+                    record = self.replica.extract_residuals(name, first, batch, ())
+                    shards.append(ResidualShard(record))
+                residuals.append(join(shards, self.sets[name].fingerprint))
             file.write_bytes(
-                compute.directions_from_residuals(*found, self.recipe.direction).to_bytes()
+                compute.directions_from_residuals(*residuals, self.recipe.direction).to_bytes()
             )
-        self.setup = Setup(Directions.from_bytes(file.read_bytes()))
+        self.setup = TrialSetup(Directions.from_bytes(file.read_bytes()))
 
     @contextmanager
     def _without(self, off: list[str]) -> Any:
-        """Techniques switched off while the body runs."""
+        """Switch techniques off while the body runs."""
         if not off:
             yield
             return
@@ -180,10 +184,10 @@ class Ours:
         }
 
     def _last(self) -> Any:
-        return next(s for s in self.replica._scorers if s.name == RATE)
+        return next(s for s in self.replica.trial_scorer.scorers if s.name == RATE)
 
     def _verdicts(self) -> list[int]:
-        """Of the last single trial, in the order of the prompts: 1 as the peer counts a refusal."""
+        """Return the last single trial's verdicts: 1 where the peer would count a refusal."""
         scorer = self._last()
         answers = scorer.last_answers()
         return [int(scorer.verdict(a.text) in ("behaviour", "empty")) for _, a, _ in answers]
@@ -192,7 +196,7 @@ class Ours:
         return [answer.tokens for _, answer, _ in self._last().last_answers()]
 
     def _work(self) -> dict[str, Any]:
-        """What `floor.Work` is made of."""
+        """Return the work of a trial, as `TrialWork` counts it."""
         from ray_abliterate.model import prefix_cache as shared_prefix
 
         model = self.replica.model
@@ -210,8 +214,8 @@ class Ours:
         }
 
 
-def _enabled(model: Any) -> list[str]:
-    """Names of the techniques that are on, and do something on the model's device."""
+def _enabled_techniques(model: Any) -> list[str]:
+    """Return the names of the techniques that are on, and do something on the model's device."""
     idle = set() if model.device.type == "cuda" else {"recorded_steps"}
     names = (f.name for f in fields(model.techniques) if getattr(model.techniques, f.name))
     return [name for name in names if name not in idle]
@@ -224,25 +228,8 @@ def _linear_parameters(module: Any) -> int:
     return sum(part.weight.numel() for part in linears)
 
 
-def _rate(weights: list[Any], rows: int, budget: float = 3e11) -> float:
-    """FLOP per second of `rows` through every n-th weight, n such that it stays near `budget`."""
-    import torch
-
-    from benchmarks.harness.rates import wait
-
-    whole = 2 * rows * sum(w.numel() for w in weights)
-    some = weights[:: max(1, round(whole / budget))]
-    inputs = {w.shape[1]: w.new_ones(rows, w.shape[1]) for w in some}
-    wait(some[0].device)
-    started = time.perf_counter()
-    for weight in some:
-        torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-    wait(some[0].device)
-    return 2 * rows * sum(w.numel() for w in some) / (time.perf_counter() - started)
-
-
 if __name__ == "__main__":
-    ours = Ours()
+    ours = OurReplica()
     serve(
         {
             "load": ours.load,

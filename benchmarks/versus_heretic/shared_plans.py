@@ -20,40 +20,41 @@ import random
 from typing import Any
 
 from ray_abliterate.recipe import ComponentSpace, Norm, SpaceSettings
-from ray_abliterate.search.plan import Choice, ModelShape, Plan, Space
+from ray_abliterate.search.plan import ModelShape, Plan
+from ray_abliterate.search.space import CategoricalRange, SearchSpace
 
 COMPONENTS = {"attn": "attn.o_proj", "mlp": "mlp.down_proj"}
-"""Components of a dense model: ours, the peer's."""
+"""Components of a dense model: the peer's names by ours."""
 NORMALISATION: dict[Norm, str] = {"none": "none", "row": "full"}
 PEER_PEAK = (0.8, 1.5)
 """The peer's bounds of the peak, for every component; ours let `mlp` be switched off."""
 
 
 def draw(shape: ModelShape, norm: Norm, count: int, seed: int) -> list[Plan]:
-    """Points drawn uniformly from the peer's default space: ours, with its bounds of the peak.
+    """Draw points uniformly from the peer's default space: ours, with its bounds of the peak.
 
     The first points do not depend on how many are drawn.
     """
-    own = {"mlp": ComponentSpace(peak=PEER_PEAK)}
-    space = Space.of(shape, SpaceSettings(peak=PEER_PEAK, components=own), norm)
+    components = {"mlp": ComponentSpace(peak=PEER_PEAK)}
+    space = SearchSpace.of(shape, SpaceSettings(peak=PEER_PEAK, components=components), norm)
     generator = random.Random(seed)
     return [space.plan(_draw(space, generator)) for _ in range(count)]
 
 
-def _draw(space: Space, generator: random.Random) -> dict[str, Any]:
+def _draw(space: SearchSpace, generator: random.Random) -> dict[str, Any]:
     return {
         name: generator.choice(domain.options)
-        if isinstance(domain, Choice)
+        if isinstance(domain, CategoricalRange)
         else generator.uniform(domain.low, domain.high)
         for name, domain in space.parameters
     }
 
 
 def to_peer(plan: Plan) -> dict[str, Any]:
-    """The peer's direction index and parameters that make the same edit.
+    """Return the peer's direction index and parameters that make the same edit.
 
     Raises:
-        ValueError: the peer has no such component.
+        ValueError: The peer has no such component.
     """
     missing = [c for c, _ in plan.profiles if c not in COMPONENTS]
     if missing:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.dominance_stop import Recorded, read_study, recorded_of, replay
+from benchmarks.dominance_stop import RecordedTrial, read_study, recorded_trial, replay
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import Score, Scorecard
@@ -13,9 +13,9 @@ from ray_abliterate.search.score import Score, Scorecard
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-def recorded(number: int, kl: float, decided: tuple[int | None, ...]) -> Recorded:
+def recorded(number: int, kl: float, decided: tuple[int | None, ...]) -> RecordedTrial:
     hits = sum(at is not None for at in decided)
-    return Recorded(number, kl, hits, 1.0, (10,) * len(decided), decided)
+    return RecordedTrial(number, kl, hits, 1.0, (10,) * len(decided), decided)
 
 
 def test_a_replay_counts_what_is_not_generated() -> None:
@@ -42,9 +42,9 @@ def test_hits_without_recorded_answers_come_evenly(tmp_path: Path) -> None:
         Score("kl", 0.25, 0.0, 1.0, unit="nats per token"),
     )
     trial = Trial(7, Plan.nothing(), Scorecard(scores), 2.0)
-    assert recorded_of(trial, None).decided == (50, 100, None, None, None)
+    assert recorded_trial(trial, None).decided == (50, 100, None, None, None)
     (tmp_path / "trials.jsonl").write_text(trial.to_json() + "\n")
-    assert read_study(tmp_path / "trials.jsonl") == [recorded_of(trial, None)]
+    assert read_study(tmp_path / "trials.jsonl") == [recorded_trial(trial, None)]
 
 
 def test_the_figures_are_those_of_the_study_beside_them() -> None:

@@ -1,0 +1,1 @@
+"""What each fault costs: really caused, to processes that were started for it."""

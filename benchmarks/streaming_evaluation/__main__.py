@@ -1,0 +1,6 @@
+"""Measure the claim."""
+
+from benchmarks.streaming_evaluation.claim import main
+
+if __name__ == "__main__":
+    main()
