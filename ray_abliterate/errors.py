@@ -1,16 +1,16 @@
 """Errors a user can act on; the command line prints them without a traceback.
 
     RayAbliterateError
-    ├── RecipeError             the recipe says something that cannot be
+    ├── RecipeError             the recipe asks for something impossible
     ├── PromptSourceError       a prompt set cannot be read
     ├── ModelError              a model cannot be loaded or used
     │   └── UnknownArchitecture no writers are declared for the model's type
     ├── ScoreError              a score is missing or not a finite number
     ├── EvaluationError         a text cannot be evaluated as asked
     │   ├── TokenSourceError    tokens cannot be read, or are not the model's
-    │   ├── UnsupportedCarry    the model cannot carry over what is asked
-    │   └── EvaluationChanged   a saved evaluation is one of something else
-    ├── SearchError             the search cannot start or go on
+    │   ├── UnsupportedCarry    the model cannot carry the context that is asked for
+    │   └── EvaluationChanged   a saved evaluation belongs to something else
+    ├── SearchError             the search cannot start or continue
     ├── RunDirectoryError       a run directory is missing, taken, changed or unreadable
     │   ├── RunExists
     │   ├── RunNotFound
@@ -21,7 +21,7 @@
     ├── PushError               a folder cannot be uploaded
     ├── ChatError               a chat cannot do what a line asks for
     ├── ServeError              a model cannot be served
-    └── ForeignStudyError       another tool's study cannot be taken over
+    └── ForeignStudyError       another tool's study cannot be imported
 
 Every message says what was found, what was expected, and the next step.
 """
@@ -32,7 +32,7 @@ class RayAbliterateError(Exception):
 
 
 class RecipeError(RayAbliterateError):
-    """The recipe says something that cannot be."""
+    """The recipe asks for something impossible."""
 
 
 class PromptSourceError(RayAbliterateError):
@@ -60,15 +60,15 @@ class TokenSourceError(EvaluationError):
 
 
 class UnsupportedCarry(EvaluationError):
-    """The model cannot carry over what is asked, or does so wrongly."""
+    """The model cannot carry the context that is asked for, or carries it wrongly."""
 
 
 class EvaluationChanged(EvaluationError):
-    """A saved evaluation is of another model, text or setting."""
+    """A saved evaluation belongs to another model, text or setting."""
 
 
 class SearchError(RayAbliterateError):
-    """The search cannot start, or cannot go on."""
+    """The search cannot start, or cannot continue."""
 
 
 class RunDirectoryError(RayAbliterateError):
@@ -104,7 +104,7 @@ class PushError(RayAbliterateError):
 
 
 class ChatError(RayAbliterateError):
-    """A chat's command is none, or cannot be carried out."""
+    """A chat's command is unknown, or cannot be carried out."""
 
 
 class ServeError(RayAbliterateError):
@@ -112,4 +112,4 @@ class ServeError(RayAbliterateError):
 
 
 class ForeignStudyError(RayAbliterateError):
-    """Another tool's study cannot be read, or says what cannot be done here."""
+    """Another tool's study cannot be read, or asks for what cannot be done here."""

@@ -13,7 +13,7 @@ that is still in flight. Pruned trials set no thresholds: their losses are not k
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ray_abliterate.search.frontier import Frontier, Trial, dominates, losses
+from ray_abliterate.search.frontier import Frontier, Trial, dominates
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ThresholdSet:
     @classmethod
     def of(cls, trials: Iterable[Trial]) -> "ThresholdSet":
         """Return the thresholds that the finished trials set; pruned trials set none."""
-        return cls(tuple(losses(member) for member in Frontier.of(trials).members))
+        return cls(tuple(member.losses for member in Frontier.of(trials).members))
 
     def including(self, trial: tuple[float, ...]) -> "ThresholdSet":
         """Return the set with one more finished trial's losses, without what those dominate."""

@@ -44,6 +44,12 @@ class Trial:
         """Whether some of its scores are only bounds, because it was stopped early."""
         return self.scorecard is not None and self.scorecard.pruned
 
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """A finished trial's objectives, with signs such that smaller is better."""
+        assert self.scorecard is not None
+        return self.scorecard.losses
+
     def to_json(self) -> str:
         """Return the trial as one line of `trials.jsonl`."""
         scores = self.scorecard.to_list() if self.scorecard else None
@@ -89,11 +95,11 @@ class Frontier:
         """Return the frontier of the trials that were scored in full."""
         finished = sorted(
             (t for t in trials if t.scorecard is not None and not t.pruned),
-            key=lambda t: (losses(t), t.number),
+            key=lambda t: (t.losses, t.number),
         )
         members: list[Trial] = []
         for trial in finished:
-            if not any(weakly_dominates(losses(member), losses(trial)) for member in members):
+            if not any(weakly_dominates(member.losses, trial.losses) for member in members):
                 members.append(trial)
         return cls(tuple(members))
 
@@ -112,7 +118,7 @@ class Frontier:
         """
         if not self.members:
             raise ValueError("no trial finished, so there is no frontier")
-        points = [losses(member) for member in self.members]
+        points = [member.losses for member in self.members]
         lows = [min(column) for column in zip(*points, strict=True)]
         spans = [
             max(c) - low or 1.0 for c, low in zip(zip(*points, strict=True), lows, strict=True)
@@ -122,25 +128,19 @@ class Frontier:
             scaled = zip(point, lows, spans, strict=True)
             return float(sum(((x - low) / span) ** 2 for x, low, span in scaled))
 
-        return min(self.members, key=lambda member: (distance(losses(member)), member.number))
+        return min(self.members, key=lambda member: (distance(member.losses), member.number))
 
     def better_than(self, trial: Trial) -> Trial | None:
         """Return the first member that dominates a finished trial; None if none does."""
-        return next((m for m in self.members if dominates(losses(m), losses(trial))), None)
+        return next((m for m in self.members if dominates(m.losses, trial.losses)), None)
 
     def hypervolume(self, reference: Sequence[float]) -> float:
         """Return the volume between the frontier and a reference point.
 
         Members that are not better than the reference in every objective add nothing.
         """
-        points = [losses(member) for member in self.members]
+        points = [member.losses for member in self.members]
         return _volume([p for p in points if _below(p, reference)], tuple(reference))
-
-
-def losses(trial: Trial) -> tuple[float, ...]:
-    """Return a finished trial's objectives, with signs such that smaller is better."""
-    assert trial.scorecard is not None
-    return trial.scorecard.losses
 
 
 def weakly_dominates(a: Sequence[float], b: Sequence[float]) -> bool:

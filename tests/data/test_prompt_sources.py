@@ -1,4 +1,4 @@
-"""Prompts from every kind of source, and what a user is told when there are none."""
+"""Prompts from every kind of source, and what the error says when there are none."""
 
 import json
 import logging
@@ -379,8 +379,6 @@ def hub(monkeypatch) -> Hub:
 HUB_SOURCE = {"dataset": "owner/name", "column": "text", "split": "train[10:15]"}
 
 
-
-
 def test_a_hub_data_set_is_streamed_no_further_than_the_slice(hub, tmp_path):
     assert users(HUB_SOURCE, tmp_path) == [f"prompt {n}" for n in range(10, 15)]
     assert hub.pulled == 15
@@ -430,7 +428,7 @@ PERMANENT = [
 
 
 @pytest.mark.parametrize(("error", "advice"), PERMANENT, ids=lambda v: type(v).__name__)
-def test_what_another_attempt_cannot_mend_is_told_at_once(hub, tmp_path, error, advice):
+def test_what_another_attempt_cannot_mend_is_raised_at_once(hub, tmp_path, error, advice):
     hub.info_errors = [error]
     text = message(HUB_SOURCE, tmp_path)
     assert advice in text
@@ -477,7 +475,7 @@ def test_no_secret_gets_into_a_message_or_the_log(hub, tmp_path, caplog):
 # Overlap
 
 
-def test_prompts_that_are_extracted_from_and_scored_are_told(caplog):
+def test_prompts_that_are_both_extracted_from_and_scored_are_reported(caplog):
     behaviour = PromptSet.of("behaviour", "one", "two", "three")
     neutral = PromptSet.of("neutral", "four")
     scored = PromptSet.of("keyword-rate", "One ", "five", "six", "seven")

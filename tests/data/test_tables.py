@@ -46,11 +46,11 @@ SOURCES = [
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)
 def test_every_kind_of_source_gives_the_same_rows(stored: Path, source: dict) -> None:
-    found = rows(stored, "text", "list", **source)
-    assert [row.values for row in found] == [
+    read = rows(stored, "text", "list", **source)
+    assert [row.values for row in read] == [
         {"text": row["text"], "list": row["list"]} for row in ROWS
     ]
-    assert [row.number for row in found] == list(range(6))
+    assert [row.number for row in read] == list(range(6))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)
@@ -66,8 +66,8 @@ def test_a_row_of_a_text_file_knows_its_line(stored: Path) -> None:
 
 def test_csv_cells_are_texts(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text('n,text\n1,"one,\nand"\n2,two\n', encoding="utf-8")
-    found = rows(tmp_path, "text", "n", file="p.csv")
-    assert [row.values for row in found] == [{"text": "one,\nand", "n": "1"},
+    read = rows(tmp_path, "text", "n", file="p.csv")
+    assert [row.values for row in read] == [{"text": "one,\nand", "n": "1"},
                                              {"text": "two", "n": "2"}]  # fmt: skip
 
 
@@ -163,9 +163,9 @@ def test_a_hub_data_set_is_streamed_at_one_commit(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: Info())
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found = rows(Path(), "text", dataset="owner/name", config="all", split="test[:2]")
-    assert [row.values["text"] for row in found] == ["word 0", "word 1"]
-    assert found[1].place == "hub:owner/name, row 2"
+    read = rows(Path(), "text", dataset="owner/name", config="all", split="test[:2]")
+    assert [row.values["text"] for row in read] == ["word 0", "word 1"]
+    assert read[1].place == "hub:owner/name, row 2"
     assert asked == [
         ("owner/name", "all", {"split": "test", "revision": "0123abc", "streaming": True})
     ]

@@ -281,16 +281,16 @@ def test_trials_share_passes_by_number_or_as_the_run_chooses(value):
     assert parse().search.trials_per_pass == "auto"
     assert parse("search.trials_per_pass=auto") == parse()
     assert parse("search.trials_per_pass=3").search.trials_per_pass == 3
-    said = message(f"search.trials_per_pass={value}")
-    assert "search.trials_per_pass: give a whole number of 1 or more, or `auto` (found" in said
+    text = message(f"search.trials_per_pass={value}")
+    assert "search.trials_per_pass: give a whole number of 1 or more, or `auto` (found" in text
 
 
 def test_batches_of_plans_share_no_passes():
     batches = "search.batch_synchronous=true", "search.concurrency=4"
     assert parse(*batches).search.trials_per_pass == "auto"
     assert parse(*batches, "search.trials_per_pass=1").search.batch_synchronous
-    said = message(*batches, "search.trials_per_pass=2")
-    assert "batch_synchronous needs trials_per_pass = 1" in said
+    text = message(*batches, "search.trials_per_pass=2")
+    assert "batch_synchronous needs trials_per_pass = 1" in text
 
 
 @pytest.mark.parametrize(("gpus", "accepted"), [(0, 1), (0.25, 1), (1, 1), (2, 1), (1.5, 0)])

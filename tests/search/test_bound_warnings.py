@@ -25,9 +25,9 @@ def frontier(*changes: dict[str, Any], space: SearchSpace = SPACE) -> Frontier:
             Score("b", -number, -number, -number),
         )
         members.append(Trial(number, space.plan(middle | change), Scorecard(scores), 1.0))
-    found = Frontier.of(members)
-    assert len(found) == len(changes)
-    return found
+    result = Frontier.of(members)
+    assert len(result) == len(changes)
+    return result
 
 
 def test_members_inside_their_ranges_give_no_warning() -> None:
@@ -39,8 +39,8 @@ def test_no_members_give_no_warning() -> None:
 
 
 def test_a_warning_names_parameter_bound_members_and_setting() -> None:
-    found = frontier({"mlp.peak": 1.5}, {}, {"mlp.peak": 1.49})
-    assert bound_warnings(found, SPACE) == [
+    members = frontier({"mlp.peak": 1.5}, {}, {"mlp.peak": 1.49})
+    assert bound_warnings(members, SPACE) == [
         "mlp.peak is at its upper bound 1.5 in 2 of 3 frontier members that use it "
         "(trial 0, 2): widen search.space.components.mlp.peak"
     ]
@@ -123,8 +123,8 @@ def test_a_parameter_that_the_recipe_fixed_is_never_warned_about() -> None:
 
 
 def test_the_most_frequent_bound_comes_first() -> None:
-    found = frontier({"attn.peak": 1.5}, {"mlp.peak": 1.5}, {"mlp.peak": 1.5})
-    assert [w.split()[0] for w in bound_warnings(found, SPACE)] == ["mlp.peak", "attn.peak"]
+    members = frontier({"attn.peak": 1.5}, {"mlp.peak": 1.5}, {"mlp.peak": 1.5})
+    assert [w.split()[0] for w in bound_warnings(members, SPACE)] == ["mlp.peak", "attn.peak"]
 
 
 def test_a_model_of_one_layer_has_no_layer_bounds() -> None:

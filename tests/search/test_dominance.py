@@ -52,7 +52,7 @@ def test_pruned_trials_set_no_threshold_and_are_on_no_frontier() -> None:
     assert Frontier.of(trials[1:]).members == ()
 
 
-def test_the_trial_that_is_better_is_found() -> None:
+def test_the_frontier_names_a_trial_that_is_better() -> None:
     trials = [finished(0, 1.0, 0.5), finished(1, 0.5, 0.75), finished(2, 0.7, 0.75, bound=True)]
     better = Frontier.of(trials).better_than(trials[2])
     assert better is not None and better.number == 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_abliterate.search.frontier import Frontier, Trial, dominates, losses, weakly_dominates
+from ray_abliterate.search.frontier import Frontier, Trial, dominates, weakly_dominates
 from ray_abliterate.search.plan import Plan, Profile
 from ray_abliterate.search.score import Score, Scorecard
 
@@ -26,8 +26,8 @@ def failed(number: int) -> Trial:
 def trial_lists(objectives: int, size: int = 12) -> st.SearchStrategy[list[Trial]]:
     point = st.tuples(*[st.integers(0, 5)] * objectives) | st.none()
     return st.lists(point, max_size=size).map(
-        lambda found: [
-            failed(n) if values is None else finished(n, *values) for n, values in enumerate(found)
+        lambda points: [
+            failed(n) if values is None else finished(n, *values) for n, values in enumerate(points)
         ]
     )
 
@@ -62,28 +62,28 @@ def test_a_trial_has_either_a_scorecard_or_an_error():
 
 @given(TRIALS)
 def test_no_member_of_a_frontier_dominates_another(trials):
-    members = [losses(member) for member in Frontier.of(trials).members]
+    members = [member.losses for member in Frontier.of(trials).members]
     assert not any(dominates(a, b) for a, b in itertools.permutations(members, 2))
     assert len(set(members)) == len(members)
 
 
 @given(TRIALS)
-def test_every_finished_trial_is_covered_by_a_member_and_failed_ones_are_none(trials):
+def test_a_member_is_at_least_as_good_as_each_finished_trial_and_none_failed(trials):
     members = Frontier.of(trials).members
     assert all(member.scorecard is not None for member in members)
     for trial in trials:
         if trial.scorecard is not None:
-            assert any(weakly_dominates(losses(member), losses(trial)) for member in members)
+            assert any(weakly_dominates(member.losses, trial.losses) for member in members)
 
 
 @given(TRIALS)
-def test_of_trials_with_equal_losses_the_earliest_is_kept(trials):
+def test_of_trials_with_equal_losses_the_earliest_is_a_member(trials):
     earliest: dict[tuple[float, ...], int] = {}
     for trial in trials:
         if trial.scorecard is not None:
-            earliest.setdefault(losses(trial), trial.number)
+            earliest.setdefault(trial.losses, trial.number)
     for member in Frontier.of(trials).members:
-        assert member.number == earliest[losses(member)]
+        assert member.number == earliest[member.losses]
 
 
 @given(TRIALS, st.randoms(use_true_random=False))
@@ -104,7 +104,7 @@ def test_a_frontiers_frontier_is_itself(trials):
 @given(TRIALS)
 def test_members_come_in_order_of_the_first_objective(trials):
     members = Frontier.of(trials).members
-    keys = [losses(member) for member in members]
+    keys = [member.losses for member in members]
     assert keys == sorted(keys)
 
 
@@ -154,7 +154,7 @@ def test_the_hypervolume_of_a_staircase_is_known():
 def test_the_hypervolume_of_integer_points_is_the_number_of_covered_cells(objectives, data):
     trials = data.draw(trial_lists(objectives))
     reference = data.draw(st.tuples(*[st.integers(0, 6)] * objectives))
-    points = [losses(trial) for trial in trials if trial.scorecard is not None]
+    points = [trial.losses for trial in trials if trial.scorecard is not None]
     edge = tuple(float(value) for value in reference)
     cells = itertools.product(*[range(size) for size in reference])
     covered = sum(

@@ -1,4 +1,4 @@
-"""The quick sampler suggests what Optuna's own does, and reads finished trials once."""
+"""The fast sampler suggests what Optuna's own does, and reads finished trials once."""
 
 import warnings
 from typing import Any
@@ -57,8 +57,8 @@ def test_the_plans_are_those_of_optunas_sampler(in_flight: int) -> None:
     settings = SearchSettings(trials=120, seed=3, startup_trials=15)
     ours = make_sampler(settings, 0)
     assert isinstance(ours, FastTPESampler)
-    quick, own = studied(ours, 120, in_flight), studied(optunas(settings), 120, in_flight)
-    for a, b in zip(quick, own, strict=True):
+    plans, optunas_plans = studied(ours, 120, in_flight), studied(optunas(settings), 120, in_flight)
+    for a, b in zip(plans, optunas_plans, strict=True):
         assert a.pop("direction_scope") == b.pop("direction_scope")
         assert a == pytest.approx(b, rel=1e-9, abs=1e-9)
 
@@ -72,24 +72,32 @@ def density(kind: type[_ParzenEstimator], trials: int, domains: dict[str, Any]) 
 def observed(random: np.random.RandomState, domain: Any, count: int) -> np.ndarray:
     if isinstance(domain, optuna.distributions.CategoricalDistribution):
         return random.randint(len(domain.choices), size=count).astype(float)
-    found = random.uniform(domain.low, domain.high, size=count)
-    found[: count // 10] = domain.low  # kernels at a bound, and all alike
-    return found
+    values = random.uniform(domain.low, domain.high, size=count)
+    values[: count // 10] = domain.low  # kernels at a bound, and all alike
+    return values
 
 
 @pytest.mark.parametrize("trials", [0, 1, 30, 2000])
 def test_densities_are_optunas_to_nine_digits(trials: int) -> None:
-    quick, own = density(FastParzenEstimator, trials, DOMAINS), density(_ParzenEstimator, trials, DOMAINS)
-    candidates = own.sample(np.random.RandomState(1), 128)
+    ours, optunas_own = (
+        density(FastParzenEstimator, trials, DOMAINS),
+        density(_ParzenEstimator, trials, DOMAINS),
+    )
+    candidates = optunas_own.sample(np.random.RandomState(1), 128)
     corners = {n: np.append(v, getattr(DOMAINS[n], "high", 1)) for n, v in candidates.items()}
-    np.testing.assert_allclose(quick.log_pdf(corners), own.log_pdf(corners), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        ours.log_pdf(corners), optunas_own.log_pdf(corners), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_a_space_without_real_parameters_has_a_density_too() -> None:
     domains = {"a": optuna.distributions.CategoricalDistribution(("x", "y", "z"))}
-    quick, own = density(FastParzenEstimator, 9, domains), density(_ParzenEstimator, 9, domains)
+    ours, optunas_own = (
+        density(FastParzenEstimator, 9, domains),
+        density(_ParzenEstimator, 9, domains),
+    )
     candidates = {"a": np.array([0.0, 1.0, 2.0])}
-    np.testing.assert_allclose(quick.log_pdf(candidates), own.log_pdf(candidates))
+    np.testing.assert_allclose(ours.log_pdf(candidates), optunas_own.log_pdf(candidates))
 
 
 def test_a_finished_trial_is_read_once() -> None:
