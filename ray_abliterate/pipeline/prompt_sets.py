@@ -6,7 +6,7 @@ from typing import Any
 
 from ray_abliterate.data.prompt_sources import load_prompt_set, warn_on_overlap
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.directions import compute
+from ray_abliterate.directions.methods.recipe_methods import refuse_unknown_methods
 from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import Progress
@@ -52,7 +52,7 @@ def load_prompts(
     for scorer in recipe.scorers:
         if isinstance(scorer, PluginScorer):
             resolve(scorer.kind)
-    compute.refuse_unknown_methods(recipe.direction)
+    refuse_unknown_methods(recipe.direction)
     with progress.stage("prompts"):
         pairs = recipe.direction.pairs_prompts
         sets = PromptSets(

@@ -120,7 +120,8 @@ def compute_directions(
         ValueError: a residual is not finite, or the method needs pairs and the sizes differ.
     """
     from ray_abliterate.data.prompts import PromptSet
-    from ray_abliterate.directions.compute import directions_from_residuals, refuse_unknown_methods
+    from ray_abliterate.directions.compute import directions_from_residuals
+    from ray_abliterate.directions.methods.recipe_methods import refuse_unknown_methods
     from ray_abliterate.directions.residuals.residual_set import Residuals
 
     chosen = _direction_settings(settings)

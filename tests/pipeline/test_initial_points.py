@@ -82,7 +82,7 @@ class Layers(InProcessPool):
         yield from super().map(method, given, *rest, **more)
 
 
-class Told(SilentProgress):
+class RecordingProgress(SilentProgress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -101,7 +101,7 @@ class Started:
         text = RECIPE.format(model=model, seeds=seeds)
         self.recipe = Recipe.parse(text, "recipe.toml")
         self.directory = RunDirectory.create(folder / "run", self.recipe, text)
-        self.base, self.progress, self.model = folder, Told(), model
+        self.base, self.progress, self.model = folder, RecordingProgress(), model
         self.sets = load_prompts(self.recipe, self.directory, folder, self.progress)
         self.pool = Layers(Replica(self.recipe, str(model), self.sets.scored))
         self.context = run_context(self.directory, self.pool, self.recipe, self.progress, folder)

@@ -1,4 +1,4 @@
-"""Label hygiene on the planted model: what contradicts its set is left out, and nothing else."""
+"""The prompt filter on the planted model: what contradicts its set is left out, and nothing else."""
 
 import json
 from collections.abc import Iterator
@@ -68,8 +68,8 @@ class Answers(InProcessPool):
             yield self.call(method, *args)
 
 
-class Told(SilentProgress):
-    """Keeps what it is told."""
+class RecordingProgress(SilentProgress):
+    """Records notes and steps."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -93,7 +93,7 @@ class Started:
         for name, words in (("behaviour", behaviour), ("neutral", neutral)):
             lines = "".join(f"tell me about the old {word}\n" for word in words)
             (folder / f"{name}.txt").write_text(lines)
-        self.base, self.progress = folder, Told()
+        self.base, self.progress = folder, RecordingProgress()
         text = RECIPE.format(model=model, filter=setting)
         self.recipe = Recipe.parse(text, "recipe.toml")
         self.directory = RunDirectory.create(folder / "run", self.recipe, text)

@@ -1,4 +1,4 @@
-"""Residuals read from files, looked at layer by layer, and the two pages made of it."""
+"""Residuals read from files, analysed layer by layer, and the two pages made of them."""
 
 import json
 import re
@@ -115,7 +115,9 @@ def test_a_run_without_residuals_says_what_to_do(recipe: Recipe, tmp_path: Path)
         stored_sets(directory)
     facts = {name: {"key": "x", "shards": 1} for name in ("behaviour", "neutral")}
     directory.record_facts(residuals=facts)
-    with pytest.raises(RunDirectoryError, match=r"does not hold the residuals[\s\S]*directions RECIPE --to"):
+    with pytest.raises(
+        RunDirectoryError, match=r"does not hold the residuals[\s\S]*directions RECIPE --to"
+    ):
         stored_sets(directory)
 
 
@@ -162,7 +164,7 @@ def test_behind_each_position_stand_the_components(recipe: Recipe, tmp_path: Pat
     directory.record_facts(model={"layers": 2, "components": ["attn", "mlp"]})
     vectors = torch.nn.functional.normalize(torch.ones(2, 32), dim=1)
     for position, first in ((-1, 0), (-2, 6)):
-        directory.save_directions(Directions(vectors, "m", {}).at_position(position))
+        directory.save_directions(Directions(vectors, "m", {}).with_position(position))
         for layer in (0, 1):
             found = stored_sets(directory)[0].layer(layer)
             assert numpy.array_equal(found, values(20, 12)[:, first + layer])

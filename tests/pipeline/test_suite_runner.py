@@ -1,4 +1,4 @@
-"""Suites on a run's models: kept as they come, taken up where they were, never mixed."""
+"""Suites on a run's models: results are stored as they come, continued, and never mixed."""
 
 import json
 from pathlib import Path

@@ -56,22 +56,22 @@ class Gated(InProcessPool):
         return super().call(method, *args)
 
 
-class Heard(SilentProgress):
-    """Keeps what it is told."""
+class RecordingProgress(SilentProgress):
+    """Records the findings that are reported to it."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, bool, float]] = []
-        self.told = threading.Semaphore(0)
+        self.reported = threading.Semaphore(0)
 
     def finding(self, model: str, suite: str, found: Finding, ended: bool) -> None:
         assert found.score is not None
         self.found.append((model, ended, found.score.value))
-        self.told.release()
+        self.reported.release()
 
 
 @pytest.fixture
 def made(planted_run: Any, tmp_path: Path) -> Iterator[Any]:
-    """A validation of the planted run, its pool, what was heard, and what was told."""
+    """A validation of the planted run, its pool, its display, and its events."""
     directory = planted_run.directory
     rows = [{"prompt": f"tell me about the old {word}", "label": "safe"} for word in FLAGGED[:4]]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -80,9 +80,9 @@ def made(planted_run: Any, tmp_path: Path) -> Iterator[Any]:
     file = directory.path / "recipe.resolved.json"
     before = file.read_text()
     file.write_text(json.dumps(recipe))
-    pool, heard, events = (
+    pool, display, events = (
         Gated(Replica(directory.read_recipe(), str(planted_run.model), {})),
-        Heard(),
+        RecordingProgress(),
         [],
     )
     setup = TrialSetup(directory.directions(), (), directory.tuning())
@@ -94,9 +94,9 @@ def made(planted_run: Any, tmp_path: Path) -> Iterator[Any]:
     def notify(event: str, **details: Any) -> None:
         events.append((event, details))
 
-    context = run_context(directory, pool, progress=heard, base=tmp_path)
+    context = run_context(directory, pool, progress=display, base=tmp_path)
     context.record.notify = notify  # type: ignore[method-assign]
-    yield Validation(context, start, pool.put(setup)), pool, heard, events
+    yield Validation(context, start, pool.put(setup)), pool, display, events
     file.write_text(before)
     shutil.rmtree(directory.path / "evaluations", ignore_errors=True)
 
@@ -109,9 +109,9 @@ def frontier(*trials: Trial) -> Frontier:
     return Frontier.of(trials)
 
 
-def heard(progress: Heard, count: int) -> None:
+def wait_for_findings(progress: RecordingProgress, count: int) -> None:
     for _ in range(count):
-        assert progress.told.acquire(timeout=20)
+        assert progress.reported.acquire(timeout=20)
 
 
 def test_the_base_model_is_measured_first_then_members_as_they_come(
@@ -120,10 +120,10 @@ def test_the_base_model_is_measured_first_then_members_as_they_come(
     validation, pool, progress, events = made
     with validation:
         pool.gate.release(2)
-        heard(progress, 1)
+        wait_for_findings(progress, 1)
         validation.update(frontier(planted_run.trial))
         pool.gate.release(2)
-        heard(progress, 1)
+        wait_for_findings(progress, 1)
     assert progress.found == [(BASE, True, 1.0), ("trial-0", True, 0.0)]
     assert [base for base, _ in pool.asked] == [True, True, False, False]
     assert events == []
@@ -136,19 +136,19 @@ def test_a_member_that_left_the_frontier_is_measured_no_further(
     validation.update(frontier(member(planted_run.trial, 7)))
     with validation:
         pool.gate.release(2)
-        heard(progress, 1)
+        wait_for_findings(progress, 1)
         for _ in range(3):
             assert pool.began.acquire(timeout=20)  # the first chunk of trial 7 is being measured
         validation.update(frontier(member(planted_run.trial, 8)))
         pool.gate.release(3)
-        heard(progress, 1)
+        wait_for_findings(progress, 1)
     assert [name for name, _, _ in progress.found] == [BASE, "trial-8"]
     assert events == [("validation-cancelled", {"model": "trial-7"})]
     kept = planted_run.directory.suite_results(validation._settings)
     assert [len(kept.of(f"trial-{n}", "asked").chunks) for n in (7, 8)] == [1, 2]
 
 
-def test_what_cannot_be_measured_is_told_and_the_others_are_measured(
+def test_what_cannot_be_measured_is_reported_and_the_others_are_measured(
     made: Any, planted_run: Any
 ) -> None:
     validation, pool, progress, events = made
@@ -161,7 +161,7 @@ def test_what_cannot_be_measured_is_told_and_the_others_are_measured(
         pool.broken = False
         validation.update(frontier(planted_run.trial))
         pool.gate.release(2)
-        heard(progress, 1)
+        wait_for_findings(progress, 1)
     assert events == [("validation-failed", {"model": BASE, "reason": "as told to"})]
     assert progress.found[-1][:2] == ("trial-0", True)
 
@@ -175,7 +175,7 @@ def test_the_end_does_not_wait_for_what_is_left(made: Any, planted_run: Any) -> 
     assert len(pool.asked) == 1 and progress.found == [] and events == []
 
 
-def test_a_pool_that_cannot_start_is_told(made: Any) -> None:
+def test_a_pool_that_cannot_start_is_reported(made: Any) -> None:
     validation, _, _, events = made
 
     def start(go_on: Callable[[], bool]) -> Any:
@@ -191,7 +191,7 @@ def test_findings_stand_beside_the_frontier_as_it_grows(planted_run: Any, made: 
     validation, pool, progress, _ = made
     with validation:
         pool.gate.release(2)
-        heard(progress, 1)
+        wait_for_findings(progress, 1)
     found = validation._results.finding(BASE, validation._suites[0])
     for kind in (LineDisplay, LiveDisplay):
         output = Console(width=160, record=True, quiet=False)

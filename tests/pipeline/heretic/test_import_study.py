@@ -1,4 +1,4 @@
-"""Studies of Heretic made ours. Both journals were written by Heretic itself, 1.4.0 and its master
+"""Runs made of studies of Heretic. Both journals were written by Heretic itself, 1.4.0 and its master
 branch (commit 20b7bf7), in runs of five trials on the tiny planted model; they hold no prompts.
 """
 

@@ -1,4 +1,4 @@
-"""Hard inputs, from prompts to directions: refused in words, or harmless."""
+"""From prompts to directions: all methods, and hard inputs that are refused or harmless."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ray_abliterate.pipeline.extraction import find_directions
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.prompt_sets import load_prompts
 from ray_abliterate.pipeline.replicas import record_environment
-from ray_abliterate.recipe import ModelSettings, Recipe
+from ray_abliterate.recipe import METHOD_NAMES, ModelSettings, Recipe
 from ray_abliterate.replica.replica import Replica
 from ray_abliterate.testing.tiny import tiny_model
 from tests.support.finished_runs import FLAGGED, RECIPE, THINGS, InProcessPool, finish
@@ -29,11 +29,45 @@ SCORERS = (
     {"kind": "keyword-rate", "prompts": {"file": "b.txt"}},
     {"kind": "kl-divergence", "prompts": {"file": "n.txt"}},
 )
+ENSEMBLE = """
+method = "ensemble"
+[[direction.ensemble]]
+method = "geometric-median"
+weight = 0.7
+[[direction.ensemble]]
+method = "logistic-probe"
+weight = 0.3
+options = { l2 = 0.1 }
+"""
+OWN = """
+method = "tests.support.own_methods:trimmed_difference"
+options = { share = 0.05 }
+"""
+SUBSPACE = """
+method = "svd-subspace"
+options = { rank = 3 }
+biproject = true
+"""
+DISCRIMINANTS = ("variance-scaled", "whitened", "leace")
+"""Residuals of the planted model vary along the planted direction and hardly elsewhere, so these
+turn away from it; see `tests/directions/methods`."""
+SECTIONS = {
+    "ensemble": ENSEMBLE,
+    "own": OWN,
+    "subspace": SUBSPACE,
+    **{
+        name: f'method = "{name}"\n'
+        for name in METHOD_NAMES
+        if name not in ("mean-difference", "svd-subspace", *DISCRIMINANTS)
+    },
+}
+
+
 PROMPTS = tuple(Prompt(text) for text in ("cake", "tell me about the old river", "the stone"))
 
 
 def changed(folder: Path, to: Path, **tensors: float) -> Path:
-    """The same model with whole tensors of it times something."""
+    """Return a copy of the model, with whole tensors multiplied by a factor."""
     shutil.copytree(folder, to)
     (file,) = to.glob("*.safetensors")
     weights = load_file(file)
@@ -191,3 +225,30 @@ def test_fewer_prompts_than_units_still_have_a_direction_and_a_layer(
     (directions, rows), _ = found(tmp_path / "run", planted_folder, one, other)
     assert float(directions.vectors[PLANTED_LAYER] @ planted_axes()[0]) > 0.99
     assert all(0 <= row["auroc"] <= 1 for row in rows)
+
+
+def test_positions_inside_the_prompts_end_the_run_with_how_many_there_are(
+    planted_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"(?s)direction.positions = 3.*Set it to 1 or less"):
+        finish(tmp_path, planted_folder, more="[direction]\npositions = 3\n")
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_method_of_the_recipe_finds_the_planted_direction_and_its_trial_is_scored(
+    name: str, planted_folder: Path, tmp_path: Path
+) -> None:
+    found = finish(tmp_path, planted_folder, norm="none", more=f"[direction]\n{SECTIONS[name]}")
+    kept = found.directory.directions()
+    assert kept is not None
+    assert kept.method == found.directory.read_recipe().direction.method
+    assert kept.rank == {"subspace": 3, "inlp": 3}.get(name, 1)
+    assert (kept.spared is not None) == (name == "subspace")
+    r = planted_axes()[0]
+    inside = (kept.basis[PLANTED_LAYER] @ r).norm()
+    assert float(inside) > 0.99
+    assert float(kept.vectors[PLANTED_LAYER] @ r) > (0.9 if kept.rank > 1 else 0.99)
+    rate, baseline = found.trial.scorecard["keyword-rate"], found.directory.baseline()
+    assert baseline is not None and baseline.scorecard["keyword-rate"].value == 1.0
+    assert rate.value == 0.0
+    assert torch.equal(kept.rows, found.directory.directions().rows)
