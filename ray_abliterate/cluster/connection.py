@@ -1,4 +1,4 @@
-"""The connection to Ray: a cluster that is there, or one on this machine for this run."""
+"""The connection to Ray: an existing cluster, or one that is started here for this run."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ HEAD = "node:__internal_head__"
 
 
 def is_own_cluster() -> bool:
-    """Whether Ray runs for us alone, on this machine; otherwise it is a cluster that was joined."""
+    """Return whether Ray runs on this machine for this run alone, not as a cluster it joined."""
     return not os.environ.get("RAY_ADDRESS")
 
 
@@ -31,11 +31,11 @@ def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
     Without an address, Ray would join whatever `ray start` began here last.
 
     Args:
-        dashboard: Start it, if Ray is started.
+        dashboard: Start the dashboard, if Ray is started.
         python_path: Folders that workers find modules in, before those of `PYTHONPATH`.
 
     Returns:
-        The dashboard's address, or nothing.
+        The dashboard's address, or an empty string.
 
     Raises:
         SearchError: the cluster's workers can't import this package.
@@ -47,21 +47,24 @@ def connect(dashboard: bool = True, python_path: Sequence[str] = ()) -> str:
         if is_own_cluster():
             options = {"address": "local", "include_dashboard": dashboard}
             options |= {"dashboard_host": "127.0.0.1"}
-            # Workers inherit it. With an environment of the job's own they would all be started
-            # anew, beside the idle ones that Ray starts at once.
+            # Workers inherit it. With an environment of the job's own, Ray would start new ones
+            # besides the idle ones that it starts at once.
             os.environ["PYTHONPATH"] = path
         elif path:
             options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         if not is_own_cluster():
-            _refuse_workers_without_us(path)
+            _refuse_workers_without_package(path)
     return str(getattr(ray._private.worker._global_node, "webui_url", "") or "")
 
 
 def workers_path(first: Sequence[str] = ()) -> str:
-    """`PYTHONPATH` for workers, in whole paths, since their working folder may be another one.
+    """Return `PYTHONPATH` for workers, as absolute paths: their working folder may differ.
 
-    Our own folder ends it, if that is none of those that every Python looks in.
+    The package's own folder comes last, unless Python looks there anyway.
+
+    Args:
+        first: Folders that come before those of this process's `PYTHONPATH`.
     """
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [os.path.abspath(folder) for folder in (*first, *given) if folder]
@@ -72,13 +75,13 @@ def workers_path(first: Sequence[str] = ()) -> str:
     return os.pathsep.join(dict.fromkeys(paths))
 
 
-def _refuse_workers_without_us(path: str) -> None:
-    """Let a worker on this node import what the pool's process is made of.
+def _refuse_workers_without_package(path: str) -> None:
+    """Have a worker on this node import what the pool's process is made of.
 
-    Ray starts an actor that can't be imported again and again, for ever.
+    Ray restarts an actor that can't be imported again and again, forever.
 
     Raises:
-        SearchError: it can't.
+        SearchError: the worker can't import it.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": here}
@@ -90,13 +93,13 @@ def _refuse_workers_without_us(path: str) -> None:
             raise
         raise SearchError(
             f"Ray's workers on this node can't import ray_abliterate ({error.cause}).\n"
-            f"  {INSTALL}\n  PYTHONPATH of the workers is {path!r} now."
+            f"  {INSTALL}\n  The workers' PYTHONPATH is {path!r}."
         ) from None
 
 
 def live_nodes() -> tuple[Node, ...]:
-    """The machines that are alive, the head first."""
-    found = [
+    """Return the machines that are alive, the head first."""
+    nodes = [
         (
             HEAD not in entry["Resources"],
             entry["NodeID"],
@@ -111,4 +114,4 @@ def live_nodes() -> tuple[Node, ...]:
         for entry in ray.nodes()
         if entry["Alive"]
     ]
-    return tuple(node for _, _, node in sorted(found, key=lambda item: item[:2]))
+    return tuple(node for _, _, node in sorted(nodes, key=lambda item: item[:2]))

@@ -18,13 +18,13 @@ from ray.exceptions import RayTaskError
 from ray_abliterate.cluster.connection import live_nodes
 from ray_abliterate.cluster.events import ReportEvent
 from ray_abliterate.cluster.placement import (
-    Layout,
     Node,
     Placement,
-    arrange,
+    ReplicaLayout,
     count_unplaced,
     gpus_per_replica,
     layout_of,
+    place_replicas,
     refuse_what_does_not_fit,
 )
 from ray_abliterate.cluster.remote_errors import (
@@ -131,7 +131,7 @@ class Fleet:
         return sum(life.ready for life in self._lives.values())
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ReplicaLayout:
         """All places, given up or not."""
         return layout_of([place.placement for place in self._places.values()])
 
@@ -175,7 +175,7 @@ class Fleet:
         settings, nodes = self._spec.settings, self._spec.share(nodes)
         broken = {key[0] for key, place in self._places.items() if place.given_up}
         sound = [node for node in nodes if node.id not in broken]
-        placements = arrange(settings, sound, self._replica_bytes)
+        placements = place_replicas(settings, sound, self._replica_bytes)
         if not broken and not self._spec.patient and self.facts is None:
             refuse_what_does_not_fit(settings, nodes, placements, self._spec.section)
         self._demand(count_unplaced(settings, placements), gpus_per_replica(settings, nodes))

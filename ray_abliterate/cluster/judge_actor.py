@@ -1,9 +1,9 @@
 """Judges in actors of their own: one for each `refusal-judge`, asked by all replicas.
 
-A replica tells the judge each answer as soon as it is whole, and goes on writing the others. The
-actor judges what has come meanwhile in batches, and holds the only copy of the classifier. What it
-is asked has no side effects, and is kept on disk, so an actor that dies is started anew by Ray, and
-asked again.
+A replica sends the judge each answer as soon as it is complete, and goes on generating the others.
+The actor judges in batches what has come meanwhile, and holds the only copy of the classifier.
+Judging has no side effects, and judgements are stored on disk, so an actor that dies is restarted
+by Ray and asked again.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_abliterate.cluster.connection import live_nodes
-from ray_abliterate.cluster.placement import Node, without
+from ray_abliterate.cluster.placement import Node, without_gpus
 from ray_abliterate.cluster.remote_errors import DEATHS, describe_death, original_error
 from ray_abliterate.cluster.secrets import Secrets, drivers_secrets
 from ray_abliterate.errors import RecipeError, ScoreError
@@ -29,25 +29,26 @@ from ray_abliterate.evaluation.judges.build import build_judge
 from ray_abliterate.evaluation.judges.judge import Exchange
 from ray_abliterate.recipe import RefusalJudge
 
-Result = TypeVar("Result")
+Judged = TypeVar("Judged")
 
 AT_ONCE = 64
-"""Exchanges that are judged in one go, at most: as many as are lost if that fails."""
+"""Exchanges of one batch, at most: as many as are lost if it fails."""
 LIVES = 3
-"""An actor that dies more often is not started again."""
+"""An actor that dies more often is not restarted."""
 REMEMBERED = 10_000
-"""Judgements that a replica has at hand."""
+"""Judgements that a replica remembers."""
 
 
 class JudgeActor:
-    """A judge in a Ray actor; it begins to load at once, and tells its first caller what fails."""
+    """A judge in a Ray actor; what its loading raises is raised to the first caller."""
 
     def __init__(self, secrets: Secrets, settings: RefusalJudge, threads: int) -> None:
-        """
+        """Begin to load the judge in the background.
+
         Args:
             secrets: The driver's.
-            settings: What the recipe says of it.
-            threads: Of the CPU, for a classifier that computes there.
+            settings: The recipe's.
+            threads: CPU threads, for a classifier that computes there.
         """
         secrets.hand_over()
         self._name = settings.name
@@ -69,43 +70,44 @@ class JudgeActor:
             _ = self._judge.identity
 
     async def identity(self) -> str:
-        """See `Judge`."""
+        """Return what tells this judge from others; see `Judge`."""
         return await self._in_thread(lambda: self._judge.identity)
 
     async def judge(self, exchange: Exchange) -> float | None:
-        """How likely an answer is a refusal, judged with all that wait by then."""
-        told: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((exchange, told))
+        """Return how likely an answer is a refusal; it is judged with all that wait by then."""
+        judgement: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((exchange, judgement))
         if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
-        return await told
+            self._worker = asyncio.create_task(self._judge_batches())
+        return await judgement
 
-    async def _work(self) -> None:
+    async def _judge_batches(self) -> None:
         while self._waiting:
-            some, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
+            batch, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
             try:
-                asked = [exchange for exchange, _ in some]
-                judged = await self._in_thread(partial(self._judge.judge, asked))
-            except Exception as error:  # noqa: BLE001  # every caller is told
-                for _, told in some:
-                    told.set_exception(error)
+                exchanges = [exchange for exchange, _ in batch]
+                judgements = await self._in_thread(partial(self._judge.judge, exchanges))
+            except Exception as error:  # noqa: BLE001  # raised to every caller
+                for _, future in batch:
+                    future.set_exception(error)
                 continue
-            for (_, told), judgement in zip(some, judged, strict=True):
-                told.set_result(judgement)
+            for (_, future), judgement in zip(batch, judgements, strict=True):
+                future.set_result(judgement)
 
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        """One thing at a time, and the loop goes on meanwhile."""
+    async def _in_thread(self, work: Callable[[], Judged]) -> Judged:
+        """Do one thing at a time, while the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 class RemoteJudge:
-    """A judge's actor, as scorers know it; see `PrefetchingJudge`."""
+    """A judge's actor, as scorers know it: a `PrefetchingJudge`."""
 
     def __init__(self, name: str, handle: Any) -> None:
-        """
+        """Ask nothing yet.
+
         Args:
-            name: Of the scorer.
-            handle: Of a `JudgeActor`.
+            name: The scorer's.
+            handle: Ray's handle of a `JudgeActor`.
         """
         self._name, self._handle = name, handle
         self._asked: OrderedDict[Exchange, Any] = OrderedDict()
@@ -116,28 +118,29 @@ class RemoteJudge:
 
     @property
     def identity(self) -> str:
-        """See `Judge`."""
-        found: str = self._told(self._handle.identity.remote())
-        return found
+        """What tells this judge from others; see `Judge`."""
+        identity: str = self._fetch(self._handle.identity.remote())
+        return identity
 
     def prefetch(self, exchange: Exchange) -> None:
-        """See `PrefetchingJudge`."""
+        """Have an exchange judged, without waiting; see `PrefetchingJudge`."""
         self._ask(exchange)
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[float | None]:
-        """See `Judge`.
+        """Return how likely each answer is a refusal; see `Judge`.
 
         Raises:
             ScoreError: the judge's process dies again and again; or what the judge raises.
         """
         waiting = [self._ask(exchange) for exchange in exchanges]
         try:
-            found: list[float | None] = self._told(waiting)
+            judgements: list[float | None] = self._fetch(waiting)
         except Exception:
             self._forget(exchanges)
             raise
-        self._forget([e for e, known in zip(exchanges, found, strict=True) if known is None])
-        return found
+        undecided = [e for e, own in zip(exchanges, judgements, strict=True) if own is None]
+        self._forget(undecided)
+        return judgements
 
     def _ask(self, exchange: Exchange) -> Any:
         with self._turn:
@@ -154,7 +157,7 @@ class RemoteJudge:
             for exchange in exchanges:
                 self._asked.pop(exchange, None)
 
-    def _told(self, waiting: Any) -> Any:
+    def _fetch(self, waiting: Any) -> Any:
         try:
             return ray.get(waiting)
         except RayTaskError as error:
@@ -167,7 +170,7 @@ class RemoteJudge:
 
 
 def _has_failed(asked: Any) -> bool:
-    """Whether a judgement has failed by now: it may have been a trial's that never asked for it."""
+    """Return whether a judgement has failed; it may be one that a pruned trial never fetched."""
     if not ray.wait([asked], timeout=0)[0]:
         return False
     try:
@@ -179,7 +182,12 @@ def _has_failed(asked: Any) -> bool:
 
 @dataclass(frozen=True)
 class RunningJudges:
-    """The judges of a run, and what they leave of the nodes to replicas."""
+    """The judges of a run.
+
+    Attributes:
+        judges: By the name of the scorer.
+        left: Returns what the judges leave of the nodes to replicas.
+    """
 
     judges: dict[str, RemoteJudge]
     left: Callable[[Sequence[Node]], tuple[Node, ...]] = tuple
@@ -187,7 +195,7 @@ class RunningJudges:
 
 @contextlib.contextmanager
 def start_judges(settings: Sequence[RefusalJudge]) -> Iterator[RunningJudges]:
-    """Judges are started, and gone after the block.
+    """Start the judges, and end them after the block.
 
     Raises:
         RecipeError: no node has the GPUs that one asks for.
@@ -195,7 +203,7 @@ def start_judges(settings: Sequence[RefusalJudge]) -> Iterator[RunningJudges]:
     handles, taken, judges = [], list[tuple[str, float]](), {}
     try:
         for own in settings:
-            node = _node_for(own, without(live_nodes(), taken))
+            node = _node_for(own, without_gpus(live_nodes(), taken))
             if own.gpus:
                 taken.append((node.id, own.gpus))
             handle = (
@@ -217,22 +225,22 @@ def start_judges(settings: Sequence[RefusalJudge]) -> Iterator[RunningJudges]:
             )
             handles.append(handle)
             judges[own.name] = RemoteJudge(own.name, handle)
-        yield RunningJudges(judges, partial(without, taken=tuple(taken)))
+        yield RunningJudges(judges, partial(without_gpus, taken=tuple(taken)))
     finally:
         for handle in handles:
             ray.kill(handle)
 
 
-def _node_for(settings: RefusalJudge, there: Sequence[Node]) -> Node:
-    """The driver's own node, or the first with GPUs enough."""
+def _node_for(settings: RefusalJudge, nodes: Sequence[Node]) -> Node:
+    """Return the driver's own node, or the first one with enough GPUs."""
     if not settings.gpus:
         here = ray.get_runtime_context().get_node_id()
-        return next((node for node in there if node.id == here), there[0])
-    fitting = [node for node in there if node.gpus >= settings.gpus]
+        return next((node for node in nodes if node.id == here), nodes[0])
+    fitting = [node for node in nodes if node.gpus >= settings.gpus]
     if not fitting:
-        most = max(node.gpus for node in there)
+        most = max(node.gpus for node in nodes)
         raise RecipeError(
             f"scorers.{settings.name}.gpus = {settings.gpus:g}, but no node has more than {most:g} "
-            "GPUs to give.\n  Lower it, or set it to 0 to judge on the CPU."
+            "GPUs free.\n  Lower it, or set it to 0 to judge on the CPU."
         )
     return fitting[0]

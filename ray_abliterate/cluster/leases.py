@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
@@ -15,15 +15,13 @@ from ray_abliterate.cluster.events import EventLog
 from ray_abliterate.cluster.fleet import Fleet, ReplicaLife
 from ray_abliterate.cluster.metrics import PoolMetrics
 from ray_abliterate.cluster.remote_errors import DEATHS, ReplicaDied, describe_death
-from ray_abliterate.cluster.replica_call import ReplicaCall
+from ray_abliterate.cluster.replica_call import ReplicaCall, Returned
 from ray_abliterate.errors import SearchError
 
 NO_REPLICA_SECONDS = 900.0
 """A call waits this long for any replica; a new one has to load its model."""
 AHEAD = 2
 """Items that a replica that yields may be ahead of the consumer."""
-
-Outcome = TypeVar("Outcome")
 
 
 class Leases:
@@ -78,8 +76,8 @@ class Leases:
         raise _none_free()
 
     async def call(
-        self, call: ReplicaCall[Outcome], timeout: float | None = None
-    ) -> tuple[Outcome, ReplicaLife]:
+        self, call: ReplicaCall[Returned], timeout: float | None = None
+    ) -> tuple[Returned, ReplicaLife]:
         """Lease a replica for a call; see `call_leased`."""
         return await self.call_leased(await self.lease(), call, timeout)
 
@@ -91,10 +89,10 @@ class Leases:
     async def call_leased(
         self,
         replica: ReplicaLife,
-        call: ReplicaCall[Outcome],
+        call: ReplicaCall[Returned],
         timeout: float | None = None,
         by_reference: bool = False,
-    ) -> tuple[Outcome, ReplicaLife]:
+    ) -> tuple[Returned, ReplicaLife]:
         """Call a method of a leased replica, and end the lease; on its death, call another one.
 
         Returns:

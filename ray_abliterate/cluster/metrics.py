@@ -1,18 +1,25 @@
-"""Numbers for Ray's dashboard and Prometheus. All names begin with `abliterate_`."""
+"""Numbers for Ray's dashboard and Prometheus; all names begin with `abliterate_`."""
 
 import time
 
 from ray.util.metrics import Counter, Gauge
+
+WINDOW_SECONDS = 10.0
+"""Rates are averages over at least so long."""
 
 
 class PoolMetrics:
     """What the pool knows: trials, tokens, and how busy replicas are."""
 
     def __init__(self, role: str) -> None:
-        """Of replicas or evaluators."""
+        """Begin at zero.
+
+        Args:
+            role: The tag of all values: `replica` or `evaluator`.
+        """
         self._done = Counter("abliterate_trials_done", "Trials that ended with scores.")
         self._failed = Counter("abliterate_trials_failed", "Trials that ended with an error.")
-        self._bounded = Counter(
+        self._pruned = Counter(
             "abliterate_trials_bounded", "Trials stopped once a finished one was better."
         )
         self._moved = Counter(
@@ -35,35 +42,44 @@ class PoolMetrics:
         self._window = _Window()
 
     def work_began(self) -> None:
-        """A replica got work."""
+        """Count one more replica as busy."""
         self._window.advance(self._running)
         self._running += 1
 
     def work_ended(self) -> None:
-        """A replica has done its work, or died of it."""
+        """Count one replica less as busy: it has done its work, or died over it."""
         self._window.advance(self._running)
         self._running -= 1
 
     def call_moved(self) -> None:
-        """A call went to another replica."""
+        """Count a call that went to another replica."""
         self._moved.inc()
 
     def trial_scored(self, tokens: int, pruned: bool) -> None:
-        """A trial ended with scores."""
+        """Count a trial that ended with scores.
+
+        Args:
+            tokens: Tokens of answers that were generated for it.
+            pruned: Whether it was stopped early.
+        """
         self._done.inc()
         if pruned:
-            self._bounded.inc()
+            self._pruned.inc()
         if tokens:
             self._tokens.inc(tokens)
         self._window.trials += 1
         self._window.tokens += tokens
 
     def trial_failed(self) -> None:
-        """A trial ended with an error."""
+        """Count a trial that ended with an error."""
         self._failed.inc()
 
     def publish(self, ready: int) -> None:
-        """Bring the gauges up to date."""
+        """Bring the gauges up to date.
+
+        Args:
+            ready: Replicas that can be used now.
+        """
         self._ready.set(ready)
         self._window.advance(self._running)
         if self._window.seconds < WINDOW_SECONDS:
@@ -74,11 +90,8 @@ class PoolMetrics:
         self._busy.set(min(1.0, full.busy_seconds / (full.seconds * max(ready, 1))))
 
 
-WINDOW_SECONDS = 10.0
-
-
 class _Window:
-    """Sums over some seconds."""
+    """Sums over some seconds, from its construction on."""
 
     def __init__(self) -> None:
         self._began = self._last = time.monotonic()
@@ -91,14 +104,14 @@ class _Window:
         return self._last - self._began
 
     def advance(self, running: int) -> None:
-        """So many replicas computed since the last call."""
+        """Add the time since the last call, in which so many replicas computed."""
         now = time.monotonic()
         self.busy_seconds += running * (now - self._last)
         self._last = now
 
 
 class SearchMetrics:
-    """What the driver knows."""
+    """What the driver knows about the search."""
 
     def __init__(self) -> None:
         self._hypervolume = Gauge(
@@ -107,5 +120,5 @@ class SearchMetrics:
         )
 
     def frontier(self, hypervolume: float) -> None:
-        """The frontier is worth so much now."""
+        """Publish the hypervolume of the current frontier."""
         self._hypervolume.set(hypervolume)

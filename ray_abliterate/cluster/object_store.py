@@ -11,9 +11,9 @@ from ray.exceptions import ObjectLostError, RayTaskError
 from ray_abliterate.cluster.remote_errors import unwrap
 
 Stored = TypeVar("Stored")
-Returned = TypeVar("Returned")
+Computed = TypeVar("Computed")
 ItemKey = TypeVar("ItemKey", bound=Hashable)
-Further = ParamSpec("Further")
+MoreArguments = ParamSpec("MoreArguments")
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class ObjectStore:
 
     def each(
         self,
-        function: Callable[Concatenate[Stored, Further], Returned],
+        function: Callable[Concatenate[Stored, MoreArguments], Computed],
         references: Mapping[ItemKey, Reference[Stored]],
-        *args: Further.args,
-        **options: Further.kwargs,
-    ) -> Iterator[tuple[ItemKey, Returned | None]]:
+        *args: MoreArguments.args,
+        **options: MoreArguments.kwargs,
+    ) -> Iterator[tuple[ItemKey, Computed | None]]:
         """Compute `function(value, *args)` for each value, in a task on the node that holds it.
 
         Yields:
@@ -76,7 +76,7 @@ class ObjectStore:
                 task = _apply.remote(function, reference.handle, *shared, **options)
                 running[task] = key
             (done,), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(done), self.fetch(Reference[Returned](done))
+            yield running.pop(done), self.fetch(Reference[Computed](done))
 
 
 @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]

@@ -9,15 +9,23 @@ from ray_abliterate.errors import ModelError
 from ray_abliterate.recipe import ModelSettings
 
 THREADS = 8
-"""CPU threads of a replica where the recipe leaves it open: more of them add little in one model,
-so a machine with more cores holds more replicas."""
+"""CPU threads of a replica where the recipe leaves it open: more add little to one model, so a
+machine with more cores holds more replicas."""
 MEMORY_SHARE = 0.7
-"""Of a node's memory, for replicas on the CPU."""
+"""Share of a node's memory that replicas on the CPU may take."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, and what Ray may use of it; memory in bytes."""
+    """A machine of the cluster, and what Ray may use of it.
+
+    Attributes:
+        id: Ray's id.
+        name: Host name.
+        cpus: CPU cores.
+        gpus: GPUs.
+        memory: Bytes.
+    """
 
     id: str
     name: str
@@ -28,17 +36,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one replica is to be. The index is its name: a replica that is lost comes back as it.
+    """Where one replica runs. A replica that is lost comes back under the same index.
 
     Attributes:
         index: Number of the replica.
         node: Id of its node.
         node_name: What people call the node.
         gpus: GPUs it takes.
-        cpus: CPUs it takes of Ray's count.
+        cpus: CPUs it takes from Ray's count.
         threads: CPU threads it computes with.
-        pool: Handle of the pool, once it is started; holds what replicas of a node share.
-        role: What it is: a `replica` of the search, or an `evaluator`.
+        pool: Handle of the pool that registers what replicas of a node share.
+        role: `replica` of the search, or `evaluator`.
     """
 
     index: int
@@ -52,13 +60,13 @@ class Placement:
 
     @property
     def label(self) -> str:
-        """What people read."""
+        """The name that people read."""
         return f"{self.role} {self.index} on {self.node_name}"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How many replicas, and what each takes."""
+class ReplicaLayout:
+    """How many replicas there are, and how many GPUs, CPUs and threads each takes."""
 
     replicas: int
     gpus: float
@@ -66,35 +74,35 @@ class Layout:
     threads: int
 
 
-def plan_layout(settings: ModelSettings, cpus: float, gpus: float) -> Layout:
-    """Replicas for one machine.
+def plan_layout(settings: ModelSettings, cpus: float, gpus: float) -> ReplicaLayout:
+    """Lay out replicas on one machine.
 
     Raises:
         ModelError: the recipe asks for more GPUs than there are.
     """
     here = [Node("here", "here", cpus, gpus, float("inf"))]
-    places = arrange(settings, here)
+    places = place_replicas(settings, here)
     refuse_what_does_not_fit(settings, here, places)
     return layout_of(places)
 
 
-def layout_of(places: Sequence[Placement]) -> Layout:
-    """In short; replicas differ only where nodes do."""
+def layout_of(places: Sequence[Placement]) -> ReplicaLayout:
+    """Summarise placements by the first of them; replicas differ only where nodes do."""
     first = places[0]
-    return Layout(len(places), first.gpus, first.cpus, min(p.threads for p in places))
+    return ReplicaLayout(len(places), first.gpus, first.cpus, min(p.threads for p in places))
 
 
-def arrange(
+def place_replicas(
     settings: ModelSettings, nodes: Sequence[Node], replica_bytes: float | None = None
 ) -> tuple[Placement, ...]:
-    """The places that the recipe wants on these nodes, as far as they fit.
+    """Return the placements that the recipe wants on these nodes, as far as they fit.
 
-    Without GPUs, and unless the recipe says how many, there is one place a node until the memory
-    of a replica is known.
+    Without GPUs, and unless the recipe gives a number, each node has one until the memory of a
+    replica is known.
 
     Args:
-        settings: What the recipe says of replicas.
-        nodes: The machines there are.
+        settings: The recipe's number of replicas, and what each takes.
+        nodes: The machines.
         replica_bytes: Memory of one replica, if it is known.
     """
     gpus = gpus_per_replica(settings, nodes)
@@ -106,28 +114,28 @@ def arrange(
     )
 
 
-def offered(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """What the evaluation's own replicas may take: all GPUs, and half of the cores."""
+def nodes_for_evaluators(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Return what the evaluation's own replicas may take: all GPUs, and half of the cores."""
     return tuple(replace(node, cpus=node.cpus / 2) for node in nodes)
 
 
-def left_by(evaluators: ModelSettings, nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """What the evaluation's own replicas leave of the nodes to the search."""
-    places = arrange(evaluators, offered(nodes))
+def nodes_left_by_evaluators(evaluators: ModelSettings, nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Return what the evaluation's own replicas leave of the nodes to the search."""
+    places = place_replicas(evaluators, nodes_for_evaluators(nodes))
     return tuple(_without(node, [p for p in places if p.node == node.id]) for node in nodes)
 
 
-def without(nodes: Sequence[Node], taken: Sequence[tuple[str, float]]) -> tuple[Node, ...]:
-    """The nodes less GPUs that somebody has of them: a node's id, and how many."""
-    left = {node.id: node.gpus for node in nodes}
+def without_gpus(nodes: Sequence[Node], taken: Sequence[tuple[str, float]]) -> tuple[Node, ...]:
+    """Return the nodes without GPUs that are taken: pairs of a node's id and a number."""
+    free = {node.id: node.gpus for node in nodes}
     for node, gpus in taken:
-        if node in left:
-            left[node] = round(left[node] - gpus, 6)
-    return tuple(replace(node, gpus=left[node.id]) for node in nodes)
+        if node in free:
+            free[node] = round(free[node] - gpus, 6)
+    return tuple(replace(node, gpus=free[node.id]) for node in nodes)
 
 
 def _without(node: Node, places: Sequence[Placement]) -> Node:
-    """A node less what stands on it; of cards that are shared, the rest of one can be used."""
+    """Return a node without what its placements take; the rest of a shared card can be used."""
     if not places:
         return node
     gpus, count = places[0].gpus, len(places)
@@ -142,7 +150,7 @@ def _without(node: Node, places: Sequence[Placement]) -> Node:
 
 
 def count_unplaced(settings: ModelSettings, places: Sequence[Placement]) -> int:
-    """Replicas that the recipe wants (at least one), and that have no place."""
+    """Count the replicas that the recipe wants (at least one) and that have no placement."""
     return max((settings.replicas or 1) - len(places), 0)
 
 
@@ -152,13 +160,13 @@ def refuse_what_does_not_fit(
     places: Sequence[Placement],
     section: str = "model",
 ) -> None:
-    """For machines that stay as they are.
+    """Refuse a recipe whose replicas don't fit on machines that stay as they are.
 
     Args:
-        settings: How many are wanted, and what each takes.
-        nodes: What there is for them.
-        places: Those that fit.
-        section: Of the recipe, where that is said.
+        settings: How many replicas are wanted, and what each takes.
+        nodes: What they may use.
+        places: The placements that fit.
+        section: The recipe's section with these settings.
 
     Raises:
         ModelError: the recipe asks for more GPUs than there are.
@@ -173,27 +181,27 @@ def refuse_what_does_not_fit(
             + (" on the largest node" if len(nodes) > 1 else "")
             + ".\n  Lower it, or set it to 0 to run on the CPU."
         )
-    there = sum(node.gpus for node in nodes)
+    present = sum(node.gpus for node in nodes)
     wanted = settings.replicas or 1
     raise ModelError(
         f"{section}.replicas = {wanted} of {gpus:g} GPUs each need {wanted * gpus:g} GPUs, but "
-        f"there are {there:g}; {fitting} fit."
+        f"there are {present:g}; {fitting} fit."
     )
 
 
 def gpus_per_replica(settings: ModelSettings, nodes: Sequence[Node]) -> float:
-    """What the recipe says, or one if there are any."""
+    """Return the recipe's number, or 1 if there are any GPUs."""
     if settings.gpus_per_replica is not None:
         return settings.gpus_per_replica
     return 1.0 if any(node.gpus > 0 for node in nodes) else 0.0
 
 
 def _room(settings: ModelSettings, node: Node, gpus: float, replica_bytes: float | None) -> int:
-    """Replicas that a node can hold."""
+    """Return how many replicas a node can hold."""
     if gpus >= 1:
         return int(node.gpus // gpus)
     if gpus:
-        # a fraction never spans two cards; others may have taken a part of one
+        # a fraction never spans two cards, and a part of one may be taken
         per, part = int(1 / gpus + 1e-6), node.gpus - int(node.gpus)
         return int(node.gpus) * per + int(part / gpus + 1e-6)
     if settings.replicas:
@@ -208,20 +216,20 @@ def _by_cores(settings: ModelSettings, node: Node) -> int:
 
 
 def _spread(nodes: Sequence[Node], room: dict[str, int], count: int) -> list[Node]:
-    """Nodes in turns, until there are enough."""
-    left = dict(room)
+    """Take nodes in turn, until there are enough."""
+    free = dict(room)
     chosen: list[Node] = []
-    while len(chosen) < count and any(left.values()):
+    while len(chosen) < count and any(free.values()):
         for node in nodes:
-            if left[node.id] and len(chosen) < count:
-                left[node.id] -= 1
+            if free[node.id] and len(chosen) < count:
+                free[node.id] -= 1
                 chosen.append(node)
     return chosen
 
 
 def _place(settings: ModelSettings, node: Node, gpus: float, held: int, index: int) -> Placement:
     if not gpus and not settings.replicas:
-        held = _by_cores(settings, node)  # also before their memory is known
+        held = _by_cores(settings, node)  # also before the memory of a replica is known
     threads = settings.threads_per_replica or max(1, int(node.cpus) // held)
     share = 1.0 if gpus else float(threads)
     return Placement(

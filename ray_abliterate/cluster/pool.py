@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
+from typing import Any, Concatenate
 
 import ray
 from ray.exceptions import RayError
@@ -21,8 +21,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_abliterate.cluster.connection import is_own_cluster
 from ray_abliterate.cluster.judge_actor import start_judges
 from ray_abliterate.cluster.leases import AHEAD
-from ray_abliterate.cluster.object_store import ObjectStore, Reference
-from ray_abliterate.cluster.placement import Layout, Node, left_by, offered
+from ray_abliterate.cluster.object_store import ObjectStore, Reference, Stored
+from ray_abliterate.cluster.placement import (
+    Node,
+    ReplicaLayout,
+    nodes_for_evaluators,
+    nodes_left_by_evaluators,
+)
 from ray_abliterate.cluster.pool_actor import PoolActor
 from ray_abliterate.cluster.remote_errors import ReplicaDied, unwrap
 from ray_abliterate.cluster.replica_actor import (
@@ -31,7 +36,7 @@ from ray_abliterate.cluster.replica_actor import (
     load_replica,
     load_unedited_replica,
 )
-from ray_abliterate.cluster.replica_call import ReplicaCall
+from ray_abliterate.cluster.replica_call import Arguments, Parameters, ReplicaCall, Returned
 from ray_abliterate.cluster.secrets import drivers_secrets
 from ray_abliterate.data.prompts import PromptSet
 from ray_abliterate.errors import SearchError
@@ -44,11 +49,6 @@ NEWS_SECONDS = 1.0
 OnEvent = Callable[[dict[str, Any]], None]
 NodeShare = Callable[[Sequence[Node]], tuple[Node, ...]]
 """Returns the part of the nodes that somebody may use."""
-
-Stored = TypeVar("Stored")
-Returned = TypeVar("Returned")
-Parameters = ParamSpec("Parameters")
-Arguments = TypeVarTuple("Arguments")
 
 
 class ReplicaPool:
@@ -66,7 +66,7 @@ class ReplicaPool:
     """
 
     facts: ModelFacts
-    layout: Layout
+    layout: ReplicaLayout
 
     def __init__(self, actor: Any, on_event: OnEvent) -> None:
         """Prepare to listen to a pool's process; `of` starts one."""
@@ -116,7 +116,7 @@ class ReplicaPool:
 
         On a node with replicas of both pools, all map the same pristine weights.
         """
-        settings = recipe.evaluators
+        settings = recipe.evaluation_model
         own = recipe.model_copy(update={"model": settings})
         spec = _spec(
             settings,
@@ -321,8 +321,12 @@ def _judges(recipe: Recipe, prompts: Mapping[str, PromptSet]) -> list[RefusalJud
 def _left_for_search(left: NodeShare, recipe: Recipe, nodes: Sequence[Node]) -> tuple[Node, ...]:
     """Return what judges, and the evaluation's own replicas, leave of the nodes."""
     rest = left(nodes)
-    return left_by(recipe.evaluators, rest) if recipe.evaluation.replicas else rest
+    return (
+        nodes_left_by_evaluators(recipe.evaluation_model, rest)
+        if recipe.evaluation.replicas
+        else rest
+    )
 
 
 def _offered(left: NodeShare, nodes: Sequence[Node]) -> tuple[Node, ...]:
-    return offered(left(nodes))
+    return nodes_for_evaluators(left(nodes))

@@ -8,22 +8,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from typing import Any
 
 from ray_abliterate.cluster.events import EventLog
 from ray_abliterate.cluster.fleet import Fleet
 from ray_abliterate.cluster.leases import Leases
 from ray_abliterate.cluster.metrics import PoolMetrics
 from ray_abliterate.cluster.node_store import NodeStoreRegister
-from ray_abliterate.cluster.placement import Layout
+from ray_abliterate.cluster.placement import ReplicaLayout
 from ray_abliterate.cluster.replica_actor import ReplicaSpec
-from ray_abliterate.cluster.replica_call import ReplicaCall
+from ray_abliterate.cluster.replica_call import ReplicaCall, Returned
 from ray_abliterate.cluster.trial_queue import TrialQueue
 from ray_abliterate.replica.messages import Evaluation, ModelFacts
 from ray_abliterate.search.dominance import ThresholdSet
 from ray_abliterate.search.plan import Plan
-
-Outcome = TypeVar("Outcome")
 
 
 class PoolActor:
@@ -59,7 +57,7 @@ class PoolActor:
             self._opened = True
             self._fleet.start()
 
-    async def open(self) -> tuple[ModelFacts, Layout]:
+    async def open(self) -> tuple[ModelFacts, ReplicaLayout]:
         """Start the fleet; return facts about the model as soon as one replica can be used.
 
         Raises:
@@ -96,7 +94,7 @@ class PoolActor:
 
     # Calls
 
-    async def call(self, call: ReplicaCall[Outcome]) -> Outcome:
+    async def call(self, call: ReplicaCall[Returned]) -> Returned:
         """Make a call on a free replica; on its death, on another one."""
         self._open()
         return (await self._leases.call(call))[0]

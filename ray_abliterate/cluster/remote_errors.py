@@ -21,24 +21,23 @@ DEATHS = (
     RayActorError,
     WorkerCrashedError,
 )
-"""A process has gone, or can't be reached."""
+"""What Ray raises when a process has died, or can't be reached."""
 
-
-LACKS_US = "No module named 'ray_abliterate"
-"""In what Ray says of a process that could not import this package."""
+PACKAGE_MISSING = "No module named 'ray_abliterate"
+"""Part of Ray's message about a process that could not import this package."""
 INSTALL = (
-    "Install this version of it on every node of the cluster, or set PYTHONPATH to the whole path\n"
-    "  of a folder that holds it on all of them."
+    "Install this version of it on every node of the cluster, or set PYTHONPATH to the absolute\n"
+    "  path of a folder that holds it on all of them."
 )
-"""What to do about that."""
+"""What to do about it."""
 
 
 class ReplicaDied(SearchError):
-    """A replica died over a call that is not made again on its own."""
+    """A replica died over a call that is not repeated automatically."""
 
 
 def unwrap(reference: Any) -> Any:
-    """The value, or the error that was raised over there.
+    """Return the value behind a reference, or raise the error that its process raised.
 
     Raises:
         ModelError: the process died.
@@ -52,8 +51,8 @@ def unwrap(reference: Any) -> Any:
 
 
 def died_while_loading(error: BaseException) -> ModelError:
-    """Why a replica's process ended before it had a model, and what to do about it."""
-    if LACKS_US in str(error):
+    """Say why a replica's process ended before it had a model, and what to do about it."""
+    if PACKAGE_MISSING in str(error):
         return ModelError(
             f"a replica's process can't import ray_abliterate on its node.\n  {INSTALL}"
         )
@@ -65,7 +64,7 @@ def died_while_loading(error: BaseException) -> ModelError:
 
 
 def original_error(error: RayTaskError) -> Exception:
-    """The error that was raised over there, if it is one of ours."""
+    """Return the error that the other process raised if it is one of this package, else Ray's."""
     cause: BaseException = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
@@ -73,7 +72,7 @@ def original_error(error: RayTaskError) -> Exception:
 
 
 def describe_death(error: BaseException) -> str:
-    """How a process ended, in a few words."""
+    """Say in a few words how a process ended."""
     if isinstance(error, OutOfMemoryError):
         return "its node ran out of memory"
     if isinstance(error, ActorUnavailableError):
@@ -82,10 +81,10 @@ def describe_death(error: BaseException) -> str:
 
 
 def one_line_reason(error: BaseException) -> str:
-    """One line for the trial's record."""
+    """Return one line for the trial's record."""
     if isinstance(error, RayAbliterateError):
         return f"{type(error).__name__}: {error}"
-    if LACKS_US in str(error):
+    if PACKAGE_MISSING in str(error):
         return "its process can't import ray_abliterate"
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines()

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, TypeVarTuple
 
 from ray_abliterate.replica.messages import ReplicaApi
 
-Returned = TypeVar("Returned", covariant=True)
+Returned = TypeVar("Returned")
 Parameters = ParamSpec("Parameters")
+Arguments = TypeVarTuple("Arguments")
+"""For calls whose arguments come as tuples."""
 
 
 @dataclass(frozen=True)

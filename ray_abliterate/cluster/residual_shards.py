@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from operator import add
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate
 
 import torch
 from pyarrow import RecordBatch
 
-from ray_abliterate.cluster.object_store import Reference
+from ray_abliterate.cluster.object_store import Computed, MoreArguments, Reference
 from ray_abliterate.cluster.pool import ReplicaPool
 from ray_abliterate.data.prompts import Prompt, PromptSet
 from ray_abliterate.directions import compute, layer_separation
@@ -24,6 +24,7 @@ from ray_abliterate.directions.comparison.cross_fitting import (
 )
 from ray_abliterate.directions.directions import Directions, NoDirection
 from ray_abliterate.directions.layer_separation import ProjectedSet
+from ray_abliterate.directions.methods.recipe_methods import need_of
 from ray_abliterate.directions.methods.inputs import Layer, Sample, Summary
 from ray_abliterate.directions.residuals.moments import Moments, PairedMoments, rows_of
 from ray_abliterate.directions.residuals.residual_set import Residuals, join
@@ -45,8 +46,6 @@ ShardId = tuple[str, int]
 """Name of the prompt set, and number of the batch."""
 ExtractionCall = tuple[str, int, tuple[Prompt, ...], tuple[int, ...], Tuning]
 """Arguments of `ReplicaApi.extract_residuals`."""
-Reduced = TypeVar("Reduced")
-Further = ParamSpec("Further")
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,9 @@ class ResidualShards:
                 if not by_position and position + 1 == self._positions:
                     raise
                 continue
-            by_position[position] = own if self._positions == 1 else own.at_position(-1 - position)
+            by_position[position] = (
+                own if self._positions == 1 else own.with_position(-1 - position)
+            )
         best, components = min(by_position), {}
         if len(by_position) > 1:
             rows = {at: self.separation(own, settings) for at, own in by_position.items()}
@@ -217,7 +218,7 @@ class ResidualShards:
         behaviour, neutral = self._sets
         origin = {"behaviour": behaviour.fingerprint, "neutral": neutral.fingerprint}
         quantile = settings.winsorize_quantile
-        need = compute.need_of(settings)
+        need = need_of(settings)
         if need in REDUCIBLE_NEEDS:
             function, find = REDUCIBLE_NEEDS[need]
             sides = [self._reduced(s.name, function, quantile, columns) for s in self._sets]
@@ -283,21 +284,21 @@ class ResidualShards:
     def _reduced(
         self,
         name: str,
-        function: Callable[Concatenate[RecordBatch, Further], Reduced],
-        *args: Further.args,
-        **options: Further.kwargs,
-    ) -> Reduced:
+        function: Callable[Concatenate[RecordBatch, MoreArguments], Computed],
+        *args: MoreArguments.args,
+        **options: MoreArguments.kwargs,
+    ) -> Computed:
         """Return the sum of `function` over one set's shards, each computed where the shard is."""
-        total: Reduced = self._added(name, function, None, *args, **options)
+        total: Computed = self._added(name, function, None, *args, **options)
         return total
 
     def _added(
         self,
         name: str,
-        function: Callable[Concatenate[RecordBatch, Further], Reduced],
+        function: Callable[Concatenate[RecordBatch, MoreArguments], Computed],
         start: Any,
-        *args: Further.args,
-        **options: Further.kwargs,
+        *args: MoreArguments.args,
+        **options: MoreArguments.kwargs,
     ) -> Any:
         """Add `function` of each shard to `start`, in the order of the shards.
 
@@ -307,7 +308,7 @@ class ResidualShards:
         Raises:
             SearchError: shards were lost again and again.
         """
-        pending, early, total = self._ids(name), dict[ShardId, Reduced](), start
+        pending, early, total = self._ids(name), dict[ShardId, Computed](), start
         for _ in range(ATTEMPTS):
             missing = {own: self._references[own] for own in pending if own not in early}
             for own, part in self._pool.store.each(function, missing, *args, **options):

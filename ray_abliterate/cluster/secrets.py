@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 HUB_TOKEN = "HF_TOKEN"
-"""Where the Hub's libraries look first, at each call."""
+"""The variable in which the Hub's libraries look first, at each call."""
 
 
 class Secrets:
-    """Values for environment variables. No text of it shows a value; pickled, it carries them."""
+    """Values for environment variables. Its text shows none of them; pickled, it carries them."""
 
     __slots__ = ("_values",)
 
@@ -32,20 +32,20 @@ class Secrets:
         return bool(self._values)
 
     def hand_over(self, environment: MutableMapping[str, str] = os.environ) -> None:
-        """Set them in a process; what it had is replaced, so that all replicas read as one user."""
+        """Set the variables, also those that are set, so that all replicas read as one user."""
         environment.update(self._values)
 
 
 def drivers_secrets(variables: Iterable[str] = ()) -> Secrets:
-    """What a replica needs of this process to read a gated model: its Hub token, if it has one.
+    """Collect what a replica needs to read a gated model: this process's Hub token, if any.
 
-    Found as the Hub's own library finds it, in the environment or the file that `hf auth login`
-    writes. Nothing else of the environment travels but what is named.
+    The token is looked up as the Hub's own library does, in the environment or in the file that
+    `hf auth login` writes. Nothing else of the environment travels but what is named.
 
     Args:
         variables: Names of environment variables that hold keys; one that is not set is left out.
     """
     from huggingface_hub import get_token
 
-    found = {HUB_TOKEN: get_token(), **{name: os.environ.get(name) for name in variables}}
-    return Secrets({name: value for name, value in found.items() if value})
+    values = {HUB_TOKEN: get_token(), **{name: os.environ.get(name) for name in variables}}
+    return Secrets({name: value for name, value in values.items() if value})

@@ -1,8 +1,8 @@
-"""What one layer's direction does to a model: answers begun without it, and with more of it.
+"""The effect of one layer's direction: what answers begin with when it is ablated, and when added.
 
-One pass over held-out prompts with the direction taken out of every writer, one over the neutral
-ones with it added to the stream after its layer; last-token logits are all that is read. See
-`directions.selection` for what is made of it. Knows nothing about other layers, or the search.
+One pass over held-out prompts with the direction ablated in every writer, one over the neutral ones
+with it added to the residual stream after its layer; only last-token logits are read.
+`directions/layer_selection.py` chooses a layer from them. Knows nothing about the search.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,14 @@ from ray_abliterate.search.plan import ModelShape, Plan
 
 
 @dataclass(frozen=True)
-class _Base:
-    """What the base model says to the prompts of a probe."""
+class _BaseAnswers:
+    """How the unedited model begins its answers to the prompts.
+
+    Attributes:
+        tokens: First tokens of refusals.
+        odds: Mean log odds of a refusal, of behaviour and neutral prompts.
+        neutral: Last-token logits of the neutral prompts.
+    """
 
     tokens: tuple[int, ...]
     odds: tuple[float, float]
@@ -34,66 +40,78 @@ class _Base:
 
 
 class DirectionEffects:
-    """Tries directions on one model; what its base model says is computed once per probe."""
+    """Measures directions on one model; its unedited answers are computed once per prompts."""
 
     def __init__(self, model: LanguageModel, cache: WeightCache, shape: ModelShape) -> None:
-        self._model, self._cache, self._shape = model, cache, shape
-        self._known: tuple[Any, _Base] | None = None
-
-    def scores(
-        self, probe: EffectPrompts, layer: int, length: float, directions: Directions
-    ) -> LayerScores:
-        """What a layer's direction does.
+        """Compute nothing yet.
 
         Args:
-            probe: The prompts.
+            model: The model, as it was loaded.
+            cache: Pristine weights of its writers.
+            shape: Its shape.
+        """
+        self._model, self._cache, self._shape = model, cache, shape
+        self._known: tuple[Any, _BaseAnswers] | None = None
+
+    def scores(
+        self, prompts: EffectPrompts, layer: int, length: float, directions: Directions
+    ) -> LayerScores:
+        """Return what a layer's direction does to answers; a score that is not finite is a problem.
+
+        Args:
+            prompts: Held-out prompts.
             layer: Whose direction.
             length: How far it is added, in units of the residual stream.
-            directions: All directions; the subspace of that layer is taken out, its first added.
+            directions: All directions; that layer's subspace is ablated, its first direction added.
         """
         with self._model.without_storing():
-            base = self._base(probe)
+            base = self._base_answers(prompts)
             try:
-                return self._scores(probe, base, layer, length, directions)
+                return self._scores(prompts, base, layer, length, directions)
             except ScoreError as error:
                 problem = str(error).partition("\n")[0]
                 return LayerScores(layer, None, None, None, base.odds, problem)
 
     def _scores(
-        self, probe: EffectPrompts, base: _Base, layer: int, length: float, directions: Directions
+        self,
+        prompts: EffectPrompts,
+        base: _BaseAnswers,
+        layer: int,
+        length: float,
+        directions: Directions,
     ) -> LayerScores:
-        count = len(probe.behaviour)
+        count = len(prompts.behaviour)
         plan = Plan.uniform(self._shape, float(layer), "none")
         with self._cache.edited(plan, directions):
-            logits = self._model.next_token_logits([*probe.behaviour, *probe.neutral])
+            # (behaviour + neutral prompt, vocab)
+            logits = self._model.next_token_logits([*prompts.behaviour, *prompts.neutral])
         ablated = float(log_odds(logits[:count], base.tokens).mean())
         moved = float(kl_divergence(base.neutral, logits[count:]).mean())
-        with added(self._model.blocks[layer], length * directions.vectors[layer]):
-            more = self._model.next_token_logits(probe.neutral)
-        return LayerScores(
-            layer, ablated, float(log_odds(more, base.tokens).mean()), moved, base.odds
-        )
+        with direction_added(self._model.blocks[layer], length * directions.vectors[layer]):
+            steered = self._model.next_token_logits(prompts.neutral)  # (neutral prompt, vocab)
+        added = float(log_odds(steered, base.tokens).mean())
+        return LayerScores(layer, ablated, added, moved, base.odds)
 
-    def _base(self, probe: EffectPrompts) -> _Base:
-        key = probe, self._model.response_prefix
+    def _base_answers(self, prompts: EffectPrompts) -> _BaseAnswers:
+        key = prompts, self._model.response_prefix
         if self._known is None or self._known[0] != key:
-            count = len(probe.behaviour)
-            tokens = first_tokens(self._model, probe.openings)
-            logits = self._model.next_token_logits([*probe.behaviour, *probe.neutral])
+            count = len(prompts.behaviour)
+            tokens = first_tokens(self._model, prompts.openings)
+            logits = self._model.next_token_logits([*prompts.behaviour, *prompts.neutral])
             odds = log_odds(logits, tokens)
             means = float(odds[:count].mean()), float(odds[count:].mean())
-            self._known = key, _Base(tokens, means, logits[count:].clone())
+            self._known = key, _BaseAnswers(tokens, means, logits[count:].clone())
         return self._known[1]
 
 
 @contextmanager
-def added(block: nn.Module, vector: Float[Tensor, " hidden"]) -> Iterator[None]:
-    """What a residual block gives has a vector added, at every token, in this block of code."""
+def direction_added(block: nn.Module, vector: Float[Tensor, " hidden"]) -> Iterator[None]:
+    """Add a vector to the output of a residual block, at every token, during the `with` block."""
 
     def add(_module: nn.Module, _args: Any, output: Any) -> Any:
-        whole: Sequence[Any] = output if isinstance(output, tuple | list) else (output,)
-        moved = whole[0] + vector.to(whole[0].device, whole[0].dtype)
-        return moved if whole[0] is output else type(output)((moved, *whole[1:]))
+        parts: Sequence[Any] = output if isinstance(output, tuple | list) else (output,)
+        hidden = parts[0] + vector.to(parts[0].device, parts[0].dtype)  # (row, position, hidden)
+        return hidden if parts[0] is output else type(output)((hidden, *parts[1:]))
 
     handle = block.register_forward_hook(add)
     try:

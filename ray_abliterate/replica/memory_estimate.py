@@ -1,4 +1,4 @@
-"""How much memory a recipe's model will need, found from its configuration without any weights.
+"""An estimate of the memory that a recipe's model needs, from its configuration, without weights.
 
 The model's skeleton (`model/skeleton.py`) has names and shapes; its writers are found as a replica
 finds them.
@@ -13,7 +13,7 @@ from torch import nn
 
 from ray_abliterate.ablation.planned_edits import PROJECTION_BUDGET_BYTES
 from ray_abliterate.data.prompts import PromptSet
-from ray_abliterate.directions.compute import rows_per_layer
+from ray_abliterate.directions.methods.recipe_methods import rows_per_layer
 from ray_abliterate.model.architecture import Writer, hidden_size, text_config
 from ray_abliterate.model.quantization import compute_dtype
 from ray_abliterate.recipe import KeywordRate, KlDivergence, Recipe
@@ -21,24 +21,24 @@ from ray_abliterate.recipe import KeywordRate, KlDivergence, Recipe
 CHARACTERS_PER_TOKEN = 3
 TEMPLATE_TOKENS = 64
 UNKNOWN_PROMPT_TOKENS = 512
-"""Where no prompts could be read."""
+"""Length that is assumed where no prompts could be read."""
 BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "torchao-int4": 1 + 4 / 32}
-"""Scales included; 1 in 8 bits. torchao's portable format keeps 4 bits in a byte."""
+"""Scales included; 1 in 8 bits. torchao's portable format stores 4 bits in a byte."""
 USUAL_BATCH = 32
 """Rows of a batch where the recipe leaves them to memory: fewer are taken if these don't fit."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that one replica needs.
+    """Memory that one replica needs.
 
     Attributes:
         parameters: Number of parameters.
-        dtype: Of the weights.
-        weights: The model.
-        cache: Pristine copies of the writers, and their products with the directions.
-        batch: Keys, values, activations and logits of the largest batch.
-        host: The base model's logits, in CPU memory.
+        dtype: The dtype of the weights.
+        weights: Bytes of the model.
+        cache: Bytes of the pristine copies of the writers, and of their products with directions.
+        batch: Bytes of keys, values, activations and logits of the largest batch.
+        host: Bytes of the base model's logits, in CPU memory.
     """
 
     parameters: int
@@ -50,7 +50,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """What the device holds if the weight cache is there too."""
+        """Bytes on the device if the weight cache is there too."""
         return self.weights + self.cache + self.batch
 
 
@@ -96,7 +96,7 @@ def estimate_memory(
 
 
 def _quantized(module: nn.Module, wanted: str | None) -> dict[int, float]:
-    """Bytes per number of the parameters that are quantized, by id: linear layers but the last."""
+    """Return bytes per number of the parameters that are quantized: linear layers but the last."""
     if wanted is None:
         return {}
     last = getattr(module, "lm_head", None)
@@ -105,7 +105,7 @@ def _quantized(module: nn.Module, wanted: str | None) -> dict[int, float]:
 
 
 def _largest_batch(recipe: Recipe, prompts: list[PromptSet]) -> tuple[int, int]:
-    """Rows and tokens, answers included."""
+    """Return rows and tokens of the largest batch, answers included."""
     longest = max(
         (len(p.user) + len(p.system or "") for s in prompts for p in s.prompts), default=0
     )
@@ -116,18 +116,18 @@ def _largest_batch(recipe: Recipe, prompts: list[PromptSet]) -> tuple[int, int]:
 
 
 def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of all layers, and the activations of one."""
+    """Return the bytes of one token: keys and values of all layers, and activations of one."""
     hidden, heads = int(config.hidden_size), int(getattr(config, "num_attention_heads", 1) or 1)
-    kept = int(getattr(config, "num_key_value_heads", None) or heads)
+    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head = int(getattr(config, "head_dim", None) or hidden // heads)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     inner = max(inner) if isinstance(inner, list | tuple) else int(inner)
-    keys_and_values = 2 * int(config.num_hidden_layers) * kept * head
+    keys_and_values = 2 * int(config.num_hidden_layers) * key_heads * head
     return dtype.itemsize * (keys_and_values + 8 * hidden + 3 * inner)
 
 
 def _base_logits(recipe: Recipe, prompts: list[PromptSet]) -> list[int]:
-    """Rows of logits that each KL scorer keeps."""
+    """Return the rows of logits that each KL scorer stores."""
     sizes = {s.name: len(s) for s in prompts}
     return [
         sizes.get(scorer.name, 0) * scorer.tokens

@@ -1,4 +1,4 @@
-"""What a replica says of its model: shape, sizes, fingerprint, how it computes, what to know."""
+"""What a replica reports about its model: shape, sizes, fingerprint, how it computes, notes."""
 
 import torch
 
@@ -19,13 +19,13 @@ def describe_model(
     attention: str | None,
     extent: tuple[int, int],
 ) -> ModelFacts:
-    """All of it.
+    """Collect the facts about a loaded model.
 
     Args:
         model: The model, as it was loaded.
         cache: Its writers' pristine weights.
         shape: Its shape.
-        writers: How many it has.
+        writers: Number of its writers.
         attention: The attention that the recipe asks for.
         extent: Tokens of the longest prompt, and of the longest answer.
     """
@@ -54,7 +54,13 @@ def describe_model(
 def most_plans_per_pass(
     model: LanguageModel, cache: WeightCache, extent: tuple[int, int]
 ) -> tuple[int, str]:
-    """Plans that can share a pass, and why not more."""
+    """Return how many plans can share a pass, and why not more.
+
+    Args:
+        model: The model, as it was loaded.
+        cache: Its writers' pristine weights.
+        extent: Tokens of the longest prompt, and of the longest answer.
+    """
     if model.not_packable:
         return 1, f"the engine does not serve this model ({model.not_packable})"
     if cache.stacked_experts:
@@ -65,6 +71,7 @@ def most_plans_per_pass(
 
 
 def _computes(model: LanguageModel, attention: str | None) -> str:
+    """Return the choices that decide rounding. Content keys hold this text: never reword it."""
     device = model.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     away = where_weights_rest(model.module)
@@ -80,7 +87,7 @@ def _computes(model: LanguageModel, attention: str | None) -> str:
 
 
 def _notes(model: LanguageModel) -> list[str]:
-    """What a user should know."""
+    """Return what a user should know."""
     notes = []
     if not model.padded.pads_safely:
         notes.append("padding changes this model's output: batches hold prompts of one length")

@@ -1,4 +1,4 @@
-"""Where the time and the memory of one trial go: a trace, and a table of stages.
+"""A profile of one trial: where time and memory go, as a trace and a table of stages.
 
 The trace opens in Perfetto (https://ui.perfetto.dev) or `chrome://tracing`.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 STAGES = ("edit", "prompts", "drafts", "decode", "restore")
-"""As they are marked where they happen; the rest of a trial is `else`: texts, verdicts, scores."""
+"""Names under which the code marks stages; the rest is `else`: texts, verdicts, scores."""
 
 
 @dataclass(frozen=True)
@@ -22,41 +22,47 @@ class ProfileStage:
 
     Attributes:
         name: One of `STAGES`, or `else`.
-        passes: How often it was come to.
+        passes: How often it was entered.
         seconds: Time on the host, waiting included.
         device_seconds: Time of the device's own events; 0 without a GPU.
-        kept: Bytes that were allocated in it and not freed by its end.
+        kept_bytes: Bytes that were allocated in it and not freed by its end.
     """
 
     name: str
     passes: int
     seconds: float
     device_seconds: float
-    kept: int
+    kept_bytes: int
 
 
 @dataclass(frozen=True)
 class TrialProfile:
-    """A trial's stages, and its trace as compressed JSON."""
+    """The stages of a trial, and its trace.
+
+    Attributes:
+        seconds: Time of the whole trial.
+        stages: The stages, and `else`.
+        trace: Compressed JSON.
+    """
 
     seconds: float
     stages: tuple[ProfileStage, ...]
     trace: bytes
 
     def table(self) -> str:
-        """One line a stage."""
+        """Return the stages as text, a line each."""
         lines = [f"{'stage':<9} {'passes':>6} {'seconds':>8} {'share':>6} {'GPU s':>7} {'MB':>8}"]
         for stage in self.stages:
             share = stage.seconds / self.seconds if self.seconds else 0.0
             lines.append(
                 f"{stage.name:<9} {stage.passes:>6} {stage.seconds:>8.3f} {share:>6.1%} "
-                f"{stage.device_seconds:>7.3f} {stage.kept / 1e6:>8.1f}"
+                f"{stage.device_seconds:>7.3f} {stage.kept_bytes / 1e6:>8.1f}"
             )
         return "\n".join([*lines, f"{'in all':<9} {'':>6} {self.seconds:>8.3f}"])
 
 
 def profile_stages(work: Callable[[], object]) -> TrialProfile:
-    """Do some work under torch's profiler. It takes somewhat longer than without."""
+    """Do some work under torch's profiler, which slows it down somewhat."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -68,8 +74,8 @@ def profile_stages(work: Callable[[], object]) -> TrialProfile:
         file = Path(folder) / "trial.json.gz"
         profiler.export_chrome_trace(str(file))
         trace = file.read_bytes()
-    found = {event.key: event for event in profiler.key_averages() if event.key in STAGES}
-    stages = [_stage(name, found[name]) for name in STAGES if name in found]
+    events = {event.key: event for event in profiler.key_averages() if event.key in STAGES}
+    stages = [_stage(name, events[name]) for name in STAGES if name in events]
     rest = max(0.0, seconds - sum(stage.seconds for stage in stages))
     return TrialProfile(seconds, (*stages, ProfileStage("else", 1, rest, 0.0, 0)), trace)
 

@@ -2,7 +2,7 @@
 
 Each trial's scorers run as they would alone, in a thread of their own, on a view of the model.
 When all of them wait for an answer, equal questions are put to the model as one. So any scorer
-works, and one that fails or stops early leaves the others be. Knows nothing about edits.
+works, and one that fails or stops early does not affect the others. Knows nothing about edits.
 """
 
 import threading
@@ -16,12 +16,18 @@ from ray_abliterate.data.prompts import Prompt
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.model.text_model import Answer, AnswerObserver
 
-Result = TypeVar("Result")
+WorkResult = TypeVar("WorkResult")
 
 
 @dataclass
 class _Question:
-    """What one trial asks, and the answer once it is there."""
+    """What one trial asks, and the answer once it has come.
+
+    Attributes:
+        method: The model's method that answers it for several trials.
+        arguments: What all trials that ask the same give it.
+        observer: The trial's own observer of answers.
+    """
 
     method: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -31,11 +37,12 @@ class _Question:
     error: BaseException | None = None
 
 
-class SharedPasses(Generic[Result]):
+class SharedPasses(Generic[WorkResult]):
     """Runs the work of several trials side by side on one model."""
 
     def __init__(self, model: LanguageModel) -> None:
-        """
+        """Run nothing yet.
+
         Args:
             model: The model that all trials ask.
         """
@@ -44,14 +51,18 @@ class SharedPasses(Generic[Result]):
         self._running = 0
         self._changed = threading.Condition()
 
-    def run(self, works: Sequence[Callable[[Any], Result]]) -> list[Result | Exception]:
-        """Do each piece of work on its own view of the model; results, or what went wrong."""
-        results: list[Result | Exception] = [RuntimeError("not run")] * len(works)
+    def run(self, works: Sequence[Callable[[Any], WorkResult]]) -> list[WorkResult | Exception]:
+        """Do each piece of work on its own view of the model.
+
+        Returns:
+            The result of each, or the error that it raised.
+        """
+        results: list[WorkResult | Exception] = [RuntimeError("not run")] * len(works)
 
         def work(number: int) -> None:
             try:
-                results[number] = works[number](_View(self, number))
-            except Exception as error:  # noqa: BLE001  # handed to the caller, trial by trial
+                results[number] = works[number](_TrialView(self, number))
+            except Exception as error:  # noqa: BLE001  # returned to the caller, trial by trial
                 results[number] = error
             finally:
                 with self._changed:
@@ -80,7 +91,17 @@ class SharedPasses(Generic[Result]):
         arguments: tuple[Any, ...],
         observer: AnswerObserver | None = None,
     ) -> Any:
-        """Ask, and wait until everybody else asks too, or is done."""
+        """Ask for one trial, and wait until all others ask too, or are done.
+
+        Args:
+            number: Of the trial.
+            method: The model's method that answers it for several trials.
+            arguments: Of the method; equal questions are answered in one call.
+            observer: The trial's own observer of answers.
+
+        Returns:
+            The part of the method's result that is this trial's.
+        """
         question = _Question(method, arguments, observer)
         with self._changed:
             self._waiting[number] = question
@@ -91,22 +112,21 @@ class SharedPasses(Generic[Result]):
         return question.answer
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a text; a tokenizer serves one thread at a time."""
+        """Return the token ids of a text; a tokenizer serves one thread at a time."""
         with self._changed:
-            found: list[int] = self.model.tokens(text)
-            return found
+            return self.model.tokens(text)
 
     def _answer(self, asked: dict[int, _Question]) -> None:
-        """Equal questions in one go, in the order of their trials."""
-        left = dict(sorted(asked.items()))
-        while left:
-            first = next(iter(left.values()))
+        """Answer equal questions in one call, in the order of their trials."""
+        unanswered = dict(sorted(asked.items()))
+        while unanswered:
+            first = next(iter(unanswered.values()))
             same = {
                 number: question
-                for number, question in left.items()
+                for number, question in unanswered.items()
                 if (question.method, question.arguments) == (first.method, first.arguments)
             }
-            left = {number: q for number, q in left.items() if number not in same}
+            unanswered = {n: q for n, q in unanswered.items() if n not in same}
             questions = list(same.values())
             try:
                 observers = [question.observer for question in questions]
@@ -120,48 +140,48 @@ class SharedPasses(Generic[Result]):
                 question.answered.set()
 
 
-class _View:
+class _TrialView:
     """The model as one trial sees it: a `TextModel` that waits for the other trials."""
 
-    def __init__(self, together: SharedPasses[Any], number: int) -> None:
-        self._together, self._number = together, number
+    def __init__(self, passes: SharedPasses[Any], number: int) -> None:
+        self._passes, self._number = passes, number
 
     def tokens(self, text: str) -> list[int]:
-        """See `TextModel`."""
-        return self._together.tokens(text)
+        """Return the token ids of a text; see `TextModel`."""
+        return self._passes.tokens(text)
 
     def next_token_logits(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """See `TextModel`."""
-        found = self._together.ask(
-            self._number, self._together.model.logits_by_edit, (tuple(prompts), None)
+        """Return the logits after each prompt; see `TextModel`."""
+        logits: list[torch.Tensor] = self._passes.ask(
+            self._number, self._passes.model.logits_by_edit, (tuple(prompts), None)
         )
-        return torch.stack([logits[0] for logits in found])
+        return torch.stack([own[0] for own in logits])  # (prompt, vocab)
 
     def continuation_logits(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
     ) -> list[torch.Tensor]:
-        """See `TextModel`."""
+        """Return the logits that predict each continuation; see `TextModel`."""
         given = tuple(map(tuple, continuations))
-        found: list[torch.Tensor] = self._together.ask(
-            self._number, self._together.model.logits_by_edit, (tuple(prompts), given)
+        logits: list[torch.Tensor] = self._passes.ask(
+            self._number, self._passes.model.logits_by_edit, (tuple(prompts), given)
         )
-        return found
+        return logits
 
     def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[list[int]]:
-        """See `TextModel`."""
-        found = self._together.ask(
-            self._number, self._together.model.tokens_by_edit, (tuple(prompts), tokens)
+        """Return the token ids of the greedy answers; see `TextModel`."""
+        answers = self._passes.ask(
+            self._number, self._passes.model.tokens_by_edit, (tuple(prompts), tokens)
         )
-        return [written.tokens for written in found]
+        return [answer.tokens for answer in answers]
 
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, observer: AnswerObserver | None = None
     ) -> list[Answer]:
-        """See `TextModel`."""
-        found: list[Answer] = self._together.ask(
+        """Return the greedy answers; see `TextModel`."""
+        answers: list[Answer] = self._passes.ask(
             self._number,
-            self._together.model.answers_by_edit,
+            self._passes.model.answers_by_edit,
             (tuple(prompts), max_new_tokens),
             observer,
         )
-        return found
+        return answers

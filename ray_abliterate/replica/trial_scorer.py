@@ -1,6 +1,6 @@
-"""Scoring trials: the scorers of a run on one model, for one plan or several in shared passes.
+"""Scores trials: a run's scorers on one model, for one plan, or for several in shared passes.
 
-A scorer learns the base model once per setup; then each plan is a `with` block that undoes itself.
+Scorers learn the base model once per setup; each plan is then a `with` block that undoes itself.
 """
 
 import copy
@@ -28,7 +28,11 @@ from ray_abliterate.search.score import Scorecard
 
 
 class TrialScorer:
-    """The recipe's scorers on one replica's model."""
+    """The recipe's scorers on one replica's model.
+
+    Attributes:
+        scorers: The scorers, prepared for one setup; none before the first plan.
+    """
 
     def __init__(
         self,
@@ -58,13 +62,10 @@ class TrialScorer:
     def evaluate(
         self, plan: Plan, setup: TrialSetup, thresholds: ThresholdSet | None = None
     ) -> Evaluation:
-        """Score the model that a plan makes; the model is the base model again afterwards.
-
-        With a bar, scoring ends, with bounds, as soon as a finished trial is better for certain.
+        """Score the model that a plan makes; afterwards it is the base model again, bit for bit.
 
         Raises:
-            ScoreError: a score is not a finite number, or says that nothing changed although
-                weights did.
+            ScoreError: a score is not finite, or says that nothing changed although weights did.
         """
         self.prepare(setup)
         started, written = time.perf_counter(), self._model.tokens_written
@@ -81,7 +82,7 @@ class TrialScorer:
     def evaluate_in_shared_passes(
         self, plans: Sequence[Plan], setup: TrialSetup, thresholds: ThresholdSet | None = None
     ) -> list[Evaluation | Exception]:
-        """Score several plans in the same passes, by virtual edits; a failure fails its plan only.
+        """Score several plans in the same passes, by virtual edits; an error fails only its plan.
 
         Raises:
             ModelError: this model's passes can't be shared.
@@ -101,20 +102,18 @@ class TrialScorer:
             self._virtual.applied(plans, setup.directions) as untouched,
             self._model.untouched_below(untouched),
         ):
-            together = SharedPasses[tuple[Scorecard, float, tuple[dict[str, Any], ...]]](
-                self._model
-            )
-            found = together.run([work] * len(plans))
+            passes = SharedPasses[tuple[Scorecard, float, tuple[dict[str, Any], ...]]](self._model)
+            results = passes.run([work] * len(plans))
         tokens = (self._model.tokens_written - written) // len(plans)
         return [
             result
             if isinstance(result, Exception)
             else Evaluation(*result, shared=True, tokens=tokens)
-            for result in found
+            for result in results
         ]
 
     def prepare(self, setup: TrialSetup) -> None:
-        """Scorers that know the base model, for this response prefix."""
+        """Have the scorers learn the base model for this setup, if they have not."""
         key = setup.key
         if key == self._prepared_for:
             return
@@ -131,18 +130,19 @@ class TrialScorer:
         self.scorers, self._prepared_for = scorers, key
 
     def _refuse_dead_metrics(self, card: Scorecard) -> None:
+        """Refuse a KL divergence of exactly 0 with edited weights: it does not see the edit."""
         kinds = {setting.name: setting.kind for setting in self._recipe.scorers}
         exact = [score for score in card.scores if not score.bound]
         zero = [s.name for s in exact if kinds.get(s.name) == "kl-divergence" and s.value == 0]
         if zero and self._cache.differs():
             raise ScoreError(
                 f"{zero[0]} is exactly 0 although weights were edited: the metric does not see "
-                "the edit (is the response prefix forcing the answer?)"
+                "the edit (does the response prefix force the answer?)"
             )
 
     @staticmethod
     def _answers(scorers: Sequence[Scorer], card: Scorecard) -> tuple[dict[str, Any], ...]:
-        """Rows of the scorers that scored; the others still hold an earlier trial's answers."""
+        """Return rows of the scorers that scored; others still hold an earlier trial's answers."""
         scored = {score.name for score in card.scores if not score.bound}
         rows = []
         for scorer in scorers:

@@ -61,9 +61,9 @@ def test_a_run_ends_with_its_suites_and_evaluate_adds_to_them(
     recipe = Recipe.parse(text, "recipe.toml")
     directory = RunDirectory.create(tmp_path / "run", recipe, text)
     frontier = run(recipe, directory, tmp_path)
-    kept = directory.suite_results(recipe.suites)
-    assert set(kept.labels) == {BASE, *(f"trial-{t.number}" for t in frontier.members)}
-    assert all(kept.of(model, "asked").whole for model in kept.labels)
+    results = directory.suite_results(recipe.suites)
+    assert set(results.labels) == {BASE, *(f"trial-{t.number}" for t in frontier.members)}
+    assert all(results.of(model, "asked").whole for model in results.labels)
     other = tmp_path / "more.toml"
     other.write_text(SUITES.replace('"asked"\n', '"again"\n').replace("tokens = 3", "tokens = 2"))
     command = [sys.executable, "-m", "ray_abliterate", "evaluate", str(directory.path)]
@@ -115,8 +115,8 @@ def measured_alone(
     prefix = tuple(directory.read_environment()["response_prefix"])
     with ReplicaPool.start(recipe, recipe.model.name, {}) as pool:
         shared = pool.put(TrialSetup(directions, prefix, directory.tuning()))
-        kept = SuiteResults(tmp_path / "alone", settings)
-        runner = SuiteRunner(pool, shared, kept, SilentProgress())
+        results = SuiteResults(tmp_path / "alone", settings)
+        runner = SuiteRunner(pool, shared, results, SilentProgress())
         (found,) = runner.measure(subject, build_suites(settings, tmp_path), settings).values()
     return found
 
@@ -132,11 +132,11 @@ def test_the_frontier_is_measured_while_the_search_goes_on(
     progress = Held()
     frontier = run(recipe, directory, tmp_path, progress)
     assert progress.during[BASE] < recipe.search.trials
-    kept = directory.suite_results(recipe.suites)
-    assert {BASE, *(f"trial-{t.number}" for t in frontier.members)} <= set(kept.labels)
-    told = (directory.path / "events.jsonl").read_text()
-    assert "validation-" not in told.replace("validation-cancelled", "")
-    best = kept.of(f"trial-{frontier.knee.number}", "asked")
+    results = directory.suite_results(recipe.suites)
+    assert {BASE, *(f"trial-{t.number}" for t in frontier.members)} <= set(results.labels)
+    events_text = (directory.path / "events.jsonl").read_text()
+    assert "validation-" not in events_text.replace("validation-cancelled", "")
+    best = results.of(f"trial-{frontier.knee.number}", "asked")
     alone = Recipe.parse(text.replace(own, ""), "recipe.toml")
     found = measured_alone(
         alone, directory, MeasuredModel.of(frontier.knee), recipe.suites, tmp_path
@@ -153,24 +153,24 @@ def test_an_evaluator_that_is_killed_costs_one_chunk(
     events: list[dict[str, Any]] = []
     with ExitStack() as stack:
         pool = stack.enter_context(ReplicaPool.start(recipe, recipe.model.name, {}))
-        beside = pool.evaluators(recipe, recipe.model.name, events.append, lambda: True)
-        evaluators = stack.enter_context(beside)
+        starting = pool.evaluators(recipe, recipe.model.name, events.append, lambda: True)
+        evaluators = stack.enter_context(starting)
         while not evaluators.replicas:
             time.sleep(0.1)
         shape = pool.facts.shape
         unit = torch.full((shape.layers, shape.hidden), shape.hidden**-0.5)
         shared = pool.put(TrialSetup(Directions(unit, "ones", {})))
-        (suite,), kept = build_suites(recipe.suites, tmp_path), {}
+        (suite,), results = build_suites(recipe.suites, tmp_path), {}
         for name, kill in (("calm", False), ("killed", True)):
-            kept[name] = SuiteResults(tmp_path / name, recipe.suites)
+            results[name] = SuiteResults(tmp_path / name, recipe.suites)
             progress = Killing() if kill else SilentProgress()
-            runner = SuiteRunner(evaluators, shared, kept[name], progress)
+            runner = SuiteRunner(evaluators, shared, results[name], progress)
             runner.measure(BASE_MODEL, (suite,), recipe.suites)
-    calm, killed = (kept[name].of(BASE, "asked") for name in ("calm", "killed"))
+    calm, killed = (results[name].of(BASE, "asked") for name in ("calm", "killed"))
     assert calm.whole and killed.whole and len(killed.chunks) == 60
     assert suite.summary(killed.chunks) == suite.summary(calm.chunks)
-    told = [event["event"] for event in events]
-    assert told.count("replica-lost") == 1 and told.count("call-moved") <= AHEAD
+    names = [event["event"] for event in events]
+    assert names.count("replica-lost") == 1 and names.count("call-moved") <= AHEAD
     assert "evaluator 0" in next(e["replica"] for e in events if e["event"] == "replica-lost")
 
 
@@ -199,17 +199,17 @@ def test_a_killed_evaluate_goes_on_to_the_same_totals(
     command += ["--suites", str(tmp_path / "more.toml")]
     settings = SuiteFile.load(tmp_path / "more.toml")
     (suite,) = build_suites(settings, tmp_path)
-    kept = directory.suite_results(settings)
+    results = directory.suite_results(settings)
     quietly: Any = {"cwd": tmp_path, "env": joining(cluster), "stdout": subprocess.DEVNULL}
     first = subprocess.Popen(command, **quietly)
-    while not kept.of(BASE, "asked").chunks and first.poll() is None:
+    while not results.of(BASE, "asked").chunks and first.poll() is None:
         time.sleep(0.01)
     first.kill()
     first.wait()
-    done = len(kept.of(BASE, "asked").chunks)
+    done = len(results.of(BASE, "asked").chunks)
     assert 0 < done < 150, "it was to be killed in the middle"
     subprocess.run(command, check=True, timeout=250, **quietly)
-    resumed = kept.of(BASE, "asked")
+    resumed = results.of(BASE, "asked")
     undisturbed = measured_alone(recipe, directory, BASE_MODEL, settings, tmp_path)
     assert resumed.whole and undisturbed.whole
     assert suite.summary(resumed.chunks) == suite.summary(undisturbed.chunks)

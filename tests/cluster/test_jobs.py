@@ -109,16 +109,16 @@ def test_a_job_that_is_stopped_goes_on_as_another_one_to_exactly_n_and_shows_no_
     assert "behaviour.txt" not in shown["/api/jobs/"] and '"first"' in shown["/api/jobs/"]
 
 
-def test_who_has_no_token_is_refused_by_the_job_server_and_the_agent(head: Head) -> None:
+def test_job_server_and_agent_refuse_requests_without_a_token(head: Head) -> None:
     job = json.dumps({"entrypoint": "true"}).encode()
     for url in (f"{head.dashboard}/api/jobs/", f"{head.agent}/api/job_agent/jobs/"):
         assert refusal(url, None, job) == 401
         assert refusal(url, "another-token", job) == 403
     assert refusal(f"{head.dashboard}/api/v0/actors") == 401
     assert json.loads(fetch(f"{head.dashboard}/api/jobs/", TOKEN)) is not None
-    bare = {**head.client(), "RAY_AUTH_MODE": "disabled"}
+    anonymous = {**head.client(), "RAY_AUTH_MODE": "disabled"}
     command = ["ray", "job", "submit", "--", "true"]
-    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=anonymous, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "Unauthorized" in done.stdout + done.stderr
 
 
@@ -135,7 +135,7 @@ def desk(tmp_path: Path) -> dict[str, str]:
     return {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
 
 
-def told(desk: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+def submitted(desk: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [SUBMIT, *arguments], env=desk, cwd=desk["HOME"], capture_output=True, text=True, timeout=30
     )
@@ -143,7 +143,7 @@ def told(desk: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[
 
 def test_submit_passes_names_on_as_they_are(desk: dict[str, str]) -> None:
     recipe = "my recipes/soup & bread.toml"
-    done = told(desk, "--no-wait", "run", recipe, "search.trials=3", "--to", '/runs/"a" $(b)')
+    done = submitted(desk, "--no-wait", "run", recipe, "search.trials=3", "--to", '/runs/"a" $(b)')
     assert done.returncode == 0, done.stderr
     mode, address, *words = done.stdout.splitlines()
     assert (mode, address) == ("token", "http://127.0.0.1:8265")
@@ -157,7 +157,9 @@ def test_submit_passes_names_on_as_they_are(desk: dict[str, str]) -> None:
     environment = json.loads(words[words.index("--runtime-env-json") + 1])
     assert environment == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
     assert TOKEN not in done.stdout
-    resumed = told({**desk, "RAY_ADDRESS": "http://there:1"}, "resume", "/runs/a", "--trials", "+5")
+    resumed = submitted(
+        {**desk, "RAY_ADDRESS": "http://there:1"}, "resume", "/runs/a", "--trials", "+5"
+    )
     assert resumed.stdout.splitlines()[1] == "http://there:1"
     assert resumed.stdout.splitlines()[-4:] == ["resume", "/runs/a", "--trials", "+5"]
 
@@ -178,12 +180,12 @@ def test_submit_passes_names_on_as_they_are(desk: dict[str, str]) -> None:
 def test_submit_refuses_what_would_go_wrong_later(
     desk: dict[str, str], arguments: list[str], reason: str
 ) -> None:
-    done = told(desk, *arguments)
+    done = submitted(desk, *arguments)
     assert done.returncode == 2 and reason in done.stderr and done.stdout == ""
 
 
 def test_submit_needs_the_clusters_token(desk: dict[str, str]) -> None:
-    nobody = told({**desk, "RAY_AUTH_TOKEN_PATH": "/none"}, "--help")
+    nobody = submitted({**desk, "RAY_AUTH_TOKEN_PATH": "/none"}, "--help")
     assert nobody.returncode == 0 and "scripts/submit.sh" in nobody.stdout
-    done = told({**desk, "RAY_AUTH_TOKEN_PATH": "/none"}, "resume", "/a")
+    done = submitted({**desk, "RAY_AUTH_TOKEN_PATH": "/none"}, "resume", "/a")
     assert done.returncode == 2 and "no token in /none" in done.stderr

@@ -71,14 +71,14 @@ def test_a_judge_elsewhere_judges_as_it_would_here_and_ends_with_its_block(
         time.sleep(0.2)
 
 
-def test_what_a_judge_raises_comes_back_as_itself(tmp_path: Path) -> None:
+def test_what_a_judge_raises_is_raised_to_the_caller(tmp_path: Path) -> None:
     with start_judges([settings(str(tmp_path))]) as bench:
         for _ in range(2):
             with pytest.raises(ModelError, match="cannot be loaded"):
                 bench.judges["refusal-judge"].judge(EXCHANGES)
 
 
-def test_a_failure_over_an_answer_of_a_lost_trial_is_not_told_to_the_next(
+def test_an_error_over_an_answer_of_a_lost_trial_is_not_raised_to_the_next(
     classifier: str, tmp_path: Path
 ) -> None:
     """A trial expects an answer, and is lost before it asks; the judge fails, and then works."""

@@ -41,7 +41,7 @@ def test_calls_are_spread_over_replicas_and_leave_them_free(tmp_path: Path) -> N
     assert 0.9 < time.monotonic() - started < 1.8
 
 
-def test_an_error_comes_back_as_itself_and_frees_the_replica(tmp_path: Path) -> None:
+def test_an_error_is_raised_as_itself_and_frees_the_replica(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 1)
     for _ in range(3):
         with pytest.raises(ScoreError, match="the score is broken"):
@@ -57,7 +57,7 @@ def test_work_of_a_replica_that_dies_goes_to_another_at_once(tmp_path: Path) -> 
     ray.get([begin(pool, StandInReplica.echo, i) for i in range(10)], timeout=30)
 
 
-def test_thresholds_go_with_trials_alone_and_grow(tmp_path: Path) -> None:
+def test_thresholds_go_with_trials_only_and_grow(tmp_path: Path) -> None:
     pool, plan = pool_of(tmp_path, 1, kind=StoppableReplica), Plan.uniform(SHAPE, 3.0, "none")
     unwrap(pool.actor.evaluate_trial.remote(plan, [None]))
     ray.get(pool.actor.add_threshold.remote((0.0, 0.0)))
@@ -117,7 +117,7 @@ def test_a_call_that_kills_two_replicas_fails_and_both_come_back(tmp_path: Path)
     assert time.monotonic() - started < 50
 
 
-def test_a_replica_that_hangs_is_started_anew(tmp_path: Path) -> None:
+def test_a_replica_that_hangs_is_restarted(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 1, seconds=60.0, timeout=0.5)
     with pytest.raises(SearchError, match=r"trial_timeout_seconds = 0\.5"):
         unwrap(pool.actor.evaluate_trial.remote(PLAN, [None]))
@@ -154,7 +154,7 @@ def test_results_by_reference_are_not_read_by_the_pool_and_outlive_their_replica
     assert [pool.store.fetch(found[i])[0] for i in range(6)] == list(range(6))
 
 
-def test_what_happens_to_replicas_is_told(tmp_path: Path) -> None:
+def test_what_happens_to_replicas_is_reported(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     pool = pool_of(tmp_path, 2, events=events)
     (tmp_path / "die-once").touch()
@@ -176,7 +176,7 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_error(recipe: Recipe, tmp_pa
         pass
 
 
-def test_what_a_replica_yields_comes_on_from_another_but_not_without_end(tmp_path: Path) -> None:
+def test_a_stream_continues_on_another_replica_but_not_forever(tmp_path: Path) -> None:
     pool = pool_of(tmp_path, 2, kind=CountingReplica)
     seen: dict[int, list[int]] = {0: [], 1: []}
     for number, item in pool.streams(

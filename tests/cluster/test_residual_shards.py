@@ -136,7 +136,7 @@ def test_the_driver_fetches_no_shard_that_it_does_not_write(
     shards.separation(shards.directions(recipe.direction), recipe.direction)
     assert set(fetched) == {"Sums", "ByFold", "Rows"} and len(fetched) == 32
     fetched.clear()
-    opened(pool, tmp_path / "kept")
+    opened(pool, tmp_path / "stored")
     assert fetched == ["RecordBatch"] * 8
 
 
@@ -186,7 +186,7 @@ class Forgetful(ObjectStore):
             yield place, None if references[place] in self.lost else value
 
 
-def test_shards_that_are_lost_are_made_again_and_no_others(
+def test_shards_that_are_lost_are_extracted_again_and_no_others(
     pool: ReplicaPool, recipe: Recipe, opened: Open, behaviour: PromptSet, calls: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -380,7 +380,7 @@ def test_winsorising_reads_the_same_shards_and_other_batches_are_others(
     assert not other.shards.path.exists()
 
 
-def test_a_damaged_shard_is_made_again_with_a_warning_in_the_report(
+def test_a_damaged_shard_is_extracted_again_with_a_warning_in_the_report(
     finished: Callable[..., RunDirectory], cache: Path, calls: list[Any]
 ) -> None:
     first = finished("first")

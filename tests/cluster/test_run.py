@@ -142,7 +142,7 @@ def wait_for_trials(folder: Path, count: int, process: subprocess.Popen[str]) ->
     pytest.fail(f"no {count} trials: {process.communicate(timeout=10)[0]}")
 
 
-def test_a_run_that_is_stopped_keeps_every_finished_trial_and_resumes_to_exactly_n(
+def test_a_run_that_is_stopped_loses_no_finished_trial_and_resumes_to_exactly_n(
     recipe_file: Path, planted: Path, tmp_path: Path
 ) -> None:
     recipe_file.write_text(RECIPE.format(model=planted, replicas=1, trials=1000))

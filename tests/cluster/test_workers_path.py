@@ -12,7 +12,7 @@ from ray_abliterate.cluster.connection import workers_path
 HOME = Path(connection.__file__).resolve().parents[2]
 
 
-def test_workers_get_whole_paths_in_order_and_each_once(
+def test_workers_get_absolute_paths_in_order_and_each_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -29,9 +29,12 @@ def replica(recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: Prompt
 @pytest.fixture
 def setup(replica: Replica, recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> TrialSetup:
     shards = [
-        ResidualShard(replica.extract_residuals(s.name, 0, s.prompts, ())) for s in (behaviour, neutral)
+        ResidualShard(replica.extract_residuals(s.name, 0, s.prompts, ()))
+        for s in (behaviour, neutral)
     ]
-    return TrialSetup(directions_from_residuals(*(join([shard]) for shard in shards), recipe.direction))
+    return TrialSetup(
+        directions_from_residuals(*(join([shard]) for shard in shards), recipe.direction)
+    )
 
 
 def plans(replica: Replica) -> list[Plan]:
@@ -59,7 +62,7 @@ def test_a_score_depends_on_the_plan_and_not_on_earlier_trials(
     assert replica.evaluate(first, setup).scorecard == alone
 
 
-def test_a_replica_made_anew_gives_the_same_scores(
+def test_a_new_replica_gives_the_same_scores(
     replica: Replica, setup: TrialSetup, recipe: Recipe, planted: Path,
     behaviour: PromptSet, neutral: PromptSet,
 ) -> None:  # fmt: skip
@@ -138,7 +141,7 @@ def test_a_batch_is_read_whole_whatever_the_replica_would_choose(
     assert sizes == [5, 5]
 
 
-def test_answers_are_kept_whole_when_the_recipe_asks_for_them(
+def test_answers_are_recorded_whole_when_the_recipe_asks_for_them(
     recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSet, setup: TrialSetup
 ) -> None:
     run = recipe.run.model_copy(update={"record_responses": True})
@@ -174,7 +177,7 @@ def early(recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: PromptSe
     return Replica(recipe.model_copy(update={"scorers": half}), str(planted), sets)
 
 
-def test_answers_are_given_up_once_too_many_show_the_behaviour(
+def test_answers_are_stopped_once_too_many_show_the_behaviour(
     early: Replica, setup: TrialSetup
 ) -> None:
     """The base model declines all 7; with 2 in 7 reached before, the third is one too many."""
@@ -186,7 +189,9 @@ def test_answers_are_given_up_once_too_many_show_the_behaviour(
     assert whole.value == 1.0 and not whole.bound
 
 
-def test_a_bar_that_does_not_beat_a_plan_changes_no_score(replica: Replica, setup: TrialSetup) -> None:
+def test_thresholds_that_do_not_beat_a_plan_change_no_score(
+    replica: Replica, setup: TrialSetup
+) -> None:
     for plan in plans(replica):
         whole = replica.evaluate(plan, setup).scorecard
         rate, moved = whole.losses
@@ -194,7 +199,7 @@ def test_a_bar_that_does_not_beat_a_plan_changes_no_score(replica: Replica, setu
         assert replica.evaluate(plan, setup, thresholds).scorecard == whole
 
 
-def test_a_metric_that_does_not_see_an_edit_is_refused_in_a_bounded_trial_too(
+def test_a_metric_that_does_not_see_an_edit_is_refused_in_a_pruned_trial_too(
     early: Replica, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     constant = torch.randn(7, 30)
@@ -216,7 +221,7 @@ def test_recorded_answers_are_whole_and_those_of_this_trial(
     assert early.scorecard.pruned and early.answers == ()
 
 
-def test_another_setup_is_prepared_anew(replica: Replica, setup: TrialSetup) -> None:
+def test_another_setup_is_prepared_again(replica: Replica, setup: TrialSetup) -> None:
     plan = plans(replica)[0]
     there = replica.evaluate(plan, setup).scorecard
     vectors = setup.directions.vectors.roll(1, dims=1)

@@ -67,7 +67,7 @@ def test_trials_in_shared_passes_have_the_scores_they_have_alone(
     assert not made.cache.differs()
 
 
-def test_a_trial_that_is_stopped_leaves_those_beside_it_alone(
+def test_a_trial_that_is_stopped_early_does_not_affect_the_others(
     replica: tuple[Replica, TrialSetup],
 ) -> None:
     made, setup = replica
@@ -156,7 +156,9 @@ def test_one_row_that_does_not_fit_is_an_error(
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_fewer_kept_states_give_the_same_scores(replica: tuple[Replica, TrialSetup], every: int) -> None:
+def test_fewer_stored_states_give_the_same_scores(
+    replica: tuple[Replica, TrialSetup], every: int
+) -> None:
     made, setup = replica
     tuning = Tuning(3, 3, every, True)
     plan = plans(made, 0.5)[0]
@@ -200,8 +202,8 @@ def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
     found = [replica.tune(count).trials_per_pass for count in (1, 2, 3)]
     assert found == [4, 2, 1]
     quarter = own.model.model_copy(update={"gpus_per_replica": 0.25})
-    beside = LanguageModel(replica.model.module, replica.model.chat.tokenizer, quarter)
-    assert (beside.free_bytes, replica.model.free_bytes) == (1 << 28, 1 << 30)
+    sharing = LanguageModel(replica.model.module, replica.model.chat.tokenizer, quarter)
+    assert (sharing.free_bytes, replica.model.free_bytes) == (1 << 28, 1 << 30)
     directory = RunDirectory.create(tmp_path / "run", own, "")
     pool: Any = InProcessPool(replica)
     pool.layout = replace(pool.layout, replicas=2)
@@ -217,7 +219,7 @@ def test_the_run_chooses_once_how_many_trials_share_a_pass_and_keeps_to_it(
     assert resolve_trials_per_pass(context) == 1
 
 
-def test_experts_share_no_passes_and_that_is_said(mixtral_run: Any) -> None:
+def test_stacked_experts_share_no_passes_and_the_facts_say_so(mixtral_run: Any) -> None:
     recipe = mixtral_run.directory.read_recipe()
     facts = Replica(recipe, str(mixtral_run.model), {}).describe()
     assert facts.most_per_pass == 1 and "experts" in facts.why_not_more
@@ -246,5 +248,7 @@ def test_half_precision_in_float32_sees_edits_and_restores_every_bit() -> None:
 def test_recipes_of_older_runs_have_no_tuning(tmp_path: Path, recipe: Recipe) -> None:
     directory = RunDirectory.create(tmp_path / "run", recipe, "")
     assert directory.tuning() is None
-    directory.record_facts(tuning={"read_rows": 3, "answer_rows": 2, "state_every": 1, "drafts": False})
+    directory.record_facts(
+        tuning={"read_rows": 3, "answer_rows": 2, "state_every": 1, "drafts": False}
+    )
     assert directory.tuning() == Tuning(3, 2, 1, False)
