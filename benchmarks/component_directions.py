@@ -66,25 +66,29 @@ def prepare(scored: int) -> tuple[Any, Any]:
     from ray_abliterate.replica.replica import Replica
 
     recipe = Recipe.load(RECIPE)
-    sources = {"behaviour": recipe.prompts.behaviour, "neutral": recipe.prompts.neutral}
+    prompts = recipe.prompts
+    assert prompts.behaviour is not None and prompts.neutral is not None
+    sources = {"behaviour": prompts.behaviour, "neutral": prompts.neutral}
     scored_sets = {
         s.name: load_prompt_set(s.name, s.prompts, RECIPE.parent).subset(range(scored))
         for s in recipe.scorers
+        if s.prompts is not None
     }
     replica = Replica(recipe, str(build_demo_model(demo_folder())), scored_sets)
     replica.model.use(replica.tune())
     layers, components = len(replica.model.blocks), replica.describe().shape.components
     modules = component_modules(replica.model.module, find_writers(replica.model.module), layers)
-    residuals = [  # (prompt, layer of the stream and then of each component, hidden)
+    behaviour, neutral = (  # (prompt, layer of the stream and then of each component, hidden)
         replica.model.residuals(load_prompt_set(n, s, RECIPE.parent).prompts, components=modules)
         for n, s in sources.items()
-    ]
+    )
     stream, *by_component = [
         directions_from_residuals(
-            *(Residuals(v[:, first : first + layers].contiguous()) for v in residuals),
+            Residuals(behaviour[:, first : first + layers].contiguous()),
+            Residuals(neutral[:, first : first + layers].contiguous()),
             recipe.direction,
         )
-        for first in range(0, residuals[0].shape[1], layers)
+        for first in range(0, behaviour.shape[1], layers)
     ]
     return replica, stream.with_components(dict(zip(components, by_component, strict=True)))
 

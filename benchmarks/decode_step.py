@@ -12,6 +12,7 @@ the keys and values of all rows, once.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -157,7 +158,7 @@ class DecodeBench:
 
     def _step_seconds(self, batch: Any, count: int) -> float:
         """Return the seconds of a step: the median of all rounds after a first one."""
-        seconds = []
+        seconds: list[float] = []
         for _ in range(ROUNDS + 1):
             long = self._answer_seconds(batch, count, self.options.tokens)
             short = self._answer_seconds(batch, count, SHORT_TOKENS)
@@ -179,9 +180,13 @@ def decode_table(figures: Figures) -> list[str]:
     """Return decode steps by trials per pass, and their floor."""
     titles = {"recorded_ms": "recorded step, ms", "launched_ms": "launched step, ms"}
     measured = [name for name in titles if name in figures["measured"][0]]
+
+    def milliseconds(name: str) -> Callable[[Any], str]:
+        return lambda row: f"{row[name]:.1f}"
+
     columns = {
         "trials a pass": lambda row: row["per_pass"],
-        **{titles[name]: lambda row, name=name: f"{row[name]:.1f}" for name in measured},
+        **{titles[name]: milliseconds(name) for name in measured},
         "floor, ms": lambda row: f"{row['floor_ms']:.1f}",
         "over floor": lambda row: f"{row['over_floor']:.2f}",
         "ms a trial": lambda row: f"{row['ms_per_trial']:.1f}",

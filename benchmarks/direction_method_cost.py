@@ -117,8 +117,9 @@ def held_out_seconds(name: str, prompts: int, hidden: int) -> float:
     if need in REDUCIBLE_NEEDS:
         function, _ = REDUCIBLE_NEEDS[need]
         sides = list(zip(batches, folds.sides, strict=True))
-        parts = [by_fold(batch, side, function) for batch, side in sides]
-        vectors = leave_one_fold_out(*parts, settings, folds)
+        behaviour, neutral = (by_fold(batch, side, function) for batch, side in sides)
+        vectors = leave_one_fold_out(behaviour, neutral, settings, folds)
+        assert vectors is not None
         for batch, side in sides:
             project_shard(batch, vectors, side)
     else:

@@ -76,24 +76,33 @@ def measure(kind: str, plans: list[dict[str, Any]], prompts: int) -> dict[str, A
     """
     from ray_abliterate.data.prompt_sources import load_prompt_set
     from ray_abliterate.directions.compute import directions_from_residuals
-    from ray_abliterate.directions.residuals.residual_set import join
+    from ray_abliterate.directions.residuals.residual_set import Residuals, join
     from ray_abliterate.directions.residuals.shard import ResidualShard
     from ray_abliterate.model.source import resolve_model
     from ray_abliterate.pipeline.progress import SilentProgress
-    from ray_abliterate.recipe import Recipe
+    from ray_abliterate.recipe import PromptSource, Recipe
     from ray_abliterate.replica.messages import TrialSetup
     from ray_abliterate.replica.replica import Replica
     from ray_abliterate.search.plan import Plan
 
     line = f'quantization = "{kind}"' if kind else ""
     recipe = Recipe.parse(RECIPE.format(quantization=line, prompts=prompts), "recipe.toml")
-    scored = {s.name: load_prompt_set(s.name, s.prompts, Path()) for s in recipe.scorers}
+    scored = {
+        s.name: load_prompt_set(s.name, s.prompts, Path())
+        for s in recipe.scorers
+        if s.prompts is not None
+    }
     replica = Replica(recipe, resolve_model("demo", SilentProgress().note), scored)
-    contrast = [
-        load_prompt_set(n, getattr(recipe.prompts, n), Path()) for n in ("behaviour", "neutral")
-    ]
-    shards = [ResidualShard(replica.extract_residuals(s.name, 0, s.prompts, ())) for s in contrast]
-    directions = directions_from_residuals(*(join([shard]) for shard in shards), recipe.direction)
+
+    def residuals(name: str, source: PromptSource | None) -> Residuals:
+        assert source is not None
+        prompt_set = load_prompt_set(name, source, Path())
+        record = replica.extract_residuals(name, 0, prompt_set.prompts, ())
+        return join([ResidualShard(record)])
+
+    behaviour = residuals("behaviour", recipe.prompts.behaviour)
+    neutral = residuals("neutral", recipe.prompts.neutral)
+    directions = directions_from_residuals(behaviour, neutral, recipe.direction)
     setup = TrialSetup(directions)
     replica.evaluate(Plan.nothing(), setup)
     scores: dict[str, list[float]] = {}

@@ -83,10 +83,9 @@ def measure(folder: str, layers: int, prompts: int, compared: int) -> dict[str, 
     methods = {name: DirectionSettings(method=name) for name in COMPARED_METHODS}
     times: list[float] = []  # at the end of each layer, then of each step of stability
     started = time.perf_counter()
-    compare_methods(
-        *(FirstLayers(part, compared) for part in sets), methods, 2,
-        step=lambda done, total: times.append(time.perf_counter() - started),
-    )  # fmt: skip
+    behaviour, neutral = (FirstLayers(part, compared) for part in sets)
+    step = lambda done, total: times.append(time.perf_counter() - started)  # noqa: E731
+    compare_methods(behaviour, neutral, methods, 2, step=step)
     seconds["directions_a_layer"] = times[compared - 1] / compared
     seconds["stability"] = times[-1] - times[compared - 1]
     return {

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.claim import Claim, Figures
 from benchmarks.harness.tables import column_table
@@ -66,7 +67,8 @@ def search(trials: int, slots: int, seconds: float) -> list[float]:
         settings, journal = default_settings(trials), Path(scratch) / "study.journal"
         on_trial = lambda trial, answers: ended.append(time.perf_counter())  # noqa: E731
         search = TuneSearch(journal, default_space(), settings, GOALS)
-        search.run(pool, pool.put(None), (), on_trial, Path(scratch) / "tune")
+        setup: Any = pool.put(None)  # stand-ins need none
+        search.run(pool, setup, (), on_trial, Path(scratch) / "tune")
     return ended
 
 

@@ -33,6 +33,7 @@ def main() -> None:
     from ray_abliterate.search.plan import ModelShape, Plan
 
     folder = build_demo_model(demo_folder())
+    module: Any
     module, _ = load_model(str(folder), ModelSettings(name="demo"))
     writers = find_writers(module)
     cache = WeightCache(module, writers)

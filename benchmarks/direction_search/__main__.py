@@ -1,7 +1,6 @@
 """Measure the claim."""
 
-from benchmarks.direction_search.claim import main, silence_warnings
+from benchmarks.direction_search.claim import main
 
 if __name__ == "__main__":
-    silence_warnings()
     main()

@@ -11,7 +11,6 @@ Every finished search is a line of a file in `--work`: when stopped, the benchma
 """
 
 import argparse
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -115,11 +114,6 @@ def make_job(model: str, method: str, seed: int, trials: int, seed_points: bool)
     return SearchJob(model, method, seed, trials, seed_points, search_key(model, method))
 
 
-def silence_warnings() -> None:
-    """Silence the warning that a layer separates nothing: below the planted layers none does."""
-    logging.getLogger("ray_abliterate.directions.compute").setLevel(logging.ERROR)
-
-
 def search_all(jobs: Sequence[SearchJob], work: Path, processes: int) -> Iterator[SearchOutcome]:
     """Yield what searches find, as they end.
 
@@ -132,7 +126,7 @@ def search_all(jobs: Sequence[SearchJob], work: Path, processes: int) -> Iterato
         yield from (search(job, work) for job in jobs)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(processes, get_context("spawn"), silence_warnings) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         try:
             for future in as_completed([pool.submit(search, job, work) for job in jobs]):
                 yield future.result()

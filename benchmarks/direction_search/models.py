@@ -166,9 +166,10 @@ class SearchBench:
         """Return directions from the prompts of a seed, and the layer that separates best."""
         import torch
 
-        from ray_abliterate.directions import compute, layer_separation
         from ray_abliterate.directions.comparison.fitting import ContrastSets
         from ray_abliterate.directions.comparison.held_out import HeldOut, measure_held_out
+        from ray_abliterate.directions.compute import directions_from_residuals
+        from ray_abliterate.directions.layer_separation import best_layer
         from ray_abliterate.directions.residuals.folds import Folds
         from ray_abliterate.directions.residuals.residual_set import Residuals
         from ray_abliterate.directions.separability import CHANCE_LEVEL
@@ -178,21 +179,25 @@ class SearchBench:
             values[draw(len(values), self.subject.drawn, seed)]
             for values in self._residuals.values()
         ]
-        sets = [Residuals(torch.from_numpy(values)) for values in drawn]
+        behaviour, neutral = (Residuals(torch.from_numpy(values)) for values in drawn)
         direction = DirectionSettings.model_validate(settings)
         folds = Folds.of(
             *([(name, i) for i in range(len(v))] for name, v in zip("bn", drawn, strict=True))
         )
         rows = []
-        for layer in range(sets[0].layers):
-            values = (s.winsorized(direction.winsorize_quantile).values[:, layer] for s in sets)
-            contrast = ContrastSets(*(v.contiguous() for v in values))
+        for layer in range(behaviour.layers):
+            contrast = ContrastSets(
+                *(
+                    part.winsorized(direction.winsorize_quantile).values[:, layer].contiguous()
+                    for part in (behaviour, neutral)
+                )
+            )
             result = measure_held_out(contrast, direction, folds) if contrast.means_differ else None
             measures = result.measures() if isinstance(result, HeldOut) else CHANCE_LEVEL
             rows.append({"layer": layer, **measures})
-        return compute.directions_from_residuals(*sets, direction), layer_separation.best_layer(
-            rows
-        )
+        # Below the planted layers nothing separates the sets, at every seed: no news.
+        directions = directions_from_residuals(behaviour, neutral, direction, lambda text: None)
+        return directions, best_layer(rows)
 
     def _search(self, job: SearchJob, setup: Any, layer: int) -> Iterator[tuple[float, ...] | None]:
         """Yield rate and divergence of each plan; None where it failed.

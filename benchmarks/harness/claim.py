@@ -82,7 +82,8 @@ class BenchmarkParser(argparse.ArgumentParser):
         given = sys.argv[1:] if args is None else list(args)
         if "--quick" in given:
             self.set_defaults(**self._quick)
-        return super().parse_args(given, namespace)
+        options: argparse.Namespace = super().parse_args(given, namespace)
+        return options
 
 
 def _as_options(values: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +77,13 @@ class CpuTally:
     """
 
     at: float
-    cpu: Counter[str]
+    cpu: Mapping[str, float]
     trial_bytes: tuple[int, ...]
 
     @classmethod
     def now(cls) -> "CpuTally":
         """Return the tally of this moment."""
-        cpu: Counter[str] = Counter({"driver": _cpu_seconds(psutil.Process())})
+        cpu = defaultdict(float, driver=_cpu_seconds(psutil.Process()))
         trial_bytes = []
         for process in psutil.Process().children(recursive=True):
             try:
@@ -171,15 +171,18 @@ def measure(gpus: int, seconds: float, trials: int) -> dict[str, Any]:
             stored_before = stored_bytes()
             journal = folder / "study.journal"
             search = TuneSearch(journal, default_space(), default_settings(trials), GOALS)
-            search.run(pool, pool.put(None), (), on_trial, folder / "tune")
+            setup: Any = pool.put(None)  # stand-ins need none
+            search.run(pool, setup, (), on_trial, folder / "tune")
             stored = stored_bytes() - stored_before
         journal_bytes = journal.stat().st_size
+    first_tally, last_tally = tallies
+    counted = counted_at[1] - counted_at[0]
     return {
         "gpus": gpus,
         "trial_seconds": seconds,
         **share_of_ideal(details, gpus, seconds),
-        "cpu_seconds_per_trial": cpu_per_trial(*tallies, counted_at[1] - counted_at[0]),
-        "trial_process_mb": round(median(tallies[0].trial_bytes) / 1e6) if tallies else None,
+        "cpu_seconds_per_trial": cpu_per_trial(first_tally, last_tally, counted),
+        "trial_process_mb": round(median(first_tally.trial_bytes) / 1e6),
         "object_store_bytes_per_trial": round(stored / trials),
         "journal_bytes_per_trial": round(journal_bytes / trials),
     }
@@ -226,7 +229,8 @@ def most_in_flight_at(details: Sequence[dict[str, float]]) -> float:
 def cpu_per_trial(first: CpuTally, last: CpuTally, trials: int) -> dict[str, float]:
     """Return the CPU seconds per trial of each kind of process, between two moments."""
     return {
-        kind: round((last.cpu[kind] - first.cpu[kind]) / trials, 4) for kind in sorted(last.cpu)
+        kind: round((seconds - first.cpu.get(kind, 0)) / trials, 4)
+        for kind, seconds in sorted(last.cpu.items())
     }
 
 

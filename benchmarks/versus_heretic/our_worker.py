@@ -8,11 +8,15 @@ import time
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.worker_process import serve
 from benchmarks.versus_heretic.comparison_setup import KL, RATE
+
+if TYPE_CHECKING:
+    from ray_abliterate.directions.residuals.residual_set import Residuals
+    from ray_abliterate.replica.messages import Evaluation
 
 EXTRACTION_BATCH = 32
 """Prompts of a forward pass when directions are computed."""
@@ -98,10 +102,11 @@ class OurReplica:
         read = [Plan.from_json(text) for text in plans]
         with self._without(off or []):
             started = time.perf_counter()
+            evaluations: list[Evaluation | Exception]
             if len(read) == 1:
                 evaluations = [self.replica.evaluate(read[0], self.setup)]
             else:
-                evaluations = list(self.replica.evaluate_in_shared_passes(read, self.setup))
+                evaluations = self.replica.evaluate_in_shared_passes(read, self.setup)
             seconds = time.perf_counter() - started
         trials = [self._scores(evaluation) for evaluation in evaluations]
         if len(read) == 1:
@@ -139,25 +144,26 @@ class OurReplica:
 
     def _load_directions(self, file: Path) -> None:
         """Read the directions from a file; compute them and write it if it is not there."""
-        from ray_abliterate.directions import compute
+        from ray_abliterate.directions.compute import directions_from_residuals
         from ray_abliterate.directions.directions import Directions
-        from ray_abliterate.directions.residuals.residual_set import join
-        from ray_abliterate.directions.residuals.shard import ResidualShard
         from ray_abliterate.replica.messages import TrialSetup
 
         if not file.exists():
-            residuals = []
-            for name in ("behaviour", "neutral"):
-                shards = []
-                for number, batch in self.sets[name].batches(EXTRACTION_BATCH):
-                    first = number * EXTRACTION_BATCH
-                    record = self.replica.extract_residuals(name, first, batch, ())
-                    shards.append(ResidualShard(record))
-                residuals.append(join(shards, self.sets[name].fingerprint))
-            file.write_bytes(
-                compute.directions_from_residuals(*residuals, self.recipe.direction).to_bytes()
-            )
+            behaviour, neutral = (self._residuals(name) for name in ("behaviour", "neutral"))
+            directions = directions_from_residuals(behaviour, neutral, self.recipe.direction)
+            file.write_bytes(directions.to_bytes())
         self.setup = TrialSetup(Directions.from_bytes(file.read_bytes()))
+
+    def _residuals(self, name: str) -> "Residuals":
+        """Extract the residuals of a whole set, batch by batch."""
+        from ray_abliterate.directions.residuals.residual_set import join
+        from ray_abliterate.directions.residuals.shard import ResidualShard
+
+        shards = []
+        for number, batch in self.sets[name].batches(EXTRACTION_BATCH):
+            record = self.replica.extract_residuals(name, number * EXTRACTION_BATCH, batch, ())
+            shards.append(ResidualShard(record))
+        return join(shards, self.sets[name].fingerprint)
 
     @contextmanager
     def _without(self, off: list[str]) -> Any:

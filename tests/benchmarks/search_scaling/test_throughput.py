@@ -1,7 +1,5 @@
 """Throughput of a search: its arithmetic."""
 
-from collections import Counter
-
 import pytest
 
 from benchmarks.search_scaling.throughput import CpuTally, cpu_per_trial, doublings, share_of_ideal
@@ -31,6 +29,6 @@ def test_a_trial_process_that_comes_late_counts_from_then_on_for_all() -> None:
 
 
 def test_processor_time_is_counted_between_two_moments() -> None:
-    first = CpuTally(0.0, Counter(driver=3.0), ())
-    last = CpuTally(9.0, Counter(driver=4.0, pool=0.5), ())
+    first = CpuTally(0.0, {"driver": 3.0}, ())
+    last = CpuTally(9.0, {"driver": 4.0, "pool": 0.5}, ())
     assert cpu_per_trial(first, last, 10) == {"driver": 0.1, "pool": 0.05}
