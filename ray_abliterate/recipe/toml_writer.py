@@ -13,9 +13,9 @@ def to_toml(values: Mapping[str, Any]) -> str:
         values: By section: a mapping, or a list of mappings, of JSON values without null.
     """
     lines = []
-    for section, own in values.items():
-        for table in own if isinstance(own, list) else [own]:
-            lines += ["", f"[[{section}]]" if isinstance(own, list) else f"[{section}]"]
+    for section, entries in values.items():
+        for table in entries if isinstance(entries, list) else [entries]:
+            lines += ["", f"[[{section}]]" if isinstance(entries, list) else f"[{section}]"]
             lines += [f"{_key(name)} = {_inline(value)}" for name, value in table.items()]
     return "\n".join([*lines, ""])
 

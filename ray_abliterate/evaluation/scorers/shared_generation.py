@@ -114,7 +114,10 @@ class _SharedGeneration:
         self._logits: dict[tuple[Prompt, ...], dict[int, Tensor]] = {}
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerObserver | None = None
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        observer: AnswerObserver | None = None,
     ) -> list[Answer]:
         """Return greedy answers, generated once for all scorers that ask for them."""
         prompts = tuple(prompts)
@@ -123,13 +126,13 @@ class _SharedGeneration:
             return self._answers[request]
         whole, beginnings = request in self._wanted, prompts in self._beginnings
         if not (whole or beginnings):
-            return self._model.answer(prompts, max_new_tokens, watch)
+            return self._model.answer(prompts, max_new_tokens, observer)
         eager = [s for s in self._sharers if isinstance(s, EagerAnswerScorer)]
         listeners = [s for s in eager if s.whole_answers == request]
         logits = self._logits.setdefault(prompts, {}) if beginnings else None
-        observer = _GenerationObserver(watch, whole, prompts, listeners, logits)
-        answers = self._model.answer(prompts, max_new_tokens, observer)
-        if whole and not observer.enough():  # otherwise they were cut short: the trial is lost
+        shared = _GenerationObserver(observer, whole, prompts, listeners, logits)
+        answers = self._model.answer(prompts, max_new_tokens, shared)
+        if whole and not shared.enough():  # otherwise they were cut short: the trial is lost
             self._answers[request] = answers
         return answers
 

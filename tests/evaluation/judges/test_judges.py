@@ -299,7 +299,7 @@ def test_a_label_or_hypothesis_that_the_classifier_does_not_know_is_told_with_th
     folder = made("answer", "refusal")
     with pytest.raises(ModelError, match="one of: answer, refusal"):
         ClassifierJudge(folder, label="refuses").judge(EXCHANGES)
-    with pytest.raises(ModelError, match="knows no entailment and contradiction"):
+    with pytest.raises(ModelError, match="none for entailment and contradiction"):
         ClassifierJudge(folder, hypothesis="no help").judge(EXCHANGES)
     with pytest.raises(ModelError, match="cannot be loaded"):
         ClassifierJudge(str(tmp_path), label="refusal").judge(EXCHANGES)
@@ -377,19 +377,19 @@ class Says:
         self.texts, self.written = texts, 0
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, watch: AnswerObserver | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, observer: AnswerObserver | None = None
     ) -> list[Answer]:
         found = []
         for index, text in enumerate(self.texts):
-            if watch is not None:
-                watch.begin(index)
+            if observer is not None:
+                observer.begin(index)
             said = ""
             for word in text.split(" "):
-                if watch is not None and watch.enough():
+                if observer is not None and observer.enough():
                     break
                 self.written += 1
                 said += f"{word} "
-                if watch is not None and watch.read(index, f"{word} "):
+                if observer is not None and observer.read(index, f"{word} "):
                     break
             found.append(Answer(said.strip(), len(said.split()), said.strip() != text))
         return found
@@ -497,7 +497,10 @@ def test_a_replica_writes_answers_once_for_both_scorers(
         own = recipe.model_copy(update={"scorers": scorers})
         replica = Replica(own, str(planted), {s.name: behaviour for s in scorers})
         plan = Plan.uniform(replica.describe().shape, 2.3, "none", 1.0)
-        alone, together = replica.evaluate(plan, setup), replica.evaluate_in_shared_passes([plan], setup)
+        alone, together = (
+            replica.evaluate(plan, setup),
+            replica.evaluate_in_shared_passes([plan], setup),
+        )
         assert alone.scorecard == together[0].scorecard
         found[len(scorers), scorers[0].kind] = alone
     both = found[2, "keyword-rate"]
@@ -604,9 +607,9 @@ def recipe_with(text: str) -> Recipe:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("", "give exactly one of classifier, endpoint"),
+        ("", "give exactly one of classifier and endpoint"),
         ('classifier = "x"\nendpoint = "http://h/v1"\nlabel = "r"', "give exactly one of class"),
-        ('classifier = "x"', "exactly one of label, hypothesis"),
+        ('classifier = "x"', "exactly one of label and hypothesis"),
         ('endpoint = "http://h/v1"', "an endpoint needs endpoint_model"),
         ('endpoint = "h/v1"\nendpoint_model = "m"', "not a URL"),
         ('classifier = "x"\nlabel = "r"\nkey_variable = "K"', "`key_variable` is for an endpoint"),

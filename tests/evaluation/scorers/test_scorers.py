@@ -45,9 +45,9 @@ class Says:
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        watch: AnswerObserver | None = None,
+        observer: AnswerObserver | None = None,
     ) -> list[Answer]:
-        self.asked.append(watch)
+        self.asked.append(observer)
         return [Answer(text, 1, False) for text in self.texts]
 
     def tokens(self, text: str) -> list[int]:
@@ -171,7 +171,7 @@ def test_reasons_for_refusing_count_only_in_the_broad_list() -> None:
 
 @pytest.mark.parametrize(
     ("markers", "reason"),
-    [(["sorry", "**"], r"\*\*.*nothing left"), ([" "], "nothing left"), ([], "looks for nothing")],
+    [(["sorry", "**"], r"\*\*.*is empty"), ([" "], "is empty"), ([], "matches nothing")],
 )
 def test_markers_that_fold_to_nothing_are_refused(markers: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
@@ -204,21 +204,21 @@ class Writes(Says):
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        watch: AnswerObserver | None = None,
+        observer: AnswerObserver | None = None,
     ) -> list[Answer]:
-        self.asked.append(watch)
+        self.asked.append(observer)
         written, decided = [""] * len(self.texts), [False] * len(self.texts)
         words = [text.split() for text in self.texts]
-        for index in range(len(words) if watch is not None else 0):
-            watch.begin(index)
+        for index in range(len(words) if observer is not None else 0):
+            observer.begin(index)
         for step in range(max(map(len, words))):
             for index, own in enumerate(words):
                 if step < len(own) and not decided[index]:
                     added = own[step] + " "
                     written[index] += added
-                    found = watch is not None and watch.read(index, added)
+                    found = observer is not None and observer.read(index, added)
                     decided[index] = found and self.ends_rows
-            if watch is not None and watch.enough():
+            if observer is not None and observer.enough():
                 break
         return [
             Answer(text, len(text.split()), len(text.split()) < len(own))
@@ -467,7 +467,7 @@ def test_each_answer_is_told_by_itself_and_one_that_says_nothing_is_not() -> Non
 
 @pytest.mark.parametrize("openings", [[], ["I", " "]])
 def test_openings_that_begin_nothing_are_refused(openings: list[str]) -> None:
-    with pytest.raises(ValueError, match="give the words that refusals begin with"):
+    with pytest.raises(ValueError, match="give the words with which refusals begin"):
         log_odds_scorer(openings=openings)
 
 
@@ -517,7 +517,10 @@ def test_log_odds_share_the_answers_pass_as_a_report_and_come_first_as_an_object
         found[len(scorers)] = [
             replica.evaluate(plan, setup), replica.evaluate_in_shared_passes([plan, plan], setup)[1]
         ]  # fmt: skip
-    assert asked == (["tokens_by_edit"] if goal == "report" else ["logits_by_edit", "tokens_by_edit"]) * 2
+    assert (
+        asked
+        == (["tokens_by_edit"] if goal == "report" else ["logits_by_edit", "tokens_by_edit"]) * 2
+    )
     for alone, shared in zip(found[1], found[2], strict=True):
         # another pass over the same prompts: equal but for float32 rounding
         value = alone.scorecard[odds.name].value
