@@ -12,7 +12,7 @@ TEXTS = {
     "replica-back": "{replica} is back after {seconds:.0f} s",
     "replica-failed-to-start": "{replica} could not be started: {reason}",
     "call-moved": "{method}: moved from {dead} to another replica",
-    "disk-slow": "the disk is slow: {waiting} results have waited to be written for {seconds:.0f} s",
+    "disk-slow": "the disk is slow: {waiting} results have waited {seconds:.0f} s to be written",
     "disk-refuses": "the run directory can't be written ({reason}); {waiting} results wait in "
     "memory, and are written as soon as it can: free some space",
     "disk-back": "the run directory can be written again; nothing was lost",

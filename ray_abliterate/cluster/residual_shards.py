@@ -24,8 +24,8 @@ from ray_abliterate.directions.comparison.cross_fitting import (
 )
 from ray_abliterate.directions.directions import Directions, NoDirection
 from ray_abliterate.directions.layer_separation import ProjectedSet
-from ray_abliterate.directions.methods.recipe_methods import need_of
 from ray_abliterate.directions.methods.inputs import Layer, Sample, Summary
+from ray_abliterate.directions.methods.recipe_methods import need_of
 from ray_abliterate.directions.residuals.moments import Moments, PairedMoments, rows_of
 from ray_abliterate.directions.residuals.residual_set import Residuals, join
 from ray_abliterate.directions.residuals.shard import ResidualShard, Sums, content_key, sums_of

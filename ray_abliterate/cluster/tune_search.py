@@ -1,9 +1,9 @@
 """The search: Ray Tune runs OptunaSearch trials over the replica pool.
 
 Trials are thin: no GPU, no model. Each asks the pool to evaluate a plan. Tune reuses the trial
-actors; equal shares of the head's own resource limit how many run at once (and keep them beside the
-driver's files): without that limit Tune starts and stops a process for nearly every trial. The
-journal is the truth for resuming, Tune's own state is not used.
+actors; equal shares of the head's own resource limit how many run at once, and keep them on the
+node with the driver's files. Without that limit Tune starts and stops a process for nearly every
+trial. Resuming reads the journal; Tune's own state is not used.
 """
 
 import logging
@@ -43,22 +43,20 @@ from ray_abliterate.search.study import (
     open_study,
 )
 
-log = logging.getLogger(__name__)
-
 SHOWN_BY_TUNE = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SECURITY_TOKEN",
     "AWS_SESSION_TOKEN",
 )
-"""Tune copies these from the driver into its trials' runtime environment, which dashboard and logs
-show. Trials have no use for them."""
+"""Tune copies these variables from the driver into its trials' runtime environment, which dashboard
+and logs show. Trials have no use for them."""
 
 MOST_DEATHS = 2
-"""A trial is begun again that often. Tune hears of a process's death from its task and from its
-actor; where it hears twice, it gives the trial up at once, whatever this number."""
+"""A trial is restarted that often. Tune learns of a process's death from its task and from its
+actor; where it learns twice, it gives the trial up at once, whatever this number."""
 GROWTH_SECONDS = 15.0
-"""So long after replicas joined, a search makes room for them: others may be on their way."""
+"""A search makes room for replicas so long after they joined: others may be on their way."""
 
 
 class _RecoveryReporter(tune.Callback):  # type: ignore[misc]
@@ -231,7 +229,7 @@ class TuneSearch:
 
 @dataclass(frozen=True)
 class _RunningSearch:
-    """What all rounds of one `TuneSearch.run` share."""
+    """What all rounds of one `TuneSearch.run` share; see there."""
 
     pool: ReplicaPool
     setup: Reference[TrialSetup]
@@ -270,9 +268,8 @@ def _tune_environment(concurrency: int) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in wanted}
     _set(wanted)
-    loud = [
-        logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")
-    ]  # our own events say it
+    # what they would say, our own events say
+    loud = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     levels = [logger.level for logger in loud]
     for logger in loud:
         logger.setLevel(logging.CRITICAL)
