@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file: which tensors it holds, and where their bytes lie.
+"""Read the header of a safetensors file: which tensors it holds, and where their bytes lie.
 
 A file is 8 bytes that say how long the header is (little-endian), the header as JSON, and the
 tensors' bytes one after the other (https://github.com/huggingface/safetensors#format). Knows
@@ -20,10 +20,10 @@ class TensorEntry:
     """One tensor of a file.
 
     Attributes:
-        dtype: Its type as the format spells it, such as `BF16`.
-        shape: Its shape.
-        start: Its first byte, counted from the beginning of the file.
-        stop: The byte after its last.
+        dtype: The tensor's type as the format spells it, such as `BF16`.
+        shape: The tensor's shape.
+        start: Offset of its first byte from the beginning of the file.
+        stop: Offset of the byte after its last.
     """
 
     dtype: str
@@ -34,12 +34,12 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """What a file says of itself before its tensors.
+    """The part of a file before its tensors.
 
     Attributes:
         metadata: Texts by name; empty if the file has none.
         tensors: Entries by the tensor's name, in the file's order.
-        size: Bytes before the first tensor, the 8 of the length among them.
+        size: Bytes before the first tensor, including the 8 bytes of the length.
     """
 
     metadata: Mapping[str, str]
@@ -61,7 +61,7 @@ def parse_header(data: bytes) -> SafetensorsHeader:
     """Read the header of a file that is in memory.
 
     Raises:
-        ValueError: as `read_header`.
+        ValueError: the data is damaged, as for `read_header`.
     """
     return _parse(io.BytesIO(data), len(data))
 

@@ -36,7 +36,7 @@ def test_a_file_without_metadata_has_none() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "not readable"),
+        (b"", "cut off"),
         (b"\x10", "cut off"),
         (save(TENSORS)[:40], "cut off"),
         ((2).to_bytes(8, "little") + b"[]", "not readable"),
