@@ -8,11 +8,11 @@ from ray_abliterate.recipe import RefusalJudge
 
 
 def build_judge(settings: RefusalJudge, device: str | None = None) -> Judge:
-    """The judge that a recipe describes, behind its cache; nothing is loaded or asked yet.
+    """Build the judge that a recipe describes, without loading or asking anything yet.
 
     Args:
-        settings: As the recipe has them.
-        device: Where a classifier computes; on a GPU if there is one, unless it is given.
+        settings: The recipe's `refusal-judge` scorer.
+        device: Device that a classifier computes on; if None, a GPU if there is one.
     """
     judge: Judge
     if settings.endpoint is not None:

@@ -15,15 +15,16 @@ from ray_abliterate.errors import ModelError, ScoreError
 from ray_abliterate.evaluation.judges.judge import Exchange
 
 LONGEST = 512
-"""Tokens of an answer that are read, fewer if the classifier takes no more: refusals show early."""
-ROWS = 16
-"""Answers of a batch."""
+"""Most tokens of an answer that are read, as refusals show early; fewer if the classifier takes no
+more."""
+BATCH = 16
+"""Answers that are classified at once."""
 SAMPLE = 256
-"""Values of each parameter that the identity looks at."""
+"""Values of each parameter that go into the identity."""
 
 
 class ClassifierJudge:
-    """See the module. It is loaded when it is first asked."""
+    """Judges with a sequence classifier, which is loaded when it is first asked."""
 
     def __init__(
         self,
@@ -39,43 +40,48 @@ class ClassifierJudge:
             name: Hub name or folder.
             revision: Commit, tag or branch on the Hub.
             label: The label that means a refusal.
-            hypothesis: Makes it zero-shot: what a refusal entails.
-            sees_prompt: The prompt goes before the answer.
-            device: Where it computes; on a GPU if there is one, unless it is given.
+            hypothesis: What a refusal entails, for a zero-shot classifier.
+            sees_prompt: The prompt is put before the answer.
+            device: Device it computes on; if None, a GPU if there is one.
         """
         self._name, self._revision = name, revision
         self._label, self._hypothesis, self._sees_prompt = label, hypothesis, sees_prompt
         self._device = device
         self._loaded: tuple[Any, Any, str] | None = None
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None, "_turn": None}
+        return {**self.__dict__, "_loaded": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "_turn": threading.Lock()})
+        self.__dict__.update({**state, "_lock": threading.Lock()})
 
     @property
     def identity(self) -> str:
-        """A sample of the weights, labels, and how it is asked."""
+        """Return a fingerprint of weights and labels, and how the classifier is asked."""
         *_, fingerprint = self._load()
         asked = (self._label, self._hypothesis, self._sees_prompt, LONGEST)
         return f"classifier {fingerprint} {asked!r}"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[float | None]:
-        """See `Judge`; a blank answer can't be judged."""
-        found: list[float | None] = [None] * len(exchanges)
-        places = [i for i, (_, answer) in enumerate(exchanges) if answer.strip()]
-        places.sort(key=lambda i: (len(exchanges[i][1]), i))
-        with self._turn:
-            for start in range(0, len(places), ROWS):
-                batch = places[start : start + ROWS]
-                values = self._read([exchanges[i] for i in batch])
-                for place, value in zip(batch, values, strict=True):
-                    found[place] = value
-        return found
+        """Return the probability that each answer refuses; None for blank answers.
 
-    def _read(self, exchanges: Sequence[Exchange]) -> list[float]:
+        Raises:
+            ModelError: the classifier can't be loaded, or has no such label.
+            ScoreError: its logits are not finite.
+        """
+        probabilities: list[float | None] = [None] * len(exchanges)
+        order = [i for i, (_, answer) in enumerate(exchanges) if answer.strip()]
+        order.sort(key=lambda i: (len(exchanges[i][1]), i))  # batches of similar lengths
+        with self._lock:
+            for start in range(0, len(order), BATCH):
+                batch = order[start : start + BATCH]
+                values = self._classify([exchanges[i] for i in batch])
+                for index, value in zip(batch, values, strict=True):
+                    probabilities[index] = value
+        return probabilities
+
+    def _classify(self, exchanges: Sequence[Exchange]) -> list[float]:
         import torch
 
         model, tokenizer, _ = self._load()
@@ -93,27 +99,28 @@ class ClassifierJudge:
         with torch.inference_mode():
             logits = model(**inputs.to(model.device)).logits.double().cpu()
         if not logits.isfinite().all():
-            raise ScoreError(f"the classifier {self._name} gives logits that are not numbers")
-        values: list[float] = self._probability(logits, model.config).tolist()
-        return values
+            raise ScoreError(f"the classifier {self._name} gives logits that are not finite")
+        probabilities: list[float] = self._probability(logits, model.config).tolist()
+        return probabilities
 
     def _probability(self, logits: Any, config: Any) -> Any:
+        """Return the probability of a refusal, `"row"`, from logits `"row label"`."""
         names = {str(name).casefold(): int(i) for i, name in config.id2label.items()}
         if self._hypothesis:
-            entails = [i for name, i in names.items() if name.startswith("entail")]
-            denies = [i for name, i in names.items() if name.startswith("contra")]
-            if not entails or not denies:
+            entailment = [i for name, i in names.items() if name.startswith("entail")]
+            contradiction = [i for name, i in names.items() if name.startswith("contra")]
+            if not entailment or not contradiction:
                 raise ModelError(
-                    f"{self._name} has the labels {list(config.id2label.values())}, and knows no "
+                    f"{self._name} has the labels {list(config.id2label.values())}, but none for "
                     "entailment and contradiction.\n  Leave out `hypothesis`, and set `label`."
                 )
-            return logits[:, [entails[0], denies[0]]].softmax(-1)[:, 0]
+            return logits[:, [entailment[0], contradiction[0]]].softmax(-1)[:, 0]
         wanted = names.get(str(self._label).casefold())
         if wanted is None:
             raise ModelError(
                 f"{self._name} has no label {self._label!r}.\n"
                 f"  Set `label` to one of: {', '.join(map(str, config.id2label.values()))}; or "
-                "`hypothesis`, if it is a model of entailment."
+                "`hypothesis`, if it is an entailment model."
             )
         if config.problem_type == "multi_label_classification" or logits.shape[-1] == 1:
             return logits[:, wanted].sigmoid()
@@ -140,13 +147,16 @@ class ClassifierJudge:
 
 
 def _positions(config: Any) -> int:
-    """Tokens that the classifier takes. Families that count from the padding id have two fewer."""
+    """Return how many tokens the classifier takes.
+
+    Families that count positions from the padding id have two fewer than their table has.
+    """
     known = getattr(config, "max_position_embeddings", None)
     return LONGEST if known is None else max(1, int(known) - 2)
 
 
 def _fingerprint(model: Any) -> str:
-    """SHA-256 of every parameter's name and shape, of values spread over it, and of the labels."""
+    """Return a SHA-256 of the labels, and of every parameter's name, shape and some values."""
     import torch
 
     digest = hashlib.sha256(repr(sorted(model.config.id2label.items())).encode())

@@ -1,10 +1,10 @@
 """A judge that is a chat model behind an OpenAI-compatible endpoint.
 
-It is told to reply with one of two words; any other reply is no judgement. What may pass (no
-connection, timeouts, 408, 409, 429, 5xx, a body that is no JSON) is tried again, after the time
-that `Retry-After` asks for.
+The model is instructed to reply with one of two words; any other reply is no judgement. Transient
+failures (no connection, timeouts, 408, 409, 429, 5xx, a body that is not JSON) are retried, after
+the time that `Retry-After` asks for.
 
-The key is read from an environment variable when a request is made, and kept nowhere. No text of
+The key is read from an environment variable when a request is made, and stored nowhere. No text of
 the server's, which may repeat it, goes into an error or a log; redirects, which would carry it to
 another host, are refused.
 """
@@ -40,15 +40,15 @@ FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 1.0, 60.0
 AT_ONCE = 8
 """Requests in flight."""
 MOST_BYTES = 1 << 20
-"""Of a reply."""
+"""Most bytes of a reply that are read."""
 
 
-class _Passing(Exception):
-    """The same request may succeed later."""
+class _TransientFailure(Exception):
+    """A request has failed that may succeed later."""
 
-    def __init__(self, why: str, after: float | None = None) -> None:
-        super().__init__(why)
-        self.after = after
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -57,7 +57,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class EndpointJudge:
-    """See the module."""
+    """Judges by asking a chat model on a server, several requests at a time."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class EndpointJudge:
     ) -> None:
         """
         Args:
-            url: Up to and with `/v1`.
+            url: Base URL, up to and including `/v1`.
             model: What the server calls the model.
             key_variable: Environment variable that holds the key, if one is needed.
-            timeout_seconds: For one request.
+            timeout_seconds: Limit for one request.
             sleep: Waits between attempts.
         """
         self._url, self._model, self._key_variable = url.rstrip("/"), model, key_variable
@@ -81,49 +81,54 @@ class EndpointJudge:
 
     @property
     def identity(self) -> str:
-        """Server, model and instruction; never the key."""
+        """Return server, model and instruction; never the key."""
         return f"endpoint {self._url} {self._model} {INSTRUCTION}"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[float | None]:
-        """See `Judge`; 1 or 0, and None for any other reply.
+        """Return 1 for a refusal, 0 for an answer, and None for any other reply.
 
         Raises:
             RecipeError: the key's variable is not set, or the server refuses the request.
-            ScoreError: the server can't be reached, or makes no sense, time and again.
+            ScoreError: all attempts to reach the server have failed.
         """
-        self._headers()  # a missing key is told once, before any request
+        self._headers()  # a missing key is reported once, before any request
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            return list(threads.map(self._one, exchanges))
+            return list(threads.map(self._judge_one, exchanges))
 
-    def _one(self, exchange: Exchange) -> float | None:
+    def _judge_one(self, exchange: Exchange) -> float | None:
         if not exchange[1].strip():
             return None
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return _verdict(self._ask(exchange))
-            except _Passing as trouble:
+            except _TransientFailure as failure:
                 if attempt == ATTEMPTS:
                     raise ScoreError(
-                        f"the judge at {self._where} failed {ATTEMPTS} times ({trouble}).\n"
-                        "  Answers judged so far are kept; go on when it is back."
+                        f"the judge at {self._host} failed {ATTEMPTS} times ({failure}).\n"
+                        "  Answers judged so far are cached; resume when it is back."
                     ) from None
                 delay = FIRST_DELAY_SECONDS * 2 ** (attempt - 1) * random.uniform(1.0, 1.5)
-                delay = min(
-                    delay if trouble.after is None else trouble.after, LONGEST_DELAY_SECONDS
-                )
-                log.warning("judge: %s; attempt %d is in %.1f s", trouble, attempt + 1, delay)
+                if failure.retry_after is not None:
+                    delay = failure.retry_after
+                delay = min(delay, LONGEST_DELAY_SECONDS)
+                log.warning("judge: %s; attempt %d in %.1f s", failure, attempt + 1, delay)
             self._sleep(delay)
         raise AssertionError("unreachable")
 
     def _ask(self, exchange: Exchange) -> str:
-        """The model's reply."""
+        """Send one exchange, and return the model's reply.
+
+        Raises:
+            _TransientFailure: the request may succeed later.
+            RecipeError: it is refused for good.
+        """
         prompt, answer = exchange
-        asked = f"<request>\n{prompt}\n</request>\n<reply>\n{answer}\n</reply>"
+        content = f"<request>\n{prompt}\n</request>\n<reply>\n{answer}\n</reply>"
         body = {
             "model": self._model,
             "messages": [
                 {"role": "system", "content": INSTRUCTION},
-                {"role": "user", "content": asked},
+                {"role": "user", "content": content},
             ],
             "temperature": 0,
             "max_tokens": 8,
@@ -133,20 +138,20 @@ class EndpointJudge:
         )
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                content = response.read(MOST_BYTES)
+                received = response.read(MOST_BYTES)
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refused(error.code, error.headers.get("Retry-After")) from None
+                raise self._error_for(error.code, error.headers.get("Retry-After")) from None
         except TimeoutError:
-            raise _Passing(f"no reply within {self._timeout:g} s") from None
+            raise _TransientFailure(f"no reply within {self._timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise _Passing(f"no connection ({type(reason).__name__})") from None
+            raise _TransientFailure(f"no connection ({type(reason).__name__})") from None
         try:
-            said = json.loads(content)["choices"][0]["message"]["content"]
+            reply = json.loads(received)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            raise _Passing("a reply that is no chat completion") from None
-        return said if isinstance(said, str) else ""
+            raise _TransientFailure("the reply is no chat completion") from None
+        return reply if isinstance(reply, str) else ""
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json"}
@@ -154,8 +159,9 @@ class EndpointJudge:
             key = os.environ.get(self._key_variable, "").strip()
             if not key:
                 raise RecipeError(
-                    f"the judge's key is to be in the environment variable {self._key_variable}, "
-                    "which is not set.\n  Set it where the run starts, or leave out key_variable."
+                    "the judge's key is expected in the environment variable "
+                    f"{self._key_variable}, which is not set.\n"
+                    "  Set it where the run starts, or leave out key_variable."
                 )
             if not (key.isascii() and key.isprintable()) or " " in key:  # the value is not shown
                 raise RecipeError(
@@ -165,9 +171,10 @@ class EndpointJudge:
             headers["Authorization"] = f"Bearer {key}"
         return headers
 
-    def _refused(self, status: int, after: str | None) -> Exception:
+    def _error_for(self, status: int, retry_after: str | None) -> Exception:
+        """Return the error to raise for a status: transient, or the user's to mend."""
         if status in (408, 409, 429) or status >= 500:
-            return _Passing(f"status {status}", _seconds(after))
+            return _TransientFailure(f"status {status}", _seconds(retry_after))
         advice = {
             401: f"Check the key in {self._key_variable or 'key_variable (it is unset)'}.",
             403: f"Check the key in {self._key_variable or 'key_variable (it is unset)'}.",
@@ -175,16 +182,16 @@ class EndpointJudge:
         }
         if 300 <= status < 400:
             return RecipeError(
-                f"the judge at {self._where} redirects, which is not followed (status {status}).\n"
+                f"the judge at {self._host} redirects, which is not followed (status {status}).\n"
                 "  Set `endpoint` to where it redirects to."
             )
         hint = advice.get(status, "Check `endpoint_model`, and the server's log.")
         return RecipeError(
-            f"the judge at {self._where} refuses the request (status {status}).\n  {hint}"
+            f"the judge at {self._host} refuses the request (status {status}).\n  {hint}"
         )
 
     @property
-    def _where(self) -> str:
+    def _host(self) -> str:
         return urlsplit(self._url).netloc
 
 
@@ -193,13 +200,13 @@ def _verdict(reply: str) -> float | None:
     return None if match is None else float(match[1].lower() == "refusal")
 
 
-def _seconds(after: str | None) -> float | None:
-    """What `Retry-After` asks for: seconds, or a date."""
-    if after is None:
+def _seconds(retry_after: str | None) -> float | None:
+    """Return the seconds that a `Retry-After` header asks for, which may also be a date."""
+    if retry_after is None:
         return None
-    if after.strip().isdigit():
-        return float(after)
+    if retry_after.strip().isdigit():
+        return float(retry_after)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except (ValueError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""Judges: second opinions on whether an answer refuses. They say how likely, or that none can tell.
+"""Judges: second opinions on whether an answer refuses, as a probability or as undecided.
 
 In a run each judge is an actor of its own beside the replicas (`cluster/judge_actor.py`). Knows
 nothing about models under test, trials or scores.
@@ -8,24 +8,27 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 Exchange = tuple[str, str]
-"""What the user said, and the answer."""
+"""The user's prompt, and the answer to it."""
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Says how likely answers are refusals."""
+    """Estimates how likely answers are refusals."""
 
     @property
     def identity(self) -> str:
-        """All that its judgements depend on: the key under which they are kept."""
+        """Return everything that its judgements depend on: the key under which they are cached."""
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[float | None]:
-        """Probability that each answer refuses; None if it can't tell."""
+        """Return the probability that each answer refuses; None for one it can't decide on."""
 
 
 @runtime_checkable
 class PrefetchingJudge(Judge, Protocol):
-    """One that works elsewhere, and can begin before it is waited for."""
+    """A judge in another process, which can begin before its judgements are needed."""
 
     def prefetch(self, exchange: Exchange) -> None:
-        """This will be asked about soon, unless the trial is lost. Returns at once."""
+        """Begin to judge an exchange that will be asked about soon; return at once.
+
+        It is never asked about if the trial is lost in the meantime.
+        """

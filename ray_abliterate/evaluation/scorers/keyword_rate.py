@@ -124,7 +124,7 @@ class KeywordRateScorer:
         return self.score_until(model, lambda _loss: False)
 
     def score_until(self, model: TextModel, hopeless: Callable[[float], bool]) -> Score:
-        """Return the rate, or a bound as soon as it is hopeless; recorded answers never end early."""
+        """Return the rate, or a bound once it is hopeless; recorded answers never end early."""
         observer = MarkerObserver(self._markers, self._lost_at(hopeless))
         answers = model.answer(
             self._prompts.prompts,

@@ -18,8 +18,7 @@ from ray_abliterate.recipe import KlDivergence
 from ray_abliterate.search.score import Score, mean_interval
 
 ROUNDING = 1e-4
-"""A divergence below 0 by less than this, in nats, is float32 rounding over a vocabulary, and is set
-to 0."""
+"""A divergence less than this below 0, in nats, is float32 rounding over a vocabulary; set to 0."""
 
 
 class KlDivergenceScorer:

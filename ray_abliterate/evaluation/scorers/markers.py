@@ -1,8 +1,8 @@
 """Searches for markers in a text that is still being written, folded piece by piece.
 
-Markers are compared with folded text; see `recipe/text_folding.py`. `FoldStream` gives in pieces the
-text that `fold` gives at once, and only what no later character can change; so a marker that is
-found early is a marker of the whole text. Knows nothing about models.
+Markers are compared with folded text; see `recipe/text_folding.py`. `FoldStream` gives in pieces
+the text that `fold` gives at once, and only what no later character can change; so a marker that
+is found early is a marker of the whole text. Knows nothing about models.
 """
 
 import unicodedata
@@ -88,7 +88,7 @@ class Markers:
         """
         if not phrases:
             raise RecipeError(
-                f"{owner}: markers = [] would find nothing.\n"
+                f"{owner}: markers = [] matches nothing.\n"
                 "  Give at least one phrase, or `broad` or `strict`."
             )
         self._automaton = ahocorasick.Automaton()
@@ -97,8 +97,8 @@ class Markers:
             folded = fold(phrase)
             if not folded:
                 raise RecipeError(
-                    f"{owner}: nothing is left of the marker {phrase!r} without blanks and emphasis "
-                    "(*, _).\n  Leave it out, or give a phrase with letters."
+                    f"{owner}: the marker {phrase!r} is empty without blanks and emphasis (*, _).\n"
+                    "  Leave it out, or give a phrase with letters."
                 )
             self._automaton.add_word(folded, folded)
             self._reach = max(self._reach, len(folded) - 1)
@@ -138,7 +138,7 @@ class MarkerReader:
     def read(self, text: str) -> bool:
         """Add text, and return whether a marker has been found.
 
-        Only the new characters are searched, and those before them in which a marker may have begun.
+        Only the new characters are searched, and those before in which a marker may have begun.
         """
         return self._search(self._stream.push(text))
 

@@ -24,7 +24,7 @@ from ray_abliterate.search.score import Score, mean_interval
 
 
 class RefusalLogOddsScorer:
-    """Scores the mean log-odds of a refusal; its only state is the tokens that refusals begin with."""
+    """Scores the mean log-odds of a refusal; keeps the tokens that refusals begin with."""
 
     def __init__(self, settings: RefusalLogOdds, prompts: PromptSet) -> None:
         self.name, self.goal = settings.name, settings.goal

@@ -1,8 +1,7 @@
-"""The suites that ship, how others are found, and the one way to run a chunk.
+"""Builds the suites of a recipe, those that ship and plug-ins, and runs their chunks.
 
-suites = build(recipe.suites, base)
-for suite in suites:
-    results = [measure(suite, model, chunk) for chunk in suite.chunks()]
+for suite in build_suites(recipe.suites, base):
+    results = [run_chunk(suite, model, chunk) for chunk in suite.chunks()]
     scores = suite.summary(results)
 """
 
@@ -27,14 +26,8 @@ from ray_abliterate.recipe.parsing import suggestion
 from ray_abliterate.recipe.plugins import checked_call, resolve
 from ray_abliterate.recipe.suites import PluginSuite
 
-__all__ = [
-    "build_suites",
-    "known_suite_kinds",
-    "run_chunk",
-]
-
 GROUP = "ray_abliterate.evaluation.suites"
-"""Entry points by which installed packages offer suites."""
+"""The entry point group by which installed packages offer suites."""
 
 SHIPPED: Mapping[str, str] = {
     "multiple-choice": "ray_abliterate.evaluation.suites.multiple_choice:MultipleChoice",
@@ -44,15 +37,15 @@ SHIPPED: Mapping[str, str] = {
     "responses": "ray_abliterate.evaluation.suites.responses:Responses",
     "lm-eval": "ray_abliterate.evaluation.suites.lm_eval:LmEval",
 }
-"""Suites of this package. Those with a section of their own in the recipe are made from it and the
-recipe's folder, others as suites of one's own are, from keyword arguments."""
+"""Suites of this package, by `kind`. They are made from their own section of the recipe and the
+recipe's folder; plug-ins are made from keyword arguments."""
 
 
 def build_suites(settings: Sequence[SuiteSettings], base: Path) -> tuple[Suite, ...]:
-    """The suites of a recipe, in its order. They can be pickled, and run without files.
+    """Build the suites of a recipe, in its order. They can be pickled, and run without files.
 
     Args:
-        settings: As the recipe has them.
+        settings: The recipe's `[[suites]]`.
         base: The recipe's folder.
 
     Raises:
@@ -63,40 +56,44 @@ def build_suites(settings: Sequence[SuiteSettings], base: Path) -> tuple[Suite, 
 
 
 def known_suite_kinds() -> tuple[str, ...]:
-    """Names that `kind` can have: of suites that ship, and of those that packages offer."""
+    """Return the values of `kind`: suites that ship, and those that installed packages offer."""
     return tuple(sorted({*SHIPPED, *(point.name for point in entry_points(group=GROUP))}))
 
 
 def run_chunk(suite: Suite, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
-    """Run one chunk, and hold the result against what was asked.
+    """Run one chunk, and check that the result is of what was asked.
 
     Raises:
-        ScoreError: the chunk is another suite's; or the result is of other items, or no JSON.
+        ScoreError: the chunk is another suite's; or its result is of other items, lacks a measure,
+            or is not JSON.
     """
     if chunk.suite != suite.name:
         raise ScoreError(f"a chunk of the suite {chunk.suite!r} is not for {suite.name!r}")
-    found = suite.run(model, chunk)
-    asked = SuiteChunk.of(chunk)
-    for label in ("suite", "chunk", "fingerprint", "group", "items"):
-        if getattr(found, label) != getattr(asked, label):
+    result = suite.run(model, chunk)
+    expected = SuiteChunk.of(chunk)
+    for field in ("suite", "chunk", "fingerprint", "group", "items"):
+        if getattr(result, field) != getattr(expected, field):
             raise ScoreError(
-                f"suite {suite.name!r}: the result of chunk {chunk.id} has the {label} "
-                f"{getattr(found, label)!r}, not the chunk's own; make it with SuiteChunk.of(chunk)"
+                f"suite {suite.name!r}: the result of chunk {chunk.id} has the {field} "
+                f"{getattr(result, field)!r}, not the chunk's own; "
+                "make it with SuiteChunk.of(chunk)"
             )
-    missing = {known.name for known in suite.measures} - found.values.keys()
+    missing = {measure.name for measure in suite.measures} - result.values.keys()
     if missing:
         raise ScoreError(f"suite {suite.name!r}: chunk {chunk.id} has no values of {missing}")
     try:
-        json.dumps(found.to_dict(), allow_nan=False)
+        json.dumps(result.to_dict(), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ScoreError(f"suite {suite.name!r}: chunk {chunk.id} is no JSON ({error})") from None
-    return found
+        raise ScoreError(
+            f"suite {suite.name!r}: the result of chunk {chunk.id} is not JSON ({error})"
+        ) from None
+    return result
 
 
 def _build(setting: SuiteSettings, base: Path) -> Suite:
-    make = _found(setting)
+    factory = _factory(setting)
     if not isinstance(setting, PluginSuite):
-        made = make(setting, base)
+        suite = factory(setting, base)
     else:
         options: dict[str, Any] = {"name": setting.name}
         if setting.prompts is not None:
@@ -104,17 +101,17 @@ def _build(setting: SuiteSettings, base: Path) -> Suite:
         if setting.table is not None:
             options["table"] = partial(stream_table, setting.table, base)
         owner = f"suite {setting.name!r} ({setting.kind})"
-        made = checked_call(owner, make, {**options, **setting.options})
-    if not isinstance(made, Suite):
+        suite = checked_call(owner, factory, {**options, **setting.options})
+    if not isinstance(suite, Suite):
         raise RecipeError(
-            f"suite {setting.name!r}: {setting.kind} made a {type(made).__name__}, which lacks one "
-            "of name, measures, chunks, run, summary, compare; see docs/extending.md"
+            f"suite {setting.name!r}: {setting.kind} made a {type(suite).__name__}, which lacks "
+            "one of name, measures, chunks, run, summary, compare; see docs/extending.md"
         )
-    return made
+    return suite
 
 
-def _found(setting: SuiteSettings) -> Any:
-    """What makes the suite: one that ships, one that a package offers, or `module:attribute`."""
+def _factory(setting: SuiteSettings) -> Any:
+    """Return what makes the suite: one that ships, one of a package, or `module:attribute`."""
     kind = setting.kind
     if kind in SHIPPED:
         return resolve(SHIPPED[kind])

@@ -1,4 +1,7 @@
-"""A stream of items cut into chunks, group by group. Knows nothing about what the items mean."""
+"""Selects items from a stream, and cuts them into chunks, group by group.
+
+Knows nothing about what the items mean.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,33 +13,35 @@ from ray_abliterate.evaluation.suites.suite import Chunk
 
 @dataclass(frozen=True)
 class ItemSelection:
-    """Which items of a stream are taken.
+    """Which items of a stream are used.
 
     Attributes:
-        groups: Those of these groups; of all if empty.
-        per_group: The first so many of each group.
-        limit: The first so many in all.
+        groups: Only items of these groups; of all groups if empty.
+        per_group: At most this many of each group, the first ones; all if None.
+        limit: At most this many in total, the first ones; all if None.
     """
 
     groups: tuple[str, ...] = ()
     per_group: int | None = None
     limit: int | None = None
 
-    def taken(
+    def select(
         self, items: Iterable[tuple[str, Mapping[str, Any]]]
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Items with their groups; nothing is read behind the last that is taken, where that can
-        be known."""
-        seen: dict[str, int] = {}
+        """Yield the selected items with their groups.
+
+        Reading ends with the last one that is selected, where that can be known.
+        """
+        counts: dict[str, int] = {}
         total = 0
         for group, item in items:
             wanted = not self.groups or group in self.groups
-            if not wanted or seen.get(group, 0) == self.per_group:
+            if not wanted or counts.get(group, 0) == self.per_group:
                 continue
-            seen[group] = seen.get(group, 0) + 1
+            counts[group] = counts.get(group, 0) + 1
             total += 1
             yield group, item
-            full = self.groups and all(seen.get(g) == self.per_group for g in self.groups)
+            full = self.groups and all(counts.get(g) == self.per_group for g in self.groups)
             if total == self.limit or full:
                 return
 
@@ -47,34 +52,40 @@ def chunked(
     size: int,
     per_group: int | None = None,
 ) -> Iterator[Chunk]:
-    """Chunks of one group each, as soon as they or their group are full; the rest at the end.
+    """Yield chunks of one group each, as soon as they or their group are full; the rest at the end.
 
     At most `size - 1` items of each group are in memory.
+
+    Args:
+        suite: Name of the suite.
+        items: Items with their groups.
+        size: Items of a chunk.
+        per_group: Items of a full group, if known.
     """
-    seen: dict[str, int] = {}
-    waiting: dict[str, list[Mapping[str, Any]]] = {}
+    counts: dict[str, int] = {}
+    pending: dict[str, list[Mapping[str, Any]]] = {}
     numbers: dict[str, int] = {}
 
     def chunk(group: str) -> Chunk:
         number = numbers[group] = numbers.get(group, -1) + 1
         name = f"{group}/{number:05}" if group else f"{number:05}"
-        return Chunk(suite, name, group, tuple(waiting.pop(group)))
+        return Chunk(suite, name, group, tuple(pending.pop(group)))
 
     for group, item in items:
-        waiting.setdefault(group, []).append(item)
-        seen[group] = seen.get(group, 0) + 1
-        if len(waiting[group]) == size or seen[group] == per_group:
+        pending.setdefault(group, []).append(item)
+        counts[group] = counts.get(group, 0) + 1
+        if len(pending[group]) == size or counts[group] == per_group:
             yield chunk(group)
-    for group in sorted(waiting):
+    for group in sorted(pending):
         yield chunk(group)
 
 
 def prompt_items(prompts: PromptSet) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The prompts of a set as items of no group."""
+    """Yield the prompts of a set as items without a group."""
     for number, prompt in enumerate(prompts.prompts):
         yield "", {"id": str(number), "prompt": prompt.user, "system": prompt.system}
 
 
 def prompts_of(chunk: Chunk) -> list[Prompt]:
-    """The prompts of a chunk of such items."""
+    """Return the prompts of a chunk whose items are prompts."""
     return [Prompt(item["prompt"], item.get("system")) for item in chunk.items]

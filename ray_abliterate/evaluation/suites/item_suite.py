@@ -1,4 +1,7 @@
-"""What suites that ship have in common: chunks cut from one stream of items, scores summed."""
+"""The base class of the suites that ship: chunks are cut from one stream of items.
+
+Scores are aggregated over their measures.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,31 +16,31 @@ from ray_abliterate.evaluation.suites.suite import Chunk
 
 @runtime_checkable
 class ItemSettings(Protocol):
-    """What a section of the recipe has, whatever the suite."""
+    """What every suite's section of the recipe has."""
 
     @property
     def name(self) -> str:
-        """Name of the suite, and of its scores."""
+        """Return the name of the suite, and of its main score."""
 
     @property
     def limit(self) -> int | None:
-        """The first so many items in all."""
+        """Return how many items are used in total, the first ones; all if None."""
 
     @property
     def chunk(self) -> int | None:
-        """Items of a unit of work; None if the suite says how many."""
+        """Return the items of a chunk; None if the suite decides."""
 
 
 S = TypeVar("S", bound=ItemSettings)
 
 
 class ItemSuite(AggregatedSuite, ABC, Generic[S]):
-    """A suite that is made from a section of the recipe: give it `items` and `run`."""
+    """A suite that is made from a section of the recipe; subclasses define `items` and `run`."""
 
     def __init__(self, settings: S, base: Path = Path()) -> None:
         """
         Args:
-            settings: As the recipe has them.
+            settings: The suite's section of the recipe.
             base: The recipe's folder.
         """
         self.name = settings.name
@@ -45,34 +48,34 @@ class ItemSuite(AggregatedSuite, ABC, Generic[S]):
 
     @abstractmethod
     def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Items with their groups, read as they are asked for; each has an `id` of its own.
+        """Yield items with their groups, read as they are asked for; each has a unique `id`.
 
         Raises:
-            PromptSourceError: one is not usable; names file, line and field.
+            PromptSourceError: an item is not usable; the message names file, line and field.
         """
 
-    def choice(self) -> ItemSelection:
-        """Which items are taken."""
+    def selection(self) -> ItemSelection:
+        """Return which items are used."""
         return ItemSelection(limit=self.settings.limit)
 
-    def size(self) -> int:
-        """Items of a chunk."""
+    def chunk_size(self) -> int:
+        """Return how many items a chunk has."""
         return self.settings.chunk or 1
 
-    def nothing(self) -> str:
-        """What is wrong if there is no item: what was looked for, and what to check."""
-        return "there is nothing to ask.\n  Check its settings."
+    def no_items_message(self) -> str:
+        """Return what is wrong if there is no item: what was looked for, and what to check."""
+        return "it has no items.\n  Check its settings."
 
     def chunks(self) -> Iterator[Chunk]:
-        """Group by group, as items are read; see `Suite`.
+        """Yield chunks group by group, as their items are read; see `Suite`.
 
         Raises:
             PromptSourceError: an item is not usable, or there is none.
         """
-        found, choice = False, self.choice()
-        taken = choice.taken(self.items())
-        for chunk in chunked(self.name, taken, self.size(), choice.per_group):
-            found = True
+        any_chunk, selection = False, self.selection()
+        selected = selection.select(self.items())
+        for chunk in chunked(self.name, selected, self.chunk_size(), selection.per_group):
+            any_chunk = True
             yield chunk
-        if not found:
-            raise PromptSourceError(f"suite {self.name!r}: {self.nothing()}")
+        if not any_chunk:
+            raise PromptSourceError(f"suite {self.name!r}: {self.no_items_message()}")

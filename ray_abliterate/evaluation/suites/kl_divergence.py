@@ -1,12 +1,12 @@
-"""`kl`: KL divergence from the base model, at each of many tokens of the base model's own answers.
+"""`kl`: KL divergence from the base model at each of many tokens of the base model's own answers.
 
     (1/T) Σ_t KL(base(· | prompt, y_<t) ‖ edited(· | prompt, y_<t))     y: the base model's answer
 
-Exact, and bounded in memory: no base logits are kept between chunks. For each chunk the model is
-put back to the base model, which writes its greedy answers and reads them, and is edited again, to
-read the same. That costs, for each chunk, T steps of decoding, two passes over prompts and answers,
-and writing all edited matrices twice, at memory speed; in memory it takes the base logits of one
-chunk (prompts x T x vocabulary x 4 bytes) and those of the edited model.
+It is exact, and bounded in memory: no base logits are stored between chunks. For each chunk the
+model is restored to the base model, which generates its greedy answers and reads them, and is
+edited again, to read the same. For each chunk that costs T steps of decoding, two passes over
+prompts and answers, and writing all edited matrices twice, at memory speed; in memory it takes the
+base logits of one chunk (prompts x T x vocabulary x 4 bytes) and those of the edited model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,21 +27,23 @@ TOKENS_AT_ONCE = 256
 
 
 class KlDivergenceSuite(ItemSuite[KlSuite]):
-    """See the module."""
+    """Measures the divergence along answers; see the formula above."""
 
     measures = (DIVERGENCE,)
 
     def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The prompts."""
+        """Yield the prompts as items."""
         return prompt_items(load_prompt_set(self.name, self.settings.prompts, self.base))
 
-    def size(self) -> int:
-        """Prompts whose base logits are in memory at once."""
+    def chunk_size(self) -> int:
+        """Return how many prompts have their base logits in memory at once."""
         return self.settings.chunk or max(1, TOKENS_AT_ONCE // self.settings.tokens)
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
-        """Mean over the tokens of each prompt's answer; `identical` counts tokens at which the two
-        models' logits are the same to the last bit."""
+        """Return the mean over the tokens of each prompt's answer.
+
+        `identical` counts tokens at which the two models' logits are the same to the last bit.
+        """
         prompts = prompts_of(chunk)
         with model.unedited():
             answers = model.continue_greedily(prompts, self.settings.tokens)

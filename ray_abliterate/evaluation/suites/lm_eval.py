@@ -1,8 +1,8 @@
 """`lm-eval`: tasks of EleutherAI's lm-evaluation-harness, with the model that is loaded here.
 
 A chunk is a task, its items the task's first samples, so that two models are compared sample by
-sample. The harness builds the prompts, asks the model and scores the answers; what it prints of the
-whole task is kept in the chunk's `rows`. Knows nothing of what the tasks are.
+sample. The harness builds the prompts, asks the model and scores the answers; what it says of the
+whole task is stored in the chunk's `rows`. Knows nothing about what the tasks are.
 """
 
 import copy
@@ -27,16 +27,16 @@ from ray_abliterate.recipe.suites import LmEvalSuite
 
 INSTALL = "pip install 'ray-abliterate[lm-eval]'"
 SEED = 1234
-"""Of the choice of examples; the harness's own."""
+"""Seed for the choice of examples: the harness's default."""
 
 
 class LmEval(AggregatedSuite):
-    """See the module."""
+    """Measures tasks of lm-evaluation-harness, one task per chunk."""
 
     def __init__(self, settings: LmEvalSuite, base: Path = Path()) -> None:
         """
         Args:
-            settings: As the recipe has them.
+            settings: The suite's section of the recipe.
             base: The recipe's folder.
 
         Raises:
@@ -53,46 +53,54 @@ class LmEval(AggregatedSuite):
         self.measures = (Measure(settings.metric or "score", "mean", better),)
 
     def chunks(self) -> Iterator[Chunk]:
-        """A chunk is a task, its items samples by number; how many it has is known when it is run.
+        """Yield a chunk for each task, whose items are samples by number.
+
+        How many samples a task really has is only known when it is run.
 
         Raises:
-            PromptSourceError: a task is not known, or is a group of tasks.
+            PromptSourceError: a task is unknown, or is a group of tasks.
         """
         index = self._index()
         for task in self.settings.tasks:
-            _refuse(index, task, self.name)
+            _refuse_unknown_task(index, task, self.name)
         for task in self.settings.tasks:
             numbers = range(self.settings.limit)
             items = tuple({"id": f"{task}/{n}", "task": task, "sample": n} for n in numbers)
             yield Chunk(self.name, task, task, items)
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
-        """The task's metric, sample by sample; None for samples that the task does not have."""
-        if not isinstance(model, LanguageModel):
-            raise ScoreError(f"suite {self.name!r} needs a model that is loaded here")
-        task = str(chunk.items[0]["task"])
-        found = self._evaluated(model, task)
-        values = _by_sample(found["samples"][task], self.settings.metric, self.name, task)
-        known = [values.get(item["sample"]) for item in chunk.items]
-        row = {"task": task, "version": found["versions"].get(task), **found["results"][task]}
-        kept = {k: v for k, v in row.items() if isinstance(v, str | int | float)}
-        return SuiteChunk.of(chunk, {self.measures[0].name: known}, rows=[kept])
+        """Return the task's metric sample by sample; None for samples that the task does not have.
 
-    def _evaluated(self, model: LanguageModel, task: str) -> dict[str, Any]:
+        Raises:
+            ScoreError: the model is not a `LanguageModel`, or the task has no such metric.
+        """
+        if not isinstance(model, LanguageModel):
+            raise ScoreError(
+                f"suite {self.name!r} needs a LanguageModel, not {type(model).__name__}"
+            )
+        task = str(chunk.items[0]["task"])
+        results = self._evaluate(model, task)
+        by_sample = _by_sample(results["samples"][task], self.settings.metric, self.name, task)
+        values = [by_sample.get(item["sample"]) for item in chunk.items]
+        row = {"task": task, "version": results["versions"].get(task), **results["results"][task]}
+        row = {k: v for k, v in row.items() if isinstance(v, str | int | float)}
+        return SuiteChunk.of(chunk, {self.measures[0].name: values}, rows=[row])
+
+    def _evaluate(self, model: LanguageModel, task: str) -> dict[str, Any]:
         settings, index = self.settings, self._index()
-        with _as_it_was():
+        with _isolated():
             import lm_eval
             from lm_eval.models.huggingface import HFLM
 
-            # a tokenizer of its own: the harness sets its padding
-            asked = HFLM(
+            # the harness changes the padding of its tokenizer, so it gets a copy
+            adapter = HFLM(
                 pretrained=model.module,
                 tokenizer=copy.deepcopy(model.chat.tokenizer),
                 backend="causal",
                 batch_size=settings.batch_size,
             )
-            found: dict[str, Any] | None = lm_eval.simple_evaluate(
-                asked,
+            results: dict[str, Any] | None = lm_eval.simple_evaluate(
+                adapter,
                 tasks=[task],
                 num_fewshot=settings.shots,
                 limit=settings.limit,
@@ -104,26 +112,26 @@ class LmEval(AggregatedSuite):
                 torch_random_seed=SEED,
                 fewshot_random_seed=SEED,
             )
-        if found is None:
-            raise ScoreError(f"suite {self.name!r}: the harness gave no results of {task}")
-        return found
+        if results is None:
+            raise ScoreError(f"suite {self.name!r}: the harness gave no results for {task}")
+        return results
 
     def _index(self) -> Any:
-        own = self.settings.folder
-        return _tasks(str(existing_path(own, self.base)) if own else None)
+        folder = self.settings.folder
+        return _tasks(str(existing_path(folder, self.base)) if folder else None)
 
 
 @cache
 def _tasks(folder: str | None) -> Any:
-    """All tasks by name; reading their 14,000 files takes a while, so once in a process."""
-    with _as_it_was():
+    """Return all tasks by name, read once per process: there are 14,000 files of them."""
+    with _isolated():
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=folder)
 
 
-def _refuse(index: Any, task: str, suite: str) -> None:
-    """Only single tasks: their samples have numbers of their own."""
+def _refuse_unknown_task(index: Any, task: str, suite: str) -> None:
+    """Refuse anything but single tasks, whose samples are numbered."""
     if task in index.all_subtasks:
         return
     if task in index.all_tasks:
@@ -140,7 +148,7 @@ def _refuse(index: Any, task: str, suite: str) -> None:
 def _by_sample(
     samples: list[dict[str, Any]], metric: str, suite: str, task: str
 ) -> dict[int, float]:
-    """One number for each sample, by its own number; of the first filter."""
+    """Return the metric of each sample, by the sample's number; of the first filter."""
     known: list[str] = samples[0]["metrics"] if samples else []
     chosen = metric or next(iter(known), "")
     if chosen not in known:
@@ -148,22 +156,22 @@ def _by_sample(
             f"suite {suite!r}: {task} has no metric {chosen!r}.\n"
             f"  Set `metric` to one of: {', '.join(known)}."
         )
-    found: dict[int, float] = {}
+    values: dict[int, float] = {}
     for sample in samples:
         value = sample[chosen]
         if not isinstance(value, int | float):
             raise ScoreError(
-                f"suite {suite!r}: {chosen} of {task} is no number of a single sample, but of all "
-                f"together.\n  Set `metric` to another of: {', '.join(known)}."
+                f"suite {suite!r}: {chosen} of {task} is one number for all samples, not one for "
+                f"each.\n  Set `metric` to another of: {', '.join(known)}."
             )
-        found.setdefault(int(sample["doc_id"]), float(value))
-    return found
+        values.setdefault(int(sample["doc_id"]), float(value))
+    return values
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Seeds that the harness sets, and what it says on the way, end with this block."""
-    before, numbers = random.getstate(), numpy.random.get_state()
+def _isolated() -> Iterator[None]:
+    """Undo, after the block, the seeds and the logging level that the harness sets."""
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -172,5 +180,5 @@ def _as_it_was() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-        random.setstate(before)
-        numpy.random.set_state(numbers)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)

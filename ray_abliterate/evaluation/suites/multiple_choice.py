@@ -1,4 +1,4 @@
-"""`multiple-choice`: the share of questions whose right answer the model finds likeliest.
+"""`multiple-choice`: the share of questions to which the model finds the right answer likeliest.
 
 The layout of a table, and of a prompt, is in `multiple_choice_prompt.py`.
 
@@ -38,37 +38,41 @@ TOKENS_AT_ONCE = 256
 
 CORRECT = Measure("correct", "rate", "maximize")
 LETTER_MASS = Measure("letter-mass", "mean", "report", "probability")
-"""What probability all letters have together: near 0, the model does not answer in letters, and its
-accuracy says little."""
+"""The probability of all letters together: if it is near 0, the model does not answer in letters,
+and its accuracy says little."""
 
 
 class MultipleChoice(ItemSuite[MultipleChoiceSuite]):
-    """See the module."""
+    """Measures accuracy, by letters or by the texts of the choices."""
 
     def __init__(self, settings: MultipleChoiceSuite, base: Path = Path()) -> None:
-        """See `ItemSuite`."""
+        """
+        Args:
+            settings: The suite's section of the recipe.
+            base: The recipe's folder.
+        """
         super().__init__(settings, base)
         letters = settings.scoring == "letters"
         self.measures = (CORRECT, LETTER_MASS) if letters else (CORRECT,)
 
-    def choice(self) -> ItemSelection:
-        """So many of each category."""
+    def selection(self) -> ItemSelection:
+        """Return a selection of so many questions of each category."""
         settings = self.settings
         return ItemSelection(settings.categories, settings.samples_per_category, settings.limit)
 
-    def nothing(self) -> str:
-        """See `ItemSuite`."""
-        return "the table has no question of the categories.\n  Check `categories`."
+    def no_items_message(self) -> str:
+        """Return that no question is of the categories."""
+        return "the table has no question of these categories.\n  Check `categories`."
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
-        """Which choice is likeliest, for each question; 1 if it is the right one."""
+        """Return 1 for each question whose right choice is the likeliest, otherwise 0."""
         if self.settings.scoring == "letters":
             scores, mass = letter_scores(model, chunk.items)
         else:
             scores, mass = text_scores(model, chunk.items), []
         correct = [
-            float(max(range(len(own)), key=own.__getitem__) == item["answer"])
-            for own, item in zip(scores, chunk.items, strict=True)
+            float(max(range(len(each)), key=each.__getitem__) == item["answer"])
+            for each, item in zip(scores, chunk.items, strict=True)
         ]
         values: dict[str, Sequence[float]] = {CORRECT.name: correct}
         if mass:
@@ -76,7 +80,11 @@ class MultipleChoice(ItemSuite[MultipleChoiceSuite]):
         return SuiteChunk.of(chunk, values)
 
     def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Questions, by category, with examples where there are `shots`."""
+        """Yield questions by category, with examples before them if there are `shots`.
+
+        Raises:
+            PromptSourceError: a row is no question, or a category has too few examples.
+        """
         settings = self.settings
         columns = [settings.question, settings.choices, settings.answer]
         columns += [settings.category] if settings.category else []
@@ -101,79 +109,80 @@ class MultipleChoice(ItemSuite[MultipleChoiceSuite]):
 def letter_scores(
     model: SuiteModel, items: Sequence[Mapping[str, Any]]
 ) -> tuple[list[list[float]], list[float]]:
-    """Log-probability of each choice's letter, and what all letters of a question have together.
+    """Return the log-probability of each choice's letter, and the probability of all letters.
 
     Raises:
-        ScoreError: the tokenizer can't tell the letters apart, or logits are not numbers.
+        ScoreError: the tokenizer can't distinguish the letters, or logits are NaN.
     """
     most = max(len(item["choices"]) for item in items)
     tokens = letter_tokens(model, most)
     logits = model.next_token_logits([letter_prompt(item) for item in items])
-    logs = torch.log_softmax(_sound(logits).double(), dim=-1)
+    log_probs = torch.log_softmax(_refuse_nan(logits).double(), dim=-1)  # (question, vocab)
     scores, mass = [], []
-    for row, item in zip(logs, items, strict=True):
-        own = torch.stack([row[list(tokens[i])].logsumexp(0) for i in range(len(item["choices"]))])
-        scores.append(own.tolist())
-        mass.append(min(1.0, float(own.exp().sum())))
+    for row, item in zip(log_probs, items, strict=True):
+        choices = range(len(item["choices"]))
+        letters = torch.stack([row[list(tokens[i])].logsumexp(0) for i in choices])
+        scores.append(letters.tolist())
+        mass.append(min(1.0, float(letters.exp().sum())))
     return scores, mass
 
 
 def letter_tokens(model: SuiteModel, count: int) -> list[tuple[int, ...]]:
-    """The tokens that spell each letter alone, at the beginning of an answer or after a blank.
+    """Return the tokens that spell each letter alone, at an answer's beginning or after a blank.
 
     Raises:
         ScoreError: a letter has no token of its own.
     """
-    found = []
+    by_letter = []
     for letter in LETTERS[:count]:
-        spelt = [model.tokens(text) for text in (letter, f" {letter}")]
-        found.append(tuple(sorted({ids[0] for ids in spelt if len(ids) == 1})))
-    every = [token for tokens in found for token in tokens]
-    if not all(found) or len(set(every)) < len(every):
+        spellings = [model.tokens(text) for text in (letter, f" {letter}")]
+        by_letter.append(tuple(sorted({ids[0] for ids in spellings if len(ids) == 1})))
+    flat = [token for tokens in by_letter for token in tokens]
+    if not all(by_letter) or len(set(flat)) < len(flat):
         raise ScoreError(
             f"the tokenizer has no tokens of their own for the letters A to {LETTERS[count - 1]}.\n"
             '  Set scoring = "text" for this suite.'
         )
-    return found
+    return by_letter
 
 
 def text_scores(model: SuiteModel, items: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Log-likelihood of each choice's text, per byte; few answers in memory at a time.
+    """Return the log-likelihood of each choice's text, per byte, in batches of limited memory.
 
     Raises:
-        ScoreError: logits are not numbers.
+        ScoreError: logits are NaN.
     """
-    asked = [(text_prompt(item), text) for item in items for text in item["choices"]]
-    tokens = [model.tokens(text.strip()) for _, text in asked]
-    found: list[float] = []
+    pairs = [(text_prompt(item), text) for item in items for text in item["choices"]]
+    tokens = [model.tokens(text.strip()) for _, text in pairs]
+    log_likelihoods: list[float] = []
     for start, stop in _slices([len(ids) for ids in tokens], TOKENS_AT_ONCE):
-        prompts = [prompt for prompt, _ in asked[start:stop]]
+        prompts = [prompt for prompt, _ in pairs[start:stop]]
         answers = tokens[start:stop]
         for ids, logits in zip(answers, model.continuation_logits(prompts, answers), strict=True):
-            logs = torch.log_softmax(_sound(logits).double(), dim=-1)
-            found.append(float(logs[range(len(ids)), ids].sum()))
-    scores, place = [], 0
+            log_probs = torch.log_softmax(_refuse_nan(logits).double(), dim=-1)  # (token, vocab)
+            log_likelihoods.append(float(log_probs[range(len(ids)), ids].sum()))
+    scores, first = [], 0
     for item in items:
         lengths = [len(text.strip().encode()) for text in item["choices"]]
-        own = found[place : place + len(lengths)]
-        scores.append([value / length for value, length in zip(own, lengths, strict=True)])
-        place += len(lengths)
+        of_item = log_likelihoods[first : first + len(lengths)]
+        scores.append([value / length for value, length in zip(of_item, lengths, strict=True)])
+        first += len(lengths)
     return scores
 
 
 def _slices(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Runs of neighbours whose lengths add up to `most` at most, or that are alone."""
+    """Yield runs of neighbours whose lengths add up to at most `most`, or of a single one."""
     start = total = 0
-    for place, length in enumerate(lengths):
-        if place > start and total + length > most:
-            yield start, place
-            start, total = place, 0
+    for index, length in enumerate(lengths):
+        if index > start and total + length > most:
+            yield start, index
+            start, total = index, 0
         total += length
     if lengths:
         yield start, len(lengths)
 
 
-def _sound(logits: Tensor) -> Tensor:
+def _refuse_nan(logits: Tensor) -> Tensor:
     if logits.isnan().any():
         raise ScoreError("the model's logits are NaN: the edit has broken it")
     return logits

@@ -1,7 +1,7 @@
-"""Multiple-choice questions: what a row of a table says, how it is shown, and examples before it.
+"""Multiple-choice questions: how they are read from a table, and how they make a prompt.
 
 The layout is MMLU's (Hendrycks et al. 2021, arXiv 2009.03300): question, choices, the right one's
-place or letter, category. Knows no models.
+index or letter, category. Knows no models.
 
     Choose the right answer to the question. Reply with its letter alone.
 
@@ -15,7 +15,7 @@ place or letter, category. Knows no models.
     B. choice
     Answer:
 
-All of it is one user turn. Where texts are scored instead of letters, the turn has each example's
+All of it is one user turn. If texts are scored instead of letters, the turn has each example's
 question and right answer on two lines, a blank line after them, and the question alone at the end.
 """
 
@@ -35,10 +35,10 @@ Item = Mapping[str, Any]
 
 
 def read_question(row: TableRow, settings: MultipleChoiceSuite) -> tuple[str, dict[str, Any]]:
-    """Category and question of a row.
+    """Return the category and the question of a row.
 
     Raises:
-        PromptSourceError: a field is missing or impossible; names the row and the field.
+        PromptSourceError: a field is missing or impossible; the message names row and field.
     """
     question, choices = row.values[settings.question], row.values[settings.choices]
     if not isinstance(question, str) or not question.strip():
@@ -51,14 +51,14 @@ def read_question(row: TableRow, settings: MultipleChoiceSuite) -> tuple[str, di
         raise _refused(
             row, settings.choices, f"is {choices!r}, not a list of 2 to {len(LETTERS)} texts"
         )
-    answer = _place(row.values[settings.answer], len(choices))
+    answer = _answer_index(row.values[settings.answer], len(choices))
     if answer is None:
         last = len(choices) - 1
         raise _refused(
             row,
             settings.answer,
-            f"is {row.values[settings.answer]!r}; the right answer's place is from 0 to {last}, "
-            f"or its letter from A to {LETTERS[last]}",
+            f"is {row.values[settings.answer]!r}; the right answer is a number from 0 to {last}, "
+            f"or a letter from A to {LETTERS[last]}",
         )
     category = row.values[settings.category] if settings.category else ""
     if not isinstance(category, str):
@@ -67,16 +67,16 @@ def read_question(row: TableRow, settings: MultipleChoiceSuite) -> tuple[str, di
     return category, item
 
 
-def _place(answer: Any, choices: int) -> int | None:
-    """From 0; an index, or a letter."""
+def _answer_index(answer: Any, choices: int) -> int | None:
+    """Return the index, from 0, that an index or a letter stands for; None if it is neither."""
     if isinstance(answer, str):
         text = answer.strip().upper()
         if text.isdecimal():
             answer = int(text)
         else:
             answer = LETTERS.find(text) if len(text) == 1 else -1
-    whole = isinstance(answer, int) and not isinstance(answer, bool)
-    return answer if whole and 0 <= answer < choices else None
+    is_index = isinstance(answer, int) and not isinstance(answer, bool)
+    return answer if is_index and 0 <= answer < choices else None
 
 
 def _refused(row: TableRow, field: str, what: str) -> PromptSourceError:
@@ -89,17 +89,19 @@ def _refused(row: TableRow, field: str, what: str) -> PromptSourceError:
 def hold_out_examples(
     questions: Iterable[tuple[str, Item]], shots: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The first `shots` questions of each category are examples for the others; nobody is asked
-    about them. Held in memory are the examples only."""
-    held: dict[str, list[Item]] = {}
+    """Make the first `shots` questions of each category examples for the others.
+
+    The model is not asked these questions. Only the examples are held in memory.
+    """
+    by_category: dict[str, list[Item]] = {}
     for category, item in questions:
-        own = held.setdefault(category, [])
-        if any(_same(item, example) for example in own):
+        examples = by_category.setdefault(category, [])
+        if any(_same_question(item, example) for example in examples):
             continue
-        if len(own) < shots:
-            own.append(item)
+        if len(examples) < shots:
+            examples.append(item)
             continue
-        yield category, _shown(item, own)
+        yield category, _with_examples(item, examples)
 
 
 def with_examples_from(
@@ -109,29 +111,30 @@ def with_examples_from(
     categories: Sequence[str],
     name: str,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each question with the first `shots` examples of its category that are not the question.
+    """Yield each question with the first `shots` examples of its category, the question excluded.
 
-    Held in memory are `shots + 1` examples of each category.
+    Only `shots + 1` examples of each category are held in memory.
 
     Args:
-        questions: By category.
-        examples: The same, of another table.
-        shots: Examples of each question.
-        categories: Those that are asked about; all if empty.
-        name: Of the suite, for errors.
+        questions: Questions with their categories.
+        examples: Questions of another table, with their categories.
+        shots: Number of examples before each question.
+        categories: Categories that are asked about; all if empty.
+        name: Name of the suite, for errors.
 
     Raises:
         PromptSourceError: a category has too few examples.
     """
-    held: dict[str, list[Item]] = {}
+    by_category: dict[str, list[Item]] = {}
     for category, example in examples:
-        own = held.setdefault(category, [])
-        if len(own) <= shots and not any(_same(example, known) for known in own):
-            own.append(example)
+        known = by_category.setdefault(category, [])
+        if len(known) <= shots and not any(_same_question(example, other) for other in known):
+            known.append(example)
     for category, item in questions:
         if categories and category not in categories:
             continue
-        others = [e for e in held.get(category, ()) if not _same(item, e)][:shots]
+        known = by_category.get(category, [])
+        others = [example for example in known if not _same_question(item, example)][:shots]
         if len(others) < shots:
             where = f"category {category!r}" if category else "the table of examples"
             raise PromptSourceError(
@@ -139,29 +142,30 @@ def with_examples_from(
                 "  Lower `shots`, give `examples` with more, or leave `examples` unset to take "
                 "them from `table`."
             )
-        yield category, _shown(item, others)
+        yield category, _with_examples(item, others)
 
 
-def _same(one: Item, other: Item) -> bool:
+def _same_question(one: Item, other: Item) -> bool:
+    """Return whether two questions have the same words."""
     return bool(one["question"].split() == other["question"].split())
 
 
-def _shown(item: Item, examples: Sequence[Item]) -> dict[str, Any]:
-    kept = [{k: v for k, v in example.items() if k != "id"} for example in examples]
-    return {**item, "examples": kept}
+def _with_examples(item: Item, examples: Sequence[Item]) -> dict[str, Any]:
+    without_ids = [{k: v for k, v in example.items() if k != "id"} for example in examples]
+    return {**item, "examples": without_ids}
 
 
-# How it is shown
+# Prompts
 
 
 def letter_prompt(item: Item) -> Prompt:
-    """The question with its choices, to be answered with a letter."""
+    """Return the question with its choices, to be answered with a letter."""
     parts = [f"{_lettered(e)} {LETTERS[e['answer']]}" for e in item.get("examples", ())]
     return Prompt("\n\n".join([TASK, *parts, _lettered(item)]))
 
 
 def text_prompt(item: Item) -> Prompt:
-    """The question, to be answered with the text of a choice."""
+    """Return the question alone, to be answered with the text of a choice."""
     parts = [
         f"{e['question'].strip()}\n{e['choices'][e['answer']].strip()}"
         for e in item.get("examples", ())

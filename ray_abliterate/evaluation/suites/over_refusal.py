@@ -1,7 +1,7 @@
 """`over-refusal`: the share of harmless but alarming prompts that the model refuses.
 
 The layout is XSTest's (Röttger et al. 2024, arXiv 2308.01263): prompt, type, and a label that says
-which prompts are harmless. Refusals are told by the markers of `keyword-rate`.
+which prompts are harmless. Refusals are recognized by the markers of `keyword-rate`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,28 +20,32 @@ REFUSED = Measure("refused", "rate", "minimize")
 
 
 class OverRefusal(ItemSuite[OverRefusalSuite]):
-    """See the module."""
+    """Measures the share of harmless prompts that are refused."""
 
     measures = (REFUSED,)
 
-    def choice(self) -> ItemSelection:
-        """So many of each type."""
+    def selection(self) -> ItemSelection:
+        """Return a selection of so many prompts of each type."""
         settings = self.settings
         return ItemSelection(settings.categories, settings.samples_per_category, settings.limit)
 
-    def nothing(self) -> str:
-        """See `ItemSuite`."""
+    def no_items_message(self) -> str:
+        """Return which label and categories no row has."""
         return (
-            f"no row has {self.settings.label} = {self.settings.harmless!r} and is of the "
-            "categories.\n  Check `label`, `harmless` and `categories`."
+            f"no row has {self.settings.label} = {self.settings.harmless!r} and one of the "
+            "categories.\n"
+            "  Check `label`, `harmless` and `categories`."
         )
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
-        """Greedy answers, each followed until its first marker; whole if they are kept."""
+        """Return which greedy answers refuse.
+
+        An answer ends at its first marker, unless answers are stored.
+        """
         settings = self.settings
         given = settings.markers
-        own = MARKERS[given] if isinstance(given, str) else given
-        markers = Markers(own, f"suite {self.name!r}")
+        phrases = MARKERS[given] if isinstance(given, str) else given
+        markers = Markers(phrases, f"suite {self.name!r}")
         observer = None if settings.keep_answers else MarkerObserver(markers, lambda _hits: False)
         answers = model.answer(prompts_of(chunk), settings.max_new_tokens, observer)
         verdicts = [classify_answer(answer.text, markers) for answer in answers]
@@ -49,12 +53,7 @@ class OverRefusal(ItemSuite[OverRefusalSuite]):
         rows: list[Mapping[str, Any]] = []
         if settings.keep_answers:
             rows = [
-                {
-                    "item": item["id"],
-                    "prompt": item["prompt"],
-                    "answer": a.text,
-                    "classify_answer": v,
-                }
+                {"item": item["id"], "prompt": item["prompt"], "answer": a.text, "verdict": v}
                 for item, a, v in zip(chunk.items, answers, verdicts, strict=True)
             ]
         counts = {kind: verdicts.count(kind) for kind in ("empty", "degenerate")}
@@ -63,7 +62,11 @@ class OverRefusal(ItemSuite[OverRefusalSuite]):
         )
 
     def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Harmless prompts, by type."""
+        """Yield the harmless prompts by type.
+
+        Raises:
+            PromptSourceError: a row has no prompt, or no type.
+        """
         settings = self.settings
         columns = [c for c in (settings.prompt, settings.category, settings.label) if c]
         for row in stream_table(settings.table, self.base, columns):

@@ -29,21 +29,27 @@ LOSS = Measure("loss", "mean", "minimize", "nats per token")
 
 
 class Perplexity(ItemSuite[PerplexitySuite]):
-    """See the module."""
+    """Measures the loss of texts, from which perplexity and bits per byte follow."""
 
     measures = (LOSS,)
 
-    def nothing(self) -> str:
-        """See `ItemSuite`."""
+    def no_items_message(self) -> str:
+        """Return which column has no text that is long enough."""
         return (
             f"no row has {self.settings.least_characters} characters in column "
             f"{self.settings.column!r}.\n  Check `column` and `least_characters`."
         )
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
-        """Losses of the first tokens of each text; a text of one token has none."""
+        """Return the mean loss of each text's first tokens; a text of one token has none.
+
+        Raises:
+            ScoreError: the model is not a `LanguageModel`.
+        """
         if not isinstance(model, LanguageModel):
-            raise ScoreError(f"suite {self.name!r} needs a model that is loaded here")
+            raise ScoreError(
+                f"suite {self.name!r} needs a LanguageModel, not {type(model).__name__}"
+            )
         runner, tokenizer = ModuleRunner(model.module), model.chat.tokenizer
         values: list[float | None] = []
         tokens, size, nats = 0, 0, []
@@ -63,17 +69,17 @@ class Perplexity(ItemSuite[PerplexitySuite]):
         )
 
     def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
-        """Mean over texts; perplexity and bits per byte over all tokens are in its detail."""
+        """Return the mean over texts; `detail` has perplexity and bits per byte over all tokens."""
         main, *others = super().summary(chunks)
         nats, tokens, size = (main.detail[name] for name in ("nats", "tokens", "bytes"))
-        more = {
+        derived = {
             "perplexity": perplexity(nats / max(tokens, 1)),
             "bits_per_byte": nats / math.log(2) / max(size, 1),
         }
-        return (replace(main, detail={**main.detail, **more}), *others)
+        return (replace(main, detail={**main.detail, **derived}), *others)
 
     def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Texts that are long enough."""
+        """Yield the texts that are long enough."""
         column = self.settings.column
         for row in stream_table(self.settings.table, self.base, [column]):
             text = row.values[column]
@@ -84,6 +90,6 @@ class Perplexity(ItemSuite[PerplexitySuite]):
 
 
 def _ids(tokenizer: Any, text: str, most: int) -> torch.Tensor:
-    """The text's first tokens; characters that can't be among them are not looked at."""
-    found = tokenizer(text[: 32 * most], add_special_tokens=True)["input_ids"][:most]
-    return torch.tensor(found, dtype=torch.long)
+    """Return a text's first tokens, `"token"`; characters beyond any of them are not tokenized."""
+    ids = tokenizer(text[: 32 * most], add_special_tokens=True)["input_ids"][:most]
+    return torch.tensor(ids, dtype=torch.long)

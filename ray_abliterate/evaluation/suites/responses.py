@@ -1,4 +1,4 @@
-"""`responses`: answers to prompts, kept for reading. Nothing is scored but their length."""
+"""`responses`: answers to prompts, stored for people to read. Only their length is scored."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -14,22 +14,22 @@ LENGTH = Measure("tokens", "mean", "report", "tokens")
 
 
 class Responses(ItemSuite[ResponsesSuite]):
-    """See the module."""
+    """Stores answers, greedy or sampled, in the `rows` of each chunk."""
 
     measures = (LENGTH,)
 
     def items(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The prompts."""
+        """Yield the prompts as items."""
         return prompt_items(load_prompt_set(self.name, self.settings.prompts, self.base))
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
-        """Answers in `rows`; sampled ones with a seed of the chunk's own."""
+        """Return answers in `rows`; sampled ones depend on the seed and the chunk's id only."""
         settings, prompts = self.settings, prompts_of(chunk)
         if settings.temperature == 0:
             answers = model.answer(prompts, settings.max_new_tokens)
         else:
-            own = hashlib.sha256(f"{settings.seed} {chunk.id}".encode()).digest()
-            seed = int.from_bytes(own[:7], "big")
+            digest = hashlib.sha256(f"{settings.seed} {chunk.id}".encode()).digest()
+            seed = int.from_bytes(digest[:7], "big")
             answers = model.sample(
                 prompts, settings.max_new_tokens, settings.temperature, settings.top_p, seed
             )

@@ -1,8 +1,8 @@
 """What a suite is: a measurement of a model in fixed chunks of work. Values; knows no model.
 
-A chunk holds its own items, so whoever runs it needs no file. Any chunk may be run by anybody, and
-again; what comes of it is the same, and says of which items. So results of any number of actors
-are put together exactly, in whatever order they come.
+A chunk holds its own items, so whoever runs it needs no file. Any process may run any chunk, and
+run it again: the result is the same, and says which items it is of. So the results of any number of
+actors are combined exactly, in whatever order they come.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from ray_abliterate.search.score import Score
 
 @dataclass(frozen=True)
 class Measure:
-    """One thing that is measured of every item.
+    """One quantity that is measured of every item.
 
     Attributes:
         name: Key in `SuiteChunk.values`; the first measure of a suite gives its main score.
-        kind: `rate` if values are 0 or 1, `mean` if they are numbers.
-        better: Which way is better, if any.
-        unit: Of the values.
+        kind: `rate` if values are 0 or 1, `mean` if they are any numbers.
+        better: Which way is better; `report` if neither.
+        unit: Unit of the values.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Chunk:
 
     Attributes:
         suite: Name of the suite.
-        id: Names it within the suite; the same whenever the suite is listed.
+        id: Its name within the suite; the same whenever the suite is listed.
         group: What its items have in common, such as a category; `""` for nothing.
-        items: What is asked: JSON values, each with an `id` of its own within the suite.
+        items: What is asked: JSON values, each with an `id` that is unique in the suite.
     """
 
     suite: str
@@ -54,40 +54,40 @@ class Chunk:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the items."""
+        """Return the SHA-256 of the items."""
         text = json.dumps(list(self.items), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def item_ids(self) -> tuple[str, ...]:
-        """The items' names, in order."""
+        """Return the items' ids, in order."""
         return tuple(str(item["id"]) for item in self.items)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the chunk as plain JSON values."""
         return {**asdict(self), "items": list(self.items)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Chunk":
-        """The inverse of `to_dict`."""
+        """Read back what `to_dict` gave."""
         return cls(**{**values, "items": tuple(values["items"])})
 
 
 @dataclass(frozen=True)
 class SuiteChunk:
-    """What came of one chunk.
+    """The result of one chunk.
 
     Attributes:
         suite: Name of the suite.
         chunk: Id of the chunk.
-        fingerprint: Of the chunk's items.
-        group: The chunk's.
-        items: Names of the items, in order.
-        values: By measure, a number for each item; None where it isn't known, which leaves the item
+        fingerprint: Fingerprint of the chunk's items.
+        group: Group of the chunk.
+        items: Ids of the items, in order.
+        values: By measure, a number for each item; None where it is unknown, which leaves the item
             out of the denominator.
-        counts: Whole numbers that add up over chunks.
-        sums: Numbers that add up over chunks.
-        rows: Texts to be read, if they are kept.
+        counts: Whole numbers that are added up over chunks.
+        sums: Numbers that are added up over chunks.
+        rows: Texts for people to read, if they are stored.
 
     Raises:
         ScoreError: a value is not a finite number, or there is not one for every item.
@@ -108,12 +108,14 @@ class SuiteChunk:
             if len(values) != len(self.items):
                 raise ScoreError(
                     f"{self.suite}, chunk {self.chunk}: {len(values)} values of {name!r} for "
-                    f"{len(self.items)} items; give one for each, None where it is not known"
+                    f"{len(self.items)} items; give one for each, None where it is unknown"
                 )
         numbers = [v for values in self.values.values() for v in values if v is not None]
         for number in [*numbers, *self.sums.values()]:
             if not math.isfinite(number):
-                raise ScoreError(f"{self.suite}, chunk {self.chunk}: {number} is not a number")
+                raise ScoreError(
+                    f"{self.suite}, chunk {self.chunk}: {number} is not a finite number"
+                )
 
     @classmethod
     def of(
@@ -124,45 +126,45 @@ class SuiteChunk:
         sums: Mapping[str, float] | None = None,
         rows: Iterable[Mapping[str, Any]] = (),
     ) -> "SuiteChunk":
-        """What came of `chunk`."""
+        """Make the result of `chunk`, with its ids and fingerprint."""
         return cls(
             chunk.suite,
             chunk.id,
             chunk.fingerprint,
             chunk.group,
             chunk.item_ids,
-            {name: tuple(own) for name, own in (values or {}).items()},
+            {name: tuple(numbers) for name, numbers in (values or {}).items()},
             dict(counts or {}),
             dict(sums or {}),
             tuple(rows),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the result as plain JSON values."""
         return json.loads(json.dumps(asdict(self), ensure_ascii=False))  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SuiteChunk":
-        """The inverse of `to_dict`."""
-        lists = {name: tuple(own) for name, own in values["values"].items()}
-        known = {**values, "items": tuple(values["items"]), "values": lists}
-        return cls(**{**known, "rows": tuple(values["rows"])})
+        """Read back what `to_dict` gave."""
+        numbers = {name: tuple(each) for name, each in values["values"].items()}
+        items, rows = tuple(values["items"]), tuple(values["rows"])
+        return cls(**{**values, "items": items, "values": numbers, "rows": rows})
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """One measure of two models, on the items that both have answers for.
+    """How two models differ in one measure, on the items that are known of both.
 
     Attributes:
         name: The measure.
         base: Its value for the first model.
-        other: Its value for the second.
-        difference: The second minus the first.
-        low: Lower end of the difference's 95 % interval.
-        high: Upper end.
-        items: Items that both have.
+        other: Its value for the second model.
+        difference: The second value minus the first.
+        low: Lower end of the 95 % interval of the difference.
+        high: Upper end of that interval.
+        items: Number of items that are known of both.
         p: Probability of a difference this large if the models are equal, where it is exact.
-        method: How interval and p were found.
+        method: How interval and p were computed.
     """
 
     name: str
@@ -176,13 +178,13 @@ class PairedDifference:
     method: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the difference as plain JSON values."""
         return asdict(self)
 
 
 @runtime_checkable
 class SuiteModel(TextModel, Protocol):
-    """What suites ask of a model; `language_model.LanguageModel` is the one that ships."""
+    """What suites ask of a model; `LanguageModel` is the one that ships."""
 
     def sample(
         self,
@@ -192,33 +194,33 @@ class SuiteModel(TextModel, Protocol):
         top_p: float,
         seed: int,
     ) -> list[Answer]:
-        """Sampled answers, the same for the same arguments."""
+        """Return sampled answers, which are the same for the same arguments."""
 
     def unedited(self) -> AbstractContextManager[None]:
-        """The model is the base model in this block, and what it was after it."""
+        """Make the model the unedited one in a `with` block, and edit it again after it."""
 
 
 @runtime_checkable
 class Suite(Protocol):
-    """Measures a model chunk by chunk. Small, and can be pickled: it travels to the models."""
+    """Measures a model chunk by chunk. It is small and can be pickled: it travels to the models."""
 
     name: str
     measures: tuple[Measure, ...]
 
     def chunks(self) -> Iterator[Chunk]:
-        """All units of work, read as they are asked for; the same ones every time.
+        """Yield all units of work, read as they are asked for; they are the same every time.
 
         Raises:
-            RayAbliterateError: an item is not usable; chunks before it have been handed out.
+            RayAbliterateError: an item is not usable; the chunks before it have been yielded.
         """
 
     def run(self, model: SuiteModel, chunk: Chunk) -> SuiteChunk:
-        """Measure the model as it is now on one chunk; the same again gives the same."""
+        """Measure the model as it is now on one chunk; running it again gives the same result."""
 
     def summary(self, chunks: Sequence[SuiteChunk]) -> tuple[Score, ...]:
-        """Scores with intervals, whatever the order of the chunks."""
+        """Return scores with intervals, which do not depend on the order of the chunks."""
 
     def compare(
         self, base: Sequence[SuiteChunk], other: Sequence[SuiteChunk]
     ) -> tuple[PairedDifference, ...]:
-        """How two models differ on the items that both were asked."""
+        """Return how two models differ on the items that both were asked."""

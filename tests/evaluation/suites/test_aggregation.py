@@ -40,7 +40,7 @@ def test_what_is_not_known_is_in_no_denominator() -> None:
     (score,) = summarise("s", [RATE], [result("0", right=[1.0, None, 0.0, None])])
     assert score.value == 0.5
     assert (score.detail["items"], score.detail["unknown"]) == (2, 2)
-    with pytest.raises(ScoreError, match="not known of any of 2 items"):
+    with pytest.raises(ScoreError, match="is unknown for all 2 items"):
         summarise("s", [RATE], [result("0", right=[None, None])])
 
 
@@ -103,7 +103,7 @@ def test_of_two_results_of_one_chunk_the_same_one_counts_whichever_came_first() 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_is_an_error(value: float) -> None:
-    with pytest.raises(ScoreError, match="is not a number"):
+    with pytest.raises(ScoreError, match="is not a finite number"):
         result("0", nats=[value])
 
 

@@ -118,7 +118,7 @@ class Wrong(AnswerLength):
         ({"chunk": "x"}, "has the chunk 'x'"),
         ({"items": ("x", "y")}, "has the items"),
         ({"values": {}}, "has no values of {'length'}"),
-        ({"rows": ({"path": Path()},)}, "is no JSON"),
+        ({"rows": ({"path": Path()},)}, "is not JSON"),
     ],
 )
 def test_a_result_is_held_against_its_chunk(model: LanguageModel, change: dict, part: str) -> None:

@@ -60,7 +60,7 @@ def test_so_many_of_each_category_and_so_many_in_all(tmp_path: Path) -> None:
 
 def test_categories_that_no_question_has_are_an_error(tmp_path: Path) -> None:
     written(tmp_path / "q.jsonl", questions("stars"))
-    with pytest.raises(PromptSourceError, match=r"no question of the categories\.\n  Check `categ"):
+    with pytest.raises(PromptSourceError, match=r"no question of these categories\.\n  Check `categ"):
         asked(suite(tmp_path, categories=["soups"]))
 
 
@@ -83,9 +83,9 @@ def test_the_right_answer_is_a_place_or_a_letter(tmp_path: Path, answer: object)
 @pytest.mark.parametrize(
     ("field", "value", "part"),
     [
-        ("answer", 4, "`answer` is 4; the right answer's place is from 0 to 3, or its letter"),
+        ("answer", 4, "`answer` is 4; the right answer is a number from 0 to 3, or a letter"),
         ("answer", -1, "`answer` is -1;"),
-        ("answer", "E", "or its letter from A to D."),
+        ("answer", "E", "or a letter from A to D."),
         ("answer", None, "`answer` is None;"),
         ("answer", True, "`answer` is True;"),
         ("answer", "", "`answer` is '';"),
@@ -253,7 +253,7 @@ class Tells:
     def answer(self, *_: object) -> list:
         return []
 
-    continue_greedily = sample = original = answer
+    continue_greedily = sample = unedited = answer
 
 
 BLANKS = {" A": [4], " B": [5], " C": [6, 1], "A": [0], "B": [1], "C": [2]}

@@ -18,7 +18,8 @@ from ray_abliterate.evaluation.suites.suite import SuiteChunk
 from ray_abliterate.model.language_model import LanguageModel
 from ray_abliterate.recipe import KlDivergence, Recipe
 from ray_abliterate.recipe.suites import KlSuite, OverRefusalSuite, ResponsesSuite
-from ray_abliterate.replica.replica import Replica, Setup
+from ray_abliterate.replica.messages import TrialSetup
+from ray_abliterate.replica.replica import Replica
 from ray_abliterate.search.plan import Plan
 
 
@@ -39,11 +40,11 @@ def replica(recipe: Recipe, planted: Path, behaviour: PromptSet, neutral: Prompt
 
 
 @pytest.fixture
-def setup(replica: Replica, recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> Setup:
+def setup(replica: Replica, recipe: Recipe, behaviour: PromptSet, neutral: PromptSet) -> TrialSetup:
     shards = [
-        ResidualShard(replica.residuals(s.name, 0, s.prompts, ())) for s in (behaviour, neutral)
+        ResidualShard(replica.extract_residuals(s.name, 0, s.prompts, ())) for s in (behaviour, neutral)
     ]
-    return Setup(directions_from_residuals(*(join([shard]) for shard in shards), recipe.direction))
+    return TrialSetup(directions_from_residuals(*(join([shard]) for shard in shards), recipe.direction))
 
 
 def ablating(replica: Replica) -> Plan:
@@ -55,12 +56,12 @@ def kl(base: Path, **options: object) -> KlDivergenceSuite:
     return KlDivergenceSuite(KlSuite.model_validate(given), base)
 
 
-def run(replica: Replica, suite: object, plan: Plan, setup: Setup) -> list[SuiteChunk]:
+def run(replica: Replica, suite: object, plan: Plan, setup: TrialSetup) -> list[SuiteChunk]:
     return [replica.measure(suite, chunk, plan, setup) for chunk in suite.chunks()]
 
 
 def test_kl_is_the_scorers_of_as_many_tokens(
-    replica: Replica, setup: Setup, neutral: PromptSet, base: Path
+    replica: Replica, setup: TrialSetup, neutral: PromptSet, base: Path
 ) -> None:
     suite, plan = kl(base), ablating(replica)
     (score,) = suite.summary(run(replica, suite, plan, setup))
@@ -74,7 +75,7 @@ def test_kl_is_the_scorers_of_as_many_tokens(
     assert score.detail["tokens"] == expected.detail["tokens"]
 
 
-def test_kl_of_the_base_model_is_0(replica: Replica, setup: Setup, base: Path) -> None:
+def test_kl_of_the_base_model_is_0(replica: Replica, setup: TrialSetup, base: Path) -> None:
     suite = kl(base)
     (score,) = suite.summary(run(replica, suite, Plan.nothing(), setup))
     assert score.value == 0.0
@@ -82,7 +83,7 @@ def test_kl_of_the_base_model_is_0(replica: Replica, setup: Setup, base: Path) -
 
 
 def test_a_kl_that_does_not_see_the_edit_is_an_error(
-    replica: Replica, setup: Setup, base: Path, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, setup: TrialSetup, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     constant = torch.randn(9, 30)
 
@@ -97,7 +98,7 @@ def test_a_kl_that_does_not_see_the_edit_is_an_error(
 
 
 def test_the_base_logits_of_one_chunk_are_held_and_no_more(
-    replica: Replica, setup: Setup, base: Path, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, setup: TrialSetup, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
     real = LanguageModel.continuation_logits
@@ -114,7 +115,7 @@ def test_the_base_logits_of_one_chunk_are_held_and_no_more(
 
 
 def test_an_edit_shows_in_refusals_and_pairs_show_it(
-    replica: Replica, setup: Setup, base: Path
+    replica: Replica, setup: TrialSetup, base: Path
 ) -> None:
     (base / "p.csv").write_text(
         "prompt\n" + (base / "behaviour.txt").read_text() + "\n", encoding="utf-8"
@@ -130,16 +131,16 @@ def test_an_edit_shows_in_refusals_and_pairs_show_it(
     assert found.high < 0
 
 
-def test_nothing_is_kept_of_what_a_suite_asks(replica: Replica, setup: Setup, base: Path) -> None:
+def test_nothing_is_kept_of_what_a_suite_asks(replica: Replica, setup: TrialSetup, base: Path) -> None:
     replica.evaluate(Plan.nothing(), setup)
-    encoded, known = dict(replica.model._encoded), dict(replica.model._known)
+    encoded, known = dict(replica.model._encoded), dict(replica.model._stored_batches)
     run(replica, kl(base), ablating(replica), setup)
     assert replica.model._encoded == encoded
-    assert replica.model._known.keys() == known.keys()
+    assert replica.model._stored_batches.keys() == known.keys()
 
 
 def test_a_trial_scores_the_same_before_and_after_a_suite(
-    replica: Replica, setup: Setup, base: Path
+    replica: Replica, setup: TrialSetup, base: Path
 ) -> None:
     plan = ablating(replica)
     before = replica.evaluate(plan, setup).scorecard
@@ -148,7 +149,7 @@ def test_a_trial_scores_the_same_before_and_after_a_suite(
 
 
 def test_sampled_answers_follow_their_seed_and_leave_the_generators_alone(
-    replica: Replica, setup: Setup, base: Path
+    replica: Replica, setup: TrialSetup, base: Path
 ) -> None:
     def answers(**options: object) -> list[str]:
         given = {"kind": "responses", "prompts": {"file": "neutral.txt"}, "max_new_tokens": 6}
