@@ -50,7 +50,7 @@ def quiet_libraries(
     if terminal is None:  # called by a program that minds the terminal itself
         return
     context.call_on_close(terminal.restore)
-    if verbose:
+    if verbose or sys.stdout is None or sys.stderr is None:
         terminal.show_all()
     else:
         terminal.quiet()
@@ -73,11 +73,19 @@ for verbs in (
 def main() -> None:
     """Run the command line as a process of its own."""
     hide_optional_packages()
-    run_command(sys.argv[1:])
+    terminal = Terminal(sys.argv[1:])
+    try:
+        run_command(sys.argv[1:], terminal)
+    finally:
+        terminal.silence_exit()
 
 
-def run_command(arguments: Sequence[str]) -> None:
+def run_command(arguments: Sequence[str], terminal: Terminal | None = None) -> None:
     """Run a verb, and exit with its code.
+
+    Args:
+        arguments: The verb with its arguments and options.
+        terminal: Silences libraries; a new one if None.
 
     An error that a user can act on is a message and exit code 2. Any other error is a line that
     names the log with the traceback, and exit code 1.
@@ -85,7 +93,7 @@ def run_command(arguments: Sequence[str]) -> None:
     words = [argument for argument in arguments if argument not in VERBOSE]
     if len(words) < len(arguments):  # typer knows the option before the verb only
         arguments = [VERBOSE[0], *words]
-    terminal = Terminal(arguments)
+    terminal = terminal or Terminal(arguments)
     try:
         app(args=arguments, obj=terminal, prog_name=app.info.name)
     except RayAbliterateError as error:

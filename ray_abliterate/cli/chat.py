@@ -1,10 +1,10 @@
-"""A conversation with the original and with edited models: alone, compared, or blind.
+"""Talk to the original model and to edited ones: to one, to both by name, or to both blind.
 
-    converse(directory, trial, Options(), console, sys.stdin)
+    converse(directory, trial, ChatOptions(), console, sys.stdin)
 
-Lines are questions, or commands of `HELP`. Each model has a conversation of its own, which it goes
-on with whenever it is talked to again; weights are edited in place for each answer, so a trial is
-there as soon as it is named.
+Each line is a question or a command of `HELP`. Each model has a conversation of its own, which it
+continues whenever it answers again. Weights are edited in place for each answer, so switching to
+another trial takes no time.
 """
 
 import random
@@ -15,8 +15,8 @@ from typing import TextIO
 
 from rich.console import Console
 
-from ray_abliterate.cli.chat_session import BASE, Mode, Session, Speaker, refuse_taken
-from ray_abliterate.cli.chat_view import view_for, write
+from ray_abliterate.cli.chat_session import BASE, ChatSession, Mode, Speaker, refuse_existing
+from ray_abliterate.cli.chat_view import open_view, print_plain
 from ray_abliterate.cli.tables import frontier_table
 from ray_abliterate.errors import ChatError, RayAbliterateError, RunDirectoryError
 from ray_abliterate.model.source import resolve_model
@@ -31,24 +31,24 @@ HELP = """\
 /trial N     talk to trial N
 /base        talk to the original
 /trials      list the frontier
-/compare     both answer, side by side
-/blind       both answer, as A and B, in an order drawn at random
-/a /b /same  which of the last two blind answers is better
-/reveal      who was A, and the votes; both begin anew
+/compare     let both answer, side by side
+/blind       let both answer, as A and B in a random order
+/a /b /same  vote: which of the last two blind answers is better
+/reveal      show who was A, and the votes; both start over
 /reset       forget all conversations
-/save FILE   write what was said, as JSON Lines
-/help        this list
+/save FILE   write the transcript, as JSON Lines
+/help        show this list
 /quit        leave, as Ctrl-D does; Ctrl-C ends an answer"""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How to talk.
+    """Settings of a chat.
 
     Attributes:
         mode: Who answers: one model, both by name, or both as A and B.
-        tokens: Most tokens of an answer.
-        save: Where the transcript goes at the end; nowhere if None.
+        tokens: Longest answer, in tokens.
+        save: File that the transcript is written to at the end; none if None.
     """
 
     mode: Mode = "one"
@@ -64,25 +64,29 @@ def converse(
     source: TextIO,
     rng: random.Random | None = None,
 ) -> None:
-    """Answer lines of `source` until it ends.
+    """Answer the lines of `source` until it ends.
 
     Args:
         directory: The run.
         trial: The trial whose plan makes the edited model.
-        options: Who answers, how long, and whether it is written down.
+        options: Who answers, how long, and where the transcript goes.
         output: Where answers go.
-        source: What the user types. If that is no terminal, there are only answers, a line each.
+        source: What the user types. If it is no terminal, only answers are printed, a line each.
         rng: Draws the order of blind answers.
 
     Raises:
         RunDirectoryError: the run has no directions.
-        ChatError: the transcript can't be written; or, where nobody types, a command is wrong.
+        ChatError: the transcript cannot be written; or a command is wrong, and `source` is no
+            terminal at which it could be corrected.
     """
     if options.save is not None:
-        refuse_taken(options.save)
+        refuse_existing(options.save)
     directions = directory.directions()
     if directions is None:
-        raise RunDirectoryError(f"{directory.path} has no directions; start a new run")
+        raise RunDirectoryError(
+            f"{directory.path} has no directions yet.\n"
+            f"  Compute them with:  ray-abliterate resume {directory.path}"
+        )
     prefix = tuple(directory.read_environment()["response_prefix"])
     setup = TrialSetup(directions, prefix, directory.tuning())
     name = directory.read_recipe().model.name
@@ -92,8 +96,8 @@ def converse(
         {},
     )
     edited, rng = Speaker.of(trial), rng or random.Random()
-    session = Session(directory, replica, setup, options.tokens, edited, options.mode, rng)
-    session.seat(options.mode)
+    session = ChatSession(directory, replica, setup, options.tokens, edited, options.mode, rng)
+    session.choose_speakers(options.mode)
     interactive = source.isatty()
     if interactive:
         greet(directory, trial, session, output)
@@ -103,18 +107,18 @@ def converse(
             if line.startswith("/"):
                 _command(session, line, output, interactive)
             elif line:
-                session.ask(line, view_for(output, interactive, len(session.seats)))
+                session.ask(line, open_view(output, interactive, len(session.speakers)))
     finally:
         if options.save is not None:
-            told = session.save(options.save)
-            _say(output, told if interactive else "")
+            message = session.save(options.save)
+            _say(output, message if interactive else "")
     if interactive and session.votes:
         _say(output, "\n".join(session.tally()))
 
 
-def greet(directory: RunDirectory, trial: Trial, session: Session, output: Console) -> None:
-    """Say who talks, and how the trial scored."""
-    _say(output, f"{directory.read_recipe().model.name}: {session.who}")
+def greet(directory: RunDirectory, trial: Trial, session: ChatSession, output: Console) -> None:
+    """Print who answers, how the trial scored, and the commands."""
+    _say(output, f"{directory.read_recipe().model.name}: {session.speakers_text}")
     baseline = directory.baseline()
     for score in trial.scorecard.scores if trial.scorecard else ():
         base = f" (original: {describe_score(baseline.scorecard[score.name])})" if baseline else ""
@@ -123,7 +127,7 @@ def greet(directory: RunDirectory, trial: Trial, session: Session, output: Conso
 
 
 def next_line(output: Console, source: TextIO) -> str | None:
-    """The next line without blanks around it; None at the end, or at Ctrl-C."""
+    """Return the next line without surrounding blanks; None at the end of input, or at Ctrl-C."""
     try:
         if source.isatty():
             output.print("\n> ", end="", style="bold")
@@ -135,71 +139,71 @@ def next_line(output: Console, source: TextIO) -> str | None:
     return line.strip() if line else None
 
 
-def _command(session: Session, line: str, output: Console, interactive: bool) -> None:
-    """Carry it out. A wrong one is said, and ends a chat in which nobody types."""
+def _command(session: ChatSession, line: str, output: Console, interactive: bool) -> None:
+    """Carry a command out. A wrong one is reported; where nobody types, it ends the chat."""
     try:
-        told = _done(session, line, output, interactive)
+        message = _carry_out(session, line, output, interactive)
     except RayAbliterateError as error:
         if not interactive:
             raise
-        told = str(error)
+        message = str(error)
     if interactive:
-        _say(output, told)
+        _say(output, message)
 
 
-def _done(session: Session, line: str, output: Console, interactive: bool) -> str:
-    """What is said about a command that was carried out.
+def _carry_out(session: ChatSession, line: str, output: Console, interactive: bool) -> str:
+    """Carry a command out, and return what to say about it.
 
     Raises:
-        RayAbliterateError: it can't be.
+        RayAbliterateError: it is unknown, or cannot be carried out.
     """
     word, _, rest = line.partition(" ")
-    takes_more = {"/trial", "/save"}
-    if word in COMMANDS and bool(rest) == (word in takes_more):
+    with_argument = {"/trial", "/save"}
+    if word in COMMANDS and bool(rest) == (word in with_argument):
         return COMMANDS[word](session, rest.strip())
     if word == "/trials" and not rest:
         if interactive:
             _list_trials(session, output)
-        return "Talk to one: /trial N"
-    raise ChatError(f"{line} is no command.\n{HELP}")
+        return "Talk to one with /trial N."
+    raise ChatError(f"{line} is not a command.\n{HELP}")
 
 
-def _list_trials(session: Session, output: Console) -> None:
+def _list_trials(session: ChatSession, output: Console) -> None:
     baseline = session.directory.baseline()
     frontier = Frontier.of(session.directory.trials())
     output.print(frontier_table(frontier, baseline.scorecard if baseline else None))
 
 
-def _trial(session: Session, rest: str) -> str:
+def _trial(session: ChatSession, rest: str) -> str:
     if not rest.isdecimal():
-        raise ChatError(f"/trial {rest}: {rest!r} is no number of a trial; /trials lists some")
+        raise ChatError(f"/trial {rest}: {rest!r} is not the number of a trial; /trials lists some")
     session.edited = Speaker.of(session.directory.trial(int(rest)))
-    session.seat(session.mode)
-    return f"now talking to {session.who}"
+    session.choose_speakers(session.mode)
+    return f"Now talking to {session.speakers_text}."
 
 
-def _base(session: Session, _: str) -> str:
-    session.seat("one", BASE)
-    return f"now talking to {session.who}"
+def _base(session: ChatSession, _: str) -> str:
+    session.choose_speakers("one", BASE)
+    return f"Now talking to {session.speakers_text}."
 
 
-def _compare(session: Session, _: str) -> str:
-    session.seat("compare")
-    return f"now talking to {session.who}"
+def _compare(session: ChatSession, _: str) -> str:
+    session.choose_speakers("compare")
+    return f"Now talking to {session.speakers_text}."
 
 
-def _blind(session: Session, _: str) -> str:
-    session.seat("blind")
-    return f"now talking to {session.who}"
+def _blind(session: ChatSession, _: str) -> str:
+    session.choose_speakers("blind")
+    return f"Now talking to {session.speakers_text}."
 
 
-def _reset(session: Session, _: str) -> str:
-    session.turns.clear()
-    session.seat(session.mode, session.seats[0])
+def _reset(session: ChatSession, _: str) -> str:
+    session.conversations.clear()
+    session.choose_speakers(session.mode, session.speakers[0])
     return "All conversations start over."
 
 
-COMMANDS: dict[str, Callable[[Session, str], str]] = {
+COMMANDS: dict[str, Callable[[ChatSession, str], str]] = {
     "/trial": _trial,
     "/base": _base,
     "/compare": _compare,
@@ -216,4 +220,4 @@ COMMANDS: dict[str, Callable[[Session, str], str]] = {
 
 def _say(output: Console, text: str) -> None:
     if text:
-        write(output, f"{text}\n")
+        print_plain(output, f"{text}\n")

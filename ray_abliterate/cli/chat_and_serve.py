@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ray_abliterate.cli.options import RunFolder, RunOrExport, TrialNumber, choose_trial, open_run
-from ray_abliterate.cli.terminal import console, give_back, log_to
+from ray_abliterate.cli.terminal import console, log_to, release_terminal
 from ray_abliterate.errors import ChatError, ServeError
 
 commands = typer.Typer()
@@ -84,5 +84,5 @@ def serve(
         directory = open_run(place)
         log_to(directory.log)
         served = serve_trial(directory, choose_trial(directory, trial), progress, trust_remote_code)
-    give_back()  # the server takes this process over
+    release_terminal()  # the server takes this process over
     start_server(served, host, port, progress)

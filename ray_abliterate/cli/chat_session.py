@@ -1,4 +1,7 @@
-"""Who talks in a chat, in what order, and what was said. Knows no terminals."""
+"""Keep a chat's speakers, their conversations, the transcript and the votes.
+
+Knows nothing about terminals.
+"""
 
 import json
 import random
@@ -10,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ray_abliterate.cli.chat_view import View
+from ray_abliterate.cli.chat_view import ChatView
 from ray_abliterate.data.atomic_files import write_atomically
 from ray_abliterate.errors import ChatError
 from ray_abliterate.pipeline.directory import RunDirectory
@@ -28,14 +31,14 @@ Mode = Literal["one", "compare", "blind"]
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that answers."""
+    """A model that answers in a chat, named for people."""
 
     name: str
     plan: Plan
 
     @classmethod
     def of(cls, trial: Trial) -> "Speaker":
-        """The model that a trial's plan makes."""
+        """Return the speaker whose weights a trial's plan edits."""
         return cls(f"trial {trial.number}", trial.plan)
 
 
@@ -44,22 +47,25 @@ BASE = Speaker(ORIGINAL, Plan.nothing())
 
 @dataclass(frozen=True)
 class Vote:
-    """Which of two models answered better; neither if None."""
+    """A vote on which of two models answered better; for neither if `winner` is None."""
 
     pair: frozenset[str]
     winner: str | None
 
 
 @dataclass
-class Session:
-    """Who talks, and what was said.
+class ChatSession:
+    """A chat: who answers, each speaker's conversation, and the transcript.
 
     Attributes:
-        edited: The trial's model, of those that answer or could.
-        seats: Who answers, in order.
-        turns: The conversation of each model, by its name.
-        said: Every answer, as rows of a transcript.
-        votes: One per question that was voted on, by the question's number.
+        tokens: Longest answer, in tokens.
+        edited: The speaker of the trial, whether it answers now or not.
+        speakers: Those that answer now, in order.
+        conversations: Each speaker's messages so far, by its name.
+        transcript: A row for each answer.
+        questions: How many were asked.
+        votes: By number of the question.
+        saved_files: Files that this session wrote, and may write again.
     """
 
     directory: RunDirectory
@@ -69,87 +75,99 @@ class Session:
     edited: Speaker
     mode: Mode
     rng: random.Random
-    seats: tuple[Speaker, ...] = ()
-    turns: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    said: list[dict[str, object]] = field(default_factory=list)
+    speakers: tuple[Speaker, ...] = ()
+    conversations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    transcript: list[dict[str, object]] = field(default_factory=list)
     questions: int = 0
     votes: dict[int, Vote] = field(default_factory=dict)
-    written: set[Path] = field(default_factory=set)
+    saved_files: set[Path] = field(default_factory=set)
 
-    def seat(self, mode: Mode, alone: Speaker | None = None) -> None:
-        """Choose who answers; of a blind pair both begin anew, in a new order."""
+    def choose_speakers(self, mode: Mode, alone: Speaker | None = None) -> None:
+        """Choose who answers; a blind pair starts over, in a new random order.
+
+        Args:
+            mode: One speaker, both by name, or both as A and B.
+            alone: The speaker in mode `one`; the edited model if None.
+        """
         self.mode = mode
-        self.seats = (alone or self.edited,) if mode == "one" else (BASE, self.edited)
+        self.speakers = (alone or self.edited,) if mode == "one" else (BASE, self.edited)
         if mode == "blind":
-            self.seats = tuple(self.rng.sample(self.seats, 2))
-            for speaker in self.seats:
-                self.turns.pop(speaker.name, None)
+            self.speakers = tuple(self.rng.sample(self.speakers, 2))
+            for speaker in self.speakers:
+                self.conversations.pop(speaker.name, None)
 
     @property
-    def who(self) -> str:
-        """Who answers, in words."""
+    def speakers_text(self) -> str:
+        """The speakers that answer now, as a phrase."""
         if self.mode == "blind":
-            return f"{ORIGINAL} and {self.edited.name}, as A and B in an order drawn at random"
+            return f"{ORIGINAL} and {self.edited.name}, as A and B in a random order"
         return " and ".join(self.names)
 
     @property
     def names(self) -> list[str]:
-        """What the answers stand under."""
+        """The names that answers are shown under: A and B while the speakers are hidden."""
         if self.mode == "blind":
             return list(LABELS)
-        return [speaker.name for speaker in self.seats]
+        return [speaker.name for speaker in self.speakers]
 
-    def ask(self, question: str, view: View) -> None:
-        """Let each model answer; Ctrl-C ends one answer, which stays as far as it came."""
+    def ask(self, question: str, view: ChatView) -> None:
+        """Let each speaker answer; Ctrl-C ends one answer, and what came of it stays."""
         self.questions += 1
         with view.answers(self.names):
-            for place, speaker in enumerate(self.seats):
+            for place, speaker in enumerate(self.speakers):
                 self._answer(place, speaker, question, view)
 
-    def _answer(self, place: int, speaker: Speaker, question: str, view: View) -> None:
-        asked = [*self.turns.get(speaker.name, []), {"role": "user", "content": question}]
-        with stopping() as is_stopped:
+    def _answer(self, place: int, speaker: Speaker, question: str, view: ChatView) -> None:
+        messages = [*self.conversations.get(speaker.name, [])]
+        messages.append({"role": "user", "content": question})
+        with stop_on_interrupt() as is_stopped:
 
-            def piece(text: str) -> bool:
-                view.piece(place, text)
+            def add_text(text: str) -> bool:
+                view.add_text(place, text)
                 return is_stopped()
 
-            answer = self.replica.respond(asked, speaker.plan, self.setup, self.tokens, piece)
+            answer = self.replica.respond(messages, speaker.plan, self.setup, self.tokens, add_text)
             stopped = is_stopped()
-        view.end(place, answer, stopped)
-        self.turns[speaker.name] = [*asked, {"role": "assistant", "content": answer}]
+        view.finish(place, answer, stopped)
+        self.conversations[speaker.name] = [*messages, {"role": "assistant", "content": answer}]
         row = {"number": self.questions, "question": question, "model": speaker.name}
         blind = {"label": LABELS[place]} if self.mode == "blind" else {}
-        self.said.append({**row, **blind, "answer": answer, "stopped": stopped})
+        self.transcript.append({**row, **blind, "answer": answer, "stopped": stopped})
 
     def vote(self, place: int | None) -> str:
-        """Note which of the last two blind answers was better.
+        """Record which of the last two blind answers was better.
+
+        Args:
+            place: Index of the better one; None if they are equally good.
 
         Raises:
-            ChatError: there are no two.
+            ChatError: there are no two blind answers.
         """
-        answered = all(speaker.name in self.turns for speaker in self.seats)
+        answered = all(speaker.name in self.conversations for speaker in self.speakers)
         if self.mode != "blind" or not answered:
-            raise ChatError("there are no two blind answers to vote on; begin with /blind, and ask")
-        winner = None if place is None else self.seats[place].name
-        self.votes[self.questions] = Vote(frozenset(s.name for s in self.seats), winner)
-        return "noted; /reveal counts the votes"
+            raise ChatError("there are no two blind answers to vote on; start with /blind, and ask")
+        winner = None if place is None else self.speakers[place].name
+        self.votes[self.questions] = Vote(frozenset(s.name for s in self.speakers), winner)
+        return "Recorded; /reveal counts the votes."
 
     def reveal(self) -> str:
-        """Who was who, and the votes; a new order is drawn.
+        """Return who was A and B, and the votes; then draw a new order.
 
         Raises:
-            ChatError: nothing is hidden.
+            ChatError: the speakers are not hidden.
         """
         if self.mode != "blind":
-            raise ChatError("nothing is hidden; /blind begins a blind comparison")
-        pairs = zip(LABELS, self.seats, strict=True)
-        who = ", ".join(f"{label} was {speaker.name}" for label, speaker in pairs)
-        self.seat("blind")
-        return "\n".join([who, *self.tally(), "Both begin anew, in a new order."])
+            raise ChatError("nothing is hidden; /blind starts a blind comparison")
+        pairs = zip(LABELS, self.speakers, strict=True)
+        names = ", ".join(f"{label} was {speaker.name}" for label, speaker in pairs)
+        self.choose_speakers("blind")
+        return "\n".join([names, *self.tally(), "Both start over, in a new order."])
 
     def tally(self) -> list[str]:
-        """The votes, a line for each trial that was compared with the original."""
+        """Return the votes: a line for each trial that was compared with the original.
+
+        The interval is Wilson's, of the share of votes for either.
+        """
         lines = []
         for pair in dict.fromkeys(vote.pair for vote in self.votes.values()):
             counts = Counter(vote.winner for vote in self.votes.values() if vote.pair == pair)
@@ -164,16 +182,16 @@ class Session:
         return lines
 
     def save(self, path: Path) -> str:
-        """Write every answer as a line of JSON; a file of somebody else's is left alone.
+        """Write every answer as a line of JSON, over no file but this session's own.
 
         Raises:
-            ChatError: it is there already, or cannot be written.
+            ChatError: the file exists already, or cannot be written.
         """
-        if path not in self.written:
-            refuse_taken(path)
+        if path not in self.saved_files:
+            refuse_existing(path)
         models = {"base": self.directory.read_recipe().model.name, "run": self.directory.path.name}
         lines = []
-        for row in self.said:
+        for row in self.transcript:
             vote = self.votes.get(int(str(row["number"]))) if "label" in row else None
             voted = {"preferred": vote.winner} if vote else {}
             lines.append(json.dumps({**models, **row, **voted}, ensure_ascii=False) + "\n")
@@ -181,33 +199,36 @@ class Session:
             write_atomically(path, "".join(lines).encode())
         except OSError as error:
             raise ChatError(f"{path} cannot be written ({error.strerror})") from None
-        self.written.add(path)
-        return f"{len(lines)} answers written to {path}"
+        self.saved_files.add(path)
+        return f"Wrote {len(lines)} answers to {path}."
 
 
 @contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C in this block asks for a stop, at the next token; a second one is as ever."""
-    asked = False
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C in this block into a request to stop at the next token.
 
-    def ask(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
+    The block gets a function that returns whether a stop was requested. A second Ctrl-C interrupts.
+    """
+    requested = False
+
+    def request(_signal: int, _frame: object) -> None:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        asked = True
+        requested = True
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, request)
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def refuse_taken(path: Path) -> None:
+def refuse_existing(path: Path) -> None:
     """Make sure that a transcript overwrites nothing.
 
     Raises:
-        ChatError: the file is there already.
+        ChatError: the file exists already.
     """
     if path.exists():
-        raise ChatError(f"{path} is there already; save the transcript under another name")
+        raise ChatError(f"{path} already exists; save the transcript under another name")

@@ -1,4 +1,7 @@
-"""Answers as they are written: in columns, one after the other, or a line each. Knows no models."""
+"""Show answers while they are written: in columns, one after the other, or a line each.
+
+Knows nothing about models.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,37 +13,39 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ray_abliterate.cli.terminal import is_quiet
+
 COLUMNS_WIDTH = 80
-"""Characters from which two answers stand beside each other."""
+"""Width, in characters, from which on two answers stand side by side."""
 FRAME = 4
 """Characters that a panel's sides take, and lines that its edges and the prompt take."""
 SILENT = "(no text)"
 STOPPED = "(stopped)"
 
 
-class View(Protocol):
-    """Shows the answers to one question; of each its text, piece by piece."""
+class ChatView(Protocol):
+    """Shows the answers to one question while their text arrives."""
 
     def answers(self, names: Sequence[str]) -> AbstractContextManager[None]:
-        """A block in which answers under these names are shown."""
+        """Return a context in which answers with these names are shown."""
 
-    def piece(self, place: int, text: str) -> None:
-        """More text of the answer in this place."""
+    def add_text(self, place: int, text: str) -> None:
+        """Show further text of the answer at index `place`."""
 
-    def end(self, place: int, answer: str, stopped: bool) -> None:
-        """The answer is whole, or was stopped."""
+    def finish(self, place: int, answer: str, stopped: bool) -> None:
+        """Show the rest of an answer that is whole, or was stopped."""
 
 
-def view_for(output: Console, interactive: bool, answers: int) -> View:
-    """What fits: columns need room, and pipes get one line an answer."""
+def open_view(output: Console, interactive: bool, answers: int) -> ChatView:
+    """Return a view that suits the output: columns need room, and pipes get a line per answer."""
     if not interactive:
-        return Lines(output)
-    beside = answers > 1 and output.is_terminal and output.width >= COLUMNS_WIDTH
-    return Columns(output) if beside else Scroll(output)
+        return LineView(output)
+    side_by_side = answers > 1 and output.is_terminal and output.width >= COLUMNS_WIDTH
+    return ColumnView(output) if side_by_side else ScrollView(output)
 
 
-class Lines:
-    """A line for each answer, its line breaks written as `\\n`; names only if there are several."""
+class LineView:
+    """A line per answer, with line breaks written as `\\n`, and with names if there are several."""
 
     def __init__(self, output: Console) -> None:
         self._output = output
@@ -48,22 +53,22 @@ class Lines:
 
     @contextmanager
     def answers(self, names: Sequence[str]) -> Iterator[None]:
-        """Nothing is shown before an answer ends."""
+        """Remember the names; nothing is shown before an answer ends."""
         self._names = names
         yield
 
-    def piece(self, place: int, text: str) -> None:
-        """Waits for the end."""
+    def add_text(self, place: int, text: str) -> None:
+        """Ignore the text, since the whole answer comes at its end."""
 
-    def end(self, place: int, answer: str, stopped: bool) -> None:
-        """The line."""
+    def finish(self, place: int, answer: str, stopped: bool) -> None:
+        """Print the answer as one line."""
         name = f"{self._names[place]}: " if len(self._names) > 1 else ""
         text = answer.strip().replace("\\", "\\\\").replace("\n", "\\n")
-        write(self._output, f"{name}{printable(text)}\n")
+        print_plain(self._output, f"{name}{printable(text)}\n")
 
 
-class Scroll:
-    """One answer after the other, under its name."""
+class ScrollView:
+    """One answer after the other, each after its name."""
 
     def __init__(self, output: Console) -> None:
         self._output = output
@@ -73,29 +78,31 @@ class Scroll:
 
     @contextmanager
     def answers(self, names: Sequence[str]) -> Iterator[None]:
-        """Each name comes with its answer's first text."""
+        """Remember the names; each is printed before its answer's first text."""
         self._names, self._place = names, -1
         yield
 
-    def piece(self, place: int, text: str) -> None:
-        """Written at once."""
+    def add_text(self, place: int, text: str) -> None:
+        """Print the text at once, after the name if the answer begins."""
         if place != self._place:
             self._place, self._shown = place, ""
             self._output.print(f"{self._names[place]}: ", end="", style="bold", markup=False)
-        begun = bool(self._shown.strip())
+        has_begun = bool(self._shown.strip())
         self._shown += text
-        write(self._output, printable(text if begun else text.lstrip()))
+        print_plain(self._output, printable(text if has_begun else text.lstrip()))
 
-    def end(self, place: int, answer: str, stopped: bool) -> None:
-        """What is left of it, and a mark."""
-        self.piece(place, "")
-        self.piece(place, answer.removeprefix(self._shown))
-        words = [*([] if answer.strip() else [SILENT]), *([STOPPED] if stopped else [])]
-        write(self._output, " ".join(["", *words] if words and answer.strip() else words) + "\n")
+    def finish(self, place: int, answer: str, stopped: bool) -> None:
+        """Print what is left of the answer, and whether it is empty or was stopped."""
+        self.add_text(place, "")
+        self.add_text(place, answer.removeprefix(self._shown))
+        marks = [*([] if answer.strip() else [SILENT]), *([STOPPED] if stopped else [])]
+        print_plain(
+            self._output, " ".join(["", *marks] if marks and answer.strip() else marks) + "\n"
+        )
 
 
-class Columns:
-    """Answers beside each other; of long ones the last lines while they are written."""
+class ColumnView:
+    """Answers side by side; of a long one only the last lines while it is written."""
 
     def __init__(self, output: Console) -> None:
         self._output = output
@@ -105,9 +112,15 @@ class Columns:
 
     @contextmanager
     def answers(self, names: Sequence[str]) -> Iterator[None]:
-        """Redrawn as text comes; whole at the end."""
+        """Redraw both answers while text arrives, and show them whole at the end."""
         self._names, self._texts = names, [""] * len(names)
-        with Live(self._table(whole=False), console=self._output, refresh_per_second=10) as live:
+        with Live(
+            self._table(whole=False),
+            console=self._output,
+            refresh_per_second=10,
+            redirect_stdout=not is_quiet(),
+            redirect_stderr=not is_quiet(),
+        ) as live:
             self._live = live
             try:
                 yield
@@ -115,17 +128,17 @@ class Columns:
                 live.update(self._table(whole=True))
                 self._live = None
 
-    def piece(self, place: int, text: str) -> None:
-        """Seen at the next redrawing."""
+    def add_text(self, place: int, text: str) -> None:
+        """Add text, which shows with the next redraw."""
         self._texts[place] += text
         if self._live is not None:
             self._live.update(self._table(whole=False))
 
-    def end(self, place: int, answer: str, stopped: bool) -> None:
-        """The text as it is, and a mark."""
+    def finish(self, place: int, answer: str, stopped: bool) -> None:
+        """Replace the text by the whole answer, and mark one that was stopped."""
         mark = f" {STOPPED}" if stopped else ""
         self._texts[place] = (answer.strip() or SILENT) + mark
-        self.piece(place, "")
+        self.add_text(place, "")
 
     def _table(self, whole: bool) -> Table:
         table = Table.grid(expand=True)
@@ -143,13 +156,13 @@ class Columns:
         return table
 
 
-def write(output: Console, text: str) -> None:
-    """As it is: no markup, no line breaks of our own."""
+def print_plain(output: Console, text: str) -> None:
+    """Print text as it is, without markup and without line breaks of our own."""
     output.print(text, end="", markup=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    """A model's text cannot steer the terminal."""
+    """Replace control characters, so that a model's text cannot control the terminal."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

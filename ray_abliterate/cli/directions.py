@@ -39,7 +39,7 @@ def directions(
     from ray_abliterate.cli.tables import layers_table, methods_tables
     from ray_abliterate.pipeline.prompt_filter import left_out_lines
     from ray_abliterate.pipeline.residual_analysis import compare_run, methods_to_compare
-    from ray_abliterate.report.directions_page import comparison_page
+    from ray_abliterate.report.directions_page import directions_page
     from ray_abliterate.report.pages import write_directions
 
     output = console()
@@ -63,7 +63,7 @@ def directions(
         log_to(directory.log)
         comparison = compare_run(directory, methods, pairs, progress)
     selection = directory.selection()
-    page = comparison_page(comparison, directory.read_recipe().model.name, selection)
+    page = directions_page(comparison, directory.read_recipe().model.name, selection)
     written = write_directions(comparison, page, to or directory.path, selection)
     for line in left_out_lines(directory.read_environment()):
         output.print(line, markup=False)

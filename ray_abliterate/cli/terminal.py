@@ -1,15 +1,15 @@
 """Keep the terminal for our own lines; what libraries say goes into a log file.
 
     terminal = Terminal(["run", "recipe.toml"])
-    terminal.quiet()                      # file descriptors 1 and 2 now lead into a log
+    terminal.quiet()                      # file descriptors 1 and 2 are redirected to a log
     say("a line that the user sees")
     log_to(directory.log)                 # the log moves into the run directory
     terminal.restore()
     terminal.close()                      # deletes a log that nobody needs
 
 Libraries print while they are imported, warn through `warnings` and `logging`, and write to file
-descriptors from C++. All of it is caught in one place, below Python's streams. Without `quiet`
-everything goes where `sys.stdout` and `sys.stderr` go.
+descriptors from C++. All of that is redirected in one place, below Python's streams. Unless `quiet`
+was called, everything goes to `sys.stdout` and `sys.stderr`.
 """
 
 import atexit
@@ -32,20 +32,20 @@ from rich.console import Console
 PIPE_WIDTH = 110
 """Characters of a line where the output is no terminal."""
 OURS = "ray_abliterate"
-"""Loggers below this name speak to the user."""
+"""Warnings of loggers below this name are shown to the user."""
 
 _active: "Terminal | None" = None
 _console: Console | None = None
 
 
-def own_stdout() -> TextIO:
-    """Return the stream that leads to the user, whether libraries are silenced or not."""
-    return _active.own[0] if _active and _active.own else sys.stdout
+def user_stdout() -> TextIO:
+    """Return the user's standard output, whether libraries are silenced or not."""
+    return _active.user_streams[0] if _active and _active.user_streams else sys.stdout
 
 
-def own_stderr() -> TextIO:
-    """Return the stream for errors and warnings that leads to the user."""
-    return _active.own[1] if _active and _active.own else sys.stderr
+def user_stderr() -> TextIO:
+    """Return the user's standard error, whether libraries are silenced or not."""
+    return _active.user_streams[1] if _active and _active.user_streams else sys.stderr
 
 
 def console() -> Console:
@@ -54,7 +54,7 @@ def console() -> Console:
     Where the output is no terminal, its lines are `PIPE_WIDTH` wide.
     """
     global _console
-    stream = own_stdout()
+    stream = user_stdout()
     if _console is None or _console.file is not stream:
         width = None if stream.isatty() else PIPE_WIDTH
         _console = Console(file=stream, width=width, highlight=False)
@@ -63,7 +63,7 @@ def console() -> Console:
 
 def say(text: object, err: bool = False) -> None:
     """Write one line to the user's standard output, or to standard error."""
-    stream = own_stderr() if err else own_stdout()
+    stream = user_stderr() if err else user_stdout()
     stream.write(f"{text}\n")
     stream.flush()
 
@@ -82,19 +82,19 @@ def log_to(path: Path) -> None:
         _active.log_to(path)
 
 
-def give_back() -> None:
-    """Let libraries speak from here on, as where another program takes this process over."""
+def release_terminal() -> None:
+    """Stop silencing libraries, because another program is about to replace this one."""
     if _active is not None:
         _active.restore()
 
 
-class OwnWarnings(logging.Handler):
+class WarningDisplay(logging.Handler):
     """Shows the package's own warnings to the user, above a live display if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write `warning: …`, or the level that the record has."""
         text = f"{record.levelname.lower()}: {record.getMessage()}"
-        if own_stdout().isatty():
+        if user_stdout().isatty():
             console().print(text, markup=False, soft_wrap=True)
         else:
             say(text, err=True)
@@ -113,7 +113,7 @@ class Terminal:
         self._is_needed = False
         self._saved: tuple[int, int] | None = None
         self._streams: tuple[TextIO, TextIO] | None = None
-        self.own: tuple[TextIO, TextIO] | None = None
+        self.user_streams: tuple[TextIO, TextIO] | None = None
         self._handlers: list[tuple[logging.Logger, logging.Handler]] = []
         self._excepthook = threading.excepthook
 
@@ -123,15 +123,15 @@ class Terminal:
         return self._log
 
     def show_all(self) -> None:
-        """Leave libraries on the terminal, their loggers' warnings included."""
+        """Show what libraries print, and their loggers' warnings."""
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
         handler.addFilter(lambda record: record.name.split(".")[0] != OURS)
         self._handle(logging.getLogger(), handler)
-        self._handle(logging.getLogger(OURS), OwnWarnings())
+        self._handle(logging.getLogger(OURS), WarningDisplay())
 
     def quiet(self) -> None:
-        """Lead file descriptors 1 and 2, and Python's streams, into a temporary log."""
+        """Redirect file descriptors 1 and 2, and Python's streams, to a temporary log."""
         global _active
         try:
             descriptor, name = tempfile.mkstemp(prefix="ray-abliterate-", suffix=".log")
@@ -142,26 +142,26 @@ class Terminal:
         sys.stderr.flush()
         self._saved = os.dup(1), os.dup(2)
         self._streams = sys.stdout, sys.stderr
-        self.own = (
+        self.user_streams = (
             _duplicate(sys.stdout, 1, self._saved[0]),
             _duplicate(sys.stderr, 2, self._saved[1]),
         )
         _active = self
-        self._lead_into(descriptor)
+        self._redirect(descriptor)
         sys.stdout, sys.stderr = _line_stream(1), _line_stream(2)
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
         self._handle(logging.getLogger(), handler)
-        self._handle(logging.getLogger(OURS), OwnWarnings())
+        self._handle(logging.getLogger(OURS), WarningDisplay())
         threading.excepthook = self._report_thread
         if not faulthandler.is_enabled():
             with suppress(OSError, ValueError):  # a stream without a file descriptor
-                faulthandler.enable(own_stderr())
+                faulthandler.enable(user_stderr())
 
     def log_to(self, path: Path) -> None:
-        """Append the log so far to a file, and go on there; a file that can't be written is left.
+        """Append the log so far to a file, below a line with the command, and continue there.
 
-        The command line stands above this command's part of the file.
+        If the file cannot be written, the log stays where it is.
         """
         if self._log is None or not self._is_temporary:
             return
@@ -178,7 +178,7 @@ class Terminal:
         self._log.unlink(missing_ok=True)
         self._log, self._is_temporary = path, False
         if self._saved is not None:
-            self._lead_into(descriptor)
+            self._redirect(descriptor)
         else:
             os.close(descriptor)
 
@@ -189,8 +189,8 @@ class Terminal:
         """
         text = "".join(traceback.format_exception(error))
         if self._log is None:
-            own_stderr().write(text)
-            own_stderr().flush()
+            user_stderr().write(text)
+            user_stderr().flush()
             return
         self._is_needed = True
         self._flush()
@@ -200,7 +200,7 @@ class Terminal:
         say(f"crashed: {what}. The traceback is in {self._log}", err=True)
 
     def restore(self) -> None:
-        """Give file descriptors and streams back; the log stays until `close`."""
+        """Restore file descriptors and streams; the log stays until `close`."""
         global _active
         for logger, handler in self._handlers:
             logger.removeHandler(handler)
@@ -208,21 +208,18 @@ class Terminal:
         if self._saved is None or self._streams is None:
             return
         self._flush()
-        for stream in self.own or ():
+        for stream in self.user_streams or ():
             with suppress(OSError, ValueError):
                 stream.flush()
         sys.stdout, sys.stderr = self._streams
         for descriptor, saved in enumerate(self._saved, start=1):
             os.dup2(saved, descriptor)
-        # The duplicates stay open: a console may hold a stream that writes to them.
-        self._saved = self._streams = self.own = _active = None
+        # The duplicates stay open, since a console may still write to them.
+        self._saved = self._streams = self.user_streams = _active = None
         threading.excepthook = self._excepthook
 
     def close(self) -> None:
-        """End the command: delete a temporary log, and an empty part of a run's log.
-
-        What libraries say while the process ends goes into the run's log, or nowhere.
-        """
+        """End the command: delete a temporary log that is not needed, and a log without lines."""
         self.restore()
         if self._log is None:
             return
@@ -234,13 +231,17 @@ class Terminal:
                 os.truncate(self._log, self._start)
             else:
                 self._log.unlink()
-        atexit.register(_end_quietly, None if self._is_temporary else self._log)
+
+    def silence_exit(self) -> None:
+        """Redirect what libraries print while the process exits to the run's log, or to nowhere."""
+        if self._log is not None:
+            atexit.register(_silence, Path(os.devnull) if self._is_temporary else self._log)
 
     def _handle(self, logger: logging.Logger, handler: logging.Handler) -> None:
         logger.addHandler(handler)
         self._handlers.append((logger, handler))
 
-    def _lead_into(self, descriptor: int) -> None:
+    def _redirect(self, descriptor: int) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
@@ -256,7 +257,7 @@ class Terminal:
 
 
 def _duplicate(stream: TextIO, descriptor: int, saved: int) -> TextIO:
-    """Return a stream to where `stream` led, or itself if it never led to the descriptor."""
+    """Return a stream to where `stream` went, or `stream` itself if it uses another descriptor."""
     try:
         if stream.fileno() != descriptor:
             return stream
@@ -271,10 +272,12 @@ def _line_stream(descriptor: int) -> TextIO:
     )
 
 
-def _end_quietly(log: Path | None) -> None:
-    """Lead what is said after the last line of ours into the log, or nowhere."""
+def _silence(path: Path) -> None:
+    """Redirect file descriptors 1 and 2 to a file, or to nowhere if it does not exist."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     with suppress(OSError):
-        path = log if log is not None and log.exists() else Path(os.devnull)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        descriptor = os.open(path if path.exists() else os.devnull, os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)

@@ -1,12 +1,11 @@
-"""A comparison of methods as a page, and as tables in a terminal."""
+"""Build the page of the verb `directions`, and the rows of its tables."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from ray_abliterate.directions.comparison.compare import MethodComparison
-from ray_abliterate.directions.layer_selection import TABLE_HEADER as HEAD_LAYERS
-from ray_abliterate.directions.layer_selection import LayerSelection
+from ray_abliterate.directions.layer_selection import TABLE_HEADER, LayerSelection
 from ray_abliterate.directions.separability import auroc_error
 from ray_abliterate.report.figures.plotly_parts import (
     Figure,
@@ -30,121 +29,139 @@ MEASURES: tuple[tuple[str, str, str, Figure], ...] = (
     ("agreement", "cosine of the two halves' directions", "1: the halves agree", {}),
 )
 ABOUT_METHODS = (
-    "Each method at its own best layer (by the Fisher ratio, the last fifth left aside), on "
-    "prompts that it was not found from: each half of the prompts is measured along the direction "
-    "of the other half. “Halves' cosine” is that of the two halves' directions; “to the truth” the "
+    "Each method at its own best layer (by the Fisher ratio, without the last fifth of the "
+    "layers), on held-out prompts: each half of the prompts is measured along the direction of the "
+    "other half. “Halves' cosine” is that of the two halves' directions; “to the truth” is the "
     "estimated cosine of the direction from all prompts with the one from infinitely many."
 )
 ABOUT_LAYERS = (
-    "Log-odds (nats) that answers begin as refusals do: to held-out prompts that show the "
-    "behaviour, the direction taken out of all weights; and to neutral ones, the direction added "
-    "after its layer. The divergence is that of neutral prompts from the base model, the direction "
-    "taken out."
+    "Log-odds (nats) that answers begin as refusals do: for held-out prompts that show the "
+    "behaviour, with the direction removed from all weights; for neutral ones, with the direction "
+    "added after its layer. The divergence from the base model is that of neutral prompts, with "
+    "the direction removed."
 )
 
 
-def method_rows(found: MethodComparison) -> list[list[str]]:
-    """A row of texts for each method."""
+def method_rows(comparison: MethodComparison) -> list[list[str]]:
+    """Return a row of texts per method: best layer, measures on held-out prompts, stability."""
     rows = []
-    for name in found.methods:
-        best = found.best(name)
-        error = auroc_error(best["auroc"], *found.counts)
+    for name in comparison.methods:
+        best = comparison.best(name)
+        error = auroc_error(best["auroc"], *comparison.counts)
         rows.append(
             [name, f"{best['layer']:.0f}", f"{best['auroc']:.3f} ± {error:.3f}"]
             + [_text(best[key]) for key, _ in COLUMNS]
-            + [_text(found.steady(name))]
+            + [_text(comparison.reliability_of(name))]
         )
     return rows
 
 
-def cosine_rows(found: MethodComparison) -> list[list[str]]:
-    """A row of cosines for each method, at the layer where samples were drawn."""
-    matrix = found.cosines[found.layer]
+def cosine_rows(comparison: MethodComparison) -> list[list[str]]:
+    """Return a row of cosines per method, at the layer where samples were drawn."""
+    matrix = comparison.cosines[comparison.layer]
     return [
-        [name, *(_text(value) for value in matrix[place])]
-        for place, name in enumerate(found.methods)
+        [name, *(_text(value) for value in matrix[index])]
+        for index, name in enumerate(comparison.methods)
     ]
 
 
-def stability_rows(found: MethodComparison) -> tuple[list[str], list[list[str]]]:
-    """Sizes of samples, and a row of mean cosines for each method."""
-    sizes = [point.prompts for point in next(iter(found.stability.values()))]
+def stability_rows(comparison: MethodComparison) -> tuple[list[str], list[list[str]]]:
+    """Return the sizes of samples as headings, and a row of mean cosines per method."""
+    sizes = [point.prompts for point in next(iter(comparison.stability.values()))]
     rows = [
-        [name, *(_text(point.mean) for point in points)] for name, points in found.stability.items()
+        [name, *(_text(point.mean) for point in points)]
+        for name, points in comparison.stability.items()
     ]
     return [f"{size} prompts" for size in sizes], rows
 
 
-def comparison_page(
-    found: MethodComparison, model: str, selection: LayerSelection | None = None
+def directions_page(
+    comparison: MethodComparison, model: str, selection: LayerSelection | None = None
 ) -> Page:
-    """The page; with what layers' directions do, if they were tried."""
-    sizes, steady = stability_rows(found)
-    said = (selection.sentence(),) if selection else ()
-    advice = PageSection(f"Take {found.advice.method}", (*found.advice.reasons, *said))
-    failed = [f"{name} has no direction here: {why}" for name, why in found.failed.items()]
+    """Return the page of the verb `directions`.
+
+    Args:
+        comparison: Methods, compared on held-out prompts.
+        model: Name of the model.
+        selection: What each layer's direction does, if that was measured.
+    """
+    layer, advice, counts = comparison.layer, comparison.advice, comparison.counts
+    sizes, rows = stability_rows(comparison)
+    chosen_layer = (selection.sentence(),) if selection else ()
+    recommendation = PageSection(f"Take {advice.method}", (*advice.reasons, *chosen_layer))
+    failed = [
+        f"{name} has no direction here: {reason}" for name, reason in comparison.failed.items()
+    ]
     methods = PageSection(
         "Methods",
         (ABOUT_METHODS, *failed),
-        (PageTable(METHODS_HEADER, method_rows(found)),),
-        (_separation(found),),
+        (PageTable(METHODS_HEADER, method_rows(comparison)),),
+        (_separation(comparison),),
     )
-    alike = PageSection(
-        "How alike their directions are",
-        ("Methods with cosines near 1 find the same; a search with either ends alike.",),
+    similarity = PageSection(
+        "How similar their directions are",
+        ("Methods with cosines near 1 give the same direction, and searches that end alike.",),
         (
             PageTable(
-                ("method", *found.methods), cosine_rows(found), f"Cosines at layer {found.layer}"
+                ("method", *comparison.methods),
+                cosine_rows(comparison),
+                f"Cosines at layer {layer}",
             ),
         ),
-        (_heat(found), _layers(found)),
+        (_heat(comparison), _layers(comparison)),
     )
-    enough = PageSection(
+    stability = PageSection(
         "Whether there are enough prompts",
         (
-            f"Cosines of two directions at layer {found.layer} from samples that share no prompt, "
-            "so many of each set. Where they still rise at the right end, more prompts would help.",
+            f"Cosines of two directions at layer {layer} from samples that share no prompt, "
+            "with this many of each set. Where they still rise at the right end, more would help.",
         ),
-        (PageTable(("method", *sizes), steady, "Mean cosine"),),
-        (_steadiness(found),),
+        (PageTable(("method", *sizes), rows, "Mean cosine"),),
+        (_stability(comparison),),
     )
-    counts = f"{found.counts[0]} prompts that show the behaviour and {found.counts[1]} that don't"
-    lead = f"Direction methods compared without a search, on {counts}; {found.layers} layers."
-    tried = [_tried(selection)] if selection else []
-    return Page(f"{model}: directions", lead, (advice, methods, *tried, alike, enough))
+    prompts = f"{counts[0]} prompts that show the behaviour and {counts[1]} that don't"
+    lead = f"Direction methods compared without a search, on {prompts}; {comparison.layers} layers."
+    effects = [_layer_effects(selection)] if selection else []
+    return Page(
+        f"{model}: directions", lead, (recommendation, methods, *effects, similarity, stability)
+    )
 
 
-def _tried(selection: LayerSelection) -> PageSection:
-    table = PageTable(HEAD_LAYERS, selection.rows())
+def _layer_effects(selection: LayerSelection) -> PageSection:
+    table = PageTable(TABLE_HEADER, selection.rows())
     return PageSection("What each layer's direction does", (ABOUT_LAYERS,), (table,))
 
 
-def _separation(found: MethodComparison) -> Plot:
+def _separation(comparison: MethodComparison) -> Plot:
     views = []
     for key, title, unit, axis in MEASURES:
         data = []
-        for number, (name, rows) in enumerate(found.separation.items()):
+        for number, (name, rows) in enumerate(comparison.separation.items()):
             values = [None if row is None else row[key] for row in rows]
-            data.append(numbered_line(name, list(range(found.layers)), four_digits(values), number))
-        mark = vertical_rule(found.layer, f"layer {found.layer}")
+            data.append(
+                numbered_line(name, list(range(comparison.layers)), four_digits(values), number)
+            )
+        mark = vertical_rule(comparison.layer, f"layer {comparison.layer}")
         y = {"title": {"text": f"{title} ({unit})"}, **axis}
         views.append(view(title, data, "layer", y, **mark))
     note = "On held-out prompts, layer by layer. Tap a name to hide its line."
-    return Plot("Telling the sets apart", note, views)
+    return Plot("Separation of the sets", note, views)
 
 
-def _heat(found: MethodComparison) -> Plot:
-    matrices = [("mean over layers", found.mean_cosines)]
-    matrices += [(f"layer {index}", matrix) for index, matrix in enumerate(found.cosines)]
-    views = [_cosines(label, list(found.methods), matrix, "") for label, matrix in matrices]
-    return Plot("Cosines of methods", "", views, 1 + found.layer)
+def _heat(comparison: MethodComparison) -> Plot:
+    matrices = [("mean over layers", comparison.mean_cosines)]
+    matrices += [(f"layer {index}", matrix) for index, matrix in enumerate(comparison.cosines)]
+    views = [_cosines(label, list(comparison.methods), matrix, "") for label, matrix in matrices]
+    return Plot("Cosines of methods", "", views, 1 + comparison.layer)
 
 
-def _layers(found: MethodComparison) -> Plot:
-    names = list(range(found.layers))
-    one = _cosines("layers", names, found.layer_cosines, "layer")
-    note = f"Of {found.advice.method}: one direction for all layers serves where these are near 1."
-    return Plot("Cosines of layers", note, [one])
+def _layers(comparison: MethodComparison) -> Plot:
+    names = list(range(comparison.layers))
+    matrix = _cosines("layers", names, comparison.layer_cosines, "layer")
+    note = (
+        f"Of {comparison.advice.method}: where these are near 1, one direction serves all layers."
+    )
+    return Plot("Cosines of layers", note, [matrix])
 
 
 def _cosines(label: str, names: Sequence[Any], matrix: Any, axis: str) -> Figure:
@@ -158,9 +175,9 @@ def _cosines(label: str, names: Sequence[Any], matrix: Any, axis: str) -> Figure
     return view(label, [heat], axis, y, height=480)
 
 
-def _steadiness(found: MethodComparison) -> Plot:
+def _stability(comparison: MethodComparison) -> Plot:
     lines, views = [], []
-    for number, (name, points) in enumerate(found.stability.items()):
+    for number, (name, points) in enumerate(comparison.stability.items()):
         sizes = [point.prompts for point in points]
         means = numbered_line(
             name, sizes, four_digits(p.mean for p in points), number, mode="lines+markers"
@@ -173,7 +190,7 @@ def _steadiness(found: MethodComparison) -> Plot:
             "marker": {"color": "var(--muted)", "size": 6},
         }  # fmt: skip
         views.append((name, [means | {"name": "mean"}, pairs]))
-    ticks = [point.prompts for point in next(iter(found.stability.values()))]
+    ticks = [point.prompts for point in next(iter(comparison.stability.values()))]
     x = {"title": {"text": "prompts of each set"}, "type": "log", "tickvals": ticks,
          "ticktext": [str(tick) for tick in ticks]}  # fmt: skip
     drawn = [

@@ -18,40 +18,47 @@ from ray_abliterate.report.page import Page
 from ray_abliterate.report.text_page import text_page
 
 
-def write_residuals(found: ResidualAnalysis, page: Page, folder: Path) -> Path:
-    """Write `residuals.json` and `residuals.html`; says where the page is."""
+def write_residuals(analysis: ResidualAnalysis, page: Page, folder: Path) -> Path:
+    """Write `residuals.json` and `residuals.html`, and return the path of the page.
+
+    Raises:
+        RunDirectoryError: the folder cannot be written.
+    """
     facts = {
-        "best_layer": found.best,
-        "trial": found.trial,
-        "strengths": found.strengths,
-        "astray": misplaced_prompts(found.views[found.best]),
+        "best_layer": analysis.best,
+        "trial": analysis.trial,
+        "strengths": analysis.strengths,
+        "astray": misplaced_prompts(analysis.views[analysis.best]),
         "layers": [
             {
-                "layer": v.layer,
-                **asdict(v.geometry),
-                **(v.measures if v.held_out else dict.fromkeys(v.measures)),
-                "components_shares": v.components_shares,
-                "gap_shares": v.gap_shares,
+                "layer": layer.layer,
+                **asdict(layer.geometry),
+                **(layer.measures if layer.held_out else dict.fromkeys(layer.measures)),
+                "components_shares": layer.components_shares,
+                "gap_shares": layer.gap_shares,
             }
-            for v in found.views
+            for layer in analysis.views
         ],
     }
     return _write(folder, "residuals", facts, page)
 
 
 def write_directions(
-    found: MethodComparison, page: Page, folder: Path, selection: LayerSelection | None = None
+    comparison: MethodComparison, page: Page, folder: Path, selection: LayerSelection | None = None
 ) -> Path:
-    """Write `directions.json` and `directions.html`; says where the page is."""
-    tried = {"selection": selection.to_json()} if selection else {}
-    return _write(folder, "directions", {**found.to_json(), **tried}, page)
+    """Write `directions.json` and `directions.html`, and return the path of the page.
+
+    Raises:
+        RunDirectoryError: the folder cannot be written.
+    """
+    effects = {"selection": selection.to_json()} if selection else {}
+    return _write(folder, "directions", {**comparison.to_json(), **effects}, page)
 
 
 def _write(folder: Path, name: str, facts: object, page: Page) -> Path:
     try:
-        write_atomically(
-            folder / f"{name}.json", json.dumps(facts, indent=1, allow_nan=False).encode()
-        )
+        text = json.dumps(facts, indent=1, allow_nan=False)
+        write_atomically(folder / f"{name}.json", text.encode())
         write_atomically(folder / f"{name}.html", page.html().encode())
     except OSError as error:
         raise RunDirectoryError(
@@ -62,7 +69,7 @@ def _write(folder: Path, name: str, facts: object, page: Page) -> Path:
 
 
 def write_text_page(text: TextResults, folder: Path) -> Path:
-    """Write `chunks.html`, the loss of each chunk of each model, and return its path."""
+    """Write `chunks.html`, the loss of each chunk for each model, and return its path."""
     file = folder / "chunks.html"
     write_atomically(file, text_page(text).encode())
     return file

@@ -1,6 +1,6 @@
-"""The report: one page of HTML about a run, readable without a network and without Python.
+"""Build the report: one page of HTML about a run, readable without a network or Python.
 
-Reads a run directory and nothing else. Figures are in `figures`, what the page does in
+Reads a run directory and nothing else. Figures are built in `figures`; the page's own code is
 `report/templates/report.js`. Answers of the model are never shown.
 """
 
@@ -34,17 +34,17 @@ from ray_abliterate.search.score import Scorecard
 from ray_abliterate.search.score_text import counts_text, value_text
 
 HIDDEN = ("warnings", "suites", FULL_PRECISION_FACT)
-"""Of `environment.json`, shown elsewhere."""
+"""Entries of `environment.json` that the page shows elsewhere."""
 
 
 def write_report(directory: RunDirectory) -> Path:
-    """Build the report, save it in the run directory, and say where."""
+    """Build the report, write it into the run directory, and return its path."""
     directory.save_report(build_report(directory))
     return directory.report
 
 
 def build_report(directory: RunDirectory) -> str:
-    """The report as HTML text. It can be built at any time, also before the first trial."""
+    """Return the report as HTML; a run without trials has one too."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -97,7 +97,7 @@ def build_report(directory: RunDirectory) -> str:
 
 
 def _suites(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Each measured model, with score and difference from the base model for each suite.
+    """Return each measured model with its score and difference from the base model, per suite.
 
     The base model comes first, then the frontier in its order, then what has left it.
     """
@@ -120,7 +120,7 @@ def _source_name(source: PromptSource) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as pairs of a dotted key and a text."""
+    """Yield nested values as pairs of a dotted key and a text."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -131,13 +131,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _row(run: RunData, trial: Trial, path: Path) -> dict[str, Any]:
-    """One line of a table of trials."""
+    """Return one row of a table of trials, with the commands that show, export or chat with it."""
     assert trial.scorecard is not None
-    where, number = shlex.quote(path.as_posix()), trial.number
+    run_path, number = shlex.quote(path.as_posix()), trial.number
     commands = [
-        f"ray-abliterate show {where} --trial {number}",
-        f"ray-abliterate export {where} --trial {number} --to DIR",
-        f"ray-abliterate chat {where} --trial {number}",
+        f"ray-abliterate show {run_path} --trial {number}",
+        f"ray-abliterate export {run_path} --trial {number} --to DIR",
+        f"ray-abliterate chat {run_path} --trial {number}",
     ]
     knee = bool(run.frontier) and trial is run.frontier.knee
     cells = _cells(trial.scorecard)
@@ -145,5 +145,5 @@ def _row(run: RunData, trial: Trial, path: Path) -> dict[str, Any]:
 
 
 def _cells(card: Scorecard) -> list[tuple[str, str, str]]:
-    """Name, value with interval, and counts of each score."""
+    """Return name, value with interval, and counts of each score."""
     return [(score.name, value_text(score), counts_text(score)) for score in card.scores]

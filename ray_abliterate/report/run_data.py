@@ -1,4 +1,4 @@
-"""What the report and its figures know of a run, and how they word it."""
+"""Read what the report shows of a run, and word it for tables and figures."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from ray_abliterate.directions.layer_selection import LayerSelection
 from ray_abliterate.pipeline.directory import Baseline, RunDirectory
 from ray_abliterate.pipeline.suite_results import BASE, Finding, comparison_text
-from ray_abliterate.report.suite_curves import SuiteCurves
+from ray_abliterate.report.suite_summary import SuiteSummary
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.search.plan import ModelShape, Plan
 from ray_abliterate.search.score import Score, Scorecard
@@ -18,44 +18,54 @@ from ray_abliterate.search.space import SearchSpace
 
 @dataclass(frozen=True)
 class RunData:
-    """What is read of the run directory."""
+    """The contents of a run directory, read once.
+
+    Attributes:
+        recipe: The run's recipe.
+        environment: Facts of `environment.json`.
+        trials: All trials that ended, in order.
+        frontier: Trials that no other trial dominates.
+        base: The base model's scores, and how well each layer separates the prompt sets.
+        suites: What suites measured.
+        selection: What each layer's direction does, if that was measured.
+    """
 
     recipe: Any
     environment: Mapping[str, Any]
     trials: tuple[Trial, ...]
     frontier: Frontier
     base: Baseline | None
-    suites: SuiteCurves
+    suites: SuiteSummary
     selection: LayerSelection | None = None
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "RunData":
-        """Read a run directory."""
+        """Read a run directory, complete or not."""
         trials = directory.trials()
         environment, base = directory.read_environment(), directory.baseline()
-        found = SuiteCurves.read(directory)
-        frontier, selection = Frontier.of(trials), directory.selection()
-        return cls(directory.read_recipe(), environment, trials, frontier, base, found, selection)
+        suites, selection = SuiteSummary.read(directory), directory.selection()
+        frontier = Frontier.of(trials)
+        return cls(directory.read_recipe(), environment, trials, frontier, base, suites, selection)
 
     @property
     def finished(self) -> list[tuple[Trial, Scorecard]]:
-        """Trials that were scored in full."""
+        """Trials that were scored in full, with their scorecards."""
         scored = [t for t in self.trials if not t.pruned]
         return [(t, t.scorecard) for t in scored if t.scorecard is not None]
 
     @property
     def pruned(self) -> list[tuple[Trial, Scorecard]]:
-        """Trials that were stopped early, with bounds for scores."""
+        """Trials that were stopped early, with their bounds."""
         return [(t, t.scorecard) for t in self.trials if t.pruned and t.scorecard is not None]
 
     @property
     def failed(self) -> list[Trial]:
-        """Trials without."""
+        """Trials that failed, and have no scorecard."""
         return [t for t in self.trials if t.scorecard is None]
 
     @property
     def best(self) -> list[Scorecard]:
-        """The frontier's scorecards."""
+        """Scorecards of the frontier, in its order."""
         return [t.scorecard for t in self.frontier.members if t.scorecard is not None]
 
     @property
@@ -65,12 +75,12 @@ class RunData:
 
     @property
     def objectives(self) -> tuple[Score, ...]:
-        """Scores that were searched for."""
+        """Scores of one trial that the search optimises; empty before the first trial."""
         return self.best[0].objectives if self.best else ()
 
     @property
     def space(self) -> SearchSpace | None:
-        """The search space, if the model is known."""
+        """The search space; None before the model is known."""
         facts = self.environment.get("model")
         if not isinstance(facts, Mapping) or not {"layers", "hidden", "components"} <= set(facts):
             return None
@@ -79,7 +89,7 @@ class RunData:
 
     @property
     def layers(self) -> int:
-        """Blocks of the model; 0 if they are not known."""
+        """Number of the model's blocks; 0 before it is known."""
         return (
             self.space.shape.layers
             if self.space
@@ -87,52 +97,55 @@ class RunData:
         )
 
     def validation_texts(self, trial: Trial | None) -> list[str]:
-        """A line for each suite that measured a trial, or the base model."""
+        """Return a line per suite that measured a trial, or the base model if `trial` is None."""
         lines = []
-        for name, found in self.suites.of(trial).items():
-            score, compared = finding_texts(found)
-            beside = f"; {compared} from the base model" if compared else ""
-            lines += [f"{name} {score}{beside}"] if score else []
+        for name, finding in self.suites.of(trial).items():
+            score, difference = finding_texts(finding)
+            suffix = f"; {difference} from the base model" if difference else ""
+            lines += [f"{name} {score}{suffix}"] if score else []
         return lines
 
 
-def escaped(text: str) -> str:
-    """A text as plotly shows it, whatever is in it; it knows `&lt;`, but not `&quot;`."""
+def escape_text(text: str) -> str:
+    """Escape a text for plotly, which reads `&lt;` as HTML, but not `&quot;`."""
     return html.escape(text, quote=False)
 
 
 def title_text(score: Score) -> str:
-    """Name and unit, escaped."""
-    return escaped(f"{score.name} ({score.unit})" if score.unit else score.name)
+    """Return a score's name and unit, escaped, as the title of an axis."""
+    return escape_text(f"{score.name} ({score.unit})" if score.unit else score.name)
 
 
 def model_text(label: str) -> str:
-    """A model of suites' results, as people call it."""
+    """Return what people call a model: `base model`, or `trial 17` for the label `trial-17`."""
     return "base model" if label == BASE else label.replace("-", " ")
 
 
-def finding_texts(found: Finding | None) -> tuple[str, str]:
-    """Score with its interval; difference from the base model with its own."""
-    if found is None or found.score is None:
+def finding_texts(finding: Finding | None) -> tuple[str, str]:
+    """Return a suite's score and its difference from the base model's, each with its interval.
+
+    Either is empty if there is none.
+    """
+    if finding is None or finding.score is None:
         return "", ""
-    compared = comparison_text(found.comparison) if found.comparison else ""
-    return value_text(found.score) + ("" if found.whole else " (not all chunks)"), compared
+    difference = comparison_text(finding.comparison) if finding.comparison else ""
+    return value_text(finding.score) + ("" if finding.whole else " (not all chunks)"), difference
 
 
 def hover_text(
     label: str, scorecard: Scorecard, plan: Plan | None = None, more: Sequence[str] = ()
 ) -> str:
-    """What a point says when pointed at, escaped: scores, `more`, the plan."""
-    lines = [f"<b>{escaped(label)}</b>"]
-    lines += [escaped(f"{s.name} {value_text(s)} {counts_text(s)}") for s in scorecard.scores]
-    lines += [escaped(text) for text in more]
+    """Return the text of a point on hovering, escaped: its scores, the lines `more`, its plan."""
+    lines = [f"<b>{escape_text(label)}</b>"]
+    lines += [escape_text(f"{s.name} {value_text(s)} {counts_text(s)}") for s in scorecard.scores]
+    lines += [escape_text(text) for text in more]
     if plan is not None:
-        where = f" {number_text(plan.direction_layer)}" if plan.scope == "global" else ""
+        source = f" {number_text(plan.direction_layer)}" if plan.scope == "global" else ""
         if plan.scope == "per-layer" and plan.source_offset is not None:
-            where = f" {plan.source_offset:+.2f} layers off"
-        lines.append(f"direction {plan.scope}{where}, norm {plan.norm}")
+            source = f" {plan.source_offset:+.2f} layers off"
+        lines.append(f"direction {plan.scope}{source}, norm {plan.norm}")
         for name, p in plan.profiles:
             tent = f"peak {number_text(p.peak)} at layer {number_text(p.peak_layer)}"
             sides = f"floor {number_text(p.floor)}, reach {number_text(p.reach)}"
-            lines.append(f"{escaped(name)}: {tent}, {sides}" if p.peak > 0 else f"{name}: off")
+            lines.append(f"{escape_text(name)}: {tent}, {sides}" if p.peak > 0 else f"{name}: off")
     return "<br>".join(lines)

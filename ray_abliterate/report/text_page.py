@@ -4,7 +4,7 @@ from ray_abliterate.pipeline.text_evaluation import TextResults
 
 
 def text_page(text: TextResults) -> str:
-    """A page with the loss of every chunk of every model; needs no network."""
+    """Return the page as HTML: loss in nats per token over the text; it needs no network."""
     from plotly.graph_objects import Figure, Scatter
 
     figure = Figure()

@@ -1,4 +1,4 @@
-"""Trials as the report puts them beside the base model and beside each other: texts and numbers."""
+"""Texts and numbers by which the report compares trials with the base model and each other."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 from ray_abliterate.pipeline.suite_results import Finding
 from ray_abliterate.report.figures.layers import strengths_of
 from ray_abliterate.report.run_data import RunData, finding_texts
+from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
-from ray_abliterate.search.score import Score, Scorecard
+from ray_abliterate.search.score import Score
 from ray_abliterate.search.score_text import counts_text, number_text, value_text
 
 GOALS = {
@@ -18,13 +19,13 @@ GOALS = {
 
 
 def headline(run: RunData) -> list[dict[str, Any]]:
-    """A card for each score of the knee: what it is, what it was, and where both lie."""
+    """Return a card for each score of the knee, with the base model's value and both places."""
     if not run.frontier or run.frontier.knee.scorecard is None:
         return []
     base = {score.name: score for score in run.baseline.scores} if run.baseline else {}
     cards = []
     for score in run.frontier.knee.scorecard.scores:
-        was = base.get(score.name)
+        base_score = base.get(score.name)
         cards.append(
             {
                 "name": score.name,
@@ -33,16 +34,16 @@ def headline(run: RunData) -> list[dict[str, Any]]:
                 "unit": score.unit,
                 "counts": _of_text(score),
                 "interval": f"{_plain(score, score.low)} to {_plain(score, score.high)}",
-                "base": plain_text(was) if was else "",
-                "base_counts": _of_text(was) if was else "",
-                "strip": strip(score, was),
+                "base": plain_text(base_score) if base_score else "",
+                "base_counts": _of_text(base_score) if base_score else "",
+                "strip": strip(score, base_score),
             }
         )
     return cards
 
 
 def plain_text(score: Score) -> str:
-    """The value as people say it: a rate of counted things in percent."""
+    """Return the value as people say it: a rate of counted answers in percent."""
     return score.relation + _plain(score, score.value)
 
 
@@ -57,7 +58,7 @@ def _of_text(score: Score) -> str:
 
 
 def strip(score: Score, base: Score | None) -> dict[str, float]:
-    """Places along a line in percent: the value, its interval, and the base model's value."""
+    """Return places along a line, in percent: of the value, its interval, and the base model."""
     values = [0.0, score.low, score.high, *([base.value] if base else [])]
     low, high = min(values), max([*values, 1.0] if counts_text(score) else values)
     span = (high - low) or 1.0
@@ -65,17 +66,17 @@ def strip(score: Score, base: Score | None) -> dict[str, float]:
     def place(value: float) -> float:
         return round(100 * (value - low) / span, 2)
 
-    found = {"value": place(score.value), "low": place(score.low)}
-    found["width"] = round(place(score.high) - place(score.low), 2)
-    return found | ({"base": place(base.value)} if base else {})
+    places = {"value": place(score.value), "low": place(score.low)}
+    places["width"] = round(place(score.high) - place(score.low), 2)
+    return places | ({"base": place(base.value)} if base else {})
 
 
 def sheets(run: RunData) -> dict[str, Any]:
-    """What the page needs to put any two models side by side.
+    """Return what the page needs to compare any two models.
 
     Returns:
         `fields`, each with a name, a part and a goal, and `models`, each with a cell for each
-        field (text, then value, low and high if it is a number that is certain; None if there is
+        field (a text, then value, low and high if it is a number that is certain; None if there is
         nothing), strength over layers by component, and the direction's layer if it has one.
     """
     if not run.finished:
@@ -86,41 +87,39 @@ def sheets(run: RunData) -> dict[str, Any]:
         *({"part": "Suites", "name": name, **_suite_goal(run, name)} for name in run.suites.names),
         *({"part": "Plan", "name": name, "unit": "", "goal": ""} for name in _parameters(plans)),
     ]
-    base = [_sheet(run, "base", "base model", run.baseline, None, run.suites.of(None), fields)]
-    scored = [(t, t.scorecard) for t in run.trials if t.scorecard is not None]
-    trials = [
-        _sheet(run, str(t.number), f"trial {t.number}", card, t.plan, run.suites.of(t), fields)
-        for t, card in scored
-    ]
-    return {"fields": fields, "models": [*(base if run.baseline else []), *trials]}
+    base = [_sheet(run, None, fields)] if run.baseline else []
+    trials = [_sheet(run, trial, fields) for trial in run.trials if trial.scorecard is not None]
+    return {"fields": fields, "models": [*base, *trials]}
 
 
 def choices(run: RunData) -> dict[str, list[tuple[str, str]]]:
-    """Models that can be compared, by group: key and name."""
+    """Return key and name of the models that can be compared, by group."""
     members, knee = run.frontier.members, run.frontier.knee if run.frontier else None
-    on = [(str(t.number), f"trial {t.number}" + (" (knee)" if t is knee else "")) for t in members]
-    taken = {key for key, _ in on}
+    on_frontier = [
+        (str(t.number), f"trial {t.number}" + (" (knee)" if t is knee else "")) for t in members
+    ]
+    keys = {key for key, _ in on_frontier}
     finished = [(str(t.number), f"trial {t.number}") for t, _ in run.finished]
     stopped = [(str(t.number), f"trial {t.number}") for t, _ in run.pruned]
     groups = {
         "Original": [("base", "base model")] if run.baseline else [],
-        "On the frontier": on,
-        "Other trials": [one for one in finished if one[0] not in taken],
+        "On the frontier": on_frontier,
+        "Other trials": [(key, name) for key, name in finished if key not in keys],
         "Stopped early": stopped,
     }
     return {name: models for name, models in groups.items() if models}
 
 
 def _scores(run: RunData) -> Sequence[Score]:
-    """One of each name, in the order of scorecards."""
+    """Return one score of each name, in the order of scorecards."""
     cards = [*([run.baseline] if run.baseline else []), *(card for _, card in run.finished)]
     return list({score.name: score for card in cards for score in card.scores}.values())
 
 
 def _suite_goal(run: RunData, name: str) -> dict[str, str]:
-    """Unit and goal of a suite's score, from whichever model has one."""
-    found = [findings[name].score for findings in run.suites.findings.values() if name in findings]
-    score = next((score for score in found if score is not None), None)
+    """Return unit and goal of a suite's score, from whichever model has one."""
+    scores = [findings[name].score for findings in run.suites.findings.values() if name in findings]
+    score = next((score for score in scores if score is not None), None)
     return {"unit": score.unit if score else "", "goal": score.goal if score else ""}
 
 
@@ -129,14 +128,10 @@ def _parameters(plans: Sequence[Plan]) -> list[str]:
 
 
 def _sheet(
-    run: RunData,
-    key: str,
-    name: str,
-    card: Scorecard | None,
-    plan: Plan | None,
-    found: Mapping[str, Finding],
-    fields: Sequence[Mapping[str, str]],
+    run: RunData, trial: Trial | None, fields: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
+    """Return the column of a trial, or of the base model if `trial` is None."""
+    card, plan = (trial.scorecard, trial.plan) if trial else (run.baseline, None)
     scores = {score.name: score for score in card.scores} if card else {}
     values: dict[str, Any] = {"norm": plan.norm, **plan.to_params()} if plan else {}
     direction = plan.direction_layer if plan and plan.scope == "global" else None
@@ -144,12 +139,12 @@ def _sheet(
         values.pop("direction_layer", None)  # a search draws one all the same
     cells: dict[str, dict[str, list[Any] | None]] = {
         "Scores": {name: _score_cell(score) for name, score in scores.items()},
-        "Suites": {name: _suite_cell(finding) for name, finding in found.items()},
+        "Suites": {name: _suite_cell(finding) for name, finding in run.suites.of(trial).items()},
         "Plan": {name: _plan_cell(value) for name, value in values.items()},
     }
     return {
-        "key": key,
-        "name": name,
+        "key": str(trial.number) if trial else "base",
+        "name": f"trial {trial.number}" if trial else "base model",
         "cells": [cells[field["part"]].get(field["name"]) for field in fields],
         "strengths": strengths_of(plan, run.layers) if plan else {},
         "direction": direction,
@@ -162,11 +157,12 @@ def _score_cell(score: Score) -> list[Any]:
 
 
 def _suite_cell(finding: Finding) -> list[Any] | None:
-    score, (text, compared) = finding.score, finding_texts(finding)
+    score, (text, difference) = finding.score, finding_texts(finding)
     if score is None:
         return None
-    beside = f"{text}; {compared} from the base model" if compared else text
-    return [beside, score.value, score.low, score.high]
+    if difference:
+        text = f"{text}; {difference} from the base model"
+    return [text, score.value, score.low, score.high]
 
 
 def _plan_cell(value: Any) -> list[Any]:

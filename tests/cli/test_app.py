@@ -119,7 +119,7 @@ def test_init_writes_a_recipe_that_loads_and_overwrites_nothing(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert Recipe.load(tmp_path / "my.toml").model.name == "some/model"
     before = (tmp_path / "my.toml").read_bytes()
-    assert "is there already" in refused("init", "my.toml", folder=tmp_path)
+    assert "already exists" in refused("init", "my.toml", folder=tmp_path)
     assert (tmp_path / "my.toml").read_bytes() == before
     assert "--like takes one of" in refused("init", "x.toml", "--like", "nothing", folder=tmp_path)
 
@@ -235,7 +235,7 @@ def test_a_changed_recipe_is_refused_with_the_difference(
 def test_a_number_of_trials_that_makes_no_sense_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     a_run(tmp_path / "run", recipe)
     assert "not a number of trials" in refused("resume", "run", "--trials", "many", folder=tmp_path)
-    assert "has 2 trials already" in refused("resume", "run", "--trials", "1", folder=tmp_path)
+    assert "already has 2 trials" in refused("resume", "run", "--trials", "1", folder=tmp_path)
 
 
 def test_show_lists_the_frontier_beside_the_base_model_and_one_trial_with_its_plan(
@@ -256,7 +256,7 @@ def test_a_chat_that_cannot_be_had_is_refused_before_a_model_is_loaded(tmp_path,
     assert "choose one of the two" in both
     (tmp_path / "said.jsonl").write_text("mine")
     taken = refused("chat", "run", "--trial", "0", "--save", "said.jsonl", folder=tmp_path)
-    assert "said.jsonl is there already" in taken
+    assert "said.jsonl already exists" in taken
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path, recipe) -> None:
@@ -285,7 +285,7 @@ def test_a_bounded_trial_is_told_apart_and_its_export_names_the_better_one(
         "3 of 6 trials, 1 stopped early, 0 failed" in command("show", "run", folder=tmp_path).stdout
     )
     one = command("show", "run", "--trial", "2", folder=tmp_path).stdout
-    assert "≥ 0.75 3/4" in one and "trial 1 is better whatever came" in one
+    assert "≥ 0.75 3/4" in one and "trial 1 is better whatever its remaining scores" in one
     assert "ray-abliterate chat run --trial 2" in one and "export" not in one
     error = refused("export", "run", "--trial", "2", "--to", "out", folder=tmp_path)
     assert "trial 2 was stopped early" in error and "--no-verify" in error
@@ -340,7 +340,7 @@ def test_a_form_of_export_that_is_none_is_refused(recipe: Recipe, tmp_path: Path
         (["--as", "gguf"], "--as 'gguf': expected one of merged, adapter"),
         (["--shard-size", "5"], "--shard-size '5' is not a size; write 5GB"),
         (["--as", "adapter", "--shard-size", "5GB"], "--shard-size is for whole models"),
-        (["--adapter-error", "2"], "--adapter-error 2.0 is not a share"),
+        (["--adapter-error", "2"], "--adapter-error 2.0 must be at least 0"),
     ):
         assert words in refused("export", "run", "--to", "out", *options, folder=tmp_path)
     assert not (tmp_path / "out").exists()
@@ -389,5 +389,5 @@ def test_directions_and_residuals_of_a_run_leave_a_page_each(
     assert (tmp_path / "run" / "directions.html").stat().st_size > 100_000
     done = command("residuals", "run", "--to", "pictures", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "tells the sets apart best" in done.stdout
+    assert "separates the sets best" in done.stdout
     assert (tmp_path / "pictures" / "residuals.html").stat().st_size > 100_000

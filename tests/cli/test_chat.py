@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from ray_abliterate.cli import chat
-from ray_abliterate.cli.chat_session import stopping
-from ray_abliterate.cli.chat_view import STOPPED, Columns, Lines, Scroll, view_for
+from ray_abliterate.cli.chat_session import stop_on_interrupt
+from ray_abliterate.cli.chat_view import STOPPED, ColumnView, LineView, ScrollView, open_view
 from ray_abliterate.errors import ChatError, TrialNotFound
 from ray_abliterate.replica.messages import TrialSetup
 from ray_abliterate.replica.replica import Replica
@@ -103,29 +103,29 @@ def test_the_pieces_come_token_by_token(replica):
 
 def test_an_answer_is_shown_while_it_is_written():
     output = io.StringIO()
-    view = Scroll(Console(file=output, color_system=None))
+    view = ScrollView(Console(file=output, color_system=None))
     with view.answers(["original", "trial 0"]):
-        view.piece(0, " of")
+        view.add_text(0, " of")
         assert output.getvalue() == "original: of"
-        view.piece(0, " course")
-        view.end(0, " of course not", stopped=False)
+        view.add_text(0, " course")
+        view.finish(0, " of course not", stopped=False)
         assert output.getvalue() == "original: of course not\n"
-        view.end(1, "", stopped=True)
+        view.finish(1, "", stopped=True)
     assert output.getvalue().endswith(f"trial 0: (no text) {STOPPED}\n")
 
 
 def test_columns_show_the_end_of_a_long_answer_while_it_is_written_and_all_of_it_after():
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=100, height=12, color_system=None)
-    view = Columns(console)
+    view = ColumnView(console)
     text = "\n".join(f"line {i}" for i in range(40))
     with view.answers(["original", "trial 0"]):
-        view.piece(0, text)
+        view.add_text(0, text)
         view._live.refresh()
         shown = output.getvalue()
         assert "line 39" in shown and "line 3 " not in shown
-        view.end(0, text, stopped=False)
-        view.end(1, "sure", stopped=False)
+        view.finish(0, text, stopped=False)
+        view.finish(1, "sure", stopped=False)
     last = output.getvalue()[len(shown) :]
     assert "line 3 " in last and "line 39" in last
 
@@ -169,8 +169,8 @@ def test_reset_starts_every_conversation_over(run, asked):
 def test_commands_and_blank_lines_are_not_answered(run, asked):
     text = talk(run, "/help", "", "/dance", "/trial x", "/trial 7", "/quit", CAKE, typed=True)
     assert asked == []
-    assert "/dance is no command" in text
-    assert "/trial x: 'x' is no number" in text
+    assert "/dance is not a command" in text
+    assert "/trial x: 'x' is not the number" in text
     assert "has no trial 7" in text
     assert text.count(chat.HELP) == 3
 
@@ -183,7 +183,7 @@ def test_trials_lists_the_frontier(run):
 def test_where_nobody_types_a_wrong_command_ends_the_chat(run, asked):
     with pytest.raises(TrialNotFound, match="no trial 7"):
         talk(run, "/trial 7", CAKE)
-    with pytest.raises(ChatError, match="/dance is no command"):
+    with pytest.raises(ChatError, match="/dance is not a command"):
         talk(run, "/dance", CAKE)
     assert asked == []
 
@@ -258,20 +258,20 @@ def test_a_phone_shows_them_one_after_the_other(run):
 
 def test_a_pipe_gets_one_line_for_each_answer():
     output = io.StringIO()
-    view = view_for(Console(file=output, width=20), interactive=False, answers=1)
+    view = open_view(Console(file=output, width=20), interactive=False, answers=1)
     with view.answers(["trial 0"]):
-        view.piece(0, "more")
-        view.end(0, "\nmore than\ntwenty characters, C:\\n\n", stopped=False)
+        view.add_text(0, "more")
+        view.finish(0, "\nmore than\ntwenty characters, C:\\n\n", stopped=False)
     assert output.getvalue() == "more than\\ntwenty characters, C:\\\\n\n"
 
 
-@pytest.mark.parametrize("view", [Lines, Scroll, Columns])
+@pytest.mark.parametrize("view", [LineView, ScrollView, ColumnView])
 def test_an_answer_cannot_steer_the_terminal(view):
     output = io.StringIO()
     shown = view(Console(file=output, width=100))
     with shown.answers(["original"]):
-        shown.piece(0, "\x1b[2Jboo\r[bold]")
-        shown.end(0, "\x1b[2Jboo\r[bold]", stopped=False)
+        shown.add_text(0, "\x1b[2Jboo\r[bold]")
+        shown.finish(0, "\x1b[2Jboo\r[bold]", stopped=False)
     assert "\x1b" not in output.getvalue() and "\r" not in output.getvalue()
     assert "boo" in output.getvalue()
     assert "[bold]" in output.getvalue()
@@ -288,7 +288,7 @@ def test_only_a_terminal_is_prompted():
 
 
 def test_ctrl_c_ends_one_answer_at_the_next_token_and_not_the_chat(run, monkeypatch):
-    show = Scroll.piece
+    show = ScrollView.add_text
     presses = iter([True])
 
     def pressed(self, place, text):
@@ -296,7 +296,7 @@ def test_ctrl_c_ends_one_answer_at_the_next_token_and_not_the_chat(run, monkeypa
             signal.raise_signal(signal.SIGINT)
         show(self, place, text)
 
-    monkeypatch.setattr(Scroll, "piece", pressed)
+    monkeypatch.setattr(ScrollView, "add_text", pressed)
     text = talk(run, CAKE, CAKE, mode="compare", typed=True)
     assert text.count(STOPPED) == 1
     assert f"original: sorry {STOPPED}\n" in text
@@ -305,7 +305,7 @@ def test_ctrl_c_ends_one_answer_at_the_next_token_and_not_the_chat(run, monkeypa
 
 def test_a_second_ctrl_c_is_not_held_back_and_the_handler_is_put_back():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), stopping() as is_stopped:
+    with pytest.raises(KeyboardInterrupt), stop_on_interrupt() as is_stopped:
         assert not is_stopped()
         signal.raise_signal(signal.SIGINT)
         assert is_stopped()
@@ -352,7 +352,7 @@ def test_a_transcript_can_be_saved_again_and_overwrites_nothing_else(run, tmp_pa
     lines = CAKE, f"/save {file}", CAKE, f"/save {file}", f"/save {other}"
     text = talk(run, *lines, typed=True)
     assert len(file.read_text().splitlines()) == 2
-    assert f"{other} is there already" in text
+    assert f"{other} already exists" in text
     assert other.read_text() == "mine"
 
 
@@ -361,5 +361,5 @@ def test_a_transcript_that_would_overwrite_something_is_refused_before_the_model
 ):
     monkeypatch.setattr(chat, "Replica", None)
     (tmp_path / "said.jsonl").write_text("mine")
-    with pytest.raises(ChatError, match="is there already"):
+    with pytest.raises(ChatError, match="already exists"):
         talk(run, CAKE, save=tmp_path / "said.jsonl")

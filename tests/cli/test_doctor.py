@@ -376,7 +376,7 @@ def test_replicas_on_the_cpu_share_its_memory(recipe, monkeypatch):
     )  # one weight cache for all
     check = check_fit(NEED, recipe, ReplicaLayout(4, 0.0, 1.0, 1))
     assert check.state == "FAIL"
-    assert "Fewer replicas (model.replicas, now 4)" in check.fix
+    assert "Lower model.replicas (it is 4)" in check.fix
 
 
 @pytest.mark.parametrize("family", ["llama/biases", "mixtral", "gemma3", "zamba2", "falcon_mamba"])

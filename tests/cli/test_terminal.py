@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from ray_abliterate.cli import terminal as module
 from ray_abliterate.cli.terminal import Terminal, console, log_to, say
 from tests.support.finished_runs import Finished
 
@@ -25,7 +24,6 @@ LIBC = ctypes.CDLL(None)
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Terminal]:
     """A terminal whose libraries are silenced, with its log in the test's folder."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(module.atexit, "register", lambda *_: None)
     terminal = Terminal(["run", "my recipe.toml"])
     yield terminal
     terminal.close()

@@ -3,7 +3,7 @@
 import pytest
 
 from ray_abliterate.pipeline.directory import RunDirectory
-from tests.report.runs import BASE, TWO, card, divergence, make, rate
+from tests.support.report_runs import BASE, TWO, card, divergence, make, rate
 
 
 @pytest.fixture(scope="session")

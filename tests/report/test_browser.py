@@ -11,11 +11,19 @@ from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.report.report import write_report
 from ray_abliterate.search.frontier import Frontier
 from ray_abliterate.search.score import Score
-from tests.report.runs import card, divergence, make, recipe
-from tests.report.test_history import event, export, journal, measured
-from tests.support.browser import Browser, chromium, opened
+from tests.support.browser import Browser, find_chromium, open_browser
+from tests.support.report_runs import (
+    card,
+    divergence,
+    event,
+    export,
+    journal,
+    make,
+    measured,
+    recipe,
+)
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
 
 EVIL = '<img src=x onerror="document.title=1">"\'</script>'
 PHONE, DESK = (390, 844), (1280, 900)
@@ -23,9 +31,9 @@ PHONE, DESK = (390, 844), (1280, 900)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    program = chromium()
+    program = find_chromium()
     assert program is not None
-    with opened(program) as found:
+    with open_browser(program) as found:
         yield found
 
 
@@ -40,7 +48,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     path = tmp_path_factory.mktemp("everything")
     settings = recipe([EVIL, "kl-divergence"], model=EVIL)
     directory = make(path, [*cards, f"failed: {EVIL}"], scored(0.95, 0.0), settings)
-    directory.note(warnings=[EVIL], note=EVIL)
+    directory.record_facts(warnings=[EVIL], note=EVIL)
     journal(directory, [(10 * n, 10 * n + 15) for n in range(11)])
     event(directory, 30, "replica-lost", replica=EVIL, reason=EVIL)
     event(directory, 40, "replica-back", replica=EVIL, seconds=10.0)
@@ -57,7 +65,7 @@ def report(everything: RunDirectory) -> Path:
 @pytest.fixture(scope="module")
 def drawn(report: Path, browser: Browser) -> Browser:
     """The page at desktop width."""
-    browser.look(*DESK)
+    browser.set_screen(*DESK)
     browser.open(report)
     return browser
 
@@ -181,11 +189,11 @@ def test_a_click_on_a_point_and_a_button_take_a_trial_into_the_comparison(drawn:
 def test_nothing_sticks_out_and_no_text_is_too_small_or_pale(
     drawn: Browser, report: Path, width: int, height: int
 ) -> None:
-    drawn.look(width, height, touch=width < 700)
+    drawn.set_screen(width, height, touch=width < 700)
     drawn.open(report)
     for dark in (False, True):
         light = drawn.run(LINE)
-        drawn.look(width, height, dark, touch=width < 700)
+        drawn.set_screen(width, height, dark, touch=width < 700)
         if dark:
             drawn.run(REDRAWN % light)
         assert drawn.complaints == []

@@ -1,6 +1,6 @@
-"""A page in headless Chromium: what it draws, what it complains of, what it asks for.
+"""Drive a page in headless Chromium: what it draws, complains about and requests.
 
-Chromium's own protocol (Chrome DevTools Protocol) over a pipe; nothing listens on a port.
+Speaks the Chrome DevTools Protocol over a pipe; nothing listens on a port.
 """
 
 import base64
@@ -19,44 +19,44 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+NAMES = ("find_chromium", "chromium-browser", "google-chrome", "chrome")
 SECONDS = 60.0
-"""How long an answer may take."""
+"""Longest wait for an answer."""
 START = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); " + (
     "os.execvp(sys.argv[3], sys.argv[3:])"
 )
-"""Chromium reads its commands from descriptor 3, and writes to 4."""
+"""Starts Chromium, which reads commands from file descriptor 3 and writes answers to 4."""
 
 
-def chromium() -> str | None:
-    """The browser's program, if it is installed."""
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
+def find_chromium() -> str | None:
+    """Return the path of an installed Chromium, or None."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class BrowserError(Exception):
-    """The browser refused a command, or said nothing for too long."""
+    """The browser refused a command, or did not answer in time."""
 
 
 class Browser:
-    """One page of one browser; see `opened`."""
+    """Represents one page of one browser; see `open_browser`."""
 
     def __init__(self, commands: IO[bytes], answers: IO[bytes]) -> None:
-        """Talk over two pipes."""
+        """Attach to a new page over two pipes."""
         self._commands, self._answers = commands, answers
         self._last, self._session = 0, ""
         self._buffer = b""
         self.requests: list[str] = []
-        """Addresses that the page asked for."""
+        """Addresses that the page requested."""
         self.complaints: list[str] = []
         """Errors and warnings of scripts, of the console and of the page's policy."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        found = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = found["sessionId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the protocol, and its answer.
+        """Send one command of the protocol, and return its answer.
 
         Raises:
             BrowserError: the browser refuses it, or does not answer.
@@ -68,14 +68,14 @@ class Browser:
         self._commands.write(json.dumps(message).encode() + b"\0")
         self._commands.flush()
         number = self._last
-        answer = self._until(lambda found: found.get("id") == number, method)
+        answer = self._until(lambda message: message.get("id") == number, method)
         if "error" in answer:
             raise BrowserError(f"{method}: {answer['error']}")
         result: dict[str, Any] = answer.get("result", {})
         return result
 
-    def look(self, width: int, height: int, dark: bool = False, touch: bool = False) -> None:
-        """Be a screen of so many CSS pixels."""
+    def set_screen(self, width: int, height: int, dark: bool = False, touch: bool = False) -> None:
+        """Emulate a screen; width and height are in CSS pixels."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -88,25 +88,25 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, page: Path) -> None:
-        """Load a file, to the end of its scripts."""
+        """Load a file, and wait until its scripts have run."""
         self.call("Page.navigate", url=page.absolute().as_uri())
-        self._until(lambda found: found.get("method") == "Page.loadEventFired", "loading")
+        self._until(lambda message: message.get("method") == "Page.loadEventFired", "loading")
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page; of what a promise brings, if it is one.
+        """Evaluate an expression in the page and return its value, or what its promise resolves to.
 
         Raises:
-            BrowserError: it throws.
+            BrowserError: the expression throws.
         """
-        found = self.call(
+        evaluated = self.call(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
-        if "exceptionDetails" in found:
-            raise BrowserError(f"{script}: {found['exceptionDetails']}")
-        return found["result"].get("value")
+        if "exceptionDetails" in evaluated:
+            raise BrowserError(f"{script}: {evaluated['exceptionDetails']}")
+        return evaluated["result"].get("value")
 
     def picture(self, whole: bool = False) -> bytes:
-        """The screen, or the whole page, as a PNG."""
+        """Return the screen, or the whole page, as PNG bytes."""
         taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(taken["data"])
 
@@ -145,8 +145,8 @@ class Browser:
 
 
 @contextmanager
-def opened(program: str) -> Iterator[Browser]:
-    """A browser with an empty page; it ends with the block."""
+def open_browser(program: str) -> Iterator[Browser]:
+    """Start a browser with an empty page, and end it with the block."""
     (reads, commands), (answers, writes) = _pipe(), _pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
@@ -170,9 +170,9 @@ def opened(program: str) -> Iterator[Browser]:
 
 
 def _pipe() -> tuple[int, int]:
-    """Both ends above the numbers that the browser expects its own at."""
+    """Return both ends of a pipe, with numbers above those that the browser uses itself."""
     ends = os.pipe()
-    found = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
     for end in ends:
         os.close(end)
-    return found[0], found[1]
+    return moved[0], moved[1]

@@ -1,4 +1,4 @@
-"""The frontier: every trial by what it was searched for, and what it says when pointed at."""
+"""Draw the frontier: every trial by its objectives, with its scores and plan on hovering."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -11,25 +11,25 @@ from ray_abliterate.search.score import Scorecard
 from ray_abliterate.search.score_text import number_text
 
 STOPPED = "stopped early (bound)"
-"""What the legend calls trials whose scores are bounds."""
+"""Name in the legend of trials whose scores are bounds."""
 
 
 def frontier_figure(run: RunData) -> Figure:
-    """First objective against the second, or every pair; over the trials if there is but one."""
+    """Return a figure of each pair of objectives, or of a single objective over the trials."""
     names = [score.name for score in run.objectives]
     if len(names) == 1:
-        note = "Every point is a finished trial; the line is the best so far."
-        return figure("Score of every trial", note, [_single_view(run, names[0])], _told(run))
+        note = "Each point is a finished trial; the line is the best so far."
+        return figure("Score of every trial", note, [_single_view(run, names[0])], _alt_text(run))
     note = (
-        "Every point is a finished trial, the stronger its colour the later. Members of the "
-        "frontier carry their 95\u00a0% intervals."
+        "Each point is a finished trial, the stronger its colour the later. Trials of the "
+        "frontier have their 95\u00a0% intervals."
     )
     views = [_pair_view(run, x, y, joined=len(names) == 2) for y, x in combinations(names, 2)]
-    return figure("Frontier", note, views, _told(run))
+    return figure("Frontier", note, views, _alt_text(run))
 
 
-def _told(run: RunData) -> str:
-    """The figure in words."""
+def _alt_text(run: RunData) -> str:
+    """Return the figure in words, for screen readers."""
     if not run.best:
         return ""
 
@@ -43,7 +43,7 @@ def _told(run: RunData) -> str:
 
 
 def _points(run: RunData, x: Sequence[Any], y: Sequence[Any]) -> Figure:
-    """All finished trials, coloured by their order."""
+    """Return all finished trials as points, coloured by their order."""
     numbers = [trial.number for trial, _ in run.finished]
     scale = {"color": numbers, "colorscale": [[0, "var(--early)"], [1, "var(--late)"]]}
     bar = {
@@ -64,7 +64,7 @@ def _trials(
     y: Sequence[Any],
     mark: Figure,
 ) -> Figure:
-    """Points that are trials: they can be pointed at, and taken into the comparison."""
+    """Return trials as points with hover texts, which a click takes into the comparison."""
     hover = [
         hover_text(
             f"trial {trial.number}" + (", stopped early" if trial.pruned else ""),
@@ -79,7 +79,7 @@ def _trials(
 
 
 def _bounds(run: RunData, x: Sequence[Any], y: Sequence[Any]) -> list[Figure]:
-    """Trials that were stopped early, apart and faint: they lie here, or further out."""
+    """Return trials that were stopped early as faint points: they lie here, or further out."""
     if not run.pruned:
         return []
     mark = {"size": 8, "symbol": "circle-open", "color": "var(--muted)", "opacity": 0.6}
@@ -111,9 +111,9 @@ def _single_view(run: RunData, name: str) -> Figure:
 def _pair_view(run: RunData, x_name: str, y_name: str, joined: bool) -> Figure:
     cards = [card for _, card in run.finished]
     pruned = [card for _, card in run.pruned]
-    every = [*cards, *pruned, *([run.baseline] if run.baseline else [])]
-    x_axis = Axis([card[x_name] for card in every], log=True)
-    y_axis = Axis([card[y_name] for card in every], log=False)
+    all_cards = [*cards, *pruned, *([run.baseline] if run.baseline else [])]
+    x_axis = Axis([card[x_name] for card in all_cards], log=True)
+    y_axis = Axis([card[y_name] for card in all_cards], log=False)
 
     def x(cards: list[Scorecard]) -> list[float]:
         return [x_axis.place(card[x_name].value) for card in cards]

@@ -1,20 +1,20 @@
-"""Which parameters of a plan decide how good it is."""
+"""Draw which parameters of a plan decide how good it is."""
 
 import warnings
 from typing import Any
 
 from ray_abliterate.report.figures.plotly_parts import Figure, figure, view
-from ray_abliterate.report.run_data import RunData, escaped
+from ray_abliterate.report.run_data import RunData, escape_text
 from ray_abliterate.search.plan import ParameterValue
 from ray_abliterate.search.score_text import number_text
 from ray_abliterate.search.space import CategoricalRange, RealRange
 
 ENOUGH_TRIALS = 8
-"""Finished trials below which parameter importances would be noise."""
+"""Fewer finished trials would make parameter importances noise."""
 
 
 def importance_figure(run: RunData) -> tuple[Figure, str]:
-    """Shares of the parameters in reaching the best trials, per objective; or why there are none.
+    """Return the share of each parameter in reaching the best trials, or why there is no figure.
 
     PED-ANOVA (Watanabe et al. 2023), because optuna's other evaluators need scikit-learn.
     """
@@ -26,14 +26,14 @@ def importance_figure(run: RunData) -> tuple[Figure, str]:
         for index, score in enumerate(run.objectives)
     }
     missing = [name for name, share in shares.items() if not share]
-    note = f"Every trial has about the same {' and '.join(missing)}, so nothing explains it."
+    note = f"All trials have about the same {' and '.join(missing)}: there is nothing to explain."
     known = {name: share for name, share in shares.items() if share}
     if not known:
         return empty, note
     totals = {p: sum(share[p] for share in known.values()) for p in next(iter(known.values()))}
     order = sorted(totals, key=lambda parameter: -totals[parameter])
     data = [
-        {"type": "bar", "orientation": "h", "name": escaped(name), "y": order}
+        {"type": "bar", "orientation": "h", "name": escape_text(name), "y": order}
         | {"x": [share[p] for p in order], "marker": {"color": f"var(--c{index % 6})"}}
         for index, (name, share) in enumerate(known.items())
     ]
@@ -43,15 +43,15 @@ def importance_figure(run: RunData) -> tuple[Figure, str]:
         "How much each parameter decides whether a trial is among the best of an objective "
         "(PED-ANOVA; the shares of an objective add up to 1). With few trials this is rough."
     )
-    told = ". ".join(
+    alt = ". ".join(
         f"{name}: " + ", ".join(f"{p} {number_text(share[p])}" for p in order[:3])
         for name, share in known.items()
     )
-    return figure("Parameter importance", about, [bars], told), note if missing else ""
+    return figure("Parameter importance", about, [bars], alt), note if missing else ""
 
 
 def _importances(run: RunData, values: list[float]) -> dict[str, float]:
-    """Share of each parameter; empty if the trials do not differ enough to tell."""
+    """Return the share of each parameter; nothing if the trials do not differ enough."""
     import optuna
 
     points = [trial.plan.to_params() for trial, _ in run.finished]
@@ -70,14 +70,14 @@ def _importances(run: RunData, values: list[float]) -> dict[str, float]:
     quantile = min(0.9, max(0.1, 5 / len(values)))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # equal trials: said in the report instead
-        found = evaluator.evaluate(study)
-    total = sum(found.values())
-    return {name: share / total for name, share in found.items()} if total > 0 else {}
+        warnings.simplefilter("ignore")  # equal trials: the report says so instead
+        shares = evaluator.evaluate(study)
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()} if total > 0 else {}
 
 
 def _domain(values: list[ParameterValue], bounds: RealRange | CategoricalRange | None) -> Any:
-    """The distribution of one parameter, wide enough for every value that was tried."""
+    """Return Optuna's distribution of one parameter, wide enough for every value that was tried."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     texts = [value for value in values if isinstance(value, str)]

@@ -1,4 +1,4 @@
-"""How the search went: the frontier's growth, and the seconds of each trial."""
+"""Draw how the search went: the growth of the frontier, and the seconds of each trial."""
 
 import math
 from statistics import median
@@ -10,7 +10,7 @@ from ray_abliterate.search.score_text import number_text
 
 
 def progress_figures(run: RunData) -> dict[str, Figure]:
-    """Hypervolume of the frontier so far, and seconds of each trial."""
+    """Return figures of the frontier's hypervolume over trials, and of each trial's seconds."""
     runs: list[Figure] = []
     for name, trials, color in (
         ("finished", [trial for trial, _ in run.finished], "c0"),
@@ -24,10 +24,10 @@ def progress_figures(run: RunData) -> dict[str, Figure]:
     y = {"title": {"text": "seconds"}, "rangemode": "tozero"}
     seconds = [view("seconds", runs, "trial number", y)] if runs else []
     took = sorted(trial.seconds for trial in run.trials)
-    told = f"From {took[0]:.1f} to {took[-1]:.1f} s, median {median(took):.1f} s." if took else ""
+    alt = f"From {took[0]:.1f} to {took[-1]:.1f} s, median {median(took):.1f} s." if took else ""
     return {
         "hypervolume": _hypervolume(run),
-        "seconds": figure("Seconds of every trial", "", seconds, told),
+        "seconds": figure("Seconds of every trial", "", seconds, alt),
     }
 
 
@@ -58,5 +58,5 @@ def _hypervolume(run: RunData) -> Figure:
     share = line("share", numbers, shares, "c0")
     share["line"]["shape"] = "hv"
     y = {"title": {"text": "share of the box"}, "rangemode": "tozero"}
-    told = f"{number_text(shares[0])} after the first trial, {number_text(shares[-1])} at the end."
-    return figure(title, note, [view("share", [share], "trial number", y)], told)
+    alt = f"{number_text(shares[0])} after the first trial, {number_text(shares[-1])} at the end."
+    return figure(title, note, [view("share", [share], "trial number", y)], alt)

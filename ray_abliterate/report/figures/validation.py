@@ -1,4 +1,4 @@
-"""What suites found: along the frontier, and while they were measured."""
+"""Draw what suites measured: along the frontier, and item by item."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,24 +6,24 @@ from ray_abliterate.pipeline.suite_results import BASE, label
 from ray_abliterate.report.figures.plotly_parts import Axis, Figure, figure, line, marks, view
 from ray_abliterate.report.run_data import (
     RunData,
-    escaped,
+    escape_text,
     finding_texts,
     model_text,
     title_text,
 )
-from ray_abliterate.report.suite_curves import Curve
+from ray_abliterate.report.suite_summary import Curve
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.score import Score
 from ray_abliterate.search.score_text import number_text
 
 MOST_CURVES = 4
 """Models whose curves are drawn: the base model, the knee and both ends of the frontier, or others
-where these are not measured."""
+if these were not measured."""
 
 
 def validation_figures(run: RunData) -> dict[str, Figure]:
-    """Suites' scores along the frontier, and as items were measured."""
-    along = [found for name in run.suites.names for found in _along(run, name)]
+    """Return figures of suites' scores along the frontier, and as items were measured."""
+    along = [drawn for name in run.suites.names for drawn in _along(run, name)]
     curves = [
         _curves(run, name, models)
         for name, models in run.suites.curves.items()
@@ -34,28 +34,28 @@ def validation_figures(run: RunData) -> dict[str, Figure]:
         f"Each measured trial at its {first}, with the 95\u00a0% interval of the suite; the band "
         "is the base model's."
     )
-    going = (
+    by_items = (
         "The score after so many items, in the order in which they were measured: the base model, "
         "the knee, and the ends of the frontier."
     )
     return {
-        "validation": figure("Along the frontier", note, along, _told(run)),
-        "curves": figure("As it was measured", going, curves, _curves_told(run)),
+        "validation": figure("Along the frontier", note, along, _alt_text(run)),
+        "curves": figure("Score by number of items", by_items, curves, _curves_alt_text(run)),
     }
 
 
 def _measured(run: RunData, name: str) -> list[tuple[Trial, Score]]:
-    """Trials that a suite scored, by the objective that the figure has along."""
-    found = []
+    """Return finished trials that a suite scored, with the scores."""
+    measured = []
     for trial, _ in run.finished:
         finding = run.suites.of(trial).get(name)
         if finding is not None and finding.score is not None:
-            found.append((trial, finding.score))
-    return found
+            measured.append((trial, finding.score))
+    return measured
 
 
 def _along(run: RunData, name: str) -> list[Figure]:
-    """The view of one suite; nothing if it measured no trial."""
+    """Return the view of one suite over the last objective; nothing if it measured no trial."""
     trials = _measured(run, name)
     if not trials or not run.objectives:
         return []
@@ -66,9 +66,9 @@ def _along(run: RunData, name: str) -> list[Figure]:
     scores = [score for _, score in trials]
     hover = []
     for trial, _ in trials:
-        text, compared = finding_texts(run.suites.of(trial)[name])
-        more = f"<br>{escaped(compared)} from the base model" if compared else ""
-        hover.append(f"<b>trial {trial.number}</b><br>{escaped(f'{name} {text}')}{more}")
+        text, difference = finding_texts(run.suites.of(trial)[name])
+        more = f"<br>{escape_text(difference)} from the base model" if difference else ""
+        hover.append(f"<b>trial {trial.number}</b><br>{escape_text(f'{name} {text}')}{more}")
     x = [axis.place(score.value) for score in places]
     mark = {"size": 10, "color": "var(--c0)"}
     points = marks("trials", x, [score.value for score in scores], hover, mark)
@@ -80,7 +80,7 @@ def _along(run: RunData, name: str) -> list[Figure]:
 
 
 def _band(base: Score) -> Figure:
-    """The base model's score and interval, across the figure."""
+    """Return the base model's score and interval, as a band across the figure."""
     across = {"xref": "paper", "x0": 0, "x1": 1}
     band = {"type": "rect", "y0": base.low, "y1": base.high, "opacity": 0.25, "layer": "below"}
     band |= {"fillcolor": "var(--muted)", "line": {"width": 0}}
@@ -109,27 +109,28 @@ def _curve(model: str, curve: Curve, color: str) -> Figure:
     items, scores = [count for count, _ in curve], [score for _, score in curve]
     drawn = line(model, items, [score.value for score in scores], color)
     texts: Sequence[str] = [
-        f"<b>{escaped(model)}</b>, {count} items<br>{number_text(score.value)} "
+        f"<b>{escape_text(model)}</b>, {count} items<br>{number_text(score.value)} "
         f"[{number_text(score.low)}, {number_text(score.high)}]"
         for count, score in curve
     ]
     return drawn | {"mode": "lines+markers", "text": texts, "hoverinfo": "text"}
 
 
-def _told(run: RunData) -> str:
-    """Every measured score in words."""
+def _alt_text(run: RunData) -> str:
+    """Return every measured score in words."""
     texts = []
     for name in run.suites.names:
-        known = {
-            model: found[name] for model, found in run.suites.findings.items() if name in found
-        }
-        scores = [f"{model_text(m)} {finding_texts(found)[0]}" for m, found in known.items()]
+        scores = [
+            f"{model_text(model)} {finding_texts(findings[name])[0]}"
+            for model, findings in run.suites.findings.items()
+            if name in findings
+        ]
         texts.append(f"{name}: {'; '.join(scores)}.")
     return " ".join(texts)
 
 
-def _curves_told(run: RunData) -> str:
-    """How many items each suite was measured on, at most."""
+def _curves_alt_text(run: RunData) -> str:
+    """Return how many items each suite was measured on, at most."""
     most = {
         name: max(curve[-1][0] for curve in models.values())
         for name, models in run.suites.curves.items()

@@ -104,7 +104,7 @@ function take(key) {
   picks[0].value = key;
   compare();
   for (const said of document.querySelectorAll(".said"))
-    said.textContent = `${picked()[0].name} is in the comparison below, beside ${picked()[1].name}.`;
+    said.textContent = `${picked()[0].name} is in the comparison below, with ${picked()[1].name}.`;
 }
 
 function element(tag, text, attributes = {}) {

@@ -1,19 +1,15 @@
-"""The figures of the report, read back from the page that embeds them."""
+"""The figure of the frontier, read back from the page that embeds it."""
 
-import json
 import math
-import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ray_abliterate.pipeline.directory import Baseline, RunDirectory
+from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.search.frontier import Frontier
-from ray_abliterate.search.score import Score, Scorecard, wilson
-from tests.report.runs import (
+from ray_abliterate.search.score import wilson
+from tests.support.report_runs import (
     BASE,
-    LAYERS,
     PROMPTS,
     TWO,
     card,
@@ -21,17 +17,10 @@ from tests.report.runs import (
     length,
     make,
     page,
-    plans,
     rate,
     recipe,
-    separation,
+    stopped,
 )
-
-
-def stopped(hits: int, kl: float) -> Scorecard:
-    detail = {"hits": hits, "total": PROMPTS}
-    value = hits / PROMPTS
-    return card(Score("keyword-rate", value, value, 1.0, detail=detail, bound=True), divergence(kl))
 
 
 def test_the_knee_is_marked_in_table_and_figure(two: RunDirectory) -> None:
@@ -100,7 +89,7 @@ def test_trials_that_were_stopped_are_drawn_apart_and_counted_and_no_members(
     text = traces["stopped early (bound)"]["text"][1]
     assert "stopped early" in text and "keyword-rate ≥ 0.427 41/96" in text
     assert len(traces["frontier"]["x"]) == 3
-    assert "Of these stopped early2" in parsed.visible and "6 of 60" in parsed.visible
+    assert "Of these, stopped early2" in parsed.visible and "6 of 60" in parsed.visible
     assert len(parsed.traces("hypervolume")["share"]["x"]) == 4
     assert parsed.traces("seconds")["stopped early"]["x"] == [4, 5]
     assert "stopped early" not in page(make(tmp_path / "other", TWO, BASE)).visible
@@ -141,90 +130,3 @@ def test_the_higher_score_counts_as_best_where_it_is_maximised(tmp_path: Path) -
     parsed = page(directory)
     assert parsed.traces("frontier")["best so far"]["y"] == [10.0, 30.0, 30.0]
     assert "length 2.5" in parsed.figures["hypervolume"]["note"]
-
-
-def test_strengths_of_the_frontiers_members_are_drawn_a_row_for_each(two: RunDirectory) -> None:
-    figure, members = page(two).figures["members"], Frontier.of(two.trials()).members
-    assert [view["label"] for view in figure["views"]] == ["attn", "mlp"]
-    for view in figure["views"]:
-        (heat,) = view["data"]
-        assert heat["y"] == [f"trial {member.number}" for member in members]
-        for row, member in zip(heat["z"], members, strict=True):
-            assert row == pytest.approx(member.plan.strengths(view["label"], LAYERS), rel=1e-3)
-    assert "best keyword-rate at the top" in figure["note"]
-
-
-def test_the_separation_is_drawn_and_the_best_layer_marked(two: RunDirectory) -> None:
-    parsed = page(two)
-    assert parsed.traces("auroc")["auroc"]["y"] == [row["auroc"] for row in separation()]
-    assert set(parsed.traces("norms")) == {"behaviour norm", "neutral norm", "direction norm"}
-    layout = parsed.figures["fisher"]["views"][0]["layout"]
-    assert [shape["x0"] for shape in layout["shapes"]] == [7]
-
-
-def test_a_layer_without_a_finite_separation_leaves_a_gap(tmp_path: Path) -> None:
-    directory = make(tmp_path, [])
-    rows = [dict(row) for row in separation()]
-    rows[2]["fisher"] = math.nan
-    del rows[3]["fisher"]
-    directory.save_baseline(Baseline(BASE, tuple(rows), 7))
-    assert page(directory).traces("fisher")["fisher"]["y"][1:5].count(None) == 2
-
-
-def test_importances_add_up_to_one_for_every_objective(tmp_path: Path) -> None:
-    draw, cards = plans(), []
-    for _ in range(40):
-        peak = dict(draw().profiles)["attn"].peak
-        cards.append(card(rate(round(96 * (1.5 - peak))), divergence(0.1 * peak)))
-    traces = page(make(tmp_path, cards, BASE)).traces("importance")
-    assert set(traces) == {"keyword-rate", "kl-divergence"}
-    for trace in traces.values():
-        assert sum(trace["x"]) == pytest.approx(1)
-        assert trace["y"][0] == "attn.peak"
-
-
-def test_few_trials_give_a_sentence_instead_of_importances(tmp_path: Path) -> None:
-    parsed = page(make(tmp_path, TWO, BASE))
-    assert "4 trials finished; importances need 8" in parsed.visible
-    assert "importance" not in parsed.figures
-
-
-def test_a_constant_objective_has_no_importances_and_says_so(tmp_path: Path) -> None:
-    cards = [card(rate(96), divergence(0.01 * n)) for n in range(1, 20)]
-    parsed = page(make(tmp_path, cards, BASE))
-    assert set(parsed.traces("importance")) == {"kl-divergence"}
-    assert "about the same keyword-rate" in parsed.visible
-
-
-def test_all_trials_alike_have_no_importances(tmp_path: Path) -> None:
-    parsed = page(make(tmp_path, [card(rate(96), divergence(1.0))] * 9, BASE))
-    assert "importance" not in parsed.figures
-
-
-def test_the_hypervolume_never_shrinks_and_names_its_reference(two: RunDirectory) -> None:
-    parsed = page(two)
-    shares = parsed.traces("hypervolume")["share"]["y"]
-    assert len(shares) == 12 and shares == sorted(shares)
-    assert "reference point (keyword-rate" in parsed.figures["hypervolume"]["note"]
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_plotly_knows_every_setting_of_the_figures(tmp_path: Path, count: int) -> None:
-    from plotly import graph_objects
-
-    names = ["keyword-rate", "kl-divergence", "length"][:count]
-    cards: list[Scorecard | str] = [
-        card(*[rate(h), divergence(0.001 * 2**h), length(50.0 - h)][:count]) for h in range(1, 12)
-    ]
-    base = card(*[rate(90), divergence(0.0), length(60.0)][:count])
-    last = [replace(score, bound=True) for score in cards[-1].scores]  # type: ignore[union-attr]
-    every = [*cards, card(*last), "failed"]
-    figures = page(make(tmp_path, every, base, recipe(names))).figures
-    assert len(figures) == 11
-    for figure in figures.values():
-        for view in figure["views"]:
-            plain = json.loads(re.sub(r"var\(--\w+\)", "#123456", json.dumps(view)))
-            graph_objects.Figure(data=plain["data"], layout=plain["layout"])
-            x, y = plain["layout"]["xaxis"], plain["layout"]["yaxis"]
-            assert x["title"]["text"]
-            assert y["title"]["text"] or "ticktext" in y or y["type"] == "category"

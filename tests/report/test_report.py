@@ -4,12 +4,24 @@ import re
 from pathlib import Path
 
 from ray_abliterate.pipeline.directory import RunDirectory
+from ray_abliterate.pipeline.export_notes import note_export, verified_exports
 from ray_abliterate.recipe import Recipe
 from ray_abliterate.report.report import build_report, write_report
 from ray_abliterate.search.frontier import Trial
 from ray_abliterate.search.plan import Plan
 from ray_abliterate.search.score import Score, Scorecard, wilson
-from tests.report.runs import BASE, PROMPTS, TWO, Page, card, make, page, plans, recipe
+from tests.support.report_runs import (
+    BASE,
+    PROMPTS,
+    TWO,
+    Page,
+    card,
+    export,
+    make,
+    page,
+    plans,
+    recipe,
+)
 
 
 def test_the_report_lies_in_the_run_directory(two: RunDirectory) -> None:
@@ -109,13 +121,13 @@ def test_without_a_baseline_or_a_model_shape_the_page_still_builds(tmp_path: Pat
     parsed = page(directory)
     assert "base model" not in parsed.traces("frontier")
     assert "strengths" not in parsed.figures
-    assert "Nothing was noted" in parsed.visible
+    assert "Nothing is recorded yet" in parsed.visible
 
 
 def test_warnings_of_the_run_and_of_the_bounds_are_listed(tmp_path: Path) -> None:
     params = plans()().to_params() | {"attn.peak": 1.5}
     directory = make(tmp_path, [], BASE, warnings=["the sets <i>overlap</i>"])
-    directory.append(Trial(0, Plan.from_params(params, "row"), TWO[0], 1.0))
+    directory.append_trial(Trial(0, Plan.from_params(params, "row"), TWO[0], 1.0))
     warnings = page(directory).texts("li")
     assert "the sets <i>overlap</i>" in warnings
     assert any("search.space.components.attn.peak" in warning for warning in warnings)
@@ -144,4 +156,37 @@ def test_environment_and_recipe_are_listed(two: RunDirectory) -> None:
     pairs = dict(zip(parsed.texts("dt"), parsed.texts("dd"), strict=True))
     assert pairs["model.components"] == "attn, mlp" and pairs["versions.torch"] == "2.13"
     assert "warnings" not in pairs
-    assert Recipe.from_json(parsed.texts("pre", id="recipe")[0]) == two.recipe
+    assert Recipe.from_json(parsed.texts("pre", id="recipe")[0]) == two.read_recipe()
+
+
+def test_a_run_without_suites_or_exports_has_no_such_parts(two: RunDirectory) -> None:
+    parsed = page(two)
+    assert not {"What else changed", "Exports"} & set(parsed.headings)
+    assert not {"validation", "curves"} & set(parsed.figures)
+
+
+def test_exports_elsewhere_are_listed_as_long_as_they_are_there(tmp_path: Path) -> None:
+    directory = make(tmp_path, TWO, BASE)
+    export(directory, "trial-3", 0.5, True, "config")
+    own = directory.path / "exports" / "trial-3"
+    away = own.rename(tmp_path / "away")
+    export(directory, "trial-3", 0.5, True, "config")
+    for folder in (own, away, away, tmp_path / "gone"):
+        note_export(directory, folder)
+    assert [one.name for one in verified_exports(directory)] == ["trial-3", "away"]
+    assert str(away) not in " ".join(page(directory).texts("td"))
+
+
+def test_exports_in_the_run_are_listed_with_what_they_scored(tmp_path: Path) -> None:
+    directory = make(tmp_path, TWO, BASE)
+    export(directory, "trial-3", 0.5, True, "config")
+    export(directory, "trial-1", 0.75, False, "adapter_config")
+    export(directory, "torn", 0.5, True, "config")
+    (directory.path / "exports" / "torn" / "verification.json").write_text('{"scores": [', "utf-8")
+    parsed = page(directory)
+    assert "Exports" in parsed.headings
+    rows = {row.split()[0]: row for row in parsed.texts("tr")}
+    assert "merged model keyword-rate: 0.5, 0.5 the trial's scores" in rows["trial-3"]
+    assert "adapter keyword-rate: 0.5, 0.75 (too far) not the trial's scores" in rows["trial-1"]
+    assert "<b>bfloat16</b>" in rows["trial-1"]
+    assert "can't be read" in rows["torn"]

@@ -10,7 +10,7 @@ from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.report.trial_sheets import strip
 from ray_abliterate.search.frontier import Frontier
 from ray_abliterate.search.score import Score
-from tests.report.runs import (
+from tests.support.report_runs import (
     BASE,
     LAYERS,
     TWO,
@@ -22,8 +22,8 @@ from tests.report.runs import (
     page,
     rate,
     recipe,
+    stopped,
 )
-from tests.report.test_figures import stopped
 
 
 def sheets(parsed: Page) -> Any:
