@@ -1,6 +1,6 @@
 """Directions: unit vectors in the residual stream that a behaviour lies along, layer by layer.
 
-A value; knows nothing about models, or how it was found.
+They are a value, which knows nothing about models, or how it was computed.
 """
 
 import json
@@ -19,13 +19,13 @@ from ray_abliterate.errors import PromptSourceError
 from ray_abliterate.search.plan import Plan
 
 Blend = tuple[tuple[int, float], ...]
-"""Rows and weights whose sum points along a direction."""
+"""Numbers of rows and their weights, whose sum points along a direction."""
 VANISHING = 1e-6
-"""What is left of a vector below this share of its length is rounding."""
+"""Below this share of its length, what is left of a vector is rounding."""
 
 
 class NoDirection(PromptSourceError, ValueError):
-    """The sets leave the same residuals."""
+    """Raised where the two sets leave the same residuals, so that no layer has a direction."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Directions:
         spared: Unit vectors that directions used at a layer are made orthogonal to there, wherever
             they were found: the mean of the neutral prompts at that layer.
         components: By component, directions found in what it adds to the stream, for its writers;
-            those that have none here are edited with the stream's own.
+            components without an entry are edited with the stream's directions.
     """
 
     vectors: LayerVectors
@@ -68,20 +68,20 @@ class Directions:
     def _refuse_oblique(self) -> None:
         basis = self.basis.double()
         products = basis @ basis.mT
-        there = basis.any(dim=-1).double()
-        wrong = (products - torch.diag_embed(there)).abs().amax(dim=(1, 2)) > 1e-5
+        exists = basis.any(dim=-1).double()  # (layer, rank): a row of zeros is no direction
+        wrong = (products - torch.diag_embed(exists)).abs().amax(dim=(1, 2)) > 1e-5
         if wrong.any():
             layer = int(wrong.nonzero()[0])
             raise ValueError(f"the directions of layer {layer} are not orthonormal")
 
     @property
     def layers(self) -> int:
-        """Number of layers."""
+        """The number of layers, with and without a direction."""
         return self.vectors.shape[0]
 
     @property
     def rank(self) -> int:
-        """Directions of a layer, at most."""
+        """The most directions that a layer has."""
         return 1 + (0 if self.further is None else self.further.shape[1])
 
     @property
@@ -92,7 +92,7 @@ class Directions:
 
     @cached_property
     def rows(self) -> Float[Tensor, "row hidden"]:
-        """All that blends are made of: the first directions, the further ones, what is spared."""
+        """The rows that blends number: first directions, further directions, spared vectors."""
         parts = [self.vectors]
         if self.further is not None:
             parts.append(self.further.flatten(0, 1))
@@ -100,18 +100,18 @@ class Directions:
             parts.append(self.spared)
         return torch.cat(parts) if len(parts) > 1 else self.vectors
 
-    def of(self, component: str) -> "Directions":
-        """Those that a component's writers are edited with."""
+    def for_component(self, component: str) -> "Directions":
+        """Return the directions that a component's writers are edited with."""
         return self.components.get(component, self)
 
     def bits(self) -> bytes:
-        """All that edits are made of: equal where these directions do the same."""
-        own = bytes(self.rows.numpy().tobytes())
+        """Return the bytes of all vectors that edits are made of, to hash or compare."""
+        stream = bytes(self.rows.numpy().tobytes())
         parts = [name.encode() + self.components[name].bits() for name in sorted(self.components)]
-        return b"".join([own, *parts])
+        return b"".join([stream, *parts])
 
     def with_components(self, components: Mapping[str, "Directions"]) -> "Directions":
-        """The same, and these for the components' own writers."""
+        """Return a copy with directions for the components' own writers."""
         return replace(self, components=dict(components))
 
     @cached_property
@@ -120,11 +120,14 @@ class Directions:
         return tuple(bool(row.any()) for row in self.vectors)
 
     def blend(self, layer: float) -> Blend:
-        """Rows and weights whose sum is the direction at a (fractional) layer.
+        """Return rows and weights whose sum is the direction at a (fractional) layer.
 
         One row, or the two neighbours: `(1 - f) v_low ± f v_high`, the sign chosen so that they
         don't cancel, scaled to unit length. A neighbour without a direction is left out; if both
-        are, the nearest layer that has one stands in.
+        have none, the nearest layer that has one takes their place.
+
+        Raises:
+            ValueError: there is no such layer.
         """
         if not 0 <= layer <= self.layers - 1:
             raise ValueError(f"layer {layer} is outside 0 to {self.layers - 1}")
@@ -138,14 +141,15 @@ class Directions:
         if len(parts) == 1:
             return ((parts[0][0], 1.0),)
         (a, weight_a), (b, weight_b) = parts
+        # unit vectors: their weighted sum has length² w_a² + w_b² + 2 w_a w_b cos
         cosine = float(self.vectors[a].double() @ self.vectors[b].double())
         if cosine < 0:
             cosine, weight_b = -cosine, -weight_b
         norm = math.sqrt(weight_a**2 + weight_b**2 + 2 * weight_a * abs(weight_b) * cosine)
         return (a, weight_a / norm), (b, weight_b / norm)
 
-    def used(self, plan: Plan, layer: int) -> tuple[Blend, ...]:
-        """Blends of the directions that a plan takes out of a layer's writers; none, maybe."""
+    def blends_for(self, plan: Plan, layer: int) -> tuple[Blend, ...]:
+        """Return the blends that a plan takes out of a layer's writers; possibly none."""
         last = self.layers - 1.0
         if plan.scope == "global":
             return self.blends(min(plan.direction_layer, last), layer)
@@ -154,47 +158,48 @@ class Directions:
         return self.blends(min(max(layer + plan.source_offset, 0.0), last), layer)
 
     def blends(self, layer: float, target: int | None = None) -> tuple[Blend, ...]:
-        """Rows and weights of all directions at a (fractional) layer, as `rows` numbers them.
+        """Return rows and weights of all directions at a (fractional) layer, numbered as in `rows`.
 
-        The first is `blend`, where there is one direction. Of several, the subspaces of the two
-        neighbours are turned towards each other as far as they go (orthogonal Procrustes), and
-        blended vector by vector; what comes of it is a basis, not an orthonormal one.
+        Where there is one direction, that is `blend`. Of several, the bases of the two neighbours
+        are rotated towards each other as far as possible (orthogonal Procrustes), and blended
+        vector by vector; the result is a basis, but not an orthonormal one.
 
         Args:
-            layer: Where the directions are from.
-            target: The layer where they will be used; what is spared there is taken out of them.
+            layer: The layer that the directions are taken from.
+            target: The layer where they are used; what is spared there is projected out of them.
         """
-        found = (self.blend(layer),) if self.rank == 1 else self._blended(self.blend(layer))
+        lead = self.blend(layer)
+        blends = (lead,) if self.rank == 1 else self._blended_bases(lead)
         if target is None or self.spared is None:
-            return found
-        return tuple(self._sparing(blend, target) for blend in found)
+            return blends
+        return tuple(self._sparing(blend, target) for blend in blends)
 
-    def _blended(self, lead: Blend) -> tuple[Blend, ...]:
-        """Blends of several directions, at the layers that the first one's blend is of."""
+    def _blended_bases(self, lead: Blend) -> tuple[Blend, ...]:
+        """Return blends of several directions at the layers that the first one's blend names."""
         basis = self.basis.double()
-        turn = torch.eye(self.rank, dtype=torch.float64)
+        rotation = torch.eye(self.rank, dtype=torch.float64)
         (low, share), (high, rest) = lead if len(lead) == 2 else (lead[0], (lead[0][0], 0.0))
         if rest:
             left, _, right = torch.linalg.svd(basis[low] @ basis[high].T)
-            turn = left @ right
-        found = []
+            rotation = left @ right  # (rank, rank)
+        blends = []
         for number in range(self.rank):
-            own = [(self._row(low, number), share)] if basis[low, number].any() else []
-            other = [
-                (self._row(high, j), abs(rest) * float(turn[number, j]))
+            of_low = [(self._row(low, number), share)] if basis[low, number].any() else []
+            of_high = [
+                (self._row(high, j), abs(rest) * float(rotation[number, j]))
                 for j in range(self.rank)
                 if rest and basis[high, j].any()
             ]
-            if own or other:
-                found.append((*own, *other))
-        return tuple(found)
+            if of_low or of_high:
+                blends.append((*of_low, *of_high))
+        return tuple(blends)
 
     def _row(self, layer: int, number: int) -> int:
-        """Where `rows` has a layer's direction."""
+        """Return the number of a layer's direction in `rows`."""
         return layer if number == 0 else self.layers + layer * (self.rank - 1) + number - 1
 
     def _sparing(self, blend: Blend, target: int) -> Blend:
-        """A blend without what is spared at a layer; whole, if nothing else would be left."""
+        """Project what a layer spares out of a blend, unless nothing else would be left of it."""
         assert self.spared is not None
         rows, spared = self.rows, self.spared[target].double()
         parts = [weight * rows[row].double() for row, weight in blend]
@@ -205,24 +210,24 @@ class Directions:
         return (*blend, (self.layers * self.rank + target, -along))
 
     def at(self, layer: float) -> Float[Tensor, " hidden"]:
-        """The unit direction at a layer that may lie between two."""
+        """Return the unit direction at a layer, which may lie between two."""
         parts = [weight * self.vectors[row].double() for row, weight in self.blend(layer)]
         total = torch.stack(parts).sum(dim=0)
         return torch.nn.functional.normalize(total, dim=0).float()
 
-    def at_position(self, position: int) -> "Directions":
-        """The same, said to be found at a token, counted from the end: -1 is the last."""
+    def with_position(self, position: int) -> "Directions":
+        """Return a copy that records the token it was found at; -1 is the last of a prompt."""
         return replace(self, origin={**self.origin, "position": str(position)})
 
     def to_bytes(self) -> bytes:
-        """A safetensors file."""
+        """Serialise the directions as a safetensors file, whose metadata are method and origin."""
         from safetensors.torch import save
 
         facts = {"method": self.method, "origin": json.dumps(dict(self.origin), sort_keys=True)}
-        held = self._tensors()
-        for name, own in self.components.items():
-            held |= {f"{name}/{kind}": tensor for kind, tensor in own._tensors().items()}
-        return save(held, metadata=facts)
+        tensors = self._tensors()
+        for name, part in self.components.items():
+            tensors |= {f"{name}/{kind}": tensor for kind, tensor in part._tensors().items()}
+        return save(tensors, metadata=facts)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"directions": self.vectors, "further": self.further, "spared": self.spared}
@@ -230,16 +235,16 @@ class Directions:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Directions":
-        """The inverse of `to_bytes`, bit for bit."""
+        """Parse `to_bytes`' output, bit for bit."""
         from safetensors.torch import load
 
         facts = parse_header(data).metadata
-        held, origin = load(data), json.loads(facts["origin"])
-        names = sorted({name.rpartition("/")[0] for name in held})
+        tensors, origin = load(data), json.loads(facts["origin"])
+        names = sorted({name.rpartition("/")[0] for name in tensors})  # "" is the stream's own
 
         def part(name: str) -> Directions:
-            place = f"{name}/" if name else ""
-            further, spared = held.get(f"{place}further"), held.get(f"{place}spared")
-            return cls(held[f"{place}directions"], facts["method"], origin, further, spared)
+            prefix = f"{name}/" if name else ""
+            further, spared = tensors.get(f"{prefix}further"), tensors.get(f"{prefix}spared")
+            return cls(tensors[f"{prefix}directions"], facts["method"], origin, further, spared)
 
         return part("").with_components({name: part(name) for name in names if name})

@@ -1,6 +1,6 @@
-"""What two sets of residuals look like after every block: planes, held-out coordinates, numbers.
+"""Views of two sets of residuals after every block: planes, held-out coordinates, numbers.
 
-Read one layer at a time. Knows nothing about models, files or figures.
+Reads one layer at a time. Knows nothing about models, files or figures.
 """
 
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ from ray_abliterate.recipe import DirectionSettings
 
 @dataclass(frozen=True)
 class LayerView:
-    """Both sets after one block.
+    """Both sets after one block, for one layer of the page and of `residuals.json`.
 
     Attributes:
         layer: The block.
-        first: How many prompts are the behaviour's; they come first.
-        components: Along the two leading principal components.
-        components_shares: How much of the variance these are.
-        gap: Along the difference of means, and the leading component of what that leaves.
-        gap_shares: How much of the variance these are.
+        first: The number of the behaviour's prompts, which come first.
+        components: Coordinates along the two leading principal components.
+        components_shares: Shares of the variance along these.
+        gap: Coordinates along the difference of means, and the leading component of the rest.
+        gap_shares: Shares of the variance along these.
         geometry: Lengths, angles and distances.
         held_out: Every prompt along a direction found without it; None without a direction.
-        measures: How well those tell the sets apart.
+        measures: How well those coordinates separate the sets.
     """
 
     layer: int
@@ -53,45 +53,48 @@ def view_layers(
     settings: DirectionSettings,
     seed: int = 0,
 ) -> Iterator[LayerView]:
-    """One view a layer.
+    """Yield one view for each layer.
 
     Args:
         behaviour: Residuals of prompts that show the behaviour.
-        neutral: Of prompts that don't.
+        neutral: Residuals of prompts that don't.
         settings: The method whose direction prompts are measured along.
         seed: Decides the halves.
     """
-    before: LayerView | None = None
+    view: LayerView | None = None
     for index in range(behaviour.layers):
         rows = [
             winsorized(values[evenly_spaced_indices(len(values))], settings.winsorize_quantile)
             for values in (s.layer(index) for s in (behaviour, neutral))
         ]
-        before = _view(index, rows[0], rows[1], settings, seed, before)
-        yield before
+        view = _view_layer(index, rows[0], rows[1], settings, seed, view)
+        yield view
 
 
 def misplaced_prompts(view: LayerView) -> tuple[tuple[str, int, float], ...]:
-    """Prompts that lie nearer to the other set's mean than to their own, the farthest first.
+    """Return prompts that lie nearer to the other set's mean than to their own, the farthest first.
 
-    Set, number of the prompt among those that are looked at, and how far beyond the middle of the
-    two means it lies along the held-out direction, in units of half their distance: beyond 1 it is
-    farther over than the other set's mean. Such a prompt may be in the wrong set.
+    Such a prompt may be in the wrong set.
+
+    Returns:
+        For each, its set, its number among the prompts that were read, and how far beyond the
+        midpoint of the two means it lies along the held-out direction, in units of half their
+        distance: above 1 it lies beyond the other set's mean.
     """
     if view.held_out is None:
         return ()
     sides = {"behaviour": view.held_out.behaviour, "neutral": view.held_out.neutral}
     means = {name: float(side.mean()) for name, side in sides.items()}
-    middle = 0.5 * sum(means.values())
-    found = []
+    midpoint = 0.5 * sum(means.values())
+    misplaced: list[tuple[str, int, float]] = []
     for name, side in sides.items():
-        half = means[name] - middle
-        beyond = (middle - side) / half if half else 0 * side
-        found += [(name, int(i), float(beyond[i])) for i in (beyond > 0).nonzero()[0]]
-    return tuple(sorted(found, key=lambda one: -one[2]))
+        half = means[name] - midpoint
+        beyond = (midpoint - side) / half if half else 0 * side  # (prompt)
+        misplaced += [(name, int(i), float(beyond[i])) for i in (beyond > 0).nonzero()[0]]
+    return tuple(sorted(misplaced, key=lambda prompt: -prompt[2]))
 
 
-def _view(
+def _view_layer(
     index: int,
     behaviour: LayerValues,
     neutral: Float[numpy.ndarray, "other hidden"],
@@ -99,14 +102,14 @@ def _view(
     seed: int,
     before: LayerView | None,
 ) -> LayerView:
-    scene = InnerProducts.of(behaviour, neutral)
+    products = InnerProducts.of(behaviour, neutral)
     sets = ContrastSets(*(torch.from_numpy(numpy.array(values)) for values in (behaviour, neutral)))
-    found = (
-        measure_held_out(sets, settings, random_halves(sets.counts, seed)) if sets.differ else None
-    )
-    known = found if isinstance(found, HeldOut) else None
-    components, components_shares = scene.principal()
-    gap, gap_shares = scene.along_the_gap()
+    held_out = None
+    if sets.means_differ:
+        measured = measure_held_out(sets, settings, random_halves(sets.counts, seed))
+        held_out = measured if isinstance(measured, HeldOut) else None
+    components, components_shares = products.principal_plane()
+    gap, gap_shares = products.mean_difference_plane()
     return LayerView(
         layer=index,
         first=len(behaviour),
@@ -114,7 +117,7 @@ def _view(
         components_shares=components_shares,
         gap=keep_orientation(gap, before.gap if before else None),
         gap_shares=gap_shares,
-        geometry=scene.geometry(),
-        held_out=known,
-        measures=known.measures() if known else {**CHANCE_LEVEL, "agreement": 0.0},
+        geometry=products.geometry(),
+        held_out=held_out,
+        measures=held_out.measures() if held_out else {**CHANCE_LEVEL, "agreement": 0.0},
     )

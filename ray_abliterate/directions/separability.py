@@ -1,6 +1,6 @@
-"""How well one number a prompt tells two sets apart, and how far apart sets of points lie.
+"""How well one number per prompt separates two sets, and how far apart sets of points lie.
 
-Knows nothing about directions, layers or models. Both sets count the same, whatever their sizes.
+Knows nothing about directions, layers or models. Both sets have equal weight, whatever their sizes.
 """
 
 import math
@@ -13,10 +13,11 @@ from jaxtyping import Float
 BehaviourValues = Float[numpy.ndarray, " prompt"]
 NeutralValues = Float[numpy.ndarray, " other"]
 MOST_BINS = 20
+"""Bins that mutual information is counted in, at most."""
 
 
 def measure_separability(behaviour: BehaviourValues, neutral: NeutralValues) -> dict[str, float]:
-    """All of them, by name."""
+    """Return every measure of this module by name."""
     return {
         "auroc": auroc(behaviour, neutral),
         "fisher": fisher(behaviour, neutral),
@@ -29,13 +30,14 @@ def measure_separability(behaviour: BehaviourValues, neutral: NeutralValues) -> 
 CHANCE_LEVEL: Mapping[str, float] = {
     "auroc": 0.5, "fisher": 0.0, "silhouette": 0.0, "mutual_information": 0.0, "overlap": 1.0,
 }  # fmt: skip
-"""What sets measure that nothing tells apart."""
+"""The measures of sets that nothing separates."""
 
 
 def auroc(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
-    """Chance that a behaviour prompt lies above a neutral one (0.5: not at all); ties count half.
+    """Return the chance that a behaviour prompt lies above a neutral one; ties count half.
 
-    From ranks (Mann and Whitney 1947), so that memory grows with the prompts, not their square.
+    0.5 is no separation. Computed from ranks (Mann and Whitney 1947), so that memory grows with the
+    prompts, not their square.
     """
     ordered = numpy.sort(neutral)
     below = ordered.searchsorted(behaviour, "left") + ordered.searchsorted(behaviour, "right")
@@ -43,9 +45,14 @@ def auroc(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
 
 
 def auroc_error(area: float, behaviour: int, neutral: int) -> float:
-    """Standard error of an AUROC of so many prompts: Hanley and McNeil 1982, Radiology 143.
+    """Return the standard error of an AUROC: Hanley and McNeil 1982, Radiology 143.
 
-    That of an area of 1 or 0 would be 0; it is taken half a prompt away from there.
+    That of an area of 1 or 0 would be 0, so such an area is moved half a prompt away.
+
+    Args:
+        area: The AUROC.
+        behaviour: Number of behaviour prompts.
+        neutral: Number of neutral prompts.
     """
     edge = 0.5 / (behaviour * neutral) ** 0.5
     area = min(max(area, edge), 1 - edge)
@@ -56,17 +63,17 @@ def auroc_error(area: float, behaviour: int, neutral: int) -> float:
 
 
 def fisher(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
-    """Squared distance of the means over the sum of variances; 0 where nothing varies."""
+    """Return the squared distance of the means over the sum of variances; 0 if nothing varies."""
     spread = float(behaviour.var() + neutral.var())
     gap = float(behaviour.mean() - neutral.mean())
     return gap * gap / spread if spread > 0 else 0.0
 
 
 def overlap(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
-    """Area that the two distributions share (0: none, 1: all), as 1 less their largest difference.
+    """Return the area that the two distributions share: 0 is none, 1 all.
 
-    Kolmogorov and Smirnov's distance needs no bins. It is the shared area where the densities cross
-    once; where they cross more often, the shared area is smaller.
+    It is 1 less the distance of Kolmogorov and Smirnov, which needs no bins. That is exact where
+    the densities cross once; where they cross more often, the shared area is smaller.
     """
     points = numpy.sort(numpy.concatenate([behaviour, neutral]))
     shares = [numpy.sort(s).searchsorted(points, "right") / len(s) for s in (behaviour, neutral)]
@@ -74,10 +81,10 @@ def overlap(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
 
 
 def mutual_information(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
-    """Bits that the number tells about which set a prompt is from: 0 to 1.
+    """Return how many bits the number gives about which set a prompt is from: 0 to 1.
 
-    Counted in bins that hold equally many prompts, with the bias of counting taken out of each
-    entropy (Miller and Madow 1955).
+    Counted in bins that hold equally many prompts, with each entropy corrected for the bias of
+    counting (Miller and Madow 1955).
     """
     a, b = len(behaviour), len(neutral)
     bins = max(2, min(MOST_BINS, int(math.sqrt((a + b) / 5))))
@@ -87,64 +94,72 @@ def mutual_information(behaviour: BehaviourValues, neutral: NeutralValues) -> fl
         numpy.bincount(edges.searchsorted(s, "right"), minlength=len(edges) + 1) / len(s)
         for s in (behaviour, neutral)
     )
-    apart = 0.5 * (_entropy(one, 1 / a) + _entropy(other, 1 / b))
-    found = _entropy(0.5 * (one + other), 0.25 / a + 0.25 / b) - apart
-    return min(1.0, max(0.0, found))
+    given_set = 0.5 * (_entropy(one, 1 / a) + _entropy(other, 1 / b))
+    # the variance of a mean of the two shares is a quarter of the sum
+    information = _entropy(0.5 * (one + other), 0.25 / a + 0.25 / b) - given_set
+    return min(1.0, max(0.0, information))
 
 
 def _entropy(shares: Float[numpy.ndarray, " bin"], variance: float) -> float:
-    """In bits, of shares that were counted."""
-    there = shares[shares > 0]
-    bias = (len(there) - 1) * variance / 2
-    return float(bias - (there * numpy.log(there)).sum()) / math.log(2)
+    """Return the entropy of counted shares in bits, corrected for the bias of counting."""
+    occupied = shares[shares > 0]
+    bias = (len(occupied) - 1) * variance / 2
+    return float(bias - (occupied * numpy.log(occupied)).sum()) / math.log(2)
 
 
 def silhouette(behaviour: BehaviourValues, neutral: NeutralValues) -> float:
-    """How much nearer numbers lie to their own set than to the other one: -1 to 1.
+    """Return how much nearer numbers lie to their own set than to the other one: -1 to 1.
 
     Rousseeuw 1987, Journal of Computational and Applied Mathematics 20; averaged over each set, and
-    then over both. From sorted sums, so that memory grows with the prompts, not their square.
+    then over both. Computed from sorted sums, so that memory grows with the prompts, not their
+    square.
     """
     sets = behaviour.astype(numpy.float64), neutral.astype(numpy.float64)
-    far = [_far(own, other) for own, other in (sets, sets[::-1])]
-    near = [_far(own, own) for own in sets]
-    return _silhouette(near, far)
+    outside = [_distance_sums(own, other) for own, other in (sets, sets[::-1])]
+    inside = [_distance_sums(own, own) for own in sets]
+    return _mean_silhouette(inside, outside)
 
 
 def silhouette_of(distances: Float[numpy.ndarray, "point point"], first: int) -> float:
-    """The same of points of any dimension, from all their distances.
+    """Return the silhouette of points of any dimension, from all their distances.
 
     Args:
-        distances: Between all points; those of the behaviour come first.
-        first: How many these are.
+        distances: Distances between all points; the behaviour's come first.
+        first: The number of the behaviour's points.
     """
     own, cross, other = (
         distances[:first, :first],
         distances[:first, first:],
         distances[first:, first:],
     )
-    return _silhouette(
+    return _mean_silhouette(
         [own.sum(axis=1), other.sum(axis=1)],
         [cross.sum(axis=1), cross.sum(axis=0)],
     )
 
 
-def _silhouette(near: list[Any], far: list[Any]) -> float:
-    """From each point's distances to its own set and the other one, summed over them."""
+def _mean_silhouette(inside: list[Any], outside: list[Any]) -> float:
+    """Average the silhouette over each set, then over both.
+
+    Args:
+        inside: By set, each point's summed distances to its own set.
+        outside: By set, each point's summed distances to the other set.
+    """
     scores = []
     for index in (0, 1):
-        count, others = len(near[index]), len(far[1 - index])
-        inside, outside = near[index] / max(1, count - 1), far[index] / others
-        larger = numpy.maximum(inside, outside)
-        score = (outside - inside) / numpy.where(larger > 0, larger, 1.0)
+        count, others = len(inside[index]), len(outside[1 - index])
+        near = inside[index] / max(1, count - 1)  # a point is no neighbour of its own
+        far = outside[index] / others
+        larger = numpy.maximum(near, far)
+        score = (far - near) / numpy.where(larger > 0, larger, 1.0)
         scores.append(float(score.mean()) if count > 1 else 0.0)
     return sum(scores) / 2
 
 
-def _far(points: BehaviourValues, others: NeutralValues) -> BehaviourValues:
-    """Sum of each point's distances to the others."""
+def _distance_sums(points: BehaviourValues, others: NeutralValues) -> BehaviourValues:
+    """Return the sum of each point's distances to the others."""
     ordered = numpy.sort(others)
     sums = numpy.concatenate([[0.0], ordered.cumsum()])
-    below = ordered.searchsorted(points)
+    below = ordered.searchsorted(points)  # how many of the others lie below each point
     total: BehaviourValues = points * (2 * below - len(ordered)) - 2 * sums[below] + sums[-1]
     return total

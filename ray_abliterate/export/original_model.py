@@ -17,7 +17,7 @@ from ray_abliterate.export.public_names import EMBEDDED, PublicName
 from ray_abliterate.export.stored_parameters import StoredParameters
 from ray_abliterate.model.architecture import WriterRow, find_blocks, find_writers, hidden_size
 from ray_abliterate.model.skeleton import skeleton_of_folder
-from ray_abliterate.model.source import model_source
+from ray_abliterate.model.source import resolve_model
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.recipe import ModelSettings
@@ -101,7 +101,7 @@ def source_folder(directory: RunDirectory, progress: Progress) -> Path:
     searched = PublicName.searched(directory)
     if searched.hub is None:
         name = directory.read_recipe().model.name
-        return Path(model_source(name, progress.note)).resolve()
+        return Path(resolve_model(name, progress.note)).resolve()
     if searched.revision is None:
         raise ExportError(
             f"{searched.hub} is not there, and the run's model did not come from the Hub.\n"
@@ -130,7 +130,7 @@ def public_name_of(given: str) -> PublicName:
 def _fetch_originals(given: str, progress: Progress) -> tuple[Path, PublicName]:
     """Return the folder that `--originals` means, and the model's public name."""
     if given in EMBEDDED or Path(given).is_dir():
-        return Path(model_source(given, progress.note)).resolve(), public_name_of(given)
+        return Path(resolve_model(given, progress.note)).resolve(), public_name_of(given)
     public = public_name_of(given)
     assert public.hub is not None
     folder = _fetch(public.hub, public.revision)

@@ -47,7 +47,7 @@ from ray_abliterate.export.tensor_records import (
     record_tensors,
     tensor_sha256,
 )
-from ray_abliterate.model.source import model_source
+from ray_abliterate.model.source import resolve_model
 from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.recipe import ModelSettings, Recipe
 from ray_abliterate.search.plan import Plan
@@ -180,7 +180,7 @@ def find_base_folder(bundle: Bundle, given: str | None, progress: Progress) -> P
             f"the base model, {bundle.base.called}, was a folder.\n  Name its folder with --base."
         )
     if name in EMBEDDED:
-        return Path(model_source(name, progress.note)).resolve()
+        return Path(resolve_model(name, progress.note)).resolve()
     if Path(name).is_dir():
         return Path(name).resolve()
     revision = bundle.base.revision

@@ -19,7 +19,7 @@ from ray_abliterate.evaluation.scorers.build import build_scorers
 from ray_abliterate.evaluation.scorers.scorer import Scorer
 from ray_abliterate.model.architecture import WriterRow, find_writers
 from ray_abliterate.model.language_model import LanguageModel
-from ray_abliterate.model.loading import load, where_weights_rest
+from ray_abliterate.model.loading import load_model, where_weights_rest
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import Progress
 from ray_abliterate.search.frontier import Trial
@@ -191,7 +191,7 @@ def _language_model(
     # in the stored type, which the exported files are loaded in too
     as_stored = {"revision": None, "dtype": "auto", "quantization": None}
     settings = recipe.model.model_copy(update=as_stored)
-    module, tokenizer = load(str(folder), settings)
+    module, tokenizer = load_model(str(folder), settings)
     if adapter is not None:
         from peft import PeftModel
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from ray_abliterate.directions.comparison.compare import MethodComparison, best_row, compare_methods
-from ray_abliterate.directions.methods.recipe_methods import refuse_unknown_methods
 from ray_abliterate.directions.layer_views import LayerView, view_layers
+from ray_abliterate.directions.methods.recipe_methods import refuse_unknown_methods
 from ray_abliterate.directions.methods.registry import METHODS
 from ray_abliterate.errors import RecipeError, SearchError
 from ray_abliterate.pipeline.directory import RunDirectory

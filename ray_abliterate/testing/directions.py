@@ -15,13 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_abliterate.directions.compute import (
-    directions_from_layers,
-    directions_from_residuals,
-    need_of,
-)
+from ray_abliterate.directions.compute import directions_from_layers, directions_from_residuals
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.directions.methods.inputs import Layer, Sample, Summary
+from ray_abliterate.directions.methods.recipe_methods import need_of
 from ray_abliterate.directions.residuals.moments import Moments, PairedMoments, moments_of, rows_of
 from ray_abliterate.directions.residuals.residual_set import Residuals
 from ray_abliterate.directions.residuals.shard import ResidualShard

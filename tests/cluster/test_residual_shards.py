@@ -134,7 +134,7 @@ def test_the_driver_fetches_no_shard_that_it_does_not_write(
     monkeypatch.setattr(ObjectStore, "fetch", counted)
     shards = opened(pool)
     shards.separation(shards.directions(recipe.direction), recipe.direction)
-    assert set(fetched) == {"Sums", "ByFold", "Rows"} and len(fetched) == 32
+    assert set(fetched) == {"Sums", "ByFold", "ResidualRows"} and len(fetched) == 32
     fetched.clear()
     opened(pool, tmp_path / "stored")
     assert fetched == ["RecordBatch"] * 8

@@ -25,7 +25,7 @@ def centred(one: numpy.ndarray, other: numpy.ndarray) -> numpy.ndarray:
 @pytest.mark.parametrize("hidden", [20, 200])
 def test_principal_components_are_those_of_the_singular_value_decomposition(hidden):
     one, other = two(hidden=hidden)
-    found, shares = InnerProducts.of(one, other).principal()
+    found, shares = InnerProducts.of(one, other).principal_plane()
     u, s, _ = numpy.linalg.svd(centred(one, other), full_matrices=False)
     direct = u[:, :2] * s[:2]
     signs = numpy.sign((direct * found).sum(axis=0))
@@ -36,7 +36,7 @@ def test_principal_components_are_those_of_the_singular_value_decomposition(hidd
 
 def test_the_plane_of_the_gap_is_the_difference_of_means_and_the_best_of_the_rest():
     one, other = two()
-    found, shares = InnerProducts.of(one, other).along_the_gap()
+    found, shares = InnerProducts.of(one, other).mean_difference_plane()
     rows = centred(one, other)
     gap = one.astype(float).mean(axis=0) - other.astype(float).mean(axis=0)
     unit = gap / numpy.linalg.norm(gap)
@@ -71,13 +71,15 @@ def test_geometry_is_that_of_the_residuals():
 
 def test_a_massive_activation_that_all_share_changes_no_picture():
     one, other = two()
-    plain = InnerProducts.of(one, other).principal()[0]
+    plain = InnerProducts.of(one, other).principal_plane()[0]
     for part in (one, other):
         part[:, 7] = 4096.0 + numpy.round(part[:, 7])  # what float32 keeps beside it
     rest = [part.copy() for part in (one, other)]
     for part in rest:
         part[:, 7] -= 4096.0
-    massive, same = (InnerProducts.of(*parts).principal()[0] for parts in ((one, other), rest))
+    massive, same = (
+        InnerProducts.of(*parts).principal_plane()[0] for parts in ((one, other), rest)
+    )
     assert numpy.allclose(massive, same, atol=1e-6)
     assert not numpy.allclose(plain, same, atol=1e-6)
 
@@ -85,7 +87,7 @@ def test_a_massive_activation_that_all_share_changes_no_picture():
 def test_sets_that_are_one_point_are_drawn_at_zero():
     same = numpy.ones((4, 8), numpy.float32)
     scene = InnerProducts.of(same, same)
-    for plane, shares in (scene.principal(), scene.along_the_gap()):
+    for plane, shares in (scene.principal_plane(), scene.mean_difference_plane()):
         assert numpy.abs(plane).max() == 0
         assert shares == (0, 0)
     found = scene.geometry()
@@ -94,7 +96,7 @@ def test_sets_that_are_one_point_are_drawn_at_zero():
 
 
 def test_the_picture_does_not_turn_over_between_layers():
-    plane = InnerProducts.of(*two()).principal()[0]
+    plane = InnerProducts.of(*two()).principal_plane()[0]
     turned = plane * numpy.array([1.0, -1.0])
     assert numpy.array_equal(keep_orientation(turned, plane), plane)
     assert numpy.array_equal(keep_orientation(plane, plane), plane)

@@ -36,9 +36,9 @@ def test_the_layer_that_passes_and_leaves_least_is_chosen() -> None:
         scores(5, -4.0),
     )
     assert found.chosen == found.scores[4]
-    assert [one.dropped for one in found.scores] == [
-        "adding it does not bring refusals",
-        "moves neutral prompts by more than 0.1",
+    assert [one.rejection for one in found.scores] == [
+        "adding it does not cause refusals",
+        "changes neutral prompts by more than 0.1",
         "the model's logits are not numbers",
         "", "", "",
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def test_the_layer_that_passes_and_leaves_least_is_chosen() -> None:
 def test_no_layer_is_chosen_where_none_passes(added: float) -> None:
     found = selection(scores(0, -9.0, added=added), scores(1, -9.0, divergence=0.2))
     assert found.chosen is None
-    assert "none of the 2 layers' directions (mean-difference) passes" in found.sentence()
+    assert "the direction (mean-difference) of none of the 2 layers passes" in found.sentence()
     assert selection().rows()[0][0] == "base model"
 
 

@@ -36,7 +36,7 @@ LAYERS = 3
 
 @dataclass
 class Store:
-    """References hold the values; parts come back in the other order, and some are lost at first."""
+    """References hold the values; parts come back in reverse order, and some are lost at first."""
 
     lose: int = 0
     backwards: bool = True
@@ -244,7 +244,7 @@ def test_components_have_their_directions_at_the_position_that_was_chosen_for_th
         columns = slice(LAYERS * (3 + part), LAYERS * (4 + part))
         own = [Residuals(s.values[:, columns].contiguous()) for s in sets]
         expected = directions_from_residuals(*own, settings)
-        directions = found.of(name) if name else found
+        directions = found.for_component(name) if name else found
         assert_same(directions, expected, 1e-6)
         assert directions.vectors[:, unit].abs().min() > 0.6
     rows = shards.separation(found, settings)
@@ -271,7 +271,7 @@ def test_a_component_that_adds_the_same_everywhere_is_edited_with_the_streams_di
     sets[1].values[:, 2 * LAYERS :] = sets[0].values[:, 2 * LAYERS :]
     settings = DirectionSettings(per_component=True)
     found = of_sets(sets, components=PARTS)[0].directions(settings)
-    assert set(found.components) == {"attn"} and found.of("mlp") is found
+    assert set(found.components) == {"attn"} and found.for_component("mlp") is found
     assert "what mlp adds to the stream is the same" in caplog.text
 
 

@@ -358,16 +358,23 @@ def test_the_response_prefix_of_the_run_is_used(copied_run):
     assert model.batch_size == copied_run.directory.read_recipe().run.batch_size
 
 
-def test_the_searchs_threads_are_used_and_then_given_back(copied_run):
+def test_the_searchs_threads_are_used_and_then_given_back(copied_run, tmp_path, monkeypatch):
     replicas = {**copied_run.directory.read_environment()["replicas"], "threads": 3}
     copied_run.directory.record_facts(replicas=replicas)
-    before = torch.get_num_threads()
-    with export._threads(copied_run.directory):
-        assert torch.get_num_threads() == 3
+    before, counts = torch.get_num_threads(), []
+
+    def stop(*_):
+        counts.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "write_merged", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export.export_trial(copied_run.directory, copied_run.trial, tmp_path / "o", verify=False)
+    assert counts == [3]
     assert torch.get_num_threads() == before
 
 
-def test_a_bounded_trial_is_written_unverified_or_not_at_all(planted_run, tmp_path):
+def test_a_pruned_trial_is_written_unverified_or_not_at_all(planted_run, tmp_path):
     """Its plan is whole; its scores are no measure of what was written."""
     scores = planted_run.trial.scorecard.scores
     bounds = tuple(replace(score, bound=True) for score in scores)

@@ -18,7 +18,7 @@ from ray_abliterate.errors import ExportError, ModelError, PushError
 from ray_abliterate.export.export import ExportForm, export_trial
 from ray_abliterate.export.find_export import find_or_export
 from ray_abliterate.export.reproduce import rebuild_export
-from ray_abliterate.model.loading import load
+from ray_abliterate.model.loading import load_model
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import ModelSettings
@@ -44,7 +44,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, wide_folder: Path) -> Pa
     """The wide model as a checkpoint of 4-bit weights."""
     folder = tmp_path_factory.mktemp("quantized") / "tiny-wide-nf4"
     settings = ModelSettings(name=str(wide_folder), quantization="nf4")
-    load(str(wide_folder), settings)[0].save_pretrained(folder)
+    load_model(str(wide_folder), settings)[0].save_pretrained(folder)
     for file in [*wide_folder.glob("token*"), *wide_folder.glob("chat_template*")]:
         shutil.copy(file, folder)
     return folder

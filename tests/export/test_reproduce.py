@@ -254,7 +254,7 @@ def test_an_adapter_of_another_base_or_with_other_values_is_refused(copied_adapt
 def test_an_adapters_bundle_of_an_earlier_version_cannot_be_checked(copied_adapter, tmp_path):
     folder, base = copied_adapter
     changed(folder, format=1, adapter=None)
-    with pytest.raises(ReproductionError, match=r"no hashes of its tensors(?s:.*)export it anew"):
+    with pytest.raises(ReproductionError, match=r"no hashes of its tensors(?s:.*)export the adapter again"):
         rebuild_export(folder, tmp_path / "o", SilentProgress(), base)
 
 
@@ -343,13 +343,13 @@ def test_a_bundle_cannot_ask_for_code_to_be_run(copied, tmp_path, monkeypatch):
     recipe["model"]["trust_remote_code"] = True
     changed(folder, recipe=recipe)
     asked = []
-    find = reproduction.find_targets
+    find = reproduction.open_stored_model
 
     def noted(recipe, *rest):
         asked.append(recipe.model.trust_remote_code)
         return find(recipe, *rest)
 
-    monkeypatch.setattr(reproduction, "find_targets", noted)
+    monkeypatch.setattr(reproduction, "open_stored_model", noted)
     rebuild_export(folder, tmp_path / "o", SilentProgress(), base)
     rebuild_export(folder, tmp_path / "p", SilentProgress(), base, trust_remote_code=True)
     assert asked == [False, True]

@@ -110,10 +110,10 @@ def test_the_component_that_carries_the_behaviour_has_the_planted_direction(
 ) -> None:
     directions, r = found.directory.directions(), planted_axes()[0]
     assert set(directions.components) == {"attn", "mlp"}
-    attn, mlp = directions.of("attn"), directions.of("mlp")
+    attn, mlp = directions.for_component("attn"), directions.for_component("mlp")
     assert float(attn.vectors[PLANTED_LAYER] @ r) > 0.999
     assert abs(float(mlp.vectors[PLANTED_LAYER] @ r)) < 0.9
-    assert directions.of("mixer") is directions
+    assert directions.for_component("mixer") is directions
     assert torch.equal(directions.vectors, Directions.from_bytes(directions.to_bytes()).vectors)
     assert len(found.directory.baseline().separation) == 4
 
@@ -149,7 +149,7 @@ def test_each_writer_is_edited_along_its_own_direction(
         with cache.edited(Plan.uniform(shape, layer, "none"), given):
             for writer in writers:
                 weight = oriented(model.get_parameter(writer.parameter).detach(), writer)
-                own, general = given.of(writer.component).at(layer), given.at(layer)
+                own, general = given.for_component(writer.component).at(layer), given.at(layer)
                 assert (own @ weight).abs().max() < 1e-4
                 if writer.component == "mlp" and given is not stream:
                     assert (general @ weight).abs().max() > 1e-2
@@ -165,7 +165,11 @@ def test_directions_of_components_survive_their_file_and_tell_setups_apart(
         assert torch.equal(again.components[name].rows, own.rows)
     stream = directions.with_components({})
     swapped = directions.with_components(
-        dict(zip(("mlp", "attn"), (directions.of(n) for n in ("attn", "mlp")), strict=True))
+        dict(
+            zip(
+                ("mlp", "attn"), (directions.for_component(n) for n in ("attn", "mlp")), strict=True
+            )
+        )
     )
     keys = {TrialSetup(one).key for one in (directions, again, stream, swapped)}
     assert len(keys) == 3
@@ -183,7 +187,7 @@ def test_every_kind_of_method_finds_them(
         run = finish(tmp_path, planted_folder, norm="none", more=more)
     directions = run.directory.directions()
     for name in ("attn", "mlp"):
-        own = directions.of(name)
+        own = directions.for_component(name)
         assert own.vectors.shape == (4, 32) and own.spared is not None
         assert (own.rank > 1) == (directions.rank > 1) == (method == "svd-subspace")
     again = Directions.from_bytes(directions.to_bytes())
@@ -215,7 +219,7 @@ def test_an_export_is_the_trial(kind: str, found: Finished, tmp_path: Path) -> N
     assert "found separately for each component" in (to / "README.md").read_text()
     if kind == "merged":
         exported = LanguageModel.load(str(to), found.directory.read_recipe().model).module
-        own = found.directory.directions().of("mlp").at(found.trial.plan.direction_layer)
+        own = found.directory.directions().for_component("mlp").at(found.trial.plan.direction_layer)
         for writer in find_writers(exported):
             if writer.component == "mlp":
                 weight = oriented(exported.get_parameter(writer.parameter).detach(), writer)
@@ -258,13 +262,13 @@ def test_a_run_with_components_at_several_positions_edits_with_those_of_the_chos
     back = -1 - int(directions.origin["position"])
     behaviour, neutral = (directory.residuals(name).mean() for name in ("behaviour", "neutral"))
     gap = (behaviour - neutral).unflatten(0, (2, 3, 4))[back]
-    parts = (directions, directions.of("attn"), directions.of("mlp"))
+    parts = (directions, directions.for_component("attn"), directions.for_component("mlp"))
     for number, own in enumerate(parts):
         for layer in (2, 3):
             if own.usable[layer]:
                 along = own.vectors[layer].double() @ gap[number, layer]
                 assert along == pytest.approx(float(gap[number, layer].norm()), rel=1e-3)
-    assert directions.usable[2] and directions.of("attn").usable[2]
+    assert directions.usable[2] and directions.for_component("attn").usable[2]
     stored = stored_sets(directory)[0]
     mean = torch.from_numpy(stored.layer(3)).double().mean(0)
     torch.testing.assert_close(mean, behaviour.unflatten(0, (2, 3, 4))[back, 0, 3])

@@ -1,1 +1,1 @@
-"""Direction methods compared without a search."""
+"""Comparison of direction methods on held-out prompts, without a search."""

@@ -1,8 +1,8 @@
-"""Direction methods beside each other, from residuals that are read one layer at a time."""
+"""Compares direction methods on residuals that are read one layer at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy
 import torch
@@ -26,34 +26,34 @@ Step = Callable[[int, int], None]
 
 @runtime_checkable
 class LayerwiseResiduals(Protocol):
-    """One prompt set's residuals, of which a layer can be had."""
+    """Residuals of one prompt set, from which one layer at a time can be read."""
 
     @property
     def layers(self) -> int:
-        """Number of blocks."""
+        """The number of blocks that can be read."""
 
     def layer(self, index: int) -> LayerValues:
-        """Residuals after one block."""
+        """Return the residuals after one block."""
 
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """What was found.
+    """How the methods that were compared do on the same residuals.
 
     Attributes:
         counts: Prompts of the behaviour, and neutral ones.
         layers: Number of blocks.
         hidden: Width of the stream.
-        separation: By method, a row per layer: `separability.measures`, the agreement of the two
+        separation: By method, a row per layer: `measure_separability`, the agreement of the two
             halves' directions, and `layer`; None where the method has no direction.
-        cosines: Per layer, of all methods with each other, as absolute values are not; not a number
+        cosines: For each layer, the signed cosines of all methods with each other; not a number
             where one has no direction.
-        layer_cosines: Of the recommended method's directions at all layers with each other.
-        layer: Where samples were drawn, and whose cosines are shown first: the best one of the
-            method that was asked for first.
+        layer_cosines: Cosines of the recommended method's directions at all layers.
+        layer: The layer at which stability was measured, and whose cosines are shown first: the
+            best one of the first method that has a direction.
         stability: By method, at that layer.
         failed: Methods without any direction, and why.
-        advice: What to take.
+        advice: The recommended method, and why.
     """
 
     counts: tuple[int, int]
@@ -69,30 +69,30 @@ class MethodComparison:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Those that found something."""
+        """The methods that have a direction, in the order they were given."""
         return tuple(self.separation)
 
     def best(self, method: str) -> MethodRow:
-        """A method's row at its own best layer."""
+        """Return a method's row at its own best layer."""
         return best_row(self.separation[method])
 
-    def steady(self, method: str) -> float:
-        """Cosine with the direction of infinitely many prompts, about."""
+    def reliability_of(self, method: str) -> float:
+        """Estimate a method's cosine with its own direction from infinitely many prompts."""
         return reliability(self.stability[method], min(self.counts))
 
     @property
     def mean_cosines(self) -> Float[numpy.ndarray, "method method"]:
-        """Over the layers where both methods have a direction."""
-        stack = numpy.stack(list(self.cosines))
-        there = ~numpy.isnan(stack)
-        total = numpy.where(there, stack, 0.0).sum(axis=0)
+        """Mean cosines of the methods over the layers where both have a direction."""
+        stack = numpy.stack(list(self.cosines))  # (layer, method, method)
+        known = ~numpy.isnan(stack)
+        total = numpy.where(known, stack, 0.0).sum(axis=0)
         mean: Float[numpy.ndarray, "method method"] = numpy.where(
-            there.any(axis=0), total / numpy.maximum(there.sum(axis=0), 1), numpy.nan
+            known.any(axis=0), total / numpy.maximum(known.sum(axis=0), 1), numpy.nan
         )
         return mean
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; None where there is no number."""
+        """Return plain JSON values; None where there is no number."""
         return {
             "prompts": list(self.counts),
             "layers": self.layers,
@@ -112,7 +112,7 @@ class MethodComparison:
                 ]
                 for name, points in self.stability.items()
             },
-            "reliability": {name: _number(self.steady(name)) for name in self.methods},
+            "reliability": {name: _number(self.reliability_of(name)) for name in self.methods},
             "advice": asdict(self.advice),
         }  # fmt: skip
 
@@ -129,11 +129,11 @@ def compare_methods(
 
     Args:
         behaviour: Residuals of prompts that show the behaviour.
-        neutral: Of prompts that don't.
-        methods: By name, simplest first.
+        neutral: Residuals of prompts that don't.
+        methods: Settings by name, simplest method first.
         pairs: Pairs of samples of each size, for stability.
         seed: Decides halves and samples.
-        step: Is told how much is done.
+        step: Receives how many steps are done, of how many.
 
     Raises:
         ValueError: no method has a direction anywhere; says why the first has none.
@@ -141,103 +141,105 @@ def compare_methods(
     layers, total = behaviour.layers, behaviour.layers + len(methods)
     rows: dict[str, list[MethodRow | None]] = {name: [] for name in methods}
     problems: dict[str, str] = {}
-    vectors, sets = [], None
+    vectors: list[list[Any]] = []  # by layer, then by method
+    sets = None
     for index in range(layers):
-        sets = _sets(behaviour, neutral, index, methods)
-        vectors.append(
-            [_one(sets, name, settings, index, rows, problems, seed)
-             for name, settings in methods.items()]
-        )  # fmt: skip
+        sets = _sets_at(behaviour, neutral, index, methods)
+        vectors.append([])
+        for name, settings in methods.items():
+            measures, vector, problem = _measure_method(sets, settings, seed)
+            rows[name].append(None if measures is None else {"layer": index, **measures})
+            vectors[-1].append(vector)
+            if problem:
+                problems[name] = problem
         step(index + 1, total)
     assert sets is not None
-    kept = {name: found for name, found in rows.items() if any(found)}
-    if not kept:
+    separation = {name: by_layer for name, by_layer in rows.items() if any(by_layer)}
+    if not separation:
         raise ValueError(next(iter(problems.values()), "the two sets don't differ in any layer"))
-    where = [place for place, name in enumerate(methods) if name in kept]
-    layer = int(best_row(next(iter(kept.values())))["layer"])
-    sampled = _sets(behaviour, neutral, layer, methods)
-    steady = {}
-    for done, name in enumerate(kept, start=layers + 1):
-        steady[name] = measure_stability(sampled, methods[name], pairs, seed)
+    columns = [column for column, name in enumerate(methods) if name in separation]
+    layer = int(best_row(next(iter(separation.values())))["layer"])
+    sets_at_best = _sets_at(behaviour, neutral, layer, methods)
+    stability = {}
+    for done, name in enumerate(separation, start=layers + 1):
+        stability[name] = measure_stability(sets_at_best, methods[name], pairs, seed)
         step(done, total)
-    standings = {
-        name: MethodCandidate(int(best["layer"]), best["auroc"], steady[name])
-        for name, best in ((name, best_row(found)) for name, found in kept.items())
+    candidates = {
+        name: MethodCandidate(int(best["layer"]), best["auroc"], stability[name])
+        for name, best in ((name, best_row(by_layer)) for name, by_layer in separation.items())
     }
-    advice = recommend_method(standings, sets.counts)
-    chosen = list(methods).index(advice.method)
+    advice = recommend_method(candidates, sets.counts)
+    recommended = list(methods).index(advice.method)
     return MethodComparison(
         counts=sets.counts,
         layers=layers,
         hidden=sets.behaviour.shape[1],
-        separation=kept,
-        cosines=[_cosines([found[place] for place in where]) for found in vectors],
-        layer_cosines=_cosines([found[chosen] for found in vectors]),
+        separation=separation,
+        cosines=[_cosines([at_layer[column] for column in columns]) for at_layer in vectors],
+        layer_cosines=_cosines([at_layer[recommended] for at_layer in vectors]),
         layer=layer,
-        stability=steady,
-        failed={name: problems.get(name, "") for name in methods if name not in kept},
+        stability=stability,
+        failed={name: problems.get(name, "") for name in methods if name not in separation},
         advice=advice,
     )
 
 
 def best_row(rows: Sequence[MethodRow | None]) -> MethodRow:
-    """The row of the layer that separates best; see `directions.best_layer`.
+    """Return the row of the layer that separates best; see `layer_separation.best_layer`.
 
     Raises:
-        ValueError: there is no row.
+        ValueError: no layer has a row.
     """
     known = [row for row in rows if row is not None]
     if not known:
         raise ValueError("no layer has a direction")
-    filled = [row or {"layer": place, "fisher": -1.0} for place, row in enumerate(rows)]
+    # layers without a direction rank last
+    filled = [row or {"layer": layer, "fisher": -1.0} for layer, row in enumerate(rows)]
     chosen = rows[best_layer(filled)]
     return chosen if chosen is not None else max(known, key=lambda row: row["fisher"])
 
 
-def _sets(
+def _sets_at(
     behaviour: LayerwiseResiduals,
     neutral: LayerwiseResiduals,
-    index: int,
+    layer: int,
     methods: Mapping[str, DirectionSettings],
 ) -> ContrastSets:
+    """Read one layer of both sets, winsorised as the first method's settings ask."""
     quantile = next(iter(methods.values())).winsorize_quantile
-    rows = (winsorized(s.layer(index), quantile) for s in (behaviour, neutral))
+    rows = (winsorized(s.layer(layer), quantile) for s in (behaviour, neutral))
     return ContrastSets(*(torch.from_numpy(numpy.array(values)) for values in rows))
 
 
-def _one(
-    sets: ContrastSets,
-    name: str,
-    settings: DirectionSettings,
-    index: int,
-    rows: dict[str, list[MethodRow | None]],
-    problems: dict[str, str],
-    seed: int,
-) -> Any:
-    """One method at one layer: its row, and its direction in the stream's own units."""
-    if not sets.differ:
-        rows[name].append(None)
-        return None
-    measured, found = (
-        measure_held_out(sets, settings, random_halves(sets.counts, seed)),
-        sets.fit(settings),
-    )
-    if isinstance(measured, HeldOut) and found.vector is not None:
-        rows[name].append({"layer": index, **measured.measures()})
+class _MethodAtLayer(NamedTuple):
+    """What one method does at one layer: measures and direction, or why it has none."""
+
+    measures: dict[str, float] | None = None
+    vector: Float[torch.Tensor, " hidden"] | None = None
+    problem: str = ""
+
+
+def _measure_method(sets: ContrastSets, settings: DirectionSettings, seed: int) -> _MethodAtLayer:
+    """Measure one method at one layer; where the sets' means are the same, there is nothing."""
+    if not sets.means_differ:
+        return _MethodAtLayer()
+    held_out = measure_held_out(sets, settings, random_halves(sets.counts, seed))
+    fitted = sets.fit(settings)
+    if isinstance(held_out, HeldOut) and fitted.vector is not None:
         _, basis = sets.axes(settings)
-        return found.vector if basis is None else basis @ found.vector
-    problems[name] = found.problem or getattr(measured, "problem", "")
-    rows[name].append(None)
-    return None
+        # in units of the stream, so that methods that were fitted along other axes compare
+        vector = fitted.vector if basis is None else basis @ fitted.vector
+        return _MethodAtLayer(held_out.measures(), vector)
+    return _MethodAtLayer(problem=fitted.problem or getattr(held_out, "problem", ""))
 
 
 def _cosines(vectors: Sequence[Any]) -> Float[numpy.ndarray, "row row"]:
-    found = numpy.full((len(vectors), len(vectors)), numpy.nan)
+    cosines = numpy.full((len(vectors), len(vectors)), numpy.nan)
     for i, one in enumerate(vectors):
         for j, other in enumerate(vectors):
             if one is not None and other is not None:
-                found[i, j] = float(one @ other)
-    return found
+                cosines[i, j] = float(one @ other)
+    return cosines
 
 
 def _number(value: float) -> float | None:

@@ -1,9 +1,5 @@
-"""A method's direction from some prompts of one layer: what is repeated on halves and samples."""
+"""Fits a method's direction to some prompts of one layer, as is repeated on halves and samples."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,20 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ray_abliterate.directions import compute as finding
-from ray_abliterate.directions.compute import directions_from_layers, weighted_methods
-from ray_abliterate.directions.methods import mean_differences as centres
+from ray_abliterate.directions.compute import directions_from_layers
+from ray_abliterate.directions.directions import VANISHING
 from ray_abliterate.directions.methods.inputs import Layer, Sample, demand_of
+from ray_abliterate.directions.methods.recipe_methods import weighted_methods
 from ray_abliterate.recipe import DirectionSettings
 
 AxisVector = Float[Tensor, " axis"]
 PromptIndices = Int[numpy.ndarray, " chosen"]
-VANISHING = 1e-6
-"""Means that differ by less than this share of their length are the same."""
 
 
 class PromptSample(NamedTuple):
-    """Places of some prompts of both sets."""
+    """Indices of some prompts of both sets."""
 
     behaviour: PromptIndices
     neutral: PromptIndices
@@ -34,39 +28,49 @@ class PromptSample(NamedTuple):
 
 @dataclass(frozen=True)
 class FittedDirection:
-    """One method's direction.
+    """The direction that a method fits to some prompts, if it has one.
 
     Attributes:
-        vector: Of unit length, float64, along the axes that it was found in.
-        problem: Why there is none.
+        vector: Of unit length, float64, in coordinates of the axes that it was fitted in.
+        problem: Why there is none; empty if there is one.
     """
 
     vector: AxisVector | None = None
     problem: str = ""
 
 
+def drop_warning(_text: str) -> None:
+    """Drop a warning: each would be about layer 0, or about one fit of a thousand."""
+
+
 @dataclass(frozen=True)
 class FitAxes:
-    """Both sets along some axes of the stream, float64; `width` is the stream's own."""
+    """Both sets in coordinates along some axes of the residual stream.
+
+    Attributes:
+        behaviour: Prompts that show the behaviour, float64.
+        neutral: Prompts that don't, float64.
+        width: Units of the residual stream, which may be more than the axes.
+    """
 
     behaviour: Float[Tensor, "prompt axis"]
     neutral: Float[Tensor, "other axis"]
     width: int
 
-    def layer(self, choice: PromptSample | None = None) -> Layer:
-        """What a method sees of some prompts, all of them if none are chosen."""
+    def layer(self, sample: PromptSample | None = None) -> Layer:
+        """Return what a method is given of some prompts, or of all if there is no sample."""
         sets = self.behaviour, self.neutral
-        if choice is not None:
-            sets = self.behaviour[choice.behaviour], self.neutral[choice.neutral]
-        return Layer(*(Sample(values, self.width) for values in sets))
+        if sample is not None:
+            sets = self.behaviour[sample.behaviour], self.neutral[sample.neutral]
+        return Layer(*(Sample(values, self.width, drop_warning) for values in sets))
 
 
 @dataclass(frozen=True)
 class ContrastSets:
-    """Residuals of both sets after one block, winsorised; a method fits them as it may.
+    """Residuals of both sets after one block, winsorised, to which methods are fitted.
 
-    Where prompts are fewer than units, a method that turns with the residuals fits them in their
-    span, which is worked out once, instead of in all units.
+    Where prompts are fewer than units, an equivariant method is fitted in the residuals' span,
+    which is computed once, instead of in all units.
     """
 
     behaviour: Float[Tensor, "prompt hidden"]
@@ -74,61 +78,51 @@ class ContrastSets:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Prompts of each set."""
+        """The number of prompts of each set."""
         return len(self.behaviour), len(self.neutral)
 
     @cached_property
-    def differ(self) -> bool:
-        """Whether the means do."""
+    def means_differ(self) -> bool:
+        """Whether the sets' means differ by more than rounding, relative to their length."""
         one, other = self.behaviour.double().mean(dim=0), self.neutral.double().mean(dim=0)
         return float((one - other).norm()) > VANISHING * float(
             torch.maximum(one.norm(), other.norm())
         )
 
     @cached_property
-    def whole(self) -> FitAxes:
-        """All units."""
+    def all_units(self) -> FitAxes:
+        """Both sets along the units of the residual stream."""
         width = self.behaviour.shape[1]
         return FitAxes(self.behaviour.double(), self.neutral.double(), width)
 
     @cached_property
-    def _spanned(self) -> tuple[FitAxes, Float[Tensor, "hidden axis"]]:
+    def _in_span(self) -> tuple[FitAxes, Float[Tensor, "hidden axis"]]:
         width = self.behaviour.shape[1]
         one, other, basis = Layer(
             Sample(self.behaviour, width), Sample(self.neutral, width)
-        ).spanned
+        ).in_span
         return FitAxes(one.values, other.values, width), basis
 
     def axes(self, settings: DirectionSettings) -> tuple[FitAxes, Any]:
-        """What the recipe's methods fit, and the basis of it (None: the units themselves)."""
-        turns = all(demand_of(function).turns for _, _, function, _ in weighted_methods(settings))
-        if turns and sum(self.counts) < self.behaviour.shape[1]:
-            return self._spanned
-        return self.whole, None
+        """Return what the recipe's methods are fitted to.
+
+        Returns:
+            The sets, and the axes as columns, `"hidden axis"`; None if these are the units.
+        """
+        methods = weighted_methods(settings)
+        equivariant = all(demand_of(method.function).equivariant for method in methods)
+        if equivariant and sum(self.counts) < self.behaviour.shape[1]:
+            return self._in_span
+        return self.all_units, None
 
     def fit(
-        self, settings: DirectionSettings, choice: PromptSample | None = None
+        self, settings: DirectionSettings, sample: PromptSample | None = None
     ) -> FittedDirection:
-        """The direction of the recipe's method, along `axes`, from some of the prompts."""
+        """Fit the recipe's method to some of the prompts, or all, in coordinates of `axes`."""
         axes, _ = self.axes(settings)
         try:
-            with unsaid():
-                found = directions_from_layers([axes.layer(choice)], settings, {})
+            layers = [axes.layer(sample)]
+            directions = directions_from_layers(layers, settings, {}, drop_warning)
         except ValueError as error:
             return FittedDirection(problem=str(error).partition("\n")[0])
-        return FittedDirection(found.vectors[0].double())
-
-
-_keeping_quiet: ContextVar[bool] = ContextVar("keeping quiet", default=False)
-for _module in (finding, centres):
-    logging.getLogger(_module.__name__).addFilter(lambda _record: not _keeping_quiet.get())
-
-
-@contextmanager
-def unsaid() -> Iterator[None]:
-    """This thread keeps warnings back: each would speak of layer 0, or of one fit of a thousand."""
-    token = _keeping_quiet.set(True)
-    try:
-        yield
-    finally:
-        _keeping_quiet.reset(token)
+        return FittedDirection(directions.vectors[0].double())

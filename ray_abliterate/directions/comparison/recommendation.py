@@ -1,4 +1,4 @@
-"""What to take from a comparison of methods, in words and with the reason."""
+"""Recommends a method from a comparison, with reasons in words."""
 
 import math
 from collections.abc import Mapping
@@ -8,21 +8,21 @@ from ray_abliterate.directions.comparison.stability import Stability, prompts_ne
 from ray_abliterate.directions.separability import auroc_error
 
 ENOUGH = 0.95
-"""A direction with this cosine with the one of infinitely many prompts is taken as found."""
-STEADIER = 0.05
+"""Cosine with the direction of infinitely many prompts at which prompts are enough."""
+CLEARLY_MORE_RELIABLE = 0.05
 """A method is preferred for its reliability if that is larger by more than this."""
-FAINT = 0.75
-"""Below this AUROC nothing was found that tells the sets apart well."""
+WEAK_AUROC = 0.75
+"""Below this AUROC, no direction separates the sets well."""
 
 
 @dataclass(frozen=True)
 class MethodCandidate:
-    """What counts of one method, at its own best layer.
+    """What a recommendation considers of one method.
 
     Attributes:
-        layer: That layer.
-        auroc: There, on prompts that it was not found from.
-        stability: At the layer that all methods are sampled at.
+        layer: The method's own best layer.
+        auroc: Its AUROC there, on held-out prompts.
+        stability: At the layer where all methods are sampled.
     """
 
     layer: int
@@ -32,57 +32,63 @@ class MethodCandidate:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A method, and sentences that say why."""
+    """The recommended method, and sentences that say why."""
 
     method: str
     reasons: tuple[str, ...]
 
 
 def recommend_method(
-    standings: Mapping[str, MethodCandidate], counts: tuple[int, int]
+    candidates: Mapping[str, MethodCandidate], counts: tuple[int, int]
 ) -> Recommendation:
-    """The simplest method that is not clearly worse than the best.
+    """Return the simplest method that is not clearly worse than the best.
 
-    One standard error of the best AUROC is what "clearly" means (Breiman et al. 1984); among those,
-    a method is passed over only for one that is clearly steadier.
+    "Clearly" means by more than one standard error of the best AUROC (Breiman et al. 1984). Among
+    the others, a method is passed over only for one that is clearly more reliable.
 
     Args:
-        standings: By method, simplest first.
+        candidates: The methods by name, simplest first.
         counts: Prompts of each set.
 
     Raises:
         ValueError: there is no method.
     """
-    if not standings:
-        raise ValueError("no method found a direction")
+    if not candidates:
+        raise ValueError("no method has a direction")
     prompts = min(counts)
-    steady = {name: reliability(s.stability, prompts) for name, s in standings.items()}
-    best = max(standings, key=lambda name: standings[name].auroc)
-    error = auroc_error(standings[best].auroc, *counts)
-    near = [name for name in standings if standings[name].auroc >= standings[best].auroc - error]
-    first, steadiest = near[0], max(near, key=lambda name: _known(steady[name]))
-    clearly = _known(steady[steadiest]) > _known(steady[first]) + STEADIER
-    chosen = steadiest if clearly else first
-    own = standings[chosen]
+    reliabilities = {
+        name: reliability(candidate.stability, prompts) for name, candidate in candidates.items()
+    }
+    best = max(candidates, key=lambda name: candidates[name].auroc)
+    error = auroc_error(candidates[best].auroc, *counts)
+    least = candidates[best].auroc - error
+    near = [name for name, candidate in candidates.items() if candidate.auroc >= least]
+    simplest = near[0]
+    most_reliable = max(near, key=lambda name: _known(reliabilities[name]))
+    least_reliability = _known(reliabilities[simplest]) + CLEARLY_MORE_RELIABLE
+    clearly = _known(reliabilities[most_reliable]) > least_reliability
+    chosen = most_reliable if clearly else simplest
+    candidate = candidates[chosen]
     reasons = [
-        f"On prompts that it was not found from, {chosen} tells the sets apart with an AUROC of "
-        f"{own.auroc:.3f} at layer {own.layer}; the best is {best} with "
-        f"{standings[best].auroc:.3f} ± {error:.3f} (standard error)."
+        f"On held-out prompts, {chosen} separates the sets with an AUROC of {candidate.auroc:.3f} "
+        f"at layer {candidate.layer}; the best is {best} with {candidates[best].auroc:.3f} ± "
+        f"{error:.3f} (standard error)."
         if chosen != best
-        else f"On prompts that it was not found from, {chosen} tells the sets apart best: AUROC "
-        f"{own.auroc:.3f} ± {error:.3f} (standard error) at layer {own.layer}."
+        else f"On held-out prompts, {chosen} separates the sets best: AUROC {candidate.auroc:.3f} "
+        f"± {error:.3f} (standard error) at layer {candidate.layer}."
     ]
     if clearly:
         reasons.append(
-            f"It is steadier than {first}, which is simpler: with all prompts its direction has an "
-            f"estimated cosine of {steady[chosen]:.2f} with that of infinitely many prompts, "
-            f"{first}'s {steady[first]:.2f}."
+            f"It is more reliable than {simplest}, which is simpler: with all prompts its "
+            f"direction has an estimated cosine of {reliabilities[chosen]:.2f} with that of "
+            f"infinitely many prompts, {simplest}'s {reliabilities[simplest]:.2f}."
         )
     elif len(near) > 1:
         reasons.append(
-            f"Of the {len(near)} methods within a standard error of the best it is the simplest."
+            f"It is the simplest of the {len(near)} methods within a standard error of the best."
         )
-    reasons += [_about_prompts(chosen, own, steady[chosen], prompts), *_about_strength(own)]
+    reasons.append(_about_prompts(chosen, candidate, reliabilities[chosen], prompts))
+    reasons.append(_about_separation(candidate))
     return Recommendation(chosen, tuple(reasons))
 
 
@@ -90,32 +96,35 @@ def _known(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def _about_prompts(method: str, own: MethodCandidate, steady: float, prompts: int) -> str:
-    """Whether there are enough."""
-    if math.isnan(steady):
-        return f"{prompts} prompts a set are too few to say how steady the direction is."
-    said = (
-        f"From {prompts} prompts a set, {method}'s direction has an estimated cosine of "
-        f"{steady:.2f} with that of infinitely many"
+def _about_prompts(method: str, candidate: MethodCandidate, cosine: float, prompts: int) -> str:
+    """Say whether there are enough prompts, and if not, how many would be."""
+    if math.isnan(cosine):
+        return f"{prompts} prompts per set are too few to tell how reliable the direction is."
+    estimate = (
+        f"From {prompts} prompts per set, {method}'s direction has an estimated cosine of "
+        f"{cosine:.2f} with that of infinitely many"
     )
-    if steady >= ENOUGH:
-        return f"{said}: they are enough."
-    wanted = prompts_needed(own.stability, ENOUGH)
+    if cosine >= ENOUGH:
+        return f"{estimate}: they are enough."
+    wanted = prompts_needed(candidate.stability, ENOUGH)
     if wanted is None:
-        return f"{said}: samples of the prompts do not agree on any direction."
-    return f"{said}; about {_rounded(wanted)} a set would make it {ENOUGH}."
+        return f"{estimate}: samples of the prompts do not agree on any direction."
+    return f"{estimate}; about {_rounded_up(wanted)} per set would make it {ENOUGH}."
 
 
-def _about_strength(own: MethodCandidate) -> list[str]:
-    if own.auroc >= FAINT:
-        return ["Telling apart is not carrying: compare what a search makes of the first two."]
-    return [
-        f"An AUROC of {own.auroc:.2f} is weak: the sets hardly differ at the last token. Look at "
-        "the prompts before you search."
-    ]
+def _about_separation(candidate: MethodCandidate) -> str:
+    if candidate.auroc >= WEAK_AUROC:
+        return (
+            "A direction that separates the sets need not cause the behaviour: compare searches "
+            "with the first two methods."
+        )
+    return (
+        f"An AUROC of {candidate.auroc:.2f} is weak: the sets hardly differ at the last token. "
+        "Look at the prompts before you search."
+    )
 
 
-def _rounded(count: int) -> int:
-    """Two digits of it: it is an estimate."""
+def _rounded_up(count: int) -> int:
+    """Round an estimate up to two digits."""
     step = int("1".ljust(len(str(count)) - 1, "0"))
     return math.ceil(count / step) * step

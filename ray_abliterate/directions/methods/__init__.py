@@ -1,1 +1,1 @@
-"""From two sets of residuals after one block to directions."""
+"""Direction methods: from two sets of residuals after one block to raw vectors between them."""

@@ -1,4 +1,4 @@
-"""Directions that tell the sets apart: discriminant analysis, probes, and what LEACE reads."""
+"""Directions that separate the sets: discriminant analysis, probes, and what LEACE reads."""
 
 import torch
 from jaxtyping import Float
@@ -15,16 +15,16 @@ from ray_abliterate.directions.methods.inputs import (
 from ray_abliterate.directions.methods.principal_components import aligned
 
 ROUNDS = 100
-"""Newton's rounds at most; about ten are usual."""
-CUT = 1e-10
+"""Most steps of Newton's method; about ten are usual."""
+ROUNDING = 1e-10
 """Without shrinkage, eigenvalues below this share of the largest are rounding."""
 
 
-@needs("covariances", turns=True)
+@needs("covariances", equivariant=True)
 def whitened(
     behaviour: Covariances, neutral: Covariances, shrinkage: float | None = None
 ) -> StreamVectors:
-    """Fisher's linear discriminant: Σ⁻¹δ, with Σ the covariance within the sets, shrunk.
+    """Return Fisher's linear discriminant Σ⁻¹δ, with Σ the shrunk covariance within the sets.
 
     Fisher 1936; Σ = (1 − ρ) S + ρ (tr S / hidden) 1, and ρ by the oracle approximating shrinkage
     of Chen et al. 2010, IEEE Transactions on Signal Processing 58(10), which needs S alone (Ledoit
@@ -33,46 +33,51 @@ def whitened(
     Args:
         behaviour: Prompts that show the behaviour.
         neutral: Prompts that don't.
-        shrinkage: ρ, above 0 and up to 1 (the difference of means); computed if not given. Next to
-            nothing where prompts are fewer than units, all that counts is what varies in neither
-            set.
+        shrinkage: ρ, above 0 and up to 1 (the difference of means); computed if None. Near 0, where
+            prompts are fewer than units, only units that vary in neither set count.
 
     Raises:
-        ValueError: ρ is not above 0 and up to 1.
+        ValueError: ρ is not above 0 and at most 1.
     """
     if shrinkage is not None and not 0 < shrinkage <= 1:
         raise ValueError(f"shrinkage = {shrinkage} must be above 0 and at most 1")
     prompts, width = behaviour.count + neutral.count, neutral.width
     within = behaviour.count * behaviour.covariance + neutral.count * neutral.covariance
     within = within / prompts
-    share = oracle_shrinkage(within, prompts, width) if shrinkage is None else shrinkage
-    level = float(within.trace()) / width
-    found = _solved(within, behaviour.mean - neutral.mean, share, level)
-    return aligned(found[None], behaviour, neutral)
+    rho = oracle_shrinkage(within, prompts, width) if shrinkage is None else shrinkage
+    level = float(within.trace()) / width  # the mean variance of a unit
+    vector = _solve_shrunk(within, behaviour.mean - neutral.mean, rho, level)
+    return aligned(vector[None], behaviour, neutral)
 
 
 def oracle_shrinkage(covariance: Float[Tensor, "span span"], prompts: int, width: int) -> float:
-    """ρ of Chen et al. 2010, equation 23, for the covariance of so many prompts and units."""
+    """Return ρ of Chen et al. 2010, equation 23.
+
+    Args:
+        covariance: The sample covariance S, possibly in the residuals' span.
+        prompts: The number of prompts n.
+        width: The number of units p, of the whole stream.
+    """
     trace, squares = float(covariance.trace()), float(covariance.square().sum())
-    apart = (prompts + 1 - 2 / width) * (squares - trace * trace / width)
-    if apart <= 0:
+    denominator = (prompts + 1 - 2 / width) * (squares - trace * trace / width)
+    if denominator <= 0:
         return 1.0
-    return min(1.0, ((1 - 2 / width) * squares + trace * trace) / apart)
+    return min(1.0, ((1 - 2 / width) * squares + trace * trace) / denominator)
 
 
-@needs("covariances", turns=True)
+@needs("covariances", equivariant=True)
 def leace(behaviour: Covariances, neutral: Covariances) -> StreamVectors:
-    """The direction that LEACE reads the behaviour from: Σ⁺δ, with Σ the covariance of all.
+    """Return the direction that LEACE reads the behaviour from: Σ⁺δ, with Σ the covariance of all.
 
     Belrose et al. 2023, arXiv 2306.03819, theorem 4.3. LEACE itself is oblique (`leace_eraser`):
-    it reads along Σ⁺δ and takes away along δ. An edit of weights here is orthogonal and does both
+    it reads along Σ⁺δ and subtracts along δ. An edit of weights here is orthogonal and does both
     along one direction; this is the one that is read, without shrinkage.
     """
     return aligned(leace_eraser(behaviour, neutral)[1][None], behaviour, neutral)
 
 
 def leace_eraser(behaviour: Covariances, neutral: Covariances) -> tuple[StreamVector, StreamVector]:
-    """LEACE for two sets in closed form: x ↦ x − w (rᵀ (x − mean)); no linear probe works then.
+    """Return LEACE for two sets in closed form: x ↦ x − w (rᵀ (x − mean)) defeats linear probes.
 
     Returns:
         w = δ, and r = Σ⁺δ / (δᵀΣ⁺δ), so that both sets have the same mean afterwards; zeros where
@@ -80,44 +85,46 @@ def leace_eraser(behaviour: Covariances, neutral: Covariances) -> tuple[StreamVe
     """
     prompts = behaviour.count + neutral.count
     gap = behaviour.mean - neutral.mean
-    every = behaviour.count * behaviour.covariance + neutral.count * neutral.covariance
-    every = every / prompts
-    every = every + (behaviour.count * neutral.count / prompts**2) * torch.outer(gap, gap)
-    read = _solved(every, gap, 0.0, 0.0)
+    covariance = behaviour.count * behaviour.covariance + neutral.count * neutral.covariance
+    covariance = covariance / prompts
+    # the covariance within the sets so far; the sets' means add that between them
+    between = behaviour.count * neutral.count / prompts**2
+    covariance = covariance + between * torch.outer(gap, gap)
+    read = _solve_shrunk(covariance, gap, 0.0, 0.0)
     return gap, read / (gap @ read).clamp_min(TINY)
 
 
-@needs("residuals", turns=True)
+@needs("residuals", equivariant=True)
 def logistic_probe(behaviour: Sample, neutral: Sample, l2: float = 1.0) -> StreamVectors:
-    """Weights of a logistic regression that tells the sets apart.
+    """Return the weights of a logistic regression that separates the sets.
 
     Alain and Bengio 2016, arXiv 1610.01644. Newton's method on the convex loss, so that the result
-    depends on nothing but the data. Both sets count the same, whatever their sizes.
+    depends on nothing but the data. Both sets have equal weight, whatever their sizes.
 
     Args:
         behaviour: Prompts that show the behaviour.
         neutral: Prompts that don't.
-        l2: Penalty on the squared weights, in units of the mean variance within the sets. Less
-            lets single prompts decide; much more gives the difference of means.
+        l2: Penalty on the squared weights, in units of the mean variance within the sets. A small
+            one lets single prompts decide; a large one gives the difference of means.
 
     Raises:
-        ValueError: the penalty is not above 0: of sets that can be told apart the weights would
-            be infinite.
+        ValueError: the penalty is not above 0: the weights of sets that can be separated would be
+            infinite.
     """
-    weights = _probe(behaviour.values.double(), neutral.values.double(), l2, behaviour.width)
+    weights = _fit_probe(behaviour.values.double(), neutral.values.double(), l2, behaviour.width)
     return aligned(weights[None], behaviour, neutral)
 
 
-@needs("residuals", turns=True)
+@needs("residuals", equivariant=True)
 def inlp(behaviour: Sample, neutral: Sample, rank: int = 3, l2: float = 1.0) -> StreamVectors:
-    """Probe after probe, each on what the ones before it leave: orthogonal directions.
+    """Fit probe after probe, each on what the ones before it leave; return orthogonal directions.
 
     Iterative null-space projection: Ravfogel et al. 2020, arXiv 2004.07667.
 
     Args:
         behaviour: Prompts that show the behaviour.
         neutral: Prompts that don't.
-        rank: How many probes.
+        rank: The number of probes.
         l2: As for `logistic_probe`.
 
     Raises:
@@ -128,10 +135,10 @@ def inlp(behaviour: Sample, neutral: Sample, rank: int = 3, l2: float = 1.0) -> 
     one, other = behaviour.values.double(), neutral.values.double()
     rows: list[StreamVector] = []
     for _ in range(rank):
-        weights = _probe(one, other, l2, behaviour.width)
-        for row in rows:  # rounding
+        weights = _fit_probe(one, other, l2, behaviour.width)
+        for row in rows:  # takes out rounding
             weights = weights - (weights @ row) * row
-        if rows and weights.norm() <= CUT:
+        if rows and weights.norm() <= ROUNDING:
             break
         unit = weights / weights.norm().clamp_min(TINY)
         rows.append(unit)
@@ -139,34 +146,40 @@ def inlp(behaviour: Sample, neutral: Sample, rank: int = 3, l2: float = 1.0) -> 
     return aligned(torch.stack(rows), behaviour, neutral)
 
 
-def _solved(
-    covariance: Float[Tensor, "span span"], gap: StreamVector, share: float, level: float
+def _solve_shrunk(
+    covariance: Float[Tensor, "span span"], gap: StreamVector, rho: float, level: float
 ) -> StreamVector:
-    """((1 − share) covariance + share level 1)⁺ gap."""
-    values, vectors = torch.linalg.eigh(covariance)
-    shrunk = (1 - share) * values + share * level
-    kept = shrunk > (TINY if share else CUT * shrunk[-1].clamp_min(TINY))
-    if not kept.any():  # prompts of a set don't differ at all
+    """Return ((1 − rho) covariance + rho level 1)⁺ gap."""
+    values, vectors = torch.linalg.eigh(covariance)  # (span), (span, span) by columns
+    shrunk = (1 - rho) * values + rho * level
+    in_range = shrunk > (TINY if rho else ROUNDING * shrunk[-1].clamp_min(TINY))
+    if not in_range.any():  # prompts of a set don't differ at all
         return gap
-    inverse = torch.where(kept, 1 / torch.where(kept, shrunk, 1.0), 0.0)
-    found: StreamVector = vectors @ (inverse * (vectors.T @ gap))
-    return found
+    inverse = torch.where(in_range, 1 / torch.where(in_range, shrunk, 1.0), 0.0)
+    solution: StreamVector = vectors @ (inverse * (vectors.T @ gap))
+    return solution
 
 
-def _probe(
+def _fit_probe(
     one: Float[Tensor, "prompt span"], other: Float[Tensor, "prompt2 span"], l2: float, width: int
 ) -> StreamVector:
-    """Weights w that minimise mean log(1 + exp(−±(w·x + c))) + ½ l2 ‖w‖², unit within variance."""
+    """Return the w that minimises mean log(1 + exp(−±(w·x + c))) + ½ l2 ‖w‖².
+
+    The minimum is that of residuals scaled to unit mean variance within the sets.
+    """
     if l2 <= 0:
         raise ValueError(f"l2 = {l2} must be above 0")
     within = 0.5 * (one.var(dim=0, unbiased=False).sum() + other.var(dim=0, unbiased=False).sum())
     scale = (within / width).sqrt()
-    middle = 0.5 * (one.mean(dim=0) + other.mean(dim=0))
+    midpoint = 0.5 * (one.mean(dim=0) + other.mean(dim=0))
     if scale == 0:
         return one.mean(dim=0) - other.mean(dim=0)
-    x = (torch.cat([one, other]) - middle) / scale
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)  # the last is the intercept
+    x = (torch.cat([one, other]) - midpoint) / scale  # (prompts of both sets, span)
+    x = torch.cat(
+        [x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1
+    )  # the last column is the intercept
     sign = torch.cat([torch.ones(len(one)), -torch.ones(len(other))]).double()
+    # half of the weight for each set
     share = torch.cat(
         [torch.full((len(s),), 0.5 / len(s), dtype=torch.float64) for s in (one, other)]
     )
@@ -174,19 +187,19 @@ def _probe(
     penalty[-1] = 0.0
 
     def loss(w: Tensor) -> Tensor:
-        miss = torch.nn.functional.softplus(-sign * (x @ w))
-        return share @ miss + 0.5 * (penalty * w * w).sum()
+        losses = torch.nn.functional.softplus(-sign * (x @ w))
+        return share @ losses + 0.5 * (penalty * w * w).sum()
 
     w = torch.zeros(x.shape[1], dtype=torch.float64)
     for _ in range(ROUNDS):
-        miss = torch.sigmoid(-sign * (x @ w))
-        gradient = penalty * w - x.T @ (share * sign * miss)
+        error = torch.sigmoid(-sign * (x @ w))  # probability of the wrong set, (prompt)
+        gradient = penalty * w - x.T @ (share * sign * error)
         if gradient.norm() <= 1e-13:
             break
-        curve = (share * miss * (1 - miss)).clamp_min(1e-14)
-        hessian = (x * curve[:, None]).T @ x + torch.diag(penalty)
+        curvature = (share * error * (1 - error)).clamp_min(1e-14)
+        hessian = (x * curvature[:, None]).T @ x + torch.diag(penalty)
         step = torch.linalg.solve(hessian, gradient)
-        size = 1.0
+        size = 1.0  # halved until the loss falls
         while size > 1e-6 and loss(w - size * step) > loss(w):
             size /= 2
         w = w - size * step

@@ -1,7 +1,6 @@
-"""Differences of centres: of means, and of medians that outliers don't move far."""
+"""Differences of centres: of means, and of medians, which outliers hardly move."""
 
 import hashlib
-import logging
 
 import numpy
 import torch
@@ -14,20 +13,19 @@ from ray_abliterate.directions.methods.inputs import (
     Sample,
     StreamVector,
     Variances,
+    Warn,
     needs,
 )
 
-log = logging.getLogger(__name__)
-
 ROUNDS = 1000
-"""Weiszfeld's rounds at most; a few dozen are usual."""
+"""Most rounds of Weiszfeld's algorithm; a few dozen are usual."""
 STILL = 1e-12
-"""A round that moves the median by less than this share of the spread is the last."""
+"""The last round is one that moves the median by less than this share of the spread."""
 
 
 @needs("means")
 def mean_difference(behaviour: Means, neutral: Means) -> StreamVector:
-    """Mean of the behaviour's residuals minus mean of the neutral ones.
+    """Return the mean of the behaviour's residuals minus the mean of the neutral ones.
 
     Arditi et al. 2024, arXiv 2406.11717, section 2.3.
     """
@@ -38,7 +36,7 @@ def mean_difference(behaviour: Means, neutral: Means) -> StreamVector:
 def variance_scaled(
     behaviour: Variances, neutral: Variances, power: float = 1.0, floor: float = 1e-3
 ) -> StreamVector:
-    """The difference of means, each unit of it divided by how much that unit varies by itself.
+    """Return the difference of means, each unit of it divided by how much that unit varies.
 
     With power 2 the independence rule, diagonal LDA: Bickel and Levina 2004, Bernoulli 10(6).
 
@@ -61,57 +59,60 @@ def variance_scaled(
 
 @needs("residuals")
 def median_difference(behaviour: Sample, neutral: Sample) -> StreamVector:
-    """Difference of the medians, each unit by itself.
+    """Return the difference of the medians, unit by unit.
 
-    Half of the prompts can be anything. Yin et al. 2018, arXiv 1803.01498.
+    Up to half of the prompts can be outliers. Yin et al. 2018, arXiv 1803.01498.
     """
     return _median(behaviour.values) - _median(neutral.values)
 
 
 @needs("residuals")
 def geometric_median(behaviour: Sample, neutral: Sample) -> StreamVector:
-    """Difference of the points that are nearest to all residuals of a set, in sum.
+    """Return the difference of the points with the least summed distance to a set's residuals.
 
-    Half of the prompts can be anything. Weiszfeld 1937, Tôhoku Mathematical Journal 43; distances
-    are smoothed as in Pillutla et al. 2022, arXiv 1912.13445.
+    Up to half of the prompts can be outliers. Weiszfeld 1937, Tôhoku Mathematical Journal 43;
+    distances are smoothed as in Pillutla et al. 2022, arXiv 1912.13445.
     """
-    return _nearest(behaviour.values.double()) - _nearest(neutral.values.double())
+    return _geometric_median(behaviour.values.double(), behaviour.warn) - _geometric_median(
+        neutral.values.double(), neutral.warn
+    )
 
 
 @needs("residuals")
 def median_of_means(behaviour: Sample, neutral: Sample, blocks: int = 21) -> StreamVector:
-    """Difference of geometric medians of the means of blocks of prompts.
+    """Return the difference of geometric medians of the means of blocks of prompts.
 
-    Nearly the mean where there are no outliers; fewer of them than half the blocks do little.
-    Minsker 2015, Bernoulli 21(4). A prompt's block follows from its residual's bits, so it does not
-    matter in which order prompts come.
+    Nearly the mean where there are no outliers; fewer outliers than half the blocks do little.
+    Minsker 2015, Bernoulli 21(4). A prompt's block follows from its residual's bits, so the order
+    of the prompts does not matter.
 
     Args:
         behaviour: Prompts that show the behaviour.
         neutral: Prompts that don't.
-        blocks: How many; each prompt is one if there are fewer prompts.
+        blocks: The number of blocks; each prompt is one if there are fewer prompts.
 
     Raises:
         ValueError: there are no blocks.
     """
     if blocks < 1:
         raise ValueError(f"blocks = {blocks} must be 1 or more")
-    return _nearest(_block_means(behaviour.values, blocks)) - _nearest(
-        _block_means(neutral.values, blocks)
-    )
+    return _geometric_median(
+        _block_means(behaviour.values, blocks), behaviour.warn
+    ) - _geometric_median(_block_means(neutral.values, blocks), neutral.warn)
 
 
 def _median(values: Float[Tensor, "prompt hidden"]) -> StreamVector:
     return torch.from_numpy(numpy.median(values.double().numpy(), axis=0))
 
 
-def _nearest(points: Float[Tensor, "prompt hidden"]) -> StreamVector:
-    """The geometric median, from the element-wise one on."""
+def _geometric_median(points: Float[Tensor, "prompt hidden"], warn: Warn) -> StreamVector:
+    """Return the geometric median, by Weiszfeld's algorithm from the element-wise median on."""
     centre: StreamVector = _median(points)
     spread = (points - centre).norm(dim=-1).median()
-    if spread == 0:  # at least half of the points are the same one
+    if spread == 0:  # at least half of the points are equal
         return centre
     for _ in range(ROUNDS):
+        # smoothed, so that a point at the centre has a finite weight: (prompt)
         distances = ((points - centre).square().sum(dim=-1) + (1e-6 * spread) ** 2).sqrt()
         weights = 1 / distances
         moved = (weights / weights.sum()) @ points
@@ -119,7 +120,7 @@ def _nearest(points: Float[Tensor, "prompt hidden"]) -> StreamVector:
         centre = moved
         if step <= STILL * spread:
             return centre
-    log.warning("the geometric median still moves by %.1e of the spread", float(step / spread))
+    warn(f"the geometric median still moves by {float(step / spread):.1e} of the spread")
     return centre
 
 
@@ -127,6 +128,7 @@ def _block_means(
     values: Float[Tensor, "prompt hidden"], blocks: int
 ) -> Float[Tensor, "block hidden"]:
     rows = values.numpy()
+    # by hash: an order that depends on no other prompt, and on no place
     order = sorted(range(len(rows)), key=lambda i: hashlib.blake2b(rows[i].tobytes()).digest())
     shuffled, blocks = values.double()[order], min(blocks, len(values))
     return torch.stack([shuffled[number::blocks].mean(dim=0) for number in range(blocks)])

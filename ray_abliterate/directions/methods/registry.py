@@ -1,6 +1,6 @@
-"""Direction methods: from two sets of residuals after one block to the directions between them.
+"""The direction methods of this package, by the name that a recipe gives them.
 
-Each is one function of the two sets, with its paper in its docstring, and says what it needs of
+Each is one function of the two sets, with its paper in its docstring, and declares what it needs of
 them. Add one here, or outside the package: see `docs/extending.md`.
 """
 

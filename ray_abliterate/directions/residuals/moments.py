@@ -108,7 +108,7 @@ class ResidualRows:
 
     @property
     def values(self) -> LayerValues:
-        """All residuals, `"prompt hidden"`."""
+        """All residuals as one array, `"prompt hidden"`."""
         return numpy.concatenate(self.parts)
 
 

@@ -47,7 +47,7 @@ class Residuals:
 
     @property
     def layers(self) -> int:
-        """The number of blocks."""
+        """The number of blocks of the model."""
         return self.values.shape[1]
 
     def mean(self) -> Float[Tensor, "layer hidden"]:

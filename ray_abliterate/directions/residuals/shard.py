@@ -84,7 +84,7 @@ class ResidualShard:
 
     @property
     def prompts(self) -> int:
-        """The number of prompts."""
+        """The number of prompts in the shard."""
         return int(self.batch.num_rows)
 
     @property

@@ -90,7 +90,7 @@ class ShardFiles:
     def of(
         cls, settings: RunSettings, own: ShardFolder, note: Callable[[str], None]
     ) -> "ShardFiles":
-        """Return the places that the recipe asks for: the run's folder, the user's cache, or both."""
+        """Return the places that the recipe asks for: the run's folder and the user's cache."""
         cache = cache_root() / "residuals" if settings.residual_cache else None
         return cls(own if settings.save_residuals else None, cache, note)
 

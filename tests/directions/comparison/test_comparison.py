@@ -274,7 +274,7 @@ def test_a_robust_method_is_recommended_where_there_are_outliers():
         wild, Whole(neutral), named("mean-difference", "geometric-median"), pairs=4
     )
     assert found.advice.method == "geometric-median"
-    assert found.steady("mean-difference") > 0.9  # it finds the outliers, and steadily
+    assert found.reliability_of("mean-difference") > 0.9  # it finds the outliers, and steadily
 
 
 def test_winsorising_is_done_before_anything_is_fit():
@@ -312,23 +312,23 @@ def test_a_method_that_is_clearly_better_is_recommended():
     assert "best: AUROC 0.980" in advice.reasons[0]
 
 
-def test_a_method_that_is_as_good_and_clearly_steadier_is_recommended():
+def test_a_method_that_is_as_good_and_clearly_more_reliable_is_recommended():
     advice = recommend_method(
         {"simple": standing(0.98, 0.3), "steady": standing(0.98, 0.9)}, (64, 64)
     )
     assert advice.method == "steady"
-    assert "steadier than simple" in " ".join(advice.reasons)
+    assert "more reliable than simple" in " ".join(advice.reasons)
 
 
 def test_too_few_prompts_and_weak_separation_are_said():
     few = recommend_method({"simple": standing(0.95, 0.5)}, (64, 64)).reasons
-    assert any("about 300 a set would make it 0.95" in reason for reason in few)
+    assert any("about 300 per set would make it 0.95" in reason for reason in few)
     nothing = recommend_method({"simple": standing(0.55, -0.1)}, (64, 64)).reasons
     assert any("do not agree on any direction" in reason for reason in nothing)
     assert any("0.55 is weak" in reason for reason in nothing)
     one = replace(standing(0.95), stability=())
     assert any(
-        "too few to say" in reason for reason in recommend_method({"simple": one}, (1, 1)).reasons
+        "too few to tell" in reason for reason in recommend_method({"simple": one}, (1, 1)).reasons
     )
     with pytest.raises(ValueError, match="no method"):
         recommend_method({}, (2, 2))
@@ -340,10 +340,8 @@ def test_fits_keep_back_their_own_warnings_and_nobody_elses(
     """They run beside each other, in threads that begin and end in any order."""
     mean = torch.zeros(8, 8)
     mean[:, 0] = 1.0
-    sets, spared = (
-        ContrastSets(3 * mean, mean),
-        DirectionSettings(),
-    )  # the direction is parallel to the neutral mean
+    # the direction is parallel to the neutral mean
+    sets, spared = ContrastSets(3 * mean, mean), DirectionSettings()
     with ThreadPoolExecutor(8) as threads:
         assert all(found.vector is not None for found in threads.map(sets.fit, [spared] * 64))
     assert not caplog.records

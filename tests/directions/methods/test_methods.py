@@ -10,17 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ray_abliterate.directions import compute as finding
-from ray_abliterate.directions.compute import (
-    directions_from_residuals,
+from ray_abliterate.directions.compute import directions_from_residuals
+from ray_abliterate.directions.methods import inputs
+from ray_abliterate.directions.methods.discriminants import (
+    _fit_probe,
+    leace_eraser,
+    oracle_shrinkage,
+)
+from ray_abliterate.directions.methods.inputs import Demand, Layer, Sample, demand_of, needs
+from ray_abliterate.directions.methods.mean_differences import _geometric_median
+from ray_abliterate.directions.methods.principal_components import neutral_components
+from ray_abliterate.directions.methods.recipe_methods import (
     need_of,
     refuse_unknown_methods,
     rows_per_layer,
 )
-from ray_abliterate.directions.methods import inputs
-from ray_abliterate.directions.methods.discriminants import _probe, leace_eraser, oracle_shrinkage
-from ray_abliterate.directions.methods.inputs import Demand, Layer, Sample, demand_of, needs
-from ray_abliterate.directions.methods.mean_differences import _nearest
-from ray_abliterate.directions.methods.principal_components import neutral_components
 from ray_abliterate.directions.methods.registry import METHODS
 from ray_abliterate.directions.residuals.residual_set import Residuals
 from ray_abliterate.errors import RecipeError, ScoreError
@@ -177,7 +181,7 @@ def test_a_need_that_is_none_is_refused() -> None:
         ({"ensemble": [{"method": "inlp"}]}, "ensemble is for method"),
         ({"method": "ensemble", "ensemble": [{"method": "ensemble"}]}, "not a method"),
         ({"method": "ensemble", "ensemble": [{"method": "inlp"}], "options": {"rank": 2}},
-         "belong to its members"),
+         "give them to its members"),
     ],
 )  # fmt: skip
 def test_a_section_that_cannot_be_meant_is_refused(settings: dict[str, Any], said: str) -> None:
@@ -196,7 +200,7 @@ def test_a_section_that_cannot_be_meant_is_refused(settings: dict[str, Any], sai
          "inlp has no option 'k'"),
         ({"method": "no_such_module:f"}, ScoreError, "cannot be imported"),
         ({"method": f"{OWN}:nothing"}, ScoreError, "has no 'nothing'"),
-        ({"method": f"{__name__}:OWN"}, RecipeError, "is no function"),
+        ({"method": f"{__name__}:OWN"}, RecipeError, "is not a function"),
         ({"method": "inlp", "options": {"rank": 2.0}}, RecipeError, r"(?s)inlp: .*float"),
         ({"method": f"{OWN}:trimmed_difference", "options": {"part": 0.2}}, RecipeError,
          "has no option 'part'; it has share"),
@@ -258,8 +262,8 @@ def test_options_out_of_range_are_refused(method: str, options: dict[str, Any], 
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("of_another_width", "gave \\(1, 5\\)"),
-        ("not_a_number", "gave \\(1, 32\\) with values that are not finite"),
+        ("of_another_width", "returned \\(1, 5\\)"),
+        ("not_a_number", "returned \\(1, 32\\) with values that are not finite"),
     ],
 )
 def test_a_method_that_gives_no_vectors_is_named(function: str, said: str) -> None:
@@ -289,12 +293,12 @@ def faint(behaviour: inputs.Means, neutral: inputs.Means) -> torch.Tensor:
 # In the span of the residuals
 
 
-@pytest.mark.parametrize("name", sorted(n for n, f in METHODS.items() if demand_of(f).turns))
+@pytest.mark.parametrize("name", sorted(n for n, f in METHODS.items() if demand_of(f).equivariant))
 def test_in_the_residuals_span_a_method_finds_what_it_finds_among_all_units(name: str) -> None:
     behaviour, neutral, _ = planted_residuals(seed=1, prompts=12, layers=1, hidden=60)
     sets = [Sample(s.values[:12, 0], 60) for s in (behaviour, neutral)]
     layer = Layer(*sets)
-    assert len(layer.spanned[0].mean) == 24
+    assert len(layer.in_span[0].mean) == 24
     here = layer.find(METHODS[name])
     direct = METHODS[name](*sets)
     torch.testing.assert_close(here, direct, rtol=0, atol=1e-9)
@@ -388,8 +392,8 @@ def test_after_leace_both_sets_have_the_same_mean_and_no_probe_works() -> None:
     middle = 0.5 * (sets[0].mean + sets[1].mean)
     erased = [s.values - torch.outer((s.values - middle) @ read, write) for s in sets]
     torch.testing.assert_close(erased[0].mean(0), erased[1].mean(0), rtol=0, atol=1e-10)
-    before = _probe(sets[0].values, sets[1].values, 1e-3, 24).norm()
-    assert _probe(*erased, 1e-3, 24).norm() < 1e-6 * before
+    before = _fit_probe(sets[0].values, sets[1].values, 1e-3, 24).norm()
+    assert _fit_probe(*erased, 1e-3, 24).norm() < 1e-6 * before
 
 
 def test_leace_takes_away_less_than_any_orthogonal_projection_along_the_difference() -> None:
@@ -406,7 +410,7 @@ def test_leace_takes_away_less_than_any_orthogonal_projection_along_the_differen
 def test_the_probe_is_where_the_gradient_vanishes() -> None:
     behaviour, neutral, _ = correlated(prompts=60)
     one, other = (s.values[:, 0].double() for s in (behaviour, neutral))
-    found = _probe(one, other, 0.5, 24)
+    found = _fit_probe(one, other, 0.5, 24)
     scale = (
         0.5 * (one.var(0, unbiased=False).sum() + other.var(0, unbiased=False).sum()) / 24
     ).sqrt()
@@ -438,7 +442,7 @@ def test_the_geometric_median_is_where_unit_vectors_to_all_points_cancel(seed: i
     random = torch.Generator().manual_seed(seed)
     points = torch.randn(25, 4, generator=random, dtype=torch.float64)
     points[:4] *= 1000
-    found = _nearest(points)
+    found = _geometric_median(points, pytest.fail)
     away = torch.nn.functional.normalize(points - found, dim=-1)
     assert away.sum(dim=0).norm() < 1e-3 or (points - found).norm(dim=-1).min() < 1e-3
 
@@ -485,8 +489,8 @@ def test_inlp_takes_probe_after_probe_until_none_works() -> None:
         s.values[:, 0] - s.values[:, 0] @ found.basis[0].T @ found.basis[0]
         for s in (behaviour, neutral)
     ]
-    first = _probe(*(s.values[:, 0].double() for s in (behaviour, neutral)), 1.0, 32).norm()
-    assert _probe(*(s.double() for s in left), 1.0, 32).norm() < 0.1 * first
+    first = _fit_probe(*(s.values[:, 0].double() for s in (behaviour, neutral)), 1.0, 32).norm()
+    assert _fit_probe(*(s.double() for s in left), 1.0, 32).norm() < 0.1 * first
 
 
 def test_neutral_components_are_spared() -> None:
@@ -544,7 +548,7 @@ def test_a_method_with_options_filled_in_asks_for_what_it_asked_for_before() -> 
     flat = partial(lambda behaviour, neutral, by: behaviour.mean[:by], by=2)
     sets = planted_residuals(seed=1, prompts=6)[:2]
     layer = Layer(*(Sample(s.values[:, 0], 32) for s in sets))
-    with pytest.raises(ValueError, match=r"functools.partial\(.* gave \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"functools.partial\(.* returned \(1, 2\)"):
         layer.find(flat)
 
 
