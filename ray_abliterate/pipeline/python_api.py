@@ -30,19 +30,21 @@ PREFIX_PROMPTS = 16
 def run_recipe(
     recipe: Recipe | str | Path,
     to: str | Path,
-    overrides: Mapping[str, object] | None = None,
     progress: Progress | None = None,
+    **overrides: object,
 ) -> "Frontier":
     """Run a recipe in a new run directory, and return the frontier.
 
-        frontier = run_recipe("my.toml", to="runs/my", overrides={"search.trials": 8})
+        frontier = run_recipe("my.toml", to="runs/my", search__trials=8)
+        frontier = run_recipe("my.toml", to="runs/my", **{"search.trials": 8})
 
     Args:
         recipe: A recipe, or the path of its TOML file. Relative paths in a recipe start from its
             file's folder; those of a `Recipe` from the working directory.
         to: The run directory, which must not hold a run yet; `RunDirectory.open(to)` reads it.
-        overrides: Settings to change, by their full names, as on the command line.
         progress: Display of stages, steps and trials; none if unset.
+        **overrides: Settings to change, by their full names as on the command line, with two
+            underscores for a dot.
 
     Raises:
         RecipeError: the recipe can't be read, or a setting is wrong.
@@ -59,7 +61,8 @@ def run_recipe(
         path = Path(recipe)
         base, given = path.parent, Recipe.load(path)
         text = path.read_text(encoding="utf-8")
-    chosen = given.with_overrides(overrides) if overrides else given
+    settings = {name.replace("__", "."): value for name, value in overrides.items()}
+    chosen = given.with_overrides(settings) if settings else given
     directory = RunDirectory.create(Path(to), chosen, text)
     return run(chosen, directory, base, progress)
 
@@ -100,7 +103,7 @@ def compute_directions(
 ) -> "Directions":
     """Compute directions on a model in this process, as a run of a recipe would.
 
-        directions = compute_directions(model, harmful, harmless, {"method": "whitened"})
+        directions = compute_directions(model, cooking, other, {"method": "whitened"})
 
     Residuals are read at the last token of each prompt, after the response prefix that all answers
     have in common (a closed thinking block, say), unless `skip_common_prefix` is false.

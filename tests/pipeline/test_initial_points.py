@@ -145,7 +145,7 @@ def odds(logits: torch.Tensor, token: int) -> float:
 def reference(started: Started, layer: int) -> tuple[float, float, float]:
     """The three numbers from transformers' own passes, one prompt at a time."""
     module: Any = AutoModelForCausalLM.from_pretrained(started.model)
-    chat, probe = (
+    chat, prompts = (
         started.pool.replica.model.chat,
         effect_prompts(started.recipe, started.sets.scored),
     )
@@ -156,7 +156,7 @@ def reference(started: Started, layer: int) -> tuple[float, float, float]:
         rows = [torch.tensor([chat.encode(prompt)]) for prompt in prompts]
         return torch.stack([module(row).logits[0, -1] for row in rows])
 
-    base = logits(probe.neutral).double().log_softmax(-1)
+    base = logits(prompts.neutral).double().log_softmax(-1)
     means = [
         started.shards.gathered(s).values[:, layer].double().mean(0)
         for s in (started.sets.behaviour, started.sets.neutral)
@@ -166,14 +166,14 @@ def reference(started: Started, layer: int) -> tuple[float, float, float]:
     handle = block.register_forward_hook(
         lambda _m, _a, out: out + gap * v if torch.is_tensor(out) else (out[0] + gap * v, *out[1:])
     )
-    more = logits(probe.neutral)
+    more = logits(prompts.neutral)
     handle.remove()
     for name, weight in module.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight -= torch.outer(v, v @ weight)
-    less = logits(probe.neutral).double().log_softmax(-1)
+    less = logits(prompts.neutral).double().log_softmax(-1)
     moved = float((base.exp() * (base - less)).sum(-1).mean())
-    return odds(logits(probe.behaviour), sorry), odds(more, sorry), moved
+    return odds(logits(prompts.behaviour), sorry), odds(more, sorry), moved
 
 
 @pytest.mark.parametrize("layer", range(4))
@@ -185,14 +185,14 @@ def test_a_layers_numbers_are_those_of_plain_passes(tried: Started, layer: int) 
     assert numbers == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-def test_a_layer_that_carries_the_behaviour_is_chosen_and_one_that_does_not_is_dropped(
+def test_a_layer_that_carries_the_behaviour_is_chosen_and_one_that_does_not_is_rejected(
     tried: Started,
 ) -> None:
     found = tried.directory.selection()
     assert found.chosen.layer >= PLANTED_LAYER
     assert found.chosen.ablated < 0 < found.chosen.base[0] and found.chosen.base[1] < 0
     for one in found.scores[:PLANTED_LAYER]:
-        assert one.dropped == "adding it does not bring refusals"
+        assert one.rejection == "adding it does not cause refusals"
         assert one.ablated == pytest.approx(one.base[0], abs=0.5)
     assert tried.pool.tried == [0, 1, 2, 3]
     assert found.sentence() in tried.progress.notes
@@ -206,9 +206,9 @@ def test_the_model_is_the_base_model_again_and_its_learning_is_kept(
     prompts = tried.sets.scored["kl-divergence"].prompts
     logits = replica.model.next_token_logits(prompts)
     known = dict(replica.model._stored_batches)
-    probe = effect_prompts(tried.recipe, tried.sets.scored)
-    first = replica.direction_effect(probe, 2, 3.0, tried.setup)
-    assert replica.direction_effect(probe, 2, 3.0, tried.setup) == first
+    held_out = effect_prompts(tried.recipe, tried.sets.scored)
+    first = replica.direction_effect(held_out, 2, 3.0, tried.setup)
+    assert replica.direction_effect(held_out, 2, 3.0, tried.setup) == first
     assert torch.equal(replica.model.next_token_logits(prompts), logits)
     for name, value in replica.model.module.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -219,21 +219,21 @@ def test_the_model_is_the_base_model_again_and_its_learning_is_kept(
 def test_the_plain_path_gives_the_same(tried: Started) -> None:
     replica = Replica(tried.recipe, str(tried.model), {})
     replica.model._engine = None
-    probe = effect_prompts(tried.recipe, tried.sets.scored)
+    prompts = effect_prompts(tried.recipe, tried.sets.scored)
     gap = tried.directory.baseline().separation[2]["gap"]
     one, other = (
-        r.direction_effect(probe, 2, gap, tried.setup) for r in (replica, tried.pool.replica)
+        r.direction_effect(prompts, 2, gap, tried.setup) for r in (replica, tried.pool.replica)
     )
     for name in ("ablated", "added", "divergence"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-4)
 
 
-def test_a_layer_that_breaks_the_model_is_dropped_and_says_why(tried: Started) -> None:
-    probe = effect_prompts(tried.recipe, tried.sets.scored)
-    broken = tried.pool.replica.direction_effect(probe, 2, float("inf"), tried.setup)
+def test_a_layer_that_breaks_the_model_is_rejected_and_says_why(tried: Started) -> None:
+    prompts = effect_prompts(tried.recipe, tried.sets.scored)
+    broken = tried.pool.replica.direction_effect(prompts, 2, float("inf"), tried.setup)
     assert broken.ablated is None
-    assert broken.dropped == "the model's logits are NaN: the edit has broken it"
-    assert tried.pool.replica.direction_effect(probe, 2, 1.0, tried.setup).ablated is not None
+    assert broken.rejection == "the model's logits are NaN: the edit has broken it"
+    assert tried.pool.replica.direction_effect(prompts, 2, 1.0, tried.setup).ablated is not None
 
 
 def test_layers_may_be_tried_in_any_order_and_are_tried_once(
@@ -343,7 +343,7 @@ def test_report_show_and_directions_have_the_table(tried: Started, tmp_path: Pat
     found, path = tried.directory.selection(), str(tried.directory.path)
     page = build_report(tried.directory)
     part = page[page.index('id="layers"') :]
-    assert "adding it does not bring refusals" in part and "chosen" in part
+    assert "adding it does not cause refusals" in part and "chosen" in part
     shown = CliRunner().invoke(app, ["show", path])
     assert shown.exit_code == 0, shown.output
     assert "Directions by layer, on held-out prompts" in shown.output
@@ -376,9 +376,9 @@ def test_directions_of_a_recipe_try_layers_where_they_have_not_been_tried(
 
 def test_no_more_prompts_are_tried_than_the_papers(tried: Started) -> None:
     sets = {name: type(s)(name, s.prompts * 40) for name, s in tried.sets.scored.items()}
-    probe = effect_prompts(tried.recipe, sets)
-    assert len(probe.behaviour) == len(probe.neutral) == MOST_PROMPTS == 32
-    assert probe.openings == ("Sorry",)
+    prompts = effect_prompts(tried.recipe, sets)
+    assert len(prompts.behaviour) == len(prompts.neutral) == MOST_PROMPTS == 32
+    assert prompts.openings == ("Sorry",)
 
 
 def test_one_direction_for_all_layers_is_preferred_where_the_space_has_it(tried: Started) -> None:

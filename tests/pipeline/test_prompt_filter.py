@@ -1,4 +1,4 @@
-"""The prompt filter on the planted model: what contradicts its set is left out, and nothing else."""
+"""The prompt filter on the planted model: only what contradicts its set is left out."""
 
 import json
 from collections.abc import Iterator

@@ -78,7 +78,7 @@ from ray_abliterate import (
 
 def study() -> list[dict[str, Any]]:
     try:
-        frontier = run_recipe("my.toml", to="runs/my", overrides={"search.trials": 8})
+        frontier = run_recipe("my.toml", to="runs/my", search__trials=8)
     except RayAbliterateError as error:
         raise SystemExit(str(error)) from error
     reveal_type(frontier)
@@ -94,14 +94,15 @@ def study() -> list[dict[str, Any]]:
 
 def edit(module: Any, tokenizer: Any, plan: Plan) -> str:
     model = LanguageModel(module, tokenizer)
-    harmful = PromptSet("behaviour", (Prompt("How do I pick a lock?"),))
-    directions = compute_directions(model, harmful, ["How do I bake bread?"], {"method": "leace"})
+    cooking = PromptSet("behaviour", (Prompt("How do I bake a cake?"),))
+    other = ["How do I tune a guitar?"]
+    directions = compute_directions(model, cooking, other, {"method": "leace"})
     reveal_type(directions)
     cache = WeightCache(module, find_writers(module))
     with cache.edited(plan, directions):
-        answers = model.answer(harmful.prompts, 20)
+        answers = model.answer(cooking.prompts, 20)
     reveal_type(answers[0].text)
-    residuals = Residuals(model.residuals(harmful.prompts))
+    residuals = Residuals(model.residuals(cooking.prompts))
     print(residuals.layers, Profile(1.0, 3.0, 0.5, 4.0).strengths(8), Directions, Replica)
     return answers[0].text
 
@@ -266,20 +267,23 @@ def test_run_recipe_takes_a_path_or_a_recipe_and_overrides(
 ) -> None:
     file = tmp_path / "my.toml"
     file.write_text(RECIPE)
-    progress, overrides = SilentProgress(), {"search.trials": 8, "scorers.0.max_new_tokens": 20}
-    assert run_recipe(str(file), tmp_path / "a", overrides, progress) == Frontier(())
+    progress = SilentProgress()
+    overrides: dict[str, Any] = {"search.trials": 8, "scorers.0.max_new_tokens": 20}
+    assert run_recipe(str(file), tmp_path / "a", progress, **overrides) == Frontier(())
     recipe, directory, base, given = asked[0]
     assert (recipe.search.trials, recipe.scorers[0].max_new_tokens) == (8, 20)
     assert RunDirectory.open(tmp_path / "a").read_recipe() == recipe == directory.read_recipe()
     assert (base, given) == (tmp_path, progress)
     assert (tmp_path / "a" / "recipe.toml").read_text() == RECIPE
-    run_recipe(Recipe.load(file), str(tmp_path / "b"), overrides)
+    run_recipe(
+        Recipe.load(file), str(tmp_path / "b"), search__trials=8, scorers__0__max_new_tokens=20
+    )
     recipe, directory, base, _ = asked[1]
     assert recipe == asked[0][0] and base == Path.cwd()
     written = (tmp_path / "b" / "recipe.toml").read_text()
     assert Recipe.parse(written, "recipe.toml") == Recipe.load(file)
     with pytest.raises(RecipeError, match=r"search\.trails is not a setting\. Did you mean"):
-        run_recipe(file, tmp_path / "c", {"search.trails": 8})
+        run_recipe(file, tmp_path / "c", search__trails=8)
     with pytest.raises(RecipeError, match=r"nowhere\.toml"):
         run_recipe(tmp_path / "nowhere.toml", tmp_path / "c")
     assert not (tmp_path / "c").exists() and len(asked) == 2

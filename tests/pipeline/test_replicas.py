@@ -51,10 +51,10 @@ def test_a_model_of_the_hub_is_loaded_at_the_commit_that_the_run_began_with(tmp_
     directory.append_trial(Trial(0, Plan.nothing(), CARD, 1.0))
     monkeypatch.setattr(run, "load_prompts", lambda *_: PromptSets(None, None, {}))
     for module in (replicas, evaluating):
-        monkeypatch.setattr(module, "model_source", lambda *_: "")
+        monkeypatch.setattr(module, "resolve_model", lambda *_: "")
         monkeypatch.setattr(module, "connect", lambda *_: "")
         monkeypatch.setattr(module.ReplicaPool, "start", refuse)
-    monkeypatch.setattr(chat, "model_source", lambda *_: "")
+    monkeypatch.setattr(chat, "resolve_model", lambda *_: "")
     monkeypatch.setattr(chat, "Replica", refuse)
     reading, options = TextRequest("hub:owner/text"), chat.ChatOptions("one", 1, None)
     for load in (

@@ -29,7 +29,7 @@ from ray_abliterate.pipeline.residual_analysis import (
 )
 from ray_abliterate.pipeline.stored_residuals import StoredSet, stored_sets
 from ray_abliterate.recipe import DirectionSettings, Recipe
-from ray_abliterate.report.directions_page import comparison_page
+from ray_abliterate.report.directions_page import directions_page
 from ray_abliterate.report.pages import write_directions, write_residuals
 from ray_abliterate.report.residuals_page import residuals_page
 from ray_abliterate.search.frontier import Trial
@@ -271,10 +271,10 @@ def test_a_comparison_is_written_as_numbers_and_as_a_page(recipe: Recipe, tmp_pa
     directory = a_run(tmp_path / "run", recipe, prompts=40)
     methods = methods_to_compare(recipe.direction, ("mean-difference", "whitened", "pca-paired"))
     found = compare_run(directory, methods, 2, SilentProgress())
-    page = comparison_page(found, "model")
+    page = directions_page(found, "model")
     html = write_directions(found, page, directory.path).read_text("utf-8")
     assert f"Take {found.advice.method}" in html
-    assert "pca-paired has no direction here: pca-paired needs sets of equal size" in html
+    assert "pca-paired has no direction here: pca-paired pairs prompts and needs sets" in html
     separation, heat, layers, steady = figures(html)
     assert len(layers["views"][0]["data"][0]["z"]) == 4
     assert [trace["name"] for trace in separation["views"][0]["data"]] == list(found.methods)

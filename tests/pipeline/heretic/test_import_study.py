@@ -1,5 +1,7 @@
-"""Runs made of studies of Heretic. Both journals were written by Heretic itself, 1.4.0 and its master
-branch (commit 20b7bf7), in runs of five trials on the tiny planted model; they hold no prompts.
+"""Runs made of studies of Heretic.
+
+Both journals were written by Heretic itself, 1.4.0 and its master branch (commit 20b7bf7), in runs
+of five trials on the tiny planted model; they hold no prompts.
 """
 
 import json
