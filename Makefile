@@ -54,7 +54,7 @@ test-rest: setup
 test-extras: setup
 	$(call beside,$(EXTRAS),-c constraints.txt -e '$(PARTS)')
 	$(call beside,$(ONNX),-r requirements-onnx.txt)
-	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/model/test_checkpoints.py
+	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/model/test_loading.py
 	OMP_NUM_THREADS=1 nice -n 19 $(EXTRAS)/bin/python -m pytest tests/evaluation/suites/test_lm_eval.py
 	OMP_NUM_THREADS=1 ONNX_PYTHON=$(CURDIR)/$(ONNX)/bin/python \
 		nice -n 19 $(BIN)/python -m pytest tests/export/test_onnx.py

@@ -87,8 +87,8 @@ class PlannedEdits(Generic[T]):
         for target in self._targets:
             writer = target.writer
             strength = strengths.get(writer.component, (0.0,) * layers)[writer.layer]
-            of_component = directions.of(writer.component)
-            if strength != 0 and (blends := of_component.used(plan, writer.layer)):
+            of_component = directions.for_component(writer.component)
+            if strength != 0 and (blends := of_component.blends_for(plan, writer.layer)):
                 yield target, blends, strength
 
     def make_edit(self, target: T, norm: Norm, blends: tuple[Blend, ...], strength: float) -> Edit:
@@ -144,7 +144,7 @@ class PlannedEdits(Generic[T]):
     def _rows_of(self, target: T) -> Tensor:
         """Return all directions, `"row hidden"`, pulled back through the norm after a writer."""
         assert self._directions is not None
-        vectors = self._directions.of(target.writer.component).rows.to(target.device)
+        vectors = self._directions.for_component(target.writer.component).rows.to(target.device)
         # the norm multiplies feature i by g_i, so <g ⊙ y, v> = <y, g ⊙ v>
         return vectors if target.gain is None else vectors * target.gain.to(vectors.device)
 
@@ -152,7 +152,7 @@ class PlannedEdits(Generic[T]):
         """Return the bytes of a writer's projections in the largest norm mode, `row`."""
         assert self._directions is not None
         experts, hidden, fan_in = target.shape
-        rows = self._directions.of(target.writer.component).rows
+        rows = self._directions.for_component(target.writer.component).rows
         return 4 * len(rows) * experts * (fan_in + hidden)  # inner and outer, float32
 
 
@@ -161,5 +161,6 @@ def _give_same_edits(one: Directions, other: Directions) -> bool:
     if one.components.keys() != other.components.keys():
         return False
     return torch.equal(one.rows, other.rows) and all(
-        torch.equal(own.rows, other.components[name].rows) for name, own in one.components.items()
+        torch.equal(directions.rows, other.components[name].rows)
+        for name, directions in one.components.items()
     )

@@ -54,7 +54,7 @@ class VirtualEdits:
             ModelError: edits are applied already; they don't nest.
         """
         if self._selector.count:
-            raise ModelError("edits are applied already on this model; edits don't nest")
+            raise ModelError("edits are applied already to this model; edits don't nest")
         edits: dict[str, dict[int, Edit]] = {}  # by parameter, then by the plan's number
         first_edited = self._cache.layers
         for number, plan in enumerate(plans):

@@ -160,7 +160,7 @@ class WeightCache:
                 another model.
         """
         if self._applied is not None:
-            raise ModelError("an edit is applied already on this model; edits don't nest")
+            raise ModelError("an edit is applied already to this model; edits don't nest")
         self._applied = plan, directions
         try:
             with record_function("edit"):

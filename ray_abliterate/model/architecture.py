@@ -5,7 +5,7 @@ does not import transformers: it looks at a model's names, shapes and configurat
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,21 +88,21 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         UnknownArchitecture: there is no such list, or more than one.
     """
     config = text_config(model)
-    found = {
+    lists = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == config.num_hidden_layers
         and _model_type(model.get_submodule(name.rpartition(".")[0])) == config.model_type
     }
-    if len(found) != 1:
-        names = ", ".join(found) or "none"
+    if len(lists) != 1:
+        names = ", ".join(lists) or "none"
         raise UnknownArchitecture(
-            f"the residual blocks of {_described(model)} were not found.\n"
+            f"the residual blocks of {_description(model)} were not found.\n"
             f"  Expected one list of {config.num_hidden_layers} modules; found: {names}.\n"
             "  See docs/architectures.md."
         )
-    return next(iter(found.items()))
+    return next(iter(lists.items()))
 
 
 def find_writers(
@@ -114,9 +114,10 @@ def find_writers(
 
     Args:
         model: A transformers model.
-        rows: Rows from the recipe, beside those of the model's family. They also stand in for
-            a family that has none.
-        in_memory: Insist that the weights are there, not on the meta device.
+        rows: Rows from the recipe, in addition to those of the model's family. They also stand in
+            for a family that has none.
+        in_memory: Refuse weights on the meta device. False for a skeleton, and for a model that is
+            quantized or offloaded.
 
     Raises:
         UnknownArchitecture: the model's type has no rows, or a layer has no writer.
@@ -124,18 +125,20 @@ def find_writers(
             axis has another width than the stream, or a parameter has no storage.
     """
     _check_rows(rows)
-    every_row = (*_rows_of(model, refuse=not rows), *rows)
+    all_rows = (*_rows_of(model, refuse=not rows), *rows)
     prefix, blocks = find_blocks(model)
-    if not every_row:
-        raise UnknownArchitecture(_no_rows_message(model, blocks))
+    if not all_rows:
+        opening = f"no writers are declared for {_description(model)}."
+        raise UnknownArchitecture(_undeclared(opening, model, dict(enumerate(blocks))))
     writers: list[Writer] = []
     seen: set[int] = set()
     used: set[WriterRow] = set()
     for layer, block in enumerate(blocks):
         parameters = dict(block.named_parameters(remove_duplicate=False))
-        claims = [(name, row) for name in parameters if (row := _claim(name, every_row))]
+        claims = [(name, row) for name in parameters if (row := _claim(name, all_rows))]
         if not claims:
-            raise UnknownArchitecture(_no_writer_message(model, layer, block))
+            opening = f"no writer is declared for layer {layer} of {_description(model)}."
+            raise UnknownArchitecture(_undeclared(opening, model, {layer: block}))
         used.update(row for _, row in claims)
         for name, row in claims:
             if id(parameters[name]) in seen:
@@ -158,7 +161,13 @@ def find_writers(
 
 
 def oriented(parameter: Tensor, writer: Writer) -> Float[Tensor, "expert hidden fan_in"]:
-    """Return a view of the parameter, the residual stream at axis 1. A matrix is one expert."""
+    """Return a view of a writer's parameter with the residual stream at axis 1.
+
+    A matrix becomes a stack of one expert.
+
+    Raises:
+        ModelError: the parameter is on the meta device.
+    """
     refuse_meta(writer.parameter, parameter)
     stacked = parameter.unsqueeze(0) if parameter.ndim == 2 else parameter
     axis = writer.hidden_axis + (parameter.ndim == 2)
@@ -170,9 +179,14 @@ def post_norm_gain(
 ) -> Float[Tensor, "hidden"] | None:
     """Return the effective weight g of the norms between `writer` and the stream, in float32.
 
-    The norms are on `device`, by default the writer's. They are asked: a root-mean-square norm
-    turns a vector of ones into its effective weight, which is `1 + w` in some families, `w` in
-    others. g is exact up to a common factor near 1 (the norm's epsilon), which does not matter.
+    g is read off the norms' output: a root-mean-square norm turns a vector of ones into its
+    effective weight, which is `1 + w` in some families, `w` in others. g is exact up to a common
+    factor near 1 (the norm's epsilon), which does not matter.
+
+    Args:
+        model: The transformers model.
+        writer: One of its writers.
+        device: Where the norms compute; by default the writer's device.
 
     Raises:
         ModelError: the norm is not a scaling of each feature (a LayerNorm subtracts the mean).
@@ -190,12 +204,12 @@ def post_norm_gain(
 
 
 def refuse_meta(name: str, parameter: Tensor) -> None:
-    """Raise a `ModelError` if `parameter` has no storage, because its edit would do nothing."""
+    """Raise a `ModelError` if `parameter` has no storage, because its edit would be lost."""
     if parameter.is_meta:
         raise ModelError(
             f"{name} is on the meta device: its values are not in memory (offloaded or not "
             "loaded), so an edit would be lost.\n"
-            "  Load the model on devices that hold all of it, or use a smaller dtype."
+            "  Load the model on devices that hold all of it, or choose a smaller dtype."
         )
 
 
@@ -203,7 +217,7 @@ def _model_type(module: nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "model_type", None)
 
 
-def _described(model: nn.Module) -> str:
+def _description(model: nn.Module) -> str:
     return f'model type "{text_config(model).model_type}" ({type(model).__name__})'
 
 
@@ -216,7 +230,7 @@ def _rows_of(model: nn.Module, refuse: bool) -> tuple[WriterRow, ...]:
         ):
             if refuse:
                 raise UnknownArchitecture(
-                    f"{_described(model)} is not supported: {entry.reason},\n"
+                    f"{_description(model)} is not supported: {entry.reason},\n"
                     "  so editing what writes to the stream cannot keep a direction out of it.\n"
                     "  To edit some writers anyway, set [model] writers in the recipe; "
                     "see docs/architectures.md."
@@ -248,6 +262,7 @@ def _claim(name: str, rows: Sequence[WriterRow]) -> WriterRow | None:
 
 
 def _check_parameter(name: str, parameter: Tensor, row: WriterRow, hidden: int) -> None:
+    """Raise a `ModelError` unless the row's hidden axis is as wide as the residual stream."""
     shape = tuple(parameter.shape)
     allowed = (0, 1) if parameter.ndim == 2 else (1, 2) if parameter.ndim == 3 else ()
     if row.hidden_axis not in allowed or shape[row.hidden_axis] != hidden:
@@ -259,6 +274,7 @@ def _check_parameter(name: str, parameter: Tensor, row: WriterRow, hidden: int) 
 
 
 def _writer(prefix: str, layer: int, block: nn.Module, name: str, row: WriterRow) -> Writer:
+    """Return the writer that a row finds in a block, with its bias and the norms after it."""
     modules = dict(block.named_modules())
     present = {key for key, _ in block.named_parameters(remove_duplicate=False)}
     stem = name.removesuffix(".weight")
@@ -286,9 +302,9 @@ def _writer(prefix: str, layer: int, block: nn.Module, name: str, row: WriterRow
 
 @torch.no_grad()
 def _gain(name: str, norm: nn.Module, width: int, device: torch.device) -> Tensor:
-    """Return what `norm` multiplies each feature by."""
+    """Return what `norm` multiplies each feature by, `"hidden"`."""
     for key, parameter in norm.named_parameters():
-        if not hasattr(norm, "_hf_hook"):  # brings the weights when it is called
+        if not hasattr(norm, "_hf_hook"):  # which would load the weights when the norm is called
             refuse_meta(f"{name}.{key}", parameter)
     gain: Tensor = norm(torch.ones(width, device=device)).float()
     opposite: Tensor = norm(-torch.ones(width, device=device)).float()
@@ -301,12 +317,12 @@ def _gain(name: str, norm: nn.Module, width: int, device: torch.device) -> Tenso
     return gain
 
 
-def _no_rows_message(model: nn.Module, blocks: nn.ModuleList) -> str:
+def _undeclared(opening: str, model: nn.Module, blocks: Mapping[int, nn.Module]) -> str:
+    """Return a message that lists what could be a writer in some blocks, each listing once."""
     hidden = hidden_size(model)
-    lines = [f"no writers are declared for {_described(model)}."]
-    shown: set[tuple[str, ...]] = set()
-    for layer, block in enumerate(blocks):
-        listing = tuple(_candidates(block, hidden))
+    lines, shown = [opening], set[tuple[str, ...]]()
+    for layer, block in blocks.items():
+        listing = tuple(_candidate_lines(block, hidden))
         if listing in shown:
             continue
         shown.add(listing)
@@ -318,20 +334,7 @@ def _no_rows_message(model: nn.Module, blocks: nn.ModuleList) -> str:
     return "\n".join([*lines, _NEXT_STEP])
 
 
-def _no_writer_message(model: nn.Module, layer: int, block: nn.Module) -> str:
-    hidden = hidden_size(model)
-    return "\n".join(
-        [
-            f"no writer is declared for layer {layer} of {_described(model)}.",
-            f"  Parameters of layer {layer} that could write to the residual stream "
-            f"(width {hidden}):",
-            *(_candidates(block, hidden) or ["    none"]),
-            _NEXT_STEP,
-        ]
-    )
-
-
-def _candidates(block: nn.Module, hidden: int) -> list[str]:
+def _candidate_lines(block: nn.Module, hidden: int) -> list[str]:
     """Return a line for each parameter whose output axis has the width of the stream.
 
     The output axis is 0 in a Linear; in a stack of experts it may be either of the last two.

@@ -1,4 +1,4 @@
-"""From a prompt to token ids: chat templates, system prompts, no double BOS.
+"""The way from a prompt to token ids: chat templates, system prompts, no double BOS.
 
 Knows tokenizers, and nothing about models.
 """
@@ -25,24 +25,36 @@ CLOSED_THINKING = (
         "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>",
     ),
 )
-"""How answers of thinking models begin, and the same with an empty thought: what follows is the
-answer proper."""
+"""How answers of thinking models begin, and the same with an empty thought, after which the answer
+proper begins."""
 
 SAMPLE_TEXT = "How do 1,234 colours — naïve, *bold* — fit?\n"
-"""Its tokens tell tokenizers apart."""
+"""A text whose tokens tell tokenizers apart."""
 
 
 class ChatFormat:
-    """Turns prompts into token ids the way one model expects them."""
+    """Turns prompts into token ids the way one model expects them.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        plain: Whether prompts are used as they are, without a template.
+        merges_system: Whether the template refuses system prompts, so that they go before the
+            user's; known once one was refused.
+    """
 
     def __init__(self, tokenizer: Any, settings: ModelSettings) -> None:
         """Read the template.
 
+        Args:
+            tokenizer: The model's tokenizer.
+            settings: The recipe's: a template of its own, or none, and the thinking mode.
+
         Raises:
-            ModelError: the tokenizer has no chat template, and the recipe doesn't say what to do.
+            ModelError: the tokenizer has no chat template and the recipe gives none, or its file
+                can't be read.
         """
         self.tokenizer = tokenizer
-        # text must only grow with its tokens, so that it can be followed while it is written
+        # text must only grow with its tokens, so that it can be read while it is written
         self.tokenizer.clean_up_tokenization_spaces = False
         self.plain = settings.chat_template == "plain"
         self.merges_system = False
@@ -69,22 +81,30 @@ class ChatFormat:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what makes tokens of prompts: template, its options, a sample of the tokens.
+        """The SHA-256 of the template, its options, and a sample of the tokenizer's tokens.
 
-        The template's text, not what it writes, which may hold the date.
+        It is of the template's text, not of its output, which may hold the date.
         """
         template = self._template or getattr(self.tokenizer, "chat_template", None)
         facts = ["plain" if self.plain else template, self._options, self.ids(SAMPLE_TEXT)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def text(self, prompt: Prompt) -> str:
-        """The prompt as the model reads it, up to where its answer begins."""
+        """Return a prompt as the model reads it, up to where its answer begins."""
         if self.plain:
             return f"{prompt.system}\n\n{prompt.user}" if prompt.system else prompt.user
         return self.conversation([{"role": "user", "content": prompt.user}], prompt.system)
 
     def conversation(self, turns: Sequence[dict[str, str]], system: str | None = None) -> str:
-        """A whole conversation, up to where the next answer begins."""
+        """Return a whole conversation as the model reads it, up to where its next answer begins.
+
+        Args:
+            turns: `role` and `content` of each turn.
+            system: A system prompt; where the template takes none, it goes before the first turn.
+
+        Raises:
+            ModelError: the template fails.
+        """
         from jinja2.exceptions import TemplateError
 
         turns = list(turns)
@@ -95,7 +115,9 @@ class ChatFormat:
                 return self._render([{"role": "system", "content": system}, *turns])
             except TemplateError:
                 self.merges_system = True
-                log.warning("the chat template takes no system prompt; it goes before the user's")
+                log.warning(
+                    "the chat template takes no system prompt; it is put before the user's prompt"
+                )
         if system:
             first = turns[0]["content"]
             turns[0] = {"role": "user", "content": f"{system}\n\n{first}"}
@@ -103,7 +125,7 @@ class ChatFormat:
             return self._render(turns)
         except TemplateError as error:
             raise ModelError(
-                f"the chat template failed: {error}.\n"
+                f"the chat template fails: {error}.\n"
                 '  Set model.chat_template to a Jinja file that works, or to "plain".'
             ) from None
 
@@ -118,47 +140,55 @@ class ChatFormat:
         return str(rendered)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt.
+        """Return the token ids of a rendered prompt.
 
         The template has written the special tokens already, so none are added; only plain prompts
         get the tokenizer's own. A beginning-of-sequence token is never doubled.
+
+        Raises:
+            ModelError: the prompt has no tokens.
         """
         ids = list(self.tokenizer(text, add_special_tokens=self.plain)["input_ids"])
         bos = self.tokenizer.bos_token_id
         while bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]
         if not ids:
-            raise ModelError("a prompt has no tokens; leave empty prompts out of the prompt set")
+            raise ModelError("a prompt has no tokens.\n  Remove empty prompts from the prompt set.")
         return ids
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt."""
+        """Return the token ids of a prompt, template and special tokens included."""
         return self.ids(self.text(prompt))
 
     def opening(self, text: str) -> list[int]:
-        """Token ids of a text as an answer begins with it: behind a blank if prompts are plain."""
-        given = f" {text}" if self.plain and text[:1].strip() else text
-        return list(self.tokenizer(given, add_special_tokens=False)["input_ids"])
+        """Return the token ids of a text as an answer begins with it.
+
+        If prompts are plain, a blank separates the answer from its prompt.
+        """
+        separated = f" {text}" if self.plain and text[:1].strip() else text
+        return list(self.tokenizer(separated, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of new tokens, special ones left out."""
+        """Return the text of new tokens, special ones left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> "TextStream":
-        """Reads one answer token by token."""
+        """Return what turns one answer into text token by token."""
         return TextStream(self)
 
 
 class TextStream:
-    """The text of tokens that come one by one: pieces whose sum is the beginning of `decode`.
+    """Turns tokens that come one by one into pieces of text.
 
-    A character that is split between tokens comes with its last one.
+    Together they are a beginning of `ChatFormat.decode`.
+
+    A character that is split between tokens comes with the last of them.
     """
 
     def __init__(self, chat: ChatFormat) -> None:
         self._chat = chat
         self._tokens: list[int] = []
-        self._given = ""
+        self._returned = ""
         self._fast: Any = getattr(chat.tokenizer, "_tokenizer", None)
         self._stream = None
         if self._fast is not None:
@@ -167,19 +197,20 @@ class TextStream:
             self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
-        """The text that a token adds."""
+        """Return the text that a token adds."""
         if self._stream is not None:
             return self._stream.step(self._fast, token) or ""
-        self._tokens.append(token)  # a tokenizer without streams: all again
+        self._tokens.append(token)  # a slow tokenizer has no stream, so everything is decoded again
         text = self._chat.decode(self._tokens).rstrip("\ufffd")
-        added, self._given = text[len(self._given) :], text
+        added, self._returned = text[len(self._returned) :], text
         return added
 
 
 def common_prefix(answers: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens that all answers begin with; nothing if that is all that some answer has.
+    """Return the tokens that all answers begin with; none if some answer has no others.
 
-    Fewer than two different answers have nothing in common that could be told from their content.
+    Nor if there are fewer than two different answers: what they have in common may be their
+    content.
     """
     distinct = {tuple(answer) for answer in answers}
     if len(distinct) < 2:
@@ -192,7 +223,12 @@ def common_prefix(answers: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def close_thinking(prefix: tuple[int, ...], chat: ChatFormat) -> tuple[int, ...]:
-    """The prefix, with a thinking block that it opens closed at once."""
+    """Return a response prefix that closes the thinking block that `prefix` opens, if it opens one.
+
+    Args:
+        prefix: The tokens that all answers begin with.
+        chat: Turns tokens into text and back.
+    """
     text = str(chat.tokenizer.decode(list(prefix), skip_special_tokens=False))
     for opening, closed in CLOSED_THINKING:
         if text.lstrip().startswith(opening):

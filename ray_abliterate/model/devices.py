@@ -58,7 +58,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes of a device's memory that batches may take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # torch's caching allocator holds blocks that no tensor uses
+        # torch's caching allocator keeps blocks that no tensor uses
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(SHARE_OF_FREE["cuda"] * free)
     if device.type == "mps":

@@ -43,7 +43,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A model type that no edit of writers can close, and why.
+    """A model type for which no edit of writers removes a direction, and why.
 
     Attributes:
         model_type: The type of the text tower.
@@ -80,7 +80,7 @@ OUT_FC2 = (WriterRow(r"self_attn\.out_proj\.weight", "attn"), WriterRow(r"fc2\.w
 def _normed(
     attn: str, mlp: str, *more: WriterRow, outer: str | None = None
 ) -> tuple[WriterRow, ...]:
-    """Attention and MLP with a norm after each."""
+    """Return rows of attention and MLP with a norm after each, and `more` rows."""
     return (
         WriterRow(ATTN.pattern, "attn", post_norm=attn),
         WriterRow(MLP.pattern, "mlp", post_norm=mlp, outer_norm=outer),
@@ -112,7 +112,7 @@ FAMILIES: tuple[Family, ...] = (
             WriterRow(EXPERTS.pattern, "experts", 1, post_norm="post_feedforward_layernorm"),
         ),
     ),
-    # The experts and the MLP beside them have a norm each, and one over their sum.
+    # The experts and the MLP next to them have a norm each, and one over their sum.
     Family(
         _types("gemma4_text"),
         _normed(

@@ -23,7 +23,7 @@ from ray_abliterate.model.chat_format import ChatFormat, close_thinking, common_
 from ray_abliterate.model.component_outputs import ComponentModules
 from ray_abliterate.model.engine.batch import Batch
 from ray_abliterate.model.engine.generation_state import GeneratedTokens
-from ray_abliterate.model.loading import load
+from ray_abliterate.model.loading import load_model
 from ray_abliterate.model.padded_model import CallbackCriterion, ObserverCriterion, Sampling
 from ray_abliterate.model.prefix_cache import Prefix
 from ray_abliterate.model.text_model import Answer, AnswerObserver
@@ -46,16 +46,18 @@ class LanguageModel(BatchedModel):
         self,
         module: nn.Module,
         tokenizer: Any,
-        settings: ModelSettings,
+        settings: ModelSettings | None = None,
         batch_size: int | None = None,
     ) -> None:
         """
         Args:
             module: The transformers model.
             tokenizer: Its tokenizer.
-            settings: The recipe's, for the chat format and the share of an accelerator.
+            settings: The recipe's, for the chat format and the share of an accelerator; the
+                recipe's defaults if None.
             batch_size: Rows of a batch; by memory if None.
         """
+        settings = settings or ModelSettings(name=type(module).__name__)
         self.chat = ChatFormat(tokenizer, settings)
         self.tokens_written = 0
         self.unedited: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -67,16 +69,17 @@ class LanguageModel(BatchedModel):
 
     @classmethod
     def load(
-        cls, source: str, settings: ModelSettings, batch_size: int | None = None
+        cls, source: str, settings: ModelSettings | None = None, batch_size: int | None = None
     ) -> "LanguageModel":
         """Load a model from a folder or the Hub; `loading.load` says what can go wrong.
 
         Args:
             source: Folder or Hub name.
-            settings: Revision, dtype, device, and what is allowed.
+            settings: Revision, dtype, device, and what is allowed; the recipe's defaults if None.
             batch_size: Rows of a batch; by memory if None.
         """
-        module, tokenizer = load(source, settings)
+        settings = settings or ModelSettings(name=source)
+        module, tokenizer = load_model(source, settings)
         return cls(module, tokenizer, settings, batch_size)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[PromptRow]:
@@ -89,7 +92,7 @@ class LanguageModel(BatchedModel):
 
     @contextmanager
     def without_storing(self) -> Iterator[None]:
-        """Store nothing for later of what is asked inside the block: it is not asked again."""
+        """Store no tokens and no states inside the block, whose questions are not asked again."""
         encoded, stored = self._encoded, self._stored_batches
         self._encoded, self._stored_batches = {}, {}
         try:
@@ -169,11 +172,7 @@ class LanguageModel(BatchedModel):
         max_new_tokens: int,
         observer: AnswerObserver | None = None,
     ) -> list[Answer]:
-        """Return greedy answers.
-
-        A row ends as soon as the observer has decided its verdict, a batch when all rows have
-        ended.
-        """
+        """Return greedy answers; each ends as soon as the observer has decided its verdict."""
         return self.answers_by_edit(prompts, max_new_tokens, [observer])[0]
 
     def continue_greedily(self, prompts: Sequence[Prompt], tokens: int) -> list[PromptRow]:
@@ -311,9 +310,10 @@ class LanguageModel(BatchedModel):
             some = [rows[i] for i in indices]
             for place, tokens in enumerate(self.padded.generate(some, limit, prefix(), stop)):
                 cut = stop.decided_after.get(place) if stop else None
-                kept = tokens[:cut]
-                ended = bool(kept) and (kept[-1] in ends or cut == limit)
-                by_edit[0][indices[place]] = GeneratedTokens(kept, cut is not None and not ended)
+                tokens = tokens[:cut]
+                ended = bool(tokens) and (tokens[-1] in ends or cut == limit)
+                stopped = cut is not None and not ended
+                by_edit[0][indices[place]] = GeneratedTokens(tokens, stopped)
 
         question, size = f"answers of {limit}", self._tuning.answer_rows
         self._for_each_batch(question, rows, work, size, tuple(prompts), growth=limit)

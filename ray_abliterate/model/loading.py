@@ -20,15 +20,16 @@ from ray_abliterate.recipe import ModelSettings
 log = logging.getLogger(__name__)
 
 NOISY = ("accelerate.big_modeling", "bitsandbytes", "torchao", "torch.utils._pytree")
-"""They warn of what is as it should be: kernels of other devices, casts, weights on disk."""
+"""Libraries that warn of what is as it should be: kernels of other devices, casts, weights on
+disk."""
 
 
 HUB_NAME = re.compile(rf"{MODEL_NAME.pattern}|[A-Za-z0-9][\w.\-]*", re.ASCII)
-"""What may name a model to be loaded from the Hub: some old ones have no owner."""
+"""Names of models that the Hub can have: some old ones have no owner."""
 
 
 def device_for(settings: ModelSettings) -> str:
-    """Where a replica's model goes: `auto` (spread), `cuda`, `mps` or `cpu`."""
+    """Return where a replica's model goes: `auto` (spread), `cuda`, `mps` or `cpu`."""
     if (settings.gpus_per_replica or 0) > 1 or settings.max_memory:
         return "auto"
     if settings.gpus_per_replica == 0:
@@ -42,9 +43,9 @@ def refuse_missing_model(name: str, elsewhere: bool = False, field: str = "model
     """Refuse a name that is neither a model folder nor one that the Hub could know.
 
     Args:
-        name: Of the model.
-        elsewhere: A whole path may be there on other machines, and is not looked for on this one.
-        field: What gave the name.
+        name: The model's name.
+        elsewhere: Accept an absolute path that this machine lacks; others may have it.
+        field: The setting that gave the name, for the message.
 
     Raises:
         ModelError: no model can be there.
@@ -55,27 +56,28 @@ def refuse_missing_model(name: str, elsewhere: bool = False, field: str = "model
         if (folder / "adapter_config.json").exists():
             hint = "It holds an adapter; give the model that the adapter was merged into."
         elif any(folder.glob("*.gguf")):
-            hint = "GGUF files can't be edited; give the model that they were made from."
+            hint = "GGUF files can't be edited; give the model that they were converted from."
         raise ModelError(f"{named} is not a model folder: it has no config.json.\n  {hint}")
     if folder.is_file():
         raise ModelError(f"{named} is a file.\n  Give the folder with the model's config.json.")
     if folder.exists() or HUB_NAME.fullmatch(name) or (elsewhere and folder.is_absolute()):
         return
     raise ModelError(
-        f"{named}: there is no such folder (looked for in {Path.cwd()}), and it is no Hub name.\n"
+        f"{named}: there is no such folder (looked for in {Path.cwd()}), and the Hub has no such "
+        "names.\n"
         "  Give a folder with config.json, a Hub name such as Qwen/Qwen3-4B-Instruct-2507, or demo."
     )
 
 
-def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
-    """The model, ready to run on its device, and its tokenizer.
+def load_model(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
+    """Load a model, ready to run on its device, and its tokenizer.
 
     Args:
-        source: A local folder or a Hub name; `settings.name` after the embedded names are resolved.
+        source: A local folder or a Hub name, from `source.resolve_model`.
         settings: Revision, dtype, device and what is allowed.
 
     Raises:
-        ModelError: with the next step, for everything that a user can mend.
+        ModelError: anything that a user can fix; the message names the next step.
     """
     import transformers
 
@@ -90,7 +92,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
         quantization.refuse_unloadable(source, config, settings.quantization)
         options = {**_placement(settings), **_quantizing(config, settings)}
-        unpacked = quantization.unpack(config)
+        unpacked = quantization.request_unpacking(config)
         scratch = tempfile.TemporaryDirectory(prefix="ray_abliterate-")
         model, report = auto_class(config).from_pretrained(
             source,
@@ -108,7 +110,7 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
             "  Set model.gpus_per_replica = 2 to spread it, or choose a smaller model."
         ) from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(advice(source, settings, error)) from error
+        raise ModelError(loading_advice(source, settings, error)) from error
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise ModelError(
@@ -120,33 +122,35 @@ def load(source: str, settings: ModelSettings) -> tuple[nn.Module, Any]:
     if "device_map" not in options:
         model.to(device_for(settings))
     else:
-        model.offload_folder = scratch  # is there as long as the model
+        model.offload_folder = scratch  # deleted along with the model
     return model.eval().requires_grad_(False), tokenizer
 
 
 def refuse_quantized(source: str, config: Any) -> None:
-    """What is written has to be full-precision: an edit would change quantized numbers without
+    """Refuse a quantized checkpoint as the source of an export.
+
+    Only full-precision weights can be written: an edit would change quantized numbers without
     their scales.
 
     Raises:
-        ModelError: a checkpoint is quantized.
+        ModelError: the checkpoint is quantized.
     """
     if method := quantization.quantization_method(config):
         raise ModelError(
             f"{source} is quantized ({method}), and only full-precision weights can be written.\n"
-            "  Name the full-precision model that it was made of."
+            "  Give the full-precision model that it was quantized from."
         )
 
 
 def where_weights_rest(module: Any) -> str:
-    """What does not stay on the device that computes: `cpu`, `disk`, both, or nothing."""
+    """Return where weights are offloaded to: `cpu`, `disk`, `cpu and disk`, or an empty text."""
     places = {str(place) for place in (getattr(module, "hf_device_map", None) or {}).values()}
     away = ("disk",) if places <= {"cpu", "disk"} else ("cpu", "disk")
     return " and ".join(place for place in away if place in places)
 
 
 def _quiet() -> None:
-    """Progress is shown by the caller, once; libraries log only what is wrong."""
+    """Let libraries log errors only, and no progress: the caller shows that."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -156,7 +160,10 @@ def _quiet() -> None:
 
 
 def auto_class(config: Any) -> Any:
-    """Models that also see pictures are loaded whole; their text tower is what is edited."""
+    """Return the transformers class that loads a model.
+
+    Models that also see pictures are loaded whole; their text tower is what is edited.
+    """
     import transformers
 
     if type(config) in transformers.AutoModelForCausalLM._model_mapping:
@@ -180,7 +187,7 @@ def _placement(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _quantizing(config: Any, settings: ModelSettings) -> dict[str, Any]:
-    """Quantized weights are made where they are to stay."""
+    """Return the options of quantization; weights are quantized on the device that they stay on."""
     options: dict[str, Any] = {}
     if settings.quantization:
         dtype = quantization.compute_dtype(config, settings.dtype)
@@ -192,12 +199,12 @@ def _quantizing(config: Any, settings: ModelSettings) -> dict[str, Any]:
     return options
 
 
-def advice(source: str, settings: ModelSettings, error: Exception) -> str:
-    """What a loading error means for the recipe."""
+def loading_advice(source: str, settings: ModelSettings, error: Exception) -> str:
+    """Return what a loading error means for the recipe, and what to do about it."""
     text = str(error)
     if "trust_remote_code" in text:
         return (
-            f"{source} comes with code of its own, which is not run unless you allow it.\n"
+            f"{source} comes with its own code, which is not run unless you allow it.\n"
             "  Read that code, then set model.trust_remote_code = true."
         )
     if "gated" in text or "401" in text or "403" in text:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_abliterate.errors import ModelError
-from ray_abliterate.model.loading import advice, auto_class, refuse_quantized
+from ray_abliterate.model.loading import auto_class, loading_advice, refuse_quantized
 from ray_abliterate.model.quantization import remove_quantization
 from ray_abliterate.recipe import ModelSettings
 
@@ -57,7 +57,7 @@ def skeleton_of_folder(folder: Path, settings: ModelSettings, unquantized: bool 
         refuse_quantized(str(folder), config)
         return build_skeleton(config, allowed)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(advice(str(folder), settings, error)) from error
+        raise ModelError(loading_advice(str(folder), settings, error)) from error
 
 
 def unquantized_skeleton(module: Any) -> nn.Module:

@@ -195,7 +195,7 @@ def test_an_edit_can_be_suspended_and_is_bit_for_bit_back(family: str, norm: str
             assert same(before)
             assert not cache.differs()
         assert same(inside)
-        with pytest.raises(ModelError, match="already open"), cache.edited(plan, directions):
+        with pytest.raises(ModelError, match="applied already"), cache.edited(plan, directions):
             pass
         assert same(inside)
         with pytest.raises(ZeroDivisionError), cache.suspended():

@@ -1,4 +1,4 @@
-"""The batch grid: sizes by memory."""
+"""Batch sizes by memory, and how many trials share a pass."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from ray_abliterate.model.batch_size import (
     choose_trials_per_pass,
     even_batch_size,
 )
-from ray_abliterate.model.devices import is_out_of_memory
 from ray_abliterate.recipe import SearchSettings
 from ray_abliterate.testing.tiny import tiny_model
 
@@ -39,20 +38,6 @@ def test_a_models_cost_is_read_off_its_shapes() -> None:
     cost = MemoryCost.of(model, kv=128)
     assert (cost.element, cost.state, cost.kv) == (4, 4 * 32, 128)
     assert cost.logits >= 4 * 97
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
-        (RuntimeError("MPS backend out of memory"), True),
-        (RuntimeError("shapes cannot be multiplied"), False),
-    ],
-)
-def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
-    assert is_out_of_memory(error) == expected
 
 
 GPU = torch.device("cuda")

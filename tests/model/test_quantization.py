@@ -1,4 +1,4 @@
-"""Search on quantized models: edits beside the weights are what edited weights would give."""
+"""Search on quantized models: hooks give what edited weights would give."""
 
 import json
 import shutil
@@ -12,8 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ray_abliterate.ablation import layer_hooks as beside
-from ray_abliterate.ablation import live_writers as held_writers
+from ray_abliterate.ablation import layer_hooks, live_writers
 from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.cli.trial_view import print_trial
 from ray_abliterate.directions.directions import Directions
@@ -24,7 +23,7 @@ from ray_abliterate.export.merged import EditedTensors
 from ray_abliterate.model import quantization
 from ray_abliterate.model.architecture import find_writers
 from ray_abliterate.model.float32_linears import Float32Linears
-from ray_abliterate.model.loading import load
+from ray_abliterate.model.loading import load_model
 from ray_abliterate.model.skeleton import unquantized_skeleton
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.prompt_sets import load_prompts
@@ -60,9 +59,9 @@ def needs(kind: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec(package) is None, reason=reason)
 
 
-def held(folder: Path, kind: str | None, **more: Any) -> Any:
+def loaded(folder: Path, kind: str | None, **more: Any) -> Any:
     settings = ModelSettings(name=str(folder), quantization=kind, **more)
-    return load(str(folder), settings)[0]
+    return load_model(str(folder), settings)[0]
 
 
 def directions() -> Directions:
@@ -77,15 +76,15 @@ def plan(norm: str, strength: float = 0.8) -> Plan:
 
 @kinds(*KINDS)
 @pytest.mark.parametrize("norm", ["none", "row", "column"])
-def test_an_edit_beside_quantized_weights_is_the_edit_of_dequantized_ones(
+def test_a_hooked_edit_of_quantized_weights_is_the_edit_of_dequantized_ones(
     wide_folder: Path, kind: str, norm: str
 ) -> None:
-    quantized = held(wide_folder, kind)
+    quantized = loaded(wide_folder, kind)
     writers = find_writers(unquantized_skeleton(quantized), in_memory=False)
-    plain = held(wide_folder, None)
+    plain = loaded(wide_folder, None)
     for name, module in quantized.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
-            matrix = beside.matrix_of(module, module.in_features, torch.float32, CPU)
+            matrix = layer_hooks.matrix_of(module, module.in_features, torch.float32, CPU)
             plain.get_submodule(name).weight.data.copy_(matrix)
     cache, reference = WeightCache(quantized, writers), WeightCache(plain, writers)
     assert cache.has_hooked_writers and not reference.has_hooked_writers and cache.bytes == 0
@@ -109,7 +108,7 @@ def test_an_edit_beside_quantized_weights_is_the_edit_of_dequantized_ones(
 def searched(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wide_folder: Path
 ) -> Finished:
-    """A finished run on quantized weights."""
+    """Return a finished run on quantized weights."""
     lines = f'quantization = "{request.param}"'
     return finish(tmp_path_factory.mktemp(f"run-{request.param}"), wide_folder, held=lines)
 
@@ -130,9 +129,9 @@ def test_a_trial_reads_no_weights_and_scores_the_same_wherever_it_runs(
 
     def matrix_of(linear: Any, *rest: Any) -> Any:
         read.append(linear)
-        return beside.matrix_of(linear, *rest)
+        return layer_hooks.matrix_of(linear, *rest)
 
-    monkeypatch.setattr(held_writers, "matrix_of", matrix_of)
+    monkeypatch.setattr(live_writers, "matrix_of", matrix_of)
     replica, setup = replica_of(searched)
     base = replica.evaluate(Plan.nothing(), setup).scorecard
     assert len(read) == len(set(read)) == 2 * LAYERS
@@ -242,14 +241,14 @@ def test_files_that_are_not_the_plans_fail_although_the_search_was_quantized(
 @needs("torchao-int4")
 def test_rows_that_do_not_divide_into_groups_are_refused(planted_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"takes 32 weights .*\n.*Choose nf4 or torchao-int8"):
-        held(planted_folder, "torchao-int4")
+        loaded(planted_folder, "torchao-int4")
 
 
 @needs("nf4")
 def test_the_state_of_4_bit_layers_can_be_asked_for_without_changing_them(
     wide_folder: Path,
 ) -> None:
-    model, ids = held(wide_folder, "nf4"), torch.arange(3, 15)[None]
+    model, ids = loaded(wide_folder, "nf4"), torch.arange(3, 15)[None]
     with torch.inference_mode():
         before = model(ids).logits
         model.state_dict()
@@ -257,21 +256,21 @@ def test_the_state_of_4_bit_layers_can_be_asked_for_without_changing_them(
 
 
 @needs("torchao-int8")
-def test_experts_that_stay_as_they_are_are_written_to_beside_quantized_attention(
+def test_unquantized_experts_are_written_to_in_place_next_to_quantized_attention(
     mixtral_folder: Path,
 ) -> None:
-    quantized = held(mixtral_folder, "torchao-int8", dtype="float32")
-    plain = held(mixtral_folder, None, dtype="float32")
+    quantized = loaded(mixtral_folder, "torchao-int8", dtype="float32")
+    plain = loaded(mixtral_folder, None, dtype="float32")
     writers = find_writers(unquantized_skeleton(quantized), in_memory=False)
     attention = [writer for writer in writers if writer.component == "attn"]
     for writer in attention:
         owner = writer.parameter.removesuffix(".weight")
-        matrix = beside.matrix_of(quantized.get_submodule(owner), 32, torch.float32, CPU)
+        matrix = layer_hooks.matrix_of(quantized.get_submodule(owner), 32, torch.float32, CPU)
         plain.get_parameter(writer.parameter).data.copy_(matrix)
     for name in ("q_proj", "k_proj", "v_proj"):
         for layer in range(2):
             owner = f"model.layers.{layer}.self_attn.{name}"
-            matrix = beside.matrix_of(quantized.get_submodule(owner), 32, torch.float32, CPU)
+            matrix = layer_hooks.matrix_of(quantized.get_submodule(owner), 32, torch.float32, CPU)
             plain.get_parameter(f"{owner}.weight").data.copy_(matrix)
     caches = WeightCache(quantized, writers), WeightCache(plain, writers)
     assert 0 < caches[0].bytes < caches[1].bytes and "experts" in caches[0].stacked_experts
@@ -291,7 +290,7 @@ def test_a_quantized_checkpoint_is_searched_and_not_exported_by_itself(
     wide_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "quantized"
-    held(wide_folder, "nf4").save_pretrained(folder)
+    loaded(wide_folder, "nf4").save_pretrained(folder)
     for file in [*wide_folder.glob("token*"), *wide_folder.glob("chat_template*")]:
         shutil.copy(file, folder)
     made = finish(tmp_path / "made", wide_folder, held='quantization = "nf4"')
@@ -301,7 +300,7 @@ def test_a_quantized_checkpoint_is_searched_and_not_exported_by_itself(
     with pytest.raises(ExportError, match=r"is quantized \(bitsandbytes nf4\), and only"):
         export_trial(given.directory, given.trial, tmp_path / "out", SilentProgress())
     with pytest.raises(ModelError, match=r"'nf4', but .* is quantized already"):
-        held(folder, "nf4")
+        loaded(folder, "nf4")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +315,7 @@ def test_a_missing_package_is_named_before_weights_are_read(
     config["quantization_config"] = {"quant_method": method, "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=rf"\({method}\) needs .*\n  pip install {install}$"):
-        held(tmp_path, None)
+        loaded(tmp_path, None)
 
 
 def test_the_extra_that_brings_a_missing_package_is_named(
@@ -324,21 +323,21 @@ def test_the_extra_that_brings_a_missing_package_is_named(
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"'nf4' needs bitsandbytes.*\n.*ray-abliterate\[bits"):
-        held(wide_folder, "nf4")
+        loaded(wide_folder, "nf4")
 
 
 @kinds("nf4", "torchao-int8")
-def test_in_bfloat16_edits_beside_agree_as_closely_as_it_rounds(
+def test_in_bfloat16_hooked_edits_agree_as_closely_as_it_rounds(
     wide_folder: Path, kind: str
 ) -> None:
-    model = held(wide_folder, kind, dtype="bfloat16")
+    model = loaded(wide_folder, kind, dtype="bfloat16")
     Float32Linears(model)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
     assert not any("forward" in vars(layer) for layer in layers)
-    plain = held(wide_folder, None, dtype="bfloat16")
+    plain = loaded(wide_folder, None, dtype="bfloat16")
     for name, module in model.named_modules():
         if module in layers:
-            matrix = beside.matrix_of(module, module.in_features, torch.bfloat16, CPU)
+            matrix = layer_hooks.matrix_of(module, module.in_features, torch.bfloat16, CPU)
             plain.get_submodule(name).weight.data.copy_(matrix)
     writers = find_writers(unquantized_skeleton(model), in_memory=False)
     caches, ids = (WeightCache(model, writers), WeightCache(plain, writers)), torch.arange(3, 27)
@@ -349,7 +348,7 @@ def test_in_bfloat16_edits_beside_agree_as_closely_as_it_rounds(
 
 
 class Packed(nn.Module):
-    """A layer as GPTQ's and AWQ's are: no `weight`, but codes and scales in buffers."""
+    """A layer like GPTQ's and AWQ's: no `weight`, but codes and scales in buffers."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -365,7 +364,7 @@ class Packed(nn.Module):
 
 
 @pytest.mark.parametrize("norm", ["none", "row", "column"])
-def test_layers_without_a_weight_are_what_they_answer(norm: str) -> None:
+def test_layers_without_a_weight_are_read_off_their_outputs(norm: str) -> None:
     packed, plain = (tiny_model("llama/biases", layers=LAYERS) for _ in range(2))
     for name, linear in list(packed.named_modules()):
         if name.endswith(("o_proj", "down_proj")):
@@ -375,7 +374,7 @@ def test_layers_without_a_weight_are_what_they_answer(norm: str) -> None:
     packed.hf_quantizer = object()  # as transformers marks quantized models
     writers = find_writers(unquantized_skeleton(packed), in_memory=False)
     assert writers == find_writers(plain)
-    store = Unasked()
+    store = UntouchedStore()
     caches = WeightCache(packed, writers, "node", store), WeightCache(plain, writers)
     assert caches[0].bytes == 0
     vectors = nn.functional.normalize(torch.randn(LAYERS, 32), dim=-1)
@@ -385,8 +384,8 @@ def test_layers_without_a_weight_are_what_they_answer(norm: str) -> None:
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-class Unasked:
-    """A node's store that is never asked for anything."""
+class UntouchedStore:
+    """A node's store that must not be asked for anything."""
 
     def share(self, key: str, make: Any) -> Any:
         raise AssertionError(key)

@@ -84,11 +84,11 @@ class Batch:
             return
         places: list[int] = []  # in the flat cache
         stored: list[int] = []  # in the stored tensors
-        own = self.prefix
+        first_own = self.prefix  # of the stored tokens, the first that is the row's alone
         for row, length in enumerate(self._fed_lengths):
             places += range(row * kv_cache.positions, row * kv_cache.positions + length)
-            stored += [*range(self.prefix), *range(own, own + length - self.prefix)]
-            own += length - self.prefix
+            stored += [*range(self.prefix), *range(first_own, first_own + length - self.prefix)]
+            first_own += length - self.prefix
         device, copy_stride = self.keys[0].device, len(self.rows) * kv_cache.positions
         to, source = to_device(places, device), to_device(stored, device)
         for layer in range(layers):

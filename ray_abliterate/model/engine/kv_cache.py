@@ -95,7 +95,7 @@ class KVCache:
                 side[index] = tensor[:count]
 
     def select_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these, `"row"`, which become rows 0, 1, 2, …"""
+        """Drop all rows but these, `"row"`; row `rows[i]` becomes row i."""
         self.rows = len(rows)
         for side in (self.keys, self.values):
             for index, tensor in side.items():

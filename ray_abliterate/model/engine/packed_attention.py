@@ -285,10 +285,10 @@ def packed_attention(
     layer: Any = module.layer_idx
     window = options.get("sliding_window") or 0
     _current.kv_cache.windows |= {window} - {0}
-    own = AttentionOptions(
+    layer_options = AttentionOptions(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         window,
         options.get("softcap"),
         options.get("s_aux"),
     )
-    return _current.attend(layer, query, key, value, own), None
+    return _current.attend(layer, query, key, value, layer_options), None

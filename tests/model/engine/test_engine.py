@@ -1,4 +1,4 @@
-"""The engine's packed passes, held against transformers' own forward and `generate`."""
+"""The engine's packed passes, compared with transformers' own forward and `generate`."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ class NoText:
 
 
 class Case:
-    """One tiny model, asked both ways."""
+    """One tiny model, with the engine and with padded passes."""
 
     def __init__(self, family: str, device: str = "cpu") -> None:
         self.module = tiny_model(family).eval().to(device)
@@ -61,14 +61,13 @@ class Case:
         return [self.padded.generate([r], LIMIT, Prefix())[0] for r in self.rows]
 
     def logits(self, batch: Batch, edits: tuple[int, ...] = (0,)) -> list[torch.Tensor]:
-        found = self.engine.logits(batch, [1] * len(self.rows), edits)
-        return [torch.cat(rows) for rows in found]
+        by_edit = self.engine.logits(batch, [1] * len(self.rows), edits)
+        return [torch.cat(rows) for rows in by_edit]
 
     def answers(self, batch: Batch, edits: tuple[int, ...] = (0,)) -> list[list[list[int]]]:
-        watches = [None] * len(edits)
-        every = range(len(self.rows))
-        found = self.engine.answer(batch, LIMIT, watches, every, edits)
-        return [[written.tokens for written in own] for own in found]
+        observers, indices = [None] * len(edits), range(len(self.rows))
+        by_edit = self.engine.answer(batch, LIMIT, observers, indices, edits)
+        return [[answer.tokens for answer in answers] for answers in by_edit]
 
     def learned(self) -> Batch:
         """A batch that the base model has computed."""
@@ -115,7 +114,7 @@ def test_packed_rows_have_the_logits_and_answers_of_rows_alone(case: Case) -> No
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
-def test_starting_at_the_first_edited_block_with_drafts_changes_no_token(
+def test_starting_at_the_first_edited_block_and_verifying_drafts_changes_no_token(
     case: Case, first: int
 ) -> None:
     batch = case.learned()
@@ -144,7 +143,7 @@ def test_each_technique_is_only_faster(case: Case, off: str) -> None:
             case.engine.techniques, case.engine.untouched = Techniques(), 0
 
 
-def test_looking_every_few_steps_changes_no_token(case: Case) -> None:
+def test_reading_tokens_every_few_steps_changes_no_token(case: Case) -> None:
     case.engine.decoder.stride = 5
     try:
         assert case.answers(case.engine.batch(case.rows))[0] == case.plain_answers()
@@ -152,7 +151,9 @@ def test_looking_every_few_steps_changes_no_token(case: Case) -> None:
         case.engine.decoder.stride = 1
 
 
-def test_what_the_base_model_computed_is_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_base_model_computed_is_reused(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the tests above would hold without any reuse."""
     batch = case.learned()
     passes = []
@@ -173,12 +174,14 @@ def test_what_the_base_model_computed_is_used(case: Case, monkeypatch: pytest.Mo
     assert {start for start, _ in passes} == {3}
 
 
-def test_keys_are_kept_once_for_what_rows_share_and_not_for_padding(case: Case) -> None:
+def test_keys_are_stored_once_for_what_rows_share_and_not_for_padding(case: Case) -> None:
     batch = case.learned()
-    own = sum(len(row) - 9 for row in case.rows)
+    unshared = sum(len(row) - 9 for row in case.rows)
     drafted = sum(len(draft) - 1 for draft in batch.drafts or [])
     assert len(batch.keys) == len(case.blocks) - 1
-    assert {len(t) for t in [*batch.keys.values(), *batch.values.values()]} == {9 + own + drafted}
+    assert {len(t) for t in [*batch.keys.values(), *batch.values.values()]} == {
+        9 + unshared + drafted
+    }
 
 
 def test_the_base_models_answers_are_not_written_again(
@@ -196,7 +199,7 @@ def test_the_base_models_answers_are_not_written_again(
 
 
 @pytest.mark.parametrize("norm", ["none", "row", "column"])
-def test_trials_that_share_passes_are_the_trials_alone(linear: Case, norm: str) -> None:
+def test_trials_that_share_passes_give_what_they_give_alone(linear: Case, norm: str) -> None:
     batch, directions = linear.learned(), linear.directions(2)
     plans = [linear.plan(1, norm, 0.7), Plan.nothing(), linear.plan(3, norm), linear.plan(2, norm)]
     alone = []
@@ -231,8 +234,8 @@ def test_any_mix_of_lengths_gives_each_row_its_own_logits(lengths: list[int], se
     case = _LLAMA
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
-    found = case.engine.logits(case.engine.batch(rows), [1] * len(rows))[0]
-    for row, logits in zip(rows, found, strict=True):
+    by_row = case.engine.logits(case.engine.batch(rows), [1] * len(rows))[0]
+    for row, logits in zip(rows, by_row, strict=True):
         close(logits[0], case.padded.logits([row], 1, Prefix())[0, 0])
 
 

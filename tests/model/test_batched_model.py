@@ -1,5 +1,7 @@
-"""Memory that really runs out: a limit on what the process may have, or on what it may have of a
-GPU. Batches step down, the trial is not lost, and its verdict is the one that it had with room."""
+"""Memory that really runs out, by a limit on the process or on its share of a GPU.
+
+Batches become smaller, the trial is not lost, and its answers are those it gave with room.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Search on checkpoints that are quantized already, each skipped without its packages.
+"""Loading and search of checkpoints that are quantized already, each skipped without its packages.
 
 The reference is the same model with the weights that the checkpoint's numbers stand for.
 """
@@ -18,7 +18,7 @@ from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.directions.directions import Directions
 from ray_abliterate.export.export import export_trial
 from ray_abliterate.model.architecture import find_writers
-from ray_abliterate.model.loading import load
+from ray_abliterate.model.loading import load_model
 from ray_abliterate.model.quantization import PACKAGES, describe_quantization
 from ray_abliterate.model.skeleton import unquantized_skeleton
 from ray_abliterate.pipeline.progress import SilentProgress
@@ -33,8 +33,8 @@ ROUNDING = {"compressed-tensors": 1e-6, "gptq": 5e-3, "awq": 5e-3}
 
 
 @dataclass(frozen=True)
-class Made:
-    """A quantized checkpoint, and a full-precision one of the weights that it means."""
+class Checkpoints:
+    """A quantized checkpoint, and a full-precision one with the weights that it stands for."""
 
     kind: str
     folder: Path
@@ -54,14 +54,16 @@ def marked(kind: str) -> Any:
 @pytest.fixture(scope="module", params=[marked(kind) for kind in KINDS])
 def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wide_folder: Path
-) -> Made:
+) -> Checkpoints:
     folder = tmp_path_factory.mktemp("checkpoints")
     dense = KINDS[request.param](wide_folder, folder / "quantized")
-    return Made(request.param, folder / "quantized", copied(wide_folder, folder / "dense", dense))
+    return Checkpoints(
+        request.param, folder / "quantized", copied(wide_folder, folder / "dense", dense)
+    )
 
 
 def copied(original: Path, folder: Path, dense: dict[str, Tensor]) -> Path:
-    """The original with other weights."""
+    """Return a copy of the original with other weights."""
     folder.mkdir()
     for file in original.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -71,8 +73,8 @@ def copied(original: Path, folder: Path, dense: dict[str, Tensor]) -> Path:
     return folder
 
 
-def held(folder: Path) -> Any:
-    return load(str(folder), ModelSettings(name=str(folder)))[0]
+def loaded(folder: Path) -> Any:
+    return load_model(str(folder), ModelSettings(name=str(folder)))[0]
 
 
 def directions() -> Directions:
@@ -81,8 +83,10 @@ def directions() -> Directions:
 
 
 @pytest.mark.parametrize("norm", ["none", "row", "column"])
-def test_an_edit_is_that_of_the_weights_that_the_numbers_stand_for(made: Made, norm: Any) -> None:
-    quantized, plain = held(made.folder), held(made.dense)
+def test_an_edit_is_that_of_the_weights_that_the_numbers_stand_for(
+    made: Checkpoints, norm: Any
+) -> None:
+    quantized, plain = loaded(made.folder), loaded(made.dense)
     assert (
         describe_quantization(quantized).startswith(made.kind)
         and describe_quantization(plain) == ""
@@ -103,7 +107,7 @@ def test_an_edit_is_that_of_the_weights_that_the_numbers_stand_for(made: Made, n
 
 
 def test_a_search_finds_what_it_finds_on_these_weights_and_is_exported_from_the_originals(
-    made: Made, tmp_path: Path, wide_folder: Path
+    made: Checkpoints, tmp_path: Path, wide_folder: Path
 ) -> None:
     searched, plain = finish(tmp_path / "run", made.folder), finish(tmp_path / "plain", made.dense)
     directory = searched.directory
