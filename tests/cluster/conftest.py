@@ -23,11 +23,15 @@ def cluster() -> Iterator[Any]:
         yield simulated
 
 
-@pytest.fixture(autouse=True)
-def pools_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests of values, which are not marked, start no cluster."""
+@pytest.fixture(scope="module", autouse=True)
+def cluster_where_marked(request: pytest.FixtureRequest) -> None:
+    """Modules that are not marked, whose tests are of values, start no cluster."""
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("cluster")
+
+
+@pytest.fixture(autouse=True)
+def pools_end_with_their_test() -> Iterator[None]:
     yield
     OPEN.close()
 
