@@ -127,9 +127,9 @@ class LanguageModel(BatchedModel):
         ends = takewhile(lambda tokens: len(set(tokens)) == 1, backwards)
         if positions > 1 and (shared := len(list(ends))) < positions:
             raise ModelError(
-                f"direction.positions = {positions}, but all prompts end with only {shared} tokens "
-                "in common;\n  before those stand their own words, which tell the sets apart by "
-                f"themselves. Set it to {max(shared, 1)} or less."
+                f"direction.positions = {positions}, but prompts end with {shared} tokens that all "
+                "of them share.\n  Before those stand their own words, which tell the sets apart "
+                f"by themselves. Set it to {max(shared, 1)} or less."
             )
         cut = ([row[: len(row) - back] for row in rows] for back in range(positions))
         return torch.cat([self._last_residuals(rows, components) for rows in cut], dim=1)

@@ -17,7 +17,7 @@ from ray_abliterate.export.export import ExportForm, export_trial
 from ray_abliterate.model.architecture import find_blocks, find_writers, oriented
 from ray_abliterate.model.component_outputs import capture_outputs, component_modules, stack_outputs
 from ray_abliterate.model.language_model import LanguageModel
-from ray_abliterate.pipeline import run
+from ray_abliterate.pipeline import extraction
 from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.pipeline.stored_residuals import stored_sets
 from ray_abliterate.replica.messages import TrialSetup
@@ -50,15 +50,15 @@ def test_a_block_adds_what_its_components_add_and_nothing_else(family: str) -> N
     model = tiny_model(family, layers=3)
     writers = find_writers(model)
     components = sorted({writer.component for writer in writers})
-    places = component_modules(model, writers, 3)
-    assert len(places) == 3 * len(components)
+    modules = component_modules(model, writers, 3)
+    assert len(modules) == 3 * len(components)
     _, blocks = find_blocks(model)
     ids = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 
     def take(hidden: Any) -> Any:
         return hidden.reshape(2, -1, hidden.shape[-1])[:, -1]
 
-    with torch.no_grad(), capture_outputs([*blocks, *places], take) as outputs:
+    with torch.no_grad(), capture_outputs([*blocks, *modules], take) as outputs:
         model(ids, use_cache=False)
     values = stack_outputs(outputs)
     stream, parts = values[:, :3], values[:, 3:].unflatten(1, (len(components), 3))
@@ -77,8 +77,8 @@ def test_experts_one_by_one_are_refused_and_absent_components_add_nothing() -> N
     with pytest.raises(ModelError, match=r"layer 0 has 2 writers of 'experts'[\s\S]*= false"):
         component_modules(model, [*writers, elsewhere], 2)
     dense = [w for w in writers if (w.component, w.layer) != ("experts", 0)]
-    places = component_modules(model, dense, 2)
-    assert [place is None for place in places] == [False, False, True, False]
+    modules = component_modules(model, dense, 2)
+    assert [place is None for place in modules] == [False, False, True, False]
     one = torch.ones(4, 8)
     assert torch.equal(stack_outputs([one, None])[:, 1], torch.zeros(4, 8))
 
@@ -92,8 +92,8 @@ def test_contributions_come_after_the_stream_on_either_path(
     if not engine:
         model._engine = None
     plain = model.residuals(PROMPTS)
-    places = component_modules(model.module, find_writers(model.module), 4)
-    values = model.residuals(PROMPTS, more=places)
+    modules = component_modules(model.module, find_writers(model.module), 4)
+    values = model.residuals(PROMPTS, components=modules)
     assert values.shape == (3, 12, 32)
     torch.testing.assert_close(values[:, :4], plain, rtol=1e-5, atol=1e-5)
     attn, mlp = values[:, 4:8], values[:, 8:]
@@ -231,13 +231,13 @@ def test_contributions_of_every_position_stand_behind_the_stream_there(
 ) -> None:
     """Read at the ends of shorter prompts, which the model can't tell from these."""
     model = Replica(found.directory.read_recipe(), str(planted_folder), {}).model
-    places = component_modules(model.module, find_writers(model.module), 4)
+    modules = component_modules(model.module, find_writers(model.module), 4)
     more = tuple(model.chat.opening("Sorry"))
     model.response_prefix = more * 2
-    values = model.residuals(PROMPTS, 2, places).unflatten(1, (2, 3, 4))
+    values = model.residuals(PROMPTS, 2, modules).unflatten(1, (2, 3, 4))
     for place, shorter in enumerate((more * 2, more)):
         model.response_prefix = shorter
-        alone = model.residuals(PROMPTS, more=places).unflatten(1, (3, 4))
+        alone = model.residuals(PROMPTS, components=modules).unflatten(1, (3, 4))
         torch.testing.assert_close(values[:, place], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -248,12 +248,12 @@ def test_a_run_with_components_at_several_positions_edits_with_those_of_the_chos
     with pytest.raises(ModelError, match=r"positions = 2, but prompts end with 1 tokens"):
         finish(tmp_path / "short", planted_folder, norm="none", more=more)
 
-    def prefix(recipe: Any, directory: Any, pool: Any, *rest: Any) -> tuple[int, ...]:
-        tokens = tuple(pool.replica.model.chat.opening("cloud"))
-        directory.record_facts(response_prefix=list(tokens))
+    def prefix(context: Any, sets: Any) -> tuple[int, ...]:
+        tokens = tuple(context.pool.replica.model.chat.opening("cloud"))
+        context.directory.record_facts(response_prefix=list(tokens))
         return tokens
 
-    monkeypatch.setattr(run, "response_prefix", prefix)
+    monkeypatch.setattr(extraction, "response_prefix", prefix)
     more += "project_out_neutral = false\n"
     done = finish(tmp_path / "long", planted_folder, norm="none", more=more)
     directions, directory = done.directory.directions(), done.directory
