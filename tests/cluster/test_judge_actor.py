@@ -15,7 +15,7 @@ import ray
 
 from ray_abliterate.cluster.connection import live_nodes
 from ray_abliterate.cluster.judge_actor import start_judges
-from ray_abliterate.cluster.pool import ReplicaPool, _args
+from ray_abliterate.cluster.pool import ReplicaPool, _spec
 from ray_abliterate.cluster.secrets import Secrets
 from ray_abliterate.data.builtin.planted_model import planted_axes
 from ray_abliterate.data.prompts import PromptSet
@@ -132,7 +132,7 @@ def test_the_drivers_key_reaches_the_judge_and_only_the_judge(
     finally:
         server.shutdown()
         server.server_close()
-    (secrets,) = [part for part in _args(recipe.model, "m:C", ()) if isinstance(part, Secrets)]
+    (secrets,) = [part for part in _spec(recipe.model, print).args if isinstance(part, Secrets)]
     assert "JUDGE_KEY" not in repr(secrets)
 
 
