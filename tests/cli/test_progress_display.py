@@ -2,11 +2,9 @@
 
 import io
 
-import pytest
 from rich.console import Console
 
 from ray_abliterate.cli.progress_display import LineDisplay, LiveDisplay
-from ray_abliterate.cli.tables import count_trials
 from ray_abliterate.search.frontier import Frontier, Trial
 from ray_abliterate.search.plan import Plan, Profile
 from ray_abliterate.search.score import Score, Scorecard
@@ -42,8 +40,3 @@ def test_the_panel_counts_trials_that_were_stopped() -> None:
         progress.trial(ended, done, 2, Frontier.of(TRIALS[:done]))
     rate = progress._bar.tasks[0].fields["rate"]
     assert rate.endswith(", 1 stopped early")
-
-
-@pytest.mark.parametrize(("wanted", "count"), [(None, "2 trials"), (6, "2 of 6 trials")])
-def test_trials_are_counted_by_how_they_ended(wanted: int | None, count: str) -> None:
-    assert count_trials(TRIALS, wanted) == f"{count}, 1 stopped early, 0 failed"

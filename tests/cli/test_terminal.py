@@ -37,7 +37,7 @@ def make_noise() -> None:
     os.write(2, b"NOISE on descriptor 2\n")
     LIBC.puts(b"NOISE of C")
     LIBC.fflush(None)
-    logging.getLogger("torchao").warning("NOISE logged")
+    logging.getLogger("some.library").warning("NOISE logged")
 
 
 NOISES = 6
@@ -247,7 +247,7 @@ def test_verbs_that_read_a_run_print_our_lines_only(planted_copy: Finished, tmp_
 
 
 def test_verbs_that_load_a_model_print_our_lines_only(
-    planted_copy: Finished, tmp_path: Path
+    planted_copy: Finished, planted_folder: Path, tmp_path: Path
 ) -> None:
     path = str(planted_copy.directory.path)
     number = next(t.number for t in planted_copy.directory.trials() if t.scorecard is not None)
@@ -256,7 +256,8 @@ def test_verbs_that_load_a_model_print_our_lines_only(
     adapter = ("--to", "adapter", "--as", "adapter", "--no-verify")
     run_verb("export", *chosen, *adapter, folder=tmp_path)
     run_verb("export", *chosen, "--to", "merged", folder=tmp_path)
-    run_verb("reproduce", "merged", "--to", "again", folder=tmp_path)
+    base = ("--base", str(planted_folder))
+    run_verb("reproduce", "merged", "--to", "again", *base, folder=tmp_path)
 
 
 @pytest.mark.ray
