@@ -34,23 +34,25 @@ from ray_abliterate.model.architecture import (
     text_config,
 )
 from ray_abliterate.recipe import COMPONENT_NAMES
-from ray_abliterate.testing.tiny import TINY, randomised, tiny_config, tiny_model
+from ray_abliterate.testing.tiny import TINY_FAMILIES, randomised, tiny_config, tiny_model
 
 __all__ = [
-    "CLOSED",
-    "NOTICED",
-    "TINY",
+    "MOST_LEAK",
+    "NOTICEABLE_LEAK",
+    "TINY_FAMILIES",
     "ArchitectureContract",
-    "ablated",
+    "ablate_writers",
+    "measure_leak",
     "random_direction",
     "randomised",
-    "stream_leak",
     "tiny_config",
     "tiny_model",
 ]
 
-CLOSED = 1e-5  # a complete table leaks less than this, in float32
-NOTICED = 1e-3  # a broken one leaks more than this
+MOST_LEAK = 1e-5
+"""A complete table leaks less than this, in float32."""
+NOTICEABLE_LEAK = 1e-3
+"""A broken table leaks more than this."""
 
 
 def random_direction(model: nn.Module, seed: int = 0) -> Float[Tensor, "hidden"]:
@@ -61,7 +63,7 @@ def random_direction(model: nn.Module, seed: int = 0) -> Float[Tensor, "hidden"]
 
 
 @contextmanager
-def ablated(
+def ablate_writers(
     model: nn.Module, writers: Sequence[Writer], direction: Float[Tensor, "hidden"]
 ) -> Iterator[None]:
     """Take `direction` out of all `writers` at full strength, in place, until the block ends."""
@@ -79,10 +81,11 @@ def ablated(
 
 @torch.no_grad()
 def _ablate(model: nn.Module, writer: Writer, direction: Tensor) -> None:
+    # the norm multiplies feature i by g_i, so <g ⊙ y, v> = <y, g ⊙ v>
     gain = post_norm_gain(model, writer)
     pulled = direction if gain is None else gain * direction
     pulled = nn.functional.normalize(pulled, dim=0)
-    weight = oriented(model.get_parameter(writer.parameter), writer)
+    weight = oriented(model.get_parameter(writer.parameter), writer)  # (expert, hidden, fan_in)
     weight.sub_(torch.einsum("h,g,egf->ehf", pulled, pulled, weight))
     if writer.bias is not None:
         bias = model.get_parameter(writer.bias)
@@ -90,7 +93,7 @@ def _ablate(model: nn.Module, writer: Writer, direction: Tensor) -> None:
 
 
 @torch.no_grad()
-def stream_leak(
+def measure_leak(
     model: nn.Module,
     writers: Sequence[Writer],
     direction: Float[Tensor, "hidden"] | None = None,
@@ -118,8 +121,8 @@ def stream_leak(
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (_without(args[0], chosen), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _without(kwargs["hidden_states"], chosen)}
+            return (_projected_out(args[0], chosen), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _projected_out(kwargs["hidden_states"], chosen)}
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -127,7 +130,7 @@ def stream_leak(
 
     _, blocks = find_blocks(model)
     with ExitStack() as stack:
-        stack.enter_context(ablated(model, writers, chosen))
+        stack.enter_context(ablate_writers(model, writers, chosen))
         first = blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
         stack.callback(first.remove)
         for block in blocks:
@@ -138,39 +141,43 @@ def stream_leak(
     return max(leaks)
 
 
-def _without(hidden: Tensor, direction: Tensor) -> Tensor:
+def _projected_out(hidden: Tensor, direction: Tensor) -> Tensor:
     return hidden - (hidden @ direction).unsqueeze(-1) * direction
 
 
 class ArchitectureContract:
-    """What must hold for the rows of a family. A subclass gives the fixture `model`."""
+    """What must hold for the rows of a family. A subclass defines the fixture `model`.
+
+    Attributes:
+        rows: Rows of your own that come before the table's.
+    """
 
     rows: Sequence[WriterRow] = ()
 
     @pytest.fixture
     def model(self) -> nn.Module:
         """Return a small random model in float32; see `randomised`."""
-        raise NotImplementedError("give a fixture `model`")
+        raise NotImplementedError("define the fixture `model`")
 
     def test_no_direction_is_left_in_the_stream_when_all_writers_are_ablated(
         self, model: nn.Module
     ) -> None:
         """Every block's output has nothing along a direction that no writer writes."""
         writers = find_writers(model, self.rows)
-        assert stream_leak(model, writers) < CLOSED
-        assert stream_leak(model, writers, seed=1) < CLOSED
+        assert measure_leak(model, writers) < MOST_LEAK
+        assert measure_leak(model, writers, seed=1) < MOST_LEAK
 
     def test_a_forgotten_component_or_row_is_noticed(self, model: nn.Module) -> None:
         """The direction comes back when any one component is left out, or any one name."""
         writers = find_writers(model, self.rows)
         prefix, _ = find_blocks(model)
-        kept = {
+        without_one = {
             tuple(writer for writer in writers if kind(writer) != forgotten): forgotten
             for kind in (_component, partial(_within_block, prefix))
             for forgotten in {kind(writer) for writer in writers}
         }
-        for rest, forgotten in kept.items():
-            assert stream_leak(model, rest) > NOTICED, forgotten
+        for rest, forgotten in without_one.items():
+            assert measure_leak(model, rest) > NOTICEABLE_LEAK, forgotten
 
     def test_a_wrong_axis_is_noticed(self, model: nn.Module) -> None:
         """Swapping the axes of a square writer, which raises nothing, leaks."""
@@ -178,22 +185,25 @@ class ArchitectureContract:
         for number, writer in enumerate(writers):
             *_, rows, columns = model.get_parameter(writer.parameter).shape
             if rows == columns:
-                # The other of the last two axes: 0 and 1 of a matrix, 1 and 2 of a stack.
+                # the other of the last two axes: 0 and 1 of a matrix, 1 and 2 of a stack
                 other = 2 * model.get_parameter(writer.parameter).ndim - 3 - writer.hidden_axis
                 swapped = replace(writer, hidden_axis=other)
                 broken = [*writers[:number], swapped, *writers[number + 1 :]]
-                assert stream_leak(model, broken) > NOTICED, writer.parameter
+                assert measure_leak(model, broken) > NOTICEABLE_LEAK, writer.parameter
                 break
 
     def test_forgotten_biases_and_norms_are_noticed(self, model: nn.Module) -> None:
         """A writer's bias and the norm after it are part of what it writes."""
         writers = find_writers(model, self.rows)
         if any(writer.bias for writer in writers):
-            assert stream_leak(model, [replace(writer, bias=None) for writer in writers]) > NOTICED
+            assert (
+                measure_leak(model, [replace(writer, bias=None) for writer in writers])
+                > NOTICEABLE_LEAK
+            )
         for field in ("post_norm", "outer_norm"):
             if any(_changes(model, getattr(writer, field)) for writer in writers):
                 broken = [_without_norm(writer, field) for writer in writers]
-                assert stream_leak(model, broken) > NOTICED, field
+                assert measure_leak(model, broken) > NOTICEABLE_LEAK, field
 
     def test_a_writer_is_seen_as_expert_hidden_fan_in_without_a_copy(
         self, model: nn.Module
@@ -210,16 +220,16 @@ class ArchitectureContract:
         """Embeddings, heads, readers and other towers stay as they are."""
         writers = find_writers(model, self.rows)
         prefix, _ = find_blocks(model)
-        own = {name for writer in writers for name in (writer.parameter, writer.bias) if name}
-        assert all(name.startswith(f"{prefix}.") for name in own)
+        written = {name for writer in writers for name in (writer.parameter, writer.bias) if name}
+        assert all(name.startswith(f"{prefix}.") for name in written)
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        with ablated(model, writers, random_direction(model)):
+        with ablate_writers(model, writers, random_direction(model)):
             changed = {
                 name
                 for name, parameter in model.named_parameters()
                 if not torch.equal(parameter, before[name])
             }
-        assert changed == own
+        assert changed == written
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
     def test_writers_come_in_order_of_layer_and_component(self, model: nn.Module) -> None:
@@ -240,7 +250,7 @@ def _within_block(prefix: str, writer: Writer) -> str:
 
 
 def _changes(model: nn.Module, norm: str | None) -> bool:
-    """Whether `norm` is more than a scaling of the whole vector."""
+    """Return whether `norm` has weights, rather than only scaling the whole vector."""
     return norm is not None and any(True for _ in model.get_submodule(norm).parameters())
 
 

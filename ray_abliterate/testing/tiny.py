@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-HIDDEN = 32
-INTERMEDIATE = 48
-VOCAB = 97
+TINY_HIDDEN = 32
+TINY_INTERMEDIATE = 48
+TINY_VOCAB = 97
 
-# What a configuration class declares of these is set; the rest is left out.
+# settings that a configuration class declares are set; the others are left out
 COMMON: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
+    "hidden_size": TINY_HIDDEN,
+    "intermediate_size": TINY_INTERMEDIATE,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "vocab_size": VOCAB,
+    "vocab_size": TINY_VOCAB,
     "max_position_embeddings": 64,
     "sliding_window": 8,
     "pad_token_id": 0,
@@ -77,8 +77,8 @@ def _vlm(text: str, **vision: Any) -> dict[str, Any]:
     return {"text": text, "vision_config": vision}
 
 
-# What a family needs beside `COMMON`. A variant of it is named "family/variant".
-TINY: dict[str, dict[str, Any]] = {
+# what a family needs in addition to `COMMON`; a variant of it is named "family/variant"
+TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "afmoe": {"num_dense_layers": 1},
     "apertus": {},
     "arcee": {},
@@ -106,7 +106,7 @@ TINY: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "exaone4": {},
     "exaone_moe": {},
-    "falcon": {"ffn_hidden_size": INTERMEDIATE},
+    "falcon": {"ffn_hidden_size": TINY_INTERMEDIATE},
     "falcon/alibi": {"alibi": True, "bias": True, "parallel_attn": False},
     "falcon/new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -117,7 +117,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma3_text": {},
     "gemma4_text": {
         "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": VOCAB,
+        "vocab_size_per_layer_input": TINY_VOCAB,
         "global_head_dim": 8,
     },
     "gemma4_text/moe": {
@@ -130,14 +130,14 @@ TINY: dict[str, dict[str, Any]] = {
     "glm4": {},
     "glm4_moe": {},
     "glm4_moe_lite": _LATENT,
-    "gpt2": {"n_inner": INTERMEDIATE},
-    "gpt_bigcode": {"n_inner": INTERMEDIATE},
+    "gpt2": {"n_inner": TINY_INTERMEDIATE},
+    "gpt_bigcode": {"n_inner": TINY_INTERMEDIATE},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gpt_neox": {},
     "gpt_neox/sequential": {"use_parallel_residual": False},
     "gpt_neox_japanese": {},
     "gpt_oss": {},
-    "gptj": {"rotary_dim": 4, "n_inner": INTERMEDIATE},
+    "gptj": {"rotary_dim": 4, "n_inner": TINY_INTERMEDIATE},
     "granite": {},
     "granite_swa": {},
     "granitemoe": {},
@@ -196,7 +196,7 @@ TINY: dict[str, dict[str, Any]] = {
     "olmo3": {},
     "olmo_hybrid": {},
     "olmoe": {},
-    "opt": {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN},
+    "opt": {"ffn_dim": TINY_INTERMEDIATE, "word_embed_proj_dim": TINY_HIDDEN},
     "persimmon": {},
     "phi": {},
     "phi3": {},
@@ -208,7 +208,7 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "qwen3_moe": {},
     "qwen3_next": {},
-    "recurrent_gemma": {"lru_width": HIDDEN, "intermediate_size": 2 * INTERMEDIATE},
+    "recurrent_gemma": {"lru_width": TINY_HIDDEN, "intermediate_size": 2 * TINY_INTERMEDIATE},
     "seed_oss": {},
     "smollm3": {},
     "solar_open": {},
@@ -216,7 +216,7 @@ TINY: dict[str, dict[str, Any]] = {
     "stablelm/parallel": {"use_parallel_residual": True},
     "starcoder2": {},
     "vaultgemma": {},
-    "xglm": {"ffn_dim": INTERMEDIATE},
+    "xglm": {"ffn_dim": TINY_INTERMEDIATE},
     "xlstm": {"qk_dim_factor": 1.0, "chunk_size": 4},
     "youtu": _LATENT,
     "zamba": {
@@ -234,10 +234,10 @@ TINY: dict[str, dict[str, Any]] = {
         "num_mem_blocks": 1,
         "use_mamba_kernels": False,
     },
-    # Multimodal models: the language tower's type, and what the vision tower needs.
+    # multimodal models: the language tower's type, and what the vision tower needs
     "aya_vision": _vlm("cohere2", **_VISION, model_type="siglip_vision_model"),
     "gemma4": _vlm("gemma4_text", **{k: v for k, v in _VISION.items() if k != "image_size"}),
-    "glm4v": _vlm("glm4v_text", **_QWEN_VISION, image_size=28, out_hidden_size=HIDDEN),
+    "glm4v": _vlm("glm4v_text", **_QWEN_VISION, image_size=28, out_hidden_size=TINY_HIDDEN),
     "paligemma": _vlm("gemma", **_VISION, model_type="siglip_vision_model"),
     "smolvlm": _vlm("llama", **_VISION),
     "gemma3": _vlm("gemma3_text", **_VISION),
@@ -251,17 +251,20 @@ TINY: dict[str, dict[str, Any]] = {
     ),
     "llava": _vlm("llama", **_VISION, model_type="clip_vision_model"),
     "mistral3": _vlm("mistral", **_VISION, model_type="pixtral"),
-    "qwen2_5_vl": _vlm("qwen2_5_vl_text", **_QWEN_VISION, out_hidden_size=HIDDEN),
-    "qwen2_vl": _vlm("qwen2_vl_text", depth=2, num_heads=2, embed_dim=24, hidden_size=HIDDEN),
-    "qwen3_5": _vlm("qwen3_5_text", **_QWEN_VISION, out_hidden_size=HIDDEN),
+    "qwen2_5_vl": _vlm("qwen2_5_vl_text", **_QWEN_VISION, out_hidden_size=TINY_HIDDEN),
+    "qwen2_vl": _vlm("qwen2_vl_text", depth=2, num_heads=2, embed_dim=24, hidden_size=TINY_HIDDEN),
+    "qwen3_5": _vlm("qwen3_5_text", **_QWEN_VISION, out_hidden_size=TINY_HIDDEN),
     "qwen3_vl": _vlm(
-        "qwen3_vl_text", **_QWEN_VISION, out_hidden_size=HIDDEN, deepstack_visual_indexes=[0]
+        "qwen3_vl_text", **_QWEN_VISION, out_hidden_size=TINY_HIDDEN, deepstack_visual_indexes=[0]
     ),
     "qwen3_vl_moe": _vlm(
-        "qwen3_vl_moe_text", **_QWEN_VISION, out_hidden_size=HIDDEN, deepstack_visual_indexes=[0]
+        "qwen3_vl_moe_text",
+        **_QWEN_VISION,
+        out_hidden_size=TINY_HIDDEN,
+        deepstack_visual_indexes=[0],
     ),
 }
-# Text towers that are only built inside a multimodal model.
+# text towers that are only built inside a multimodal model
 _INNER: dict[str, dict[str, Any]] = {
     "glm4v_text": _MROPE,
     "qwen2_vl_text": _MROPE,
@@ -286,7 +289,7 @@ def tiny_model(model_type: str, seed: int = 0, layers: int = 4, **overrides: Any
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw the parameters of `model` anew, in place: norms too, and large enough to matter."""
+    """Draw the parameters of `model` again, in place: norms too, and large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -303,7 +306,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 def _settings(name: str, layers: int) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
-    own = TINY.get(name, _INNER.get(name))
+    own = TINY_FAMILIES.get(name, _INNER.get(name))
     if own is None:
         raise KeyError(f"no tiny configuration is declared for {name!r}")
     model_type = name.partition("/")[0]
@@ -328,4 +331,6 @@ def _settings(name: str, layers: int) -> dict[str, Any]:
 def _model_class(model_type: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText if "text" in TINY[model_type] else AutoModelForCausalLM
+    return (
+        AutoModelForImageTextToText if "text" in TINY_FAMILIES[model_type] else AutoModelForCausalLM
+    )

@@ -28,7 +28,7 @@ from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import DirectionSettings
 from ray_abliterate.replica.messages import ModelFacts, ReplicaApi
 from ray_abliterate.search.plan import ModelShape
-from ray_abliterate.testing.directions import assert_same, planted_residuals
+from ray_abliterate.testing.directions import assert_same_directions, planted_residuals
 
 ROWS = 4
 LAYERS = 3
@@ -148,7 +148,9 @@ def test_directions_are_those_of_whole_sets_and_no_more_is_read_at_a_time(
 ) -> None:
     shards, pool, both = opened(prompts, hidden)
     settings = DirectionSettings(method=method, winsorize_quantile=quantile)
-    assert_same(shards.directions(settings), directions_from_residuals(*both, settings), 1e-6)
+    assert_same_directions(
+        shards.directions(settings), directions_from_residuals(*both, settings), 1e-6
+    )
     name = READS[method]
     assert {part[0] for part in pool.store.parts} == {name}
     if name == "rows_of":  # a layer of both sets after the other
@@ -201,7 +203,7 @@ def test_of_several_token_positions_the_one_that_separates_best_is_taken(method:
     assert found.origin["position"] == "-2"
     own = [Residuals(s.values[:, LAYERS : 2 * LAYERS].contiguous()) for s in both]
     expected = directions_from_residuals(*own, settings)
-    assert_same(found, expected, 1e-6)
+    assert_same_directions(found, expected, 1e-6)
     assert found.spared is not None and expected.spared is not None
     torch.testing.assert_close(found.spared, expected.spared)
     alone, _ = of_sets(own)
@@ -245,7 +247,7 @@ def test_components_have_their_directions_at_the_position_that_was_chosen_for_th
         own = [Residuals(s.values[:, columns].contiguous()) for s in sets]
         expected = directions_from_residuals(*own, settings)
         directions = found.for_component(name) if name else found
-        assert_same(directions, expected, 1e-6)
+        assert_same_directions(directions, expected, 1e-6)
         assert directions.vectors[:, unit].abs().min() > 0.6
     rows = shards.separation(found, settings)
     assert len(rows) == LAYERS and min(row["auroc"] for row in rows) > 0.99
@@ -318,5 +320,7 @@ def test_rows_become_a_covariance_as_they_come(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(moments.PairedMoments, "__add__", watched)
     shards, _, both = opened(50, 8)
     settings = DirectionSettings(method="whitened")
-    assert_same(shards.directions(settings), directions_from_residuals(*both, settings), 1e-6)
+    assert_same_directions(
+        shards.directions(settings), directions_from_residuals(*both, settings), 1e-6
+    )
     assert max(waiting) < 8

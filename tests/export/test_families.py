@@ -7,13 +7,13 @@ import torch
 
 from ray_abliterate.ablation.weight_cache import WeightCache
 from ray_abliterate.model.architecture import find_writers
-from ray_abliterate.testing.tiny import TINY
+from ray_abliterate.testing.tiny import TINY_FAMILIES
 from tests.support.exported import loaded, plan_for, saved, targets_of, tensors_of, write
 
 NORMS = ("none", "row", "column")
 EVERY_NORM = ("llama/biases", "mixtral", "gemma2", "gpt2", "gpt_oss", "qwen3_vl_moe", "zamba2")
 CASES = [
-    *zip(sorted(TINY), cycle(NORMS), cycle((torch.float32, torch.bfloat16)), strict=False),
+    *zip(sorted(TINY_FAMILIES), cycle(NORMS), cycle((torch.float32, torch.bfloat16)), strict=False),
     *((family, norm, torch.bfloat16) for family in EVERY_NORM for norm in NORMS),
 ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ray_abliterate.model.language_model import LanguageModel
-from ray_abliterate.testing.suites import tiny_language_model
+from ray_abliterate.testing.tiny_language_model import tiny_language_model
 
 
 @pytest.fixture(scope="session")
