@@ -35,7 +35,7 @@ from ray_abliterate.cluster.remote_errors import (
 )
 from ray_abliterate.cluster.replica_actor import ReplicaSpec
 from ray_abliterate.errors import ModelError
-from ray_abliterate.replica.messages import ModelFacts
+from ray_abliterate.replica.messages import ModelFacts, UneditedReplicaApi
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,9 @@ class Fleet:
 
     async def _bring_up(self, key: PlaceKey, life: ReplicaLife) -> None:
         try:
-            facts: ModelFacts = await _result(life.handle.call.remote("describe"))
+            facts: ModelFacts = await _result(
+                life.handle.call.remote(UneditedReplicaApi.describe.__name__)
+            )
             self._refuse_other_weights(facts)
         except (*DEATHS, RayTaskError, ModelError) as error:
             if not life.gone:

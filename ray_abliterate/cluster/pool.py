@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_abliterate.cluster.actor_call import start_actor_call
 from ray_abliterate.cluster.connection import is_own_cluster
 from ray_abliterate.cluster.judge_actor import start_judges
 from ray_abliterate.cluster.leases import AHEAD
@@ -164,7 +165,7 @@ class ReplicaPool:
         pool = cls(actor, on_event)
         try:
             pool._listener.start()
-            opening = actor.open.remote()
+            opening = start_actor_call(actor, PoolActor.open)
             while not ray.wait([opening], timeout=NEWS_SECONDS)[0]:
                 if not go_on():
                     raise SearchError("no replica was ready before the search ended")
@@ -202,7 +203,9 @@ class ReplicaPool:
         Raises:
             RayAbliterateError: what the method raises; or two replicas died over the call.
         """
-        result: Returned = unwrap(self.actor.call.remote(ReplicaCall.of(method, *args, **options)))
+        result: Returned = unwrap(
+            start_actor_call(self.actor, PoolActor.call, ReplicaCall.of(method, *args, **options))
+        )
         return result
 
     def map_by_reference(
@@ -216,7 +219,9 @@ class ReplicaPool:
             Number of the call, and a reference to its result, as they come.
         """
         waiting = {
-            self.actor.call_by_reference.remote(ReplicaCall(method.__name__, args)): number
+            start_actor_call(
+                self.actor, PoolActor.call_by_reference, ReplicaCall(method.__name__, args)
+            ): number
             for number, args in enumerate(calls)
         }
         while waiting:
@@ -241,7 +246,10 @@ class ReplicaPool:
         unmade, waiting = iter(calls), list[Any]()
         while go_on():
             made = islice(unmade, None if most_out is None else most_out - len(waiting))
-            waiting += [self.actor.call.remote(ReplicaCall(method.__name__, args)) for args in made]
+            waiting += [
+                start_actor_call(self.actor, PoolActor.call, ReplicaCall(method.__name__, args))
+                for args in made
+            ]
             if not waiting:
                 return
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=NEWS_SECONDS)

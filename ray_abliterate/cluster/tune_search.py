@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune import PlacementGroupFactory, RunConfig, TuneConfig
 from ray.tune.logger import TBXLoggerCallback
 
+from ray_abliterate.cluster.actor_call import call_actor, start_actor_call
 from ray_abliterate.cluster.connection import HEAD
 from ray_abliterate.cluster.events import ReportEvent
 from ray_abliterate.cluster.object_store import Reference
 from ray_abliterate.cluster.pool import ReplicaPool
+from ray_abliterate.cluster.pool_actor import PoolActor
 from ray_abliterate.cluster.tune_searcher import Answers, OnTrial, OutcomeHandlers, TuneSearcher
 from ray_abliterate.cluster.tune_trial import PlanTrial
 from ray_abliterate.recipe import Goal, SearchSettings
@@ -181,11 +182,10 @@ class TuneSearch:
 
         def add_threshold(losses: tuple[float, ...]) -> None:
             """Count the losses once what came before, the trial among it, is on the disk."""
-            self._submit(lambda: pool.actor.add_threshold.remote(losses))
+            self._submit(lambda: start_actor_call(pool.actor, PoolActor.add_threshold, losses))
 
         def take_answers(trial_id: str) -> Answers:
-            answers: Answers = ray.get(pool.actor.take_answers.remote(trial_id))
-            return answers
+            return call_actor(pool.actor, PoolActor.take_answers, trial_id)
 
         points = [dict(point) for point in search.initial_points[:missing]]
         searcher = TuneSearcher(
@@ -211,7 +211,8 @@ class TuneSearch:
         trainable = tune.with_resources(trainable, PlacementGroupFactory([{HEAD: slot}]))
         trainable.__qualname__ = PlanTrial.__qualname__  # what dashboard and `ps` call the process
         thresholds = ThresholdSet.of(self.finished) if self._settings.dominance_stop else None
-        ray.get(pool.actor.begin_round.remote(min(concurrency, missing), thresholds))
+        slots = min(concurrency, missing)
+        call_actor(pool.actor, PoolActor.begin_round, slots, thresholds)
         with _tune_environment(concurrency):
             tune.Tuner(
                 trainable,

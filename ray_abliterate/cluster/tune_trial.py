@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from ray import tune
 
+from ray_abliterate.cluster.actor_call import call_actor, start_actor_call
+from ray_abliterate.cluster.pool_actor import PoolActor
 from ray_abliterate.cluster.remote_errors import one_line_reason, unwrap
 from ray_abliterate.errors import RayAbliterateError
 from ray_abliterate.replica.messages import Evaluation
@@ -34,7 +36,7 @@ class PlanTrial(tune.Trainable):  # type: ignore[misc]
             per_pass: Plans that may share a pass.
         """
         self._pool, self._setup, self._per_pass, self._config = pool, setup, per_pass, config
-        ray.get(pool.wait_for_slots.remote())
+        call_actor(pool, PoolActor.wait_for_slots)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next plan; the process stays."""
@@ -45,13 +47,14 @@ class PlanTrial(tune.Trainable):  # type: ignore[misc]
         """Evaluate the plan. An error is a result too, so that the process lives on."""
         plan = Plan.from_json(self._config["plan"])
         try:
-            evaluation: Evaluation = unwrap(
-                self._pool.evaluate_trial.remote(plan, self._setup, self._per_pass)
+            reference = start_actor_call(
+                self._pool, PoolActor.evaluate_trial, plan, self._setup, self._per_pass
             )
+            evaluation: Evaluation = unwrap(reference)
         except (RayAbliterateError, ray.exceptions.RayTaskError) as error:
             return {ERROR: one_line_reason(error), "done": True}
         if evaluation.answers:
-            ray.get(self._pool.store_answers.remote(self.trial_id, evaluation.answers))
+            call_actor(self._pool, PoolActor.store_answers, self.trial_id, evaluation.answers)
         return {
             **evaluation.scorecard.metrics(),
             SCORES: json.dumps(evaluation.scorecard.to_list()),
