@@ -6,12 +6,11 @@ Ray's handles answer to any name; these functions take the method itself, and ch
 """
 
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate
 
 import ray
 
-Parameters = ParamSpec("Parameters")
-Value = TypeVar("Value")
+from ray_abliterate.cluster.replica_call import Parameters, Returned
 
 
 def start_actor_call(
@@ -33,14 +32,14 @@ def start_actor_call(
 
 def call_actor(
     actor: Any,
-    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Value]],
+    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Returned]],
     *args: Parameters.args,
     **options: Parameters.kwargs,
-) -> Value:
+) -> Returned:
     """Call an asynchronous method of an actor, and wait for its result; see `start_actor_call`.
 
     Raises:
         RayError: the actor died, or its method raised something.
     """
-    value: Value = ray.get(start_actor_call(actor, method, *args, **options))
-    return value
+    returned: Returned = ray.get(start_actor_call(actor, method, *args, **options))
+    return returned
