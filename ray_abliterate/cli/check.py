@@ -16,13 +16,13 @@ class Check:
     Attributes:
         name: What was checked.
         state: `FAIL` if a run cannot work so.
-        found: What was found, in a sentence or less.
+        finding: What was found, in a sentence or less.
         fix: What to do about it; shown unless the state is `ok`.
     """
 
     name: str
     state: State
-    found: str
+    finding: str
     fix: str = ""
 
 
@@ -37,5 +37,5 @@ def attempt(name: str, look: Callable[[], str]) -> Check:
 def failed_check(name: str, error: RayAbliterateError) -> Check:
     """Return an error of ours as a check: its first line is what was found, the others the fix."""
     kind, _, subject = name.partition(" ")
-    found, _, fix = str(error).removeprefix(f"{kind} {subject!r}: ").partition("\n")
-    return Check(name, "FAIL", found, fix.strip())
+    finding, _, fix = str(error).removeprefix(f"{kind} {subject!r}: ").partition("\n")
+    return Check(name, "FAIL", finding, fix.strip())

@@ -57,10 +57,10 @@ def check_all(recipe: Recipe | None, base: Path, output: Console) -> int:
     with spinner:
         checks = [*check_machine(), *(check_recipe(recipe, base) if recipe else ())]
     for check in checks:
-        found = Text(check.found)
+        finding = Text(check.finding)
         if check.fix and check.state != "ok":
-            found.append(f"\n→ {check.fix}")
-        table.add_row(Text(check.state, COLOURS[check.state]), check.name, found)
+            finding.append(f"\n→ {check.fix}")
+        table.add_row(Text(check.state, COLOURS[check.state]), check.name, finding)
     states = [check.state for check in checks]
     output.print(table)
     failed, warned = states.count("FAIL"), states.count("warn")
@@ -91,8 +91,8 @@ def check_recipe(recipe: Recipe, base: Path) -> Iterator[Check]:
         yield failed_check("replicas", error)
         return
     each = f"{layout.gpus:g} GPUs" if layout.gpus else "the CPU"
-    found = f"{layout.replicas}, each on {each} with {layout.threads} threads"
-    yield Check("replicas", "ok", found)
+    finding = f"{layout.replicas}, each on {each} with {layout.threads} threads"
+    yield Check("replicas", "ok", finding)
     yield from check_model(recipe, sets, layout)
 
 
@@ -109,11 +109,11 @@ def check_overlaps(sets: dict[str, PromptSet]) -> Iterator[Check]:
         for name, scored in sets.items():
             shared = 0 if name in extraction else len(scored.overlap(known))
             if shared:
-                found = f"{shared} of {len(scored)} prompts are in {known.name!r} too"
+                finding = f"{shared} of {len(scored)} prompts are in {known.name!r} too"
                 yield Check(
                     f"prompts {name}",
                     "warn",
-                    found,
+                    finding,
                     "Score prompts that the direction is not computed from.",
                 )
 
@@ -150,8 +150,8 @@ def check_model(
         yield failed_check("architecture", error)
         return
     components = ", ".join(sorted({writer.component for writer in writers}))
-    found = f"{config.model_type}: {len(writers)} writers ({components})"
-    yield Check("architecture", "ok", found)
+    finding = f"{config.model_type}: {len(writers)} writers ({components})"
+    yield Check("architecture", "ok", finding)
     yield check_fit(estimate_memory(module, writers, recipe, sets.values()), recipe, layout)
 
 
@@ -166,8 +166,10 @@ def check_quantization(settings: ModelSettings, config: Any) -> Iterator[Check]:
         yield failed_check("weights", error)
         return
     if settings.quantization:
-        found = f"quantized while loading ({settings.quantization}); exports are in full precision"
-        yield Check("weights", "ok", found)
+        finding = (
+            f"quantized while loading ({settings.quantization}); exports are in full precision"
+        )
+        yield Check("weights", "ok", finding)
         return
     fix = "It can be searched; export then needs the full-precision model, as --originals."
     yield Check("weights", "warn", f"the checkpoint is quantized ({method})", fix)
@@ -185,16 +187,16 @@ def check_fit(need: MemoryEstimate, recipe: Recipe, layout: ReplicaLayout) -> Ch
     free = min((free for free, _ in gpu_memory()), default=0) if on_gpu else ram_available()
     share = free * layout.gpus if on_gpu else free / layout.replicas
     dtype = str(need.dtype).removeprefix("torch.")
-    found = (
+    finding = (
         f"{need.parameters / 1e6:,.0f} M parameters in {dtype}: about {wanted / GB:.2f} GB a "
         f"replica (weights {need.weights / GB:.2f}, weight cache {need.cache / GB:.2f}, batch "
         f"{need.batch / GB:.2f}), {share / GB:.2f} GB available"
     )
     state: State = "ok" if wanted < TIGHT * share else "warn" if wanted < share else "FAIL"
     if recipe.model.max_memory and state == "FAIL":
-        found += "; what exceeds model.max_memory stays in CPU memory or on disk, which is slow"
+        finding += "; what exceeds model.max_memory stays in CPU memory or on disk, which is slow"
         state = "warn"
-    return Check("fits", state, found, " ".join(_savings(need, recipe, layout, share)))
+    return Check("fits", state, finding, " ".join(_savings(need, recipe, layout, share)))
 
 
 def _savings(

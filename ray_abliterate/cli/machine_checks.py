@@ -36,8 +36,8 @@ def check_machine() -> Iterator[Check]:
     yield check_hub_token()
     yield check_run_folder()
     if address := os.environ.get("RAY_ADDRESS"):
-        found = f"RAY_ADDRESS = {address}: runs go to that cluster; this table is of this machine"
-        yield Check("cluster", "warn", found, "Run doctor on the cluster's nodes too.")
+        finding = f"RAY_ADDRESS = {address}: runs go to that cluster; this table is of this machine"
+        yield Check("cluster", "warn", finding, "Run doctor on the cluster's nodes too.")
 
 
 def check_libraries() -> Check:
@@ -48,21 +48,21 @@ def check_libraries() -> Check:
         required = {r.name: r for r in map(Requirement, requires("ray-abliterate") or ())}
     except PackageNotFoundError:  # a checkout that was not installed declares nothing
         required = {}
-    found, wrong = [f"Python {sys.version.split()[0]}"], []
+    finding, wrong = [f"Python {sys.version.split()[0]}"], []
     for library in LIBRARIES:
         try:
             installed = version(library)
         except PackageNotFoundError:
-            found.append(f"{library} missing")
+            finding.append(f"{library} missing")
             wrong.append(library)
             continue
-        found.append(f"{library} {installed}")
+        finding.append(f"{library} {installed}")
         if library in required and not required[library].specifier.contains(
             installed, prereleases=True
         ):
             wrong.append(str(required[library]))
     fix = f"pip install --upgrade {' '.join(repr(name) for name in wrong)}"
-    return Check("libraries", "FAIL" if wrong else "ok", ", ".join(found), fix)
+    return Check("libraries", "FAIL" if wrong else "ok", ", ".join(finding), fix)
 
 
 def check_devices() -> Check:
@@ -108,8 +108,8 @@ def check_demo_model() -> Check:
     try:
         file = demo_model.gguf_file()
     except demo_model.DemoUnavailable:
-        found = "not installed; the tiny planted model would stand in for it"
-        return Check("demo model", "warn", found, demo_model.INSTALL_COMMAND)
+        finding = "not installed; the tiny planted model would stand in for it"
+        return Check("demo model", "warn", finding, demo_model.INSTALL_COMMAND)
     return Check("demo model", "ok", file.name)
 
 
@@ -117,15 +117,15 @@ def check_hub_token() -> Check:
     """Return whether gated models could be read; the token itself is never shown."""
     from huggingface_hub import get_token
 
-    found = "present" if get_token() else "none; only gated or private models need one"
-    return Check("Hub token", "ok", found)
+    finding = "present" if get_token() else "none; only gated or private models need one"
+    return Check("Hub token", "ok", finding)
 
 
 def check_run_folder() -> Check:
     """Return whether `runs/` could be written here."""
     folder = nearest_existing_folder(Path("runs").absolute())
     is_writable = os.access(folder, os.W_OK)
-    found = f"{folder} is {'' if is_writable else 'not '}writable"
+    finding = f"{folder} is {'' if is_writable else 'not '}writable"
     return Check(
-        "run folder", "ok" if is_writable else "FAIL", found, "Use --to, or another folder."
+        "run folder", "ok" if is_writable else "FAIL", finding, "Use --to, or another folder."
     )

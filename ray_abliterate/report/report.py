@@ -102,11 +102,11 @@ def _suites(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
     The base model comes first, then the frontier in its order, then what has left it.
     """
     members = [label(trial.number) for trial in run.frontier.members]
-    order = [one for one in (BASE, *members) if one in run.suites.findings]
+    order = [model for model in (BASE, *members) if model in run.suites.findings]
     return [
-        (model_text(model), [finding_texts(found.get(name)) for name in run.suites.names])
+        (model_text(model), [finding_texts(findings.get(name)) for name in run.suites.names])
         for model in dict.fromkeys([*order, *run.suites.findings])
-        for found in [run.suites.findings[model]]
+        for findings in [run.suites.findings[model]]
     ]
 
 

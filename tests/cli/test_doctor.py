@@ -415,4 +415,4 @@ def test_what_memory_lacks_is_no_failure_where_weights_may_rest_elsewhere(recipe
     assert check_fit(need, recipe, layout).state == "FAIL"
     settings = recipe.model.model_copy(update={"max_memory": {"cpu": "1GiB"}})
     check = check_fit(need, recipe.model_copy(update={"model": settings}), layout)
-    assert check.state == "warn" and "slow" in check.found
+    assert check.state == "warn" and "slow" in check.finding

@@ -61,15 +61,15 @@ def _along(run: RunData, name: str) -> list[Figure]:
         return []
     along = run.objectives[-1]
     cards = [trial.scorecard for trial, _ in trials]
-    places = [card[along.name] for card in cards if card is not None]
-    axis = Axis(places, log=True)
+    objectives = [card[along.name] for card in cards if card is not None]
+    axis = Axis(objectives, log=True)
     scores = [score for _, score in trials]
     hover = []
     for trial, _ in trials:
         text, difference = finding_texts(run.suites.of(trial)[name])
-        more = f"<br>{escape_text(difference)} from the base model" if difference else ""
-        hover.append(f"<b>trial {trial.number}</b><br>{escape_text(f'{name} {text}')}{more}")
-    x = [axis.place(score.value) for score in places]
+        suffix = f"<br>{escape_text(difference)} from the base model" if difference else ""
+        hover.append(f"<b>trial {trial.number}</b><br>{escape_text(f'{name} {text}')}{suffix}")
+    x = [axis.place(score.value) for score in objectives]
     mark = {"size": 10, "color": "var(--c0)"}
     points = marks("trials", x, [score.value for score in scores], hover, mark)
     points |= Axis(scores, log=False).error_bars(scores, "y", "c0")
