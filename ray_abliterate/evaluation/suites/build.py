@@ -26,7 +26,7 @@ from ray_abliterate.recipe.parsing import suggestion
 from ray_abliterate.recipe.plugins import checked_call, resolve
 from ray_abliterate.recipe.suites import PluginSuite
 
-GROUP = "ray_abliterate.evaluation.suites"
+GROUP = "ray_abliterate.suites"
 """The entry point group by which installed packages offer suites."""
 
 SHIPPED: Mapping[str, str] = {
