@@ -44,7 +44,7 @@ ADAPTER = "adapter_model.safetensors"
 LIBRARIES = ("ray-abliterate", "torch", "transformers", "safetensors")
 TEXTS = ("system", "prefix", "suffix")
 """Settings that are parts of prompts; the bundle holds their SHA-256 only."""
-NOT_TOLD = "https://not-told.invalid/v1"
+UNDISCLOSED_ENDPOINT = "https://not-told.invalid/v1"
 
 
 class BaseFacts(BundleRecord):
@@ -274,7 +274,7 @@ def _public_text(key: str, text: str) -> str:
     if key in TEXTS and text:
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     if key == "endpoint":
-        return NOT_TOLD
+        return UNDISCLOSED_ENDPOINT
     if key == "key_variable":
         return "NOT_TOLD"
     if key == "file" or (key == "chat_template" and text != "plain"):

@@ -93,11 +93,11 @@ class DirectionMethodContract:
     def test_rows_are_unit_and_finite(self) -> None:
         """There is one unit vector for each layer; several are orthonormal."""
         behaviour, neutral, _ = planted_residuals(seed=0)
-        found = self.directions(behaviour, neutral)
-        assert found.vectors.shape == behaviour.values.shape[1:]
-        torch.testing.assert_close(found.vectors.norm(dim=-1), torch.ones(found.layers))
-        products = found.basis @ found.basis.mT
-        expected = torch.eye(found.rank).expand(found.layers, -1, -1)
+        directions = self.directions(behaviour, neutral)
+        assert directions.vectors.shape == behaviour.values.shape[1:]
+        torch.testing.assert_close(directions.vectors.norm(dim=-1), torch.ones(directions.layers))
+        products = directions.basis @ directions.basis.mT
+        expected = torch.eye(directions.rank).expand(directions.layers, -1, -1)
         torch.testing.assert_close(products, expected, rtol=0, atol=1e-5)
 
     def test_a_planted_direction_is_found(self) -> None:
@@ -164,17 +164,17 @@ class DirectionMethodContract:
             return
         spiky = behaviour.values.clone()
         spiky[0, :, 7] = 1e4  # a massive activation: one unit of one prompt
-        found = self.directions(Residuals(spiky), neutral, winsorize_quantile=0.95)
-        assert (found.vectors @ planted).min() > 0.85
+        directions = self.directions(Residuals(spiky), neutral, winsorize_quantile=0.95)
+        assert (directions.vectors @ planted).min() > 0.85
 
     def test_fewer_prompts_than_units_are_fine(self) -> None:
         """Ten prompts in 300 dimensions give unit vectors, too."""
         behaviour, neutral, planted = planted_residuals(
             seed=5, prompts=10, layers=2, hidden=300, strength=30.0
         )
-        found = self.directions(behaviour, neutral)
-        torch.testing.assert_close(found.vectors.norm(dim=-1), torch.ones(2))
-        assert (found.vectors @ planted).min() > 0.85
+        directions = self.directions(behaviour, neutral)
+        torch.testing.assert_close(directions.vectors.norm(dim=-1), torch.ones(2))
+        assert (directions.vectors @ planted).min() > 0.85
 
     def test_one_prompt_per_set_is_fine(self) -> None:
         """Its direction is their difference, without its part along the neutral mean."""
@@ -186,8 +186,8 @@ class DirectionMethodContract:
         """Both sets are doubled, prompt by prompt."""
         behaviour, neutral, planted = planted_residuals(seed=7)
         one, other = (Residuals(s.values.repeat_interleave(2, dim=0)) for s in (behaviour, neutral))
-        found = self.directions(one, other).vectors
-        assert (found @ planted).min() > self.cosine - 0.01
+        vectors = self.directions(one, other).vectors
+        assert (vectors @ planted).min() > self.cosine - 0.01
 
     def test_identical_sets_are_refused(self) -> None:
         """The error says that no layer has a direction."""
@@ -200,15 +200,15 @@ class DirectionMethodContract:
         behaviour, neutral, planted = planted_residuals(seed=9)
         one, other = behaviour.values.clone(), neutral.values.clone()
         one[:, 0], other[:, 0] = 1.0, 1.0
-        found = self.directions(Residuals(one), Residuals(other))
-        assert found.usable == (False, True, True, True)
-        assert (found.vectors[1:] @ planted).min() > self.cosine - 0.01
+        directions = self.directions(Residuals(one), Residuals(other))
+        assert directions.usable == (False, True, True, True)
+        assert (directions.vectors[1:] @ planted).min() > self.cosine - 0.01
 
 
 def assert_same_directions(one: Directions, other: Directions, tolerance: float) -> None:
     """Assert that the first directions are equal, and the subspaces of all."""
     torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=tolerance)
-    projectors = [found.basis.mT @ found.basis for found in (one, other)]
+    projectors = [directions.basis.mT @ directions.basis for directions in (one, other)]
     torch.testing.assert_close(*projectors, rtol=0, atol=2 * tolerance)
 
 

@@ -125,11 +125,11 @@ class ScorerContract:
 
     def scores(self, scorer: Scorer, trial: TrialEdit) -> list[Score]:
         """Return the score of a trial at each of `STRENGTHS`."""
-        found = []
+        scores = []
         for strength in STRENGTHS:
             with trial(strength) as edited:
-                found.append(scorer.score(edited))
-        return found
+                scores.append(scorer.score(edited))
+        return scores
 
     def test_it_has_what_a_scorer_has(self, prompts: PromptSet) -> None:
         """It has a name, a goal and the methods; `best`, if it has one, is a number."""

@@ -265,7 +265,7 @@ def test_space_is_counted_without_what_is_finished(mixtral_run, interrupted, mon
 
 
 def test_a_disk_that_fills_up_is_explained_and_the_export_goes_on(mixtral_run, tmp_path):
-    run, to, write, calls = mixtral_run, tmp_path / "out", merged._write, []
+    run, to, write, calls = mixtral_run, tmp_path / "out", merged._write_file, []
 
     def full(*args):
         calls.append(args)
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_is_explained_and_the_export_goes_on(mixtral_run, t
         return write(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merged, "_write", full)
+        patch.setattr(merged, "_write_file", full)
         with pytest.raises(ExportError, match=r"No space left on device(?s:.*)If the disk is full"):
             export_trial(run.directory, run.trial, to, SilentProgress())
     assert len(json.loads((partial_path(to) / ".progress.json").read_text())["finished"]) == 2

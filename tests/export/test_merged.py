@@ -180,7 +180,8 @@ def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
 
 def test_a_folder_of_gguf_files_is_refused(tmp_path):
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ExportError, match=r"no model\.safetensors, but model-Q4_K_M\.gguf; only safetensors"):
+    words = r"no model\.safetensors, but model-Q4_K_M\.gguf; only safetensors"
+    with pytest.raises(ExportError, match=words):
         Checkpoint.open(tmp_path)
 
 

@@ -254,7 +254,8 @@ def test_an_adapter_of_another_base_or_with_other_values_is_refused(copied_adapt
 def test_an_adapters_bundle_of_an_earlier_version_cannot_be_checked(copied_adapter, tmp_path):
     folder, base = copied_adapter
     changed(folder, format=1, adapter=None)
-    with pytest.raises(ReproductionError, match=r"no hashes of its tensors(?s:.*)export the adapter again"):
+    words = r"no hashes of its tensors(?s:.*)export the adapter again"
+    with pytest.raises(ReproductionError, match=words):
         rebuild_export(folder, tmp_path / "o", SilentProgress(), base)
 
 

@@ -132,7 +132,7 @@ def rows_of(
     batch: Any,
     layer: int,
     quantile: float = 1.0,
-    places: Int[numpy.ndarray, " chosen"] | None = None,
+    indices: Int[numpy.ndarray, " chosen"] | None = None,
 ) -> ResidualRows:
     """Return one layer of one shard, every residual winsorised.
 
@@ -143,12 +143,12 @@ def rows_of(
         batch: The shard's record batch.
         layer: The column.
         quantile: Of each residual's magnitudes, at which it is clamped; 1 changes nothing.
-        places: Indices, in their set, of the prompts to return; all if None.
+        indices: Indices, in their set, of the prompts to return; all if None.
     """
     shard = ResidualShard(batch)
     rows = shard.layer(layer)
-    if places is not None:
-        rows = rows[numpy.isin(numpy.arange(shard.first, shard.first + shard.prompts), places)]
+    if indices is not None:
+        rows = rows[numpy.isin(numpy.arange(shard.first, shard.first + shard.prompts), indices)]
     return ResidualRows((numpy.array(winsorized(rows, quantile)),))
 
 

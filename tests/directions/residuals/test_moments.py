@@ -17,7 +17,6 @@ from ray_abliterate.directions.residuals.moments import (
     rows_of,
 )
 from ray_abliterate.directions.residuals.shard import ResidualShard
-from ray_abliterate.directions.residuals.subspace import choose_subspace
 
 cuts = st.lists(st.integers(1, 39), max_size=12, unique=True)
 
@@ -110,21 +109,3 @@ def test_variances_have_no_covariance_and_do_not_add_to_pairs() -> None:
         _ = alone.covariance
     with pytest.raises(ValueError, match="don't add up"):
         alone + pairs
-
-
-# Where they are kept
-
-
-def test_few_prompts_are_kept_as_they_are_and_many_as_a_covariance() -> None:
-    few, many, more = (
-        choose_subspace(800, 8192),
-        choose_subspace(8192, 8192),
-        choose_subspace(80_000, 8192),
-    )
-    assert few.kind == "samples"
-    assert "800 prompts are fewer than 8192 units" in few.reason
-    assert (many.kind, more.kind) == ("covariance", "covariance")
-    assert many.bytes == more.bytes  # whatever the number of prompts
-    assert few.bytes < many.bytes
-    assert "2.1 GB at a time" in many.reason
-    assert "nothing smaller is exact" in choose_subspace(40_000, 40_000).reason
