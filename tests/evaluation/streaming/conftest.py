@@ -9,10 +9,12 @@ import transformers
 from torch import Tensor
 
 from ray_abliterate.evaluation.streaming import StreamingEvaluator
-from ray_abliterate.testing.tiny import VOCAB, tiny_model
+from ray_abliterate.testing.tiny import TINY_VOCAB, tiny_model
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
+
+ROUNDING = 2e-5
 
 
 @cache
@@ -23,7 +25,7 @@ def model(family: str, **overrides: Any) -> Any:
 
 def text_of(tokens: int, seed: int = 3) -> Tensor:
     """Token ids, drawn."""
-    return torch.randint(0, VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, TINY_VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed))
 
 
 def full_losses(module: Any, ids: Tensor, **options: Any) -> Tensor:
@@ -41,6 +43,11 @@ def streamed(module: Any, ids: Tensor, **settings: Any) -> list[Any]:
 def losses_by_chunk(losses: Tensor, chunks: list[Any]) -> list[float]:
     """What chunks should say, from the loss of every token but the first."""
     return [float(losses[c.stop - c.tokens - 1 : c.stop - 1].double().mean()) for c in chunks]
+
+
+def close(found: Any, wanted: Any, limit: float = ROUNDING) -> bool:
+    """Whether losses are equal but for rounding in float32."""
+    return bool(found == pytest.approx(wanted, abs=limit))
 
 
 @pytest.fixture

@@ -203,7 +203,9 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(reader, text, monkeypat
 
     one = reader("llama", **KV)
     wanted = one.read(text, kept=False)
-    monkeypatch.setattr("ray_abliterate.evaluation.streaming.hidden_state_cache.write_atomically", full)
+    monkeypatch.setattr(
+        "ray_abliterate.evaluation.streaming.hidden_state_cache.write_atomically", full
+    )
     assert one.read(text) == wanted
     assert HiddenStateCache(one.folder).bytes == 0
 
