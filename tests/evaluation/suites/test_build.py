@@ -49,7 +49,10 @@ def refused(text: str) -> str:
         ),
         ('kind = "over-refusal"\nmarkers = []\n', "suites.0.markers: each marker needs letters"),
         ('kind = "responses"\nprompts = { builtin = "other-heldout" }\ntop_p = 0.0\n', "top_p"),
-        ('kind = "No Such"\nname = "n"\n', "'No Such' is not a suite and not a `module:attribute`."),
+        (
+            'kind = "No Such"\nname = "n"\n',
+            "'No Such' is not a suite and not a `module:attribute`.",
+        ),
         ('kind = "perplexities"\nname = "n"\n', "Did you mean perplexity?"),
         ('kind = "eloquence"\nname = "n"\n', "there is no suite 'eloquence'"),
         (

@@ -60,7 +60,9 @@ def test_so_many_of_each_category_and_so_many_in_all(tmp_path: Path) -> None:
 
 def test_categories_that_no_question_has_are_an_error(tmp_path: Path) -> None:
     written(tmp_path / "q.jsonl", questions("stars"))
-    with pytest.raises(PromptSourceError, match=r"no question of these categories\.\n  Check `categ"):
+    with pytest.raises(
+        PromptSourceError, match=r"no question of these categories\.\n  Check `categ"
+    ):
         asked(suite(tmp_path, categories=["soups"]))
 
 
