@@ -32,7 +32,7 @@ def test_the_neutral_mean_is_projected_out() -> None:
     assert cosines.abs().max() < 1e-6
 
 
-def test_a_direction_parallel_to_the_neutral_mean_is_kept_with_a_warning(
+def test_a_direction_parallel_to_the_neutral_mean_is_used_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     mean = torch.zeros(4, 1, 8)

@@ -95,7 +95,7 @@ def test_sets_that_are_one_point_are_drawn_at_zero():
     assert found.cosine == pytest.approx(1)
 
 
-def test_the_picture_does_not_turn_over_between_layers():
+def test_the_picture_does_not_flip_between_layers():
     plane = InnerProducts.of(*two()).principal_plane()[0]
     turned = plane * numpy.array([1.0, -1.0])
     assert numpy.array_equal(keep_orientation(turned, plane), plane)

@@ -159,7 +159,7 @@ def test_directions_are_those_of_whole_sets_and_no_more_is_read_at_a_time(
         assert set(of_layers) == set(range(LAYERS))
 
 
-def test_how_second_moments_are_kept_is_said() -> None:
+def test_where_second_moments_are_computed_is_reported() -> None:
     whitened = DirectionSettings(method="whitened")
     many = opened(18, 8)[0].directions(whitened).origin["statistics"]
     few = opened(10, 40)[0].directions(whitened).origin["statistics"]
@@ -295,7 +295,7 @@ def test_residuals_at_one_position_keep_the_key_that_they_had() -> None:
 
 
 @pytest.mark.parametrize("quantile", [1.0, 0.9])
-def test_layers_are_handed_out_one_at_a_time(quantile: float) -> None:
+def test_layers_are_read_one_at_a_time(quantile: float) -> None:
     shards, pool, both = opened(10, 8)
     whole = [s.winsorized(quantile).values for s in both]
     for index, layer in enumerate(shards._layers(quantile, False, range(LAYERS))):

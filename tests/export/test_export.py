@@ -188,7 +188,9 @@ def spoiled(monkeypatch, spoil):
     monkeypatch.setattr(Verifier, "verify", spoil_and_verify)
 
 
-def test_an_export_that_is_not_the_trial_is_kept_aside(planted_run, tmp_path, monkeypatch):
+def test_an_export_that_does_not_score_as_the_trial_is_set_aside(
+    planted_run, tmp_path, monkeypatch
+):
     def undo(source, folder):
         shutil.copy(source / "model.safetensors", folder)
 
@@ -203,7 +205,7 @@ def test_an_export_that_is_not_the_trial_is_kept_aside(planted_run, tmp_path, mo
         export.export_trial(planted_run.directory, planted_run.trial, to, SilentProgress())
 
 
-def test_an_export_that_answers_nothing_is_kept_aside(planted_run, tmp_path, monkeypatch):
+def test_an_export_that_answers_nothing_is_set_aside(planted_run, tmp_path, monkeypatch):
     def break_it(source, folder):
         tensors = tensors_of(folder) | {"model.norm.weight": torch.full((32,), torch.nan)}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -86,7 +86,7 @@ def test_the_base_of_an_adapter_is_never_a_path(planted_run, tmp_path):
         assert str(planted_run.model.parent).encode() not in file.read_bytes(), file.name
 
 
-def test_an_adapter_beside_its_base_loads_by_itself(planted_run, tmp_path, monkeypatch):
+def test_an_adapter_whose_base_is_in_reach_loads_by_itself(planted_run, tmp_path, monkeypatch):
     to = export_trial(
         planted_run.directory, planted_run.trial, tmp_path / "a", SilentProgress(), False, ADAPTER
     )
@@ -112,7 +112,9 @@ def test_column_edits_are_an_adapter_only_if_what_it_lacks_is_allowed(mixtral_ru
     assert (to / "adapter_model.safetensors").exists()
 
 
-def test_an_adapter_that_is_not_the_trial_is_kept_aside(planted_run, tmp_path, monkeypatch):
+def test_an_adapter_that_does_not_score_as_the_trial_is_set_aside(
+    planted_run, tmp_path, monkeypatch
+):
     verify = Verifier.verify
 
     def weaken(self, folder):
@@ -168,7 +170,7 @@ export_trial(directory, directory.trial(0), Path(sys.argv[2]), SilentProgress())
 """
 
 
-def test_a_killed_export_goes_on_where_it_was(mixtral_run, tmp_path):
+def test_a_killed_export_resumes_where_it_was(mixtral_run, tmp_path):
     run, to = mixtral_run, tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(run.directory.path), str(to)]
     done = subprocess.run(command, capture_output=True, check=False)
@@ -264,7 +266,7 @@ def test_space_is_counted_without_what_is_finished(mixtral_run, interrupted, mon
     assert rewritten(mixtral_run, interrupted) == set()
 
 
-def test_a_disk_that_fills_up_is_explained_and_the_export_goes_on(mixtral_run, tmp_path):
+def test_a_disk_that_fills_up_is_explained_and_the_export_resumes(mixtral_run, tmp_path):
     run, to, write, calls = mixtral_run, tmp_path / "out", merged._write_file, []
 
     def full(*args):

@@ -34,7 +34,7 @@ def test_products_beyond_the_budget_give_the_searchs_bits_too(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("norm", ["none", "row", "column"])
-def test_stacks_that_are_stored_turned_round_are_edited_so(norm, tmp_path):
+def test_stacks_that_are_stored_transposed_are_edited_so(norm, tmp_path):
     """As the first checkpoints of Qwen3-VL-MoE hold them: (expert, in, out)."""
     source = saved("qwen3_vl_moe", tmp_path / "model", torch.bfloat16)
     path = source / "model.safetensors"
@@ -185,7 +185,7 @@ def test_a_folder_of_gguf_files_is_refused(tmp_path):
         Checkpoint.open(tmp_path)
 
 
-def test_a_quantized_model_is_refused_before_its_weights_are_looked_at(tmp_path):
+def test_a_quantized_model_is_refused_before_its_weights_are_read(tmp_path):
     source = saved("llama", tmp_path / "model")
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}

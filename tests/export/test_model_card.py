@@ -204,7 +204,7 @@ def test_the_base_models_licence_is_carried_over(tmp_path: Path) -> None:
     ["", "# no metadata", "---\n[broken\n---\n", "---\n- a\n- list\n---\n",
      "---\nlicense: {a: b}\n---\n", "---\nlicense: !!python/object/apply:os.getcwd []\n---\n"],
 )  # fmt: skip
-def test_without_a_readable_licence_it_is_said_to_be_the_base_models(
+def test_without_a_readable_licence_the_card_refers_to_the_base_models(
     tmp_path: Path, text: str
 ) -> None:
     directory, trial = a_run(tmp_path / "run")
@@ -244,7 +244,7 @@ def test_escapes_are_exact() -> None:
     assert escape_markdown("x\ny|z") == r"x y\|z"
 
 
-def test_validation_is_beside_the_base_models_with_the_paired_difference(tmp_path: Path) -> None:
+def test_validation_is_compared_with_the_base_model_by_paired_difference(tmp_path: Path) -> None:
     directory, trial = a_run(tmp_path / "run")
     settings = SuiteFile.of([{"kind": "over-refusal", "name": "harmless"}])
     assert "## Validation" not in model_card(directory, trial, base_of(directory))

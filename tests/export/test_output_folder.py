@@ -36,7 +36,7 @@ def test_a_parent_that_may_not_be_written_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_parent_that_may_not_be_looked_into_is_refused(tmp_path):
+def test_a_parent_that_may_not_be_read_is_refused(tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir(mode=0o000)
     with unprivileged(), pytest.raises(ExportError, match=r"\(Permission denied\).*--to"):

@@ -187,7 +187,7 @@ def test_ctrl_c_says_how_to_go_on(hub, folder):
     assert whole(hub, folder) and set(hub.sent.values()) == {1}
 
 
-def test_a_push_that_was_killed_goes_on(hub, folder, tmp_path):
+def test_a_push_that_was_killed_resumes(hub, folder, tmp_path):
     """The whole command, in a process of its own; nothing of the token is shown."""
     names = large(folder)
     held, release = threading.Event(), threading.Event()
@@ -285,7 +285,7 @@ def test_a_token_that_expires_in_the_midst_is_named(hub, folder):
     [(403, r"write to somebody \(it says: no way"), (402, "it says: no way"),
      (404, "no user or organisation somebody"), (429, "too many requests")],
 )  # fmt: skip
-def test_what_the_hub_refuses_is_told_with_the_next_step(hub, folder, status, words):
+def test_what_the_hub_refuses_is_explained_with_the_next_step(hub, folder, status, words):
     hub.once("POST /api/repos/create", lambda r: r.answer(status, {"error": "no way"}), times=1000)
     hub.once("GET /api/models/", lambda r: r.answer(status, {"error": "no"}), times=1000)
     with pytest.raises(PushError, match=words):
@@ -293,7 +293,7 @@ def test_what_the_hub_refuses_is_told_with_the_next_step(hub, folder, status, wo
     assert not hub.sent
 
 
-def test_without_a_token_the_way_to_one_is_told(hub, folder, monkeypatch):
+def test_without_a_token_the_error_says_how_to_get_one(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     with pytest.raises(PushError, match="hf auth login"):

@@ -368,7 +368,7 @@ def with_other_bits(folder: Path, **values: Any) -> str:
     return name
 
 
-def test_other_bits_with_the_same_versions_are_kept_aside(copied, tmp_path):
+def test_different_bits_with_the_same_versions_are_set_aside(copied, tmp_path):
     folder, base = copied
     name = with_other_bits(folder)
     with pytest.raises(ReproductionError, match=f"{name}: different bits, with the same versions"):

@@ -87,7 +87,7 @@ def test_a_method_that_cannot_says_why():
     assert found.vector is None and "equal size" in found.problem
 
 
-def test_warnings_about_a_single_layer_are_kept_back(caplog):
+def test_warnings_about_a_single_layer_are_dropped(caplog):
     same = torch.ones(4, 6)
     with caplog.at_level(logging.WARNING):
         assert ContrastSets(same, same.clone()).fit(MEAN).vector is None
@@ -125,7 +125,7 @@ def test_halves_hold_each_prompt_once_and_keep_pairs_together():
     assert numpy.bincount(found.neutral).tolist() == [3, 3]
 
 
-def test_sets_that_do_not_differ_are_not_told_apart_however_many_units_there_are():
+def test_sets_that_do_not_differ_are_not_separated_however_many_units_there_are():
     areas = []
     for seed in range(20):
         sets = noise(40, 2000, seed)
@@ -320,7 +320,7 @@ def test_a_method_that_is_as_good_and_clearly_more_reliable_is_recommended():
     assert "more reliable than simple" in " ".join(advice.reasons)
 
 
-def test_too_few_prompts_and_weak_separation_are_said():
+def test_too_few_prompts_and_weak_separation_are_reported():
     few = recommend_method({"simple": standing(0.95, 0.5)}, (64, 64)).reasons
     assert any("about 300 per set would make it 0.95" in reason for reason in few)
     nothing = recommend_method({"simple": standing(0.55, -0.1)}, (64, 64)).reasons
@@ -334,7 +334,7 @@ def test_too_few_prompts_and_weak_separation_are_said():
         recommend_method({}, (2, 2))
 
 
-def test_fits_keep_back_their_own_warnings_and_nobody_elses(
+def test_fits_drop_their_own_warnings_and_nobody_elses(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """They run beside each other, in threads that begin and end in any order."""

@@ -33,7 +33,7 @@ def rows_of(sets: Sequence[Residuals], method: str, texts: Any = None, **more: A
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_noise_is_told_apart_by_no_layer_however_many_units_there_are(method: str) -> None:
+def test_no_layer_separates_noise_however_many_units_there_are(method: str) -> None:
     sets = noise(20, 16, 400, seed=3)
     found = directions_from_residuals(*sets, DirectionSettings(method=method)).vectors
     for layer in range(16):  # along their own directions they are told apart entirely

@@ -206,7 +206,7 @@ def test_a_section_that_cannot_be_meant_is_refused(settings: dict[str, Any], sai
          "has no option 'part'; it has share"),
     ],
 )  # fmt: skip
-def test_what_a_method_lacks_is_said_before_a_model_is_loaded(
+def test_what_a_method_lacks_is_reported_before_a_model_is_loaded(
     settings: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):

@@ -29,7 +29,7 @@ def some(*shape: int, seed: int = 0) -> numpy.ndarray:
     return numpy.random.default_rng(seed).standard_normal(shape, numpy.float32)
 
 
-def test_prompts_are_dealt_in_turn_whatever_they_say() -> None:
+def test_prompts_are_dealt_to_folds_in_turn_whatever_they_say() -> None:
     found, other = (Folds.of(names(kind, 12), names("n", 7)) for kind in ("b", "x"))
     assert found is not None and other is not None
     assert found.behaviour.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]

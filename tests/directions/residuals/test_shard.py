@@ -99,7 +99,7 @@ def test_a_changed_byte_never_gives_other_values(place: int, change: int) -> Non
     assert found.batch.equals(original.batch)
 
 
-def test_a_changed_value_is_found_by_its_checksum() -> None:
+def test_a_changed_value_is_detected_by_the_checksum() -> None:
     value = some(2, 2, 4)[1, 1, 2].tobytes()
     place = FILE.index(value)
     data = FILE[:place] + bytes([value[0] ^ 1]) + FILE[place + 1 :]
@@ -108,7 +108,7 @@ def test_a_changed_value_is_found_by_its_checksum() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, len(FILE) // 2, len(FILE) - 1])
-def test_a_torn_file_is_found(length: int) -> None:
+def test_a_torn_file_is_detected(length: int) -> None:
     with pytest.raises(DamagedShard):
         ResidualShard.from_file(FILE[:length], KEY)
 
@@ -120,7 +120,7 @@ def test_a_value_that_is_not_finite_names_prompt_and_layer_and_what_to_do() -> N
         ResidualShard.of("behaviour", 8, values)
 
 
-def test_a_value_beyond_float16_is_refused_there_and_kept_in_float32() -> None:
+def test_a_value_beyond_float16_is_refused_there_and_stored_in_float32() -> None:
     values = some()
     values[3, 0, 4] = 1e5
     assert ResidualShard.of("behaviour", 0, values).values()[3, 0, 4] == 1e5
@@ -202,7 +202,7 @@ def cached(folder: Path) -> Path:
     return folder / "cache" / KEY / "behaviour-00002.arrow"
 
 
-def test_a_shard_is_kept_by_the_run_and_found_by_another(
+def test_a_shard_is_stored_by_one_run_and_read_by_another(
     files: ShardFiles, tmp_path: Path, notes: list[str]
 ) -> None:
     shard = ResidualShard.of("behaviour", 8, some())
@@ -265,7 +265,7 @@ def test_a_cache_that_cannot_be_written_is_one_note_and_no_error(
     assert len(list(ShardFolder(tmp_path / "run").read_all("behaviour"))) == 2
 
 
-def test_the_recipe_says_where_shards_are_kept(
+def test_the_recipe_says_where_shards_are_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]
 ) -> None:
     monkeypatch.setenv("RAY_ABLITERATE_CACHE", str(tmp_path / "cache"))

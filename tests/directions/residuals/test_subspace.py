@@ -3,7 +3,7 @@
 from ray_abliterate.directions.residuals.subspace import choose_subspace
 
 
-def test_few_prompts_are_kept_as_they_are_and_many_as_a_covariance() -> None:
+def test_few_prompts_are_handled_in_their_span_and_many_as_a_covariance() -> None:
     few, many, more = (
         choose_subspace(800, 8192),
         choose_subspace(8192, 8192),
