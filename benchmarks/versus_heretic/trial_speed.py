@@ -62,10 +62,10 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prompts=4,
         direction_prompts=4,
         tokens=4,
-        trials=2,
-        trials_per_pass=[1, 2],
+        trials=1,
+        trials_per_pass=[1],
         batch_size=4,
-        ablation=1,
+        ablation=0,
     )
     add_shared_options(parser)
     add = parser.add_argument

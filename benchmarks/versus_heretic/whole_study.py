@@ -82,8 +82,9 @@ def run_peer(setup: ComparisonSetup) -> dict[str, Any]:
     options, folder = setup.options, setup.folder / "peer-study"
     folder.mkdir()
     settings = setup.peer_settings(options.model, options.dtype, options.norm)
-    for searched in ("batch_size", "response_prefix"):
-        del settings[searched]
+    if not options.quick:  # what a quick run is given the peer would search for minutes
+        for searched in ("batch_size", "response_prefix"):
+            del settings[searched]
     trials = options.trials
     settings |= {"n_trials": trials, "n_startup_trials": random_trials(trials), "seed": 0}
     (folder / "config.toml").write_text(to_toml(settings), encoding="utf-8")
