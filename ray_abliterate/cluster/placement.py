@@ -81,15 +81,17 @@ def plan_layout(settings: ModelSettings, cpus: float, gpus: float) -> ReplicaLay
         ModelError: the recipe asks for more GPUs than there are.
     """
     here = [Node("here", "here", cpus, gpus, float("inf"))]
-    places = place_replicas(settings, here)
-    refuse_what_does_not_fit(settings, here, places)
-    return layout_of(places)
+    placements = place_replicas(settings, here)
+    refuse_what_does_not_fit(settings, here, placements)
+    return layout_of(placements)
 
 
-def layout_of(places: Sequence[Placement]) -> ReplicaLayout:
+def layout_of(placements: Sequence[Placement]) -> ReplicaLayout:
     """Summarise placements by the first of them; replicas differ only where nodes do."""
-    first = places[0]
-    return ReplicaLayout(len(places), first.gpus, first.cpus, min(p.threads for p in places))
+    first = placements[0]
+    return ReplicaLayout(
+        len(placements), first.gpus, first.cpus, min(p.threads for p in placements)
+    )
 
 
 def place_replicas(
@@ -121,8 +123,8 @@ def nodes_for_evaluators(nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 def nodes_left_by_evaluators(evaluators: ModelSettings, nodes: Sequence[Node]) -> tuple[Node, ...]:
     """Return what the evaluation's own replicas leave of the nodes to the search."""
-    places = place_replicas(evaluators, nodes_for_evaluators(nodes))
-    return tuple(_without(node, [p for p in places if p.node == node.id]) for node in nodes)
+    placements = place_replicas(evaluators, nodes_for_evaluators(nodes))
+    return tuple(_without(node, [p for p in placements if p.node == node.id]) for node in nodes)
 
 
 def without_gpus(nodes: Sequence[Node], taken: Sequence[tuple[str, float]]) -> tuple[Node, ...]:
@@ -134,30 +136,30 @@ def without_gpus(nodes: Sequence[Node], taken: Sequence[tuple[str, float]]) -> t
     return tuple(replace(node, gpus=free[node.id]) for node in nodes)
 
 
-def _without(node: Node, places: Sequence[Placement]) -> Node:
+def _without(node: Node, placements: Sequence[Placement]) -> Node:
     """Return a node without what its placements take; the rest of a shared card can be used."""
-    if not places:
+    if not placements:
         return node
-    gpus, count = places[0].gpus, len(places)
+    gpus, count = placements[0].gpus, len(placements)
     if 0 < gpus < 1:
         per = int(1 / gpus + 1e-6)
         cards = math.ceil(count / per)
         taken = cards - (1 - (count - (cards - 1) * per) * gpus)
     else:
         taken = gpus * count
-    cpus = node.cpus - sum(place.cpus for place in places)
+    cpus = node.cpus - sum(place.cpus for place in placements)
     return replace(node, cpus=cpus, gpus=round(node.gpus - taken, 6))
 
 
-def count_unplaced(settings: ModelSettings, places: Sequence[Placement]) -> int:
+def count_unplaced(settings: ModelSettings, placements: Sequence[Placement]) -> int:
     """Count the replicas that the recipe wants (at least one) and that have no placement."""
-    return max((settings.replicas or 1) - len(places), 0)
+    return max((settings.replicas or 1) - len(placements), 0)
 
 
 def refuse_what_does_not_fit(
     settings: ModelSettings,
     nodes: Sequence[Node],
-    places: Sequence[Placement],
+    placements: Sequence[Placement],
     section: str = "model",
 ) -> None:
     """Refuse a recipe whose replicas don't fit on machines that stay as they are.
@@ -165,14 +167,14 @@ def refuse_what_does_not_fit(
     Args:
         settings: How many replicas are wanted, and what each takes.
         nodes: What they may use.
-        places: The placements that fit.
+        placements: Those that fit.
         section: The recipe's section with these settings.
 
     Raises:
         ModelError: the recipe asks for more GPUs than there are.
     """
-    gpus, fitting = gpus_per_replica(settings, nodes), len(places)
-    if not count_unplaced(settings, places):
+    gpus, fitting = gpus_per_replica(settings, nodes), len(placements)
+    if not count_unplaced(settings, placements):
         return
     if not fitting:
         most = max((node.gpus for node in nodes), default=0.0)

@@ -136,7 +136,7 @@ class ReplicaActor(ReplicaProcess):
         """The replica that was loaded.
 
         Raises:
-            BaseException: what kept it from being loaded.
+            BaseException: what its loading raised.
         """
         if self._replica is None:
             assert self._failure is not None

@@ -96,7 +96,7 @@ class TuneSearch:
 
     Attributes:
         finished: The trials that have ended.
-        reaped: Trials that a killed driver left running, and that count as failed now.
+        interrupted: Trials that a killed driver left running, and that count as failed now.
     """
 
     def __init__(
@@ -123,11 +123,11 @@ class TuneSearch:
         self._goals = list(goals)
         self._storage = open_storage(path, submit)
         self._study = open_study(self._storage, [goal for _, goal in self._goals])
-        self.reaped = self._reap()
+        self.interrupted = self._end_interrupted()
         self.finished = finished_trials(self._study, space)
         self._known = len(self._study.get_trials(deepcopy=False))
 
-    def _reap(self) -> int:
+    def _end_interrupted(self) -> int:
         return end_interrupted_trials(self._study, [name for name, _ in self._goals])
 
     def run(
@@ -163,7 +163,7 @@ class TuneSearch:
             while (missing := self._settings.trials - len(self.finished)) > 0:
                 replicas = max(replicas, pool.replicas)
                 again = self._round(search, missing, replicas)
-                interrupted = self._reap()
+                interrupted = self._end_interrupted()
                 self.finished = finished_trials(self._study, self._space)
                 self._known = len(self._study.get_trials(deepcopy=False))
                 if not again or interrupted or terminated.is_set():

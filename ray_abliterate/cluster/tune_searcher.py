@@ -1,4 +1,4 @@
-"""The searcher: OptunaSearch over the run's journal, which is written before anybody is told."""
+"""The searcher: OptunaSearch over the run's journal, written before an outcome is reported."""
 
 import json
 from collections.abc import Callable

@@ -180,14 +180,14 @@ class Replica:
         if setup is not None:
             self._use(setup.response_prefix, setup.tuning)
         with self._edited(plan, setup), self.model.without_storing():
-            found = run_chunk(suite, self.model, chunk)
-            same = found.counts.get("identical")
-            if same is not None and same == found.counts.get("tokens") and self.cache.differs():
+            result = run_chunk(suite, self.model, chunk)
+            identical, tokens = (result.counts.get(name) for name in ("identical", "tokens"))
+            if identical is not None and identical == tokens and self.cache.differs():
                 raise ScoreError(
                     f"suite {suite.name!r}, chunk {chunk.id}: all logits are the base model's "
                     "although weights were edited: the suite does not see the edit"
                 )
-        return found
+        return result
 
     def plan_reading(self, request: TextRequest, count: bool) -> ReadPlan:
         """Decide how a long text is read; see `TextReader.plan_reading`."""

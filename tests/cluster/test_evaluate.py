@@ -174,18 +174,18 @@ def test_an_evaluator_that_is_killed_costs_one_chunk(
     assert "evaluator 0" in next(e["replica"] for e in events if e["event"] == "replica-lost")
 
 
+def replica_processes() -> list[psutil.Process]:
+    """Processes of this test's own cluster: others on this machine may have replicas, too."""
+    descendants = psutil.Process().children(recursive=True)
+    return [p for p in descendants if "ray::ReplicaActor" in " ".join(p.cmdline()[:1])]
+
+
 class Killing(SilentProgress):
     """Kills the evaluator once ten chunks are measured."""
 
     def step(self, done: int, total: int) -> None:
         if done == 10:
-            hosts = [
-                process
-                for process in psutil.process_iter(["cmdline", "create_time"])
-                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaActor")
-            ]
-            process = max(hosts, key=lambda process: process.info["create_time"])
-            process.kill()
+            max(replica_processes(), key=psutil.Process.create_time).kill()
 
 
 def test_a_killed_evaluate_goes_on_to_the_same_totals(
@@ -247,6 +247,5 @@ class KillingAReader(SilentProgress):
 
     def step(self, done: int, total: int) -> None:
         if done == 12:
-            for process in psutil.process_iter(["cmdline"]):
-                if (process.info["cmdline"] or [""])[0].startswith("ray::ReplicaActor"):
-                    process.kill()
+            for process in replica_processes():
+                process.kill()

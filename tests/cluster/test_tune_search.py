@@ -176,7 +176,7 @@ def test_a_trial_that_waited_for_its_batch_when_the_driver_died_is_finished(
     for name in (SCORES, SECONDS):
         asked.set_user_attr(name, plan.user_attrs[name])
     opened = TuneSearch(tmp_path / "study.journal", SPACE, SearchSettings(trials=5), GOALS)  # type: ignore[arg-type]
-    assert opened.reaped == 0
+    assert opened.interrupted == 0
     assert [trial.number for trial in opened.finished] == list(range(5))
     assert study_in(tmp_path).get_trials()[-1].values == plan.values
 
