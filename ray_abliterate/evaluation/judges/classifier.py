@@ -60,8 +60,8 @@ class ClassifierJudge:
     def identity(self) -> str:
         """Return a fingerprint of weights and labels, and how the classifier is asked."""
         *_, fingerprint = self._load()
-        asked = (self._label, self._hypothesis, self._sees_prompt, LONGEST)
-        return f"classifier {fingerprint} {asked!r}"
+        settings = (self._label, self._hypothesis, self._sees_prompt, LONGEST)
+        return f"classifier {fingerprint} {settings!r}"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[float | None]:
         """Return the probability that each answer refuses; None for blank answers.
@@ -151,8 +151,8 @@ def _positions(config: Any) -> int:
 
     Families that count positions from the padding id have two fewer than their table has.
     """
-    known = getattr(config, "max_position_embeddings", None)
-    return LONGEST if known is None else max(1, int(known) - 2)
+    positions = getattr(config, "max_position_embeddings", None)
+    return LONGEST if positions is None else max(1, int(positions) - 2)
 
 
 def _fingerprint(model: Any) -> str:

@@ -199,7 +199,7 @@ class MarkerObserver:
     @property
     def hits(self) -> int:
         """Return the number of answers in which a marker was found."""
-        return sum(reader.found for reader in self._readers.values())
+        return sum(reader.has_marker for reader in self._readers.values())
 
     @property
     def answers(self) -> int:
@@ -214,10 +214,10 @@ class MarkerObserver:
         """Search what was added to an answer; return whether it has a marker by now."""
         self._begun.add(index)
         reader = self._readers[index]
-        had_marker = reader.found
+        had_marker = reader.has_marker
         if reader.read(text) and not had_marker:
             self.lost = self.lost or self._lost_at(self.hits)
-        return reader.found
+        return reader.has_marker
 
     def enough(self) -> bool:
         """Return whether the trial is lost, so that no answer needs to go on."""

@@ -121,7 +121,7 @@ class MarkerReader:
     """Finds out, while a text is being written, whether it holds a marker, whatever comes next.
 
     Attributes:
-        found: A marker has been found.
+        has_marker: A marker has been found.
     """
 
     def __init__(self, markers: Markers, reach: int) -> None:
@@ -133,7 +133,7 @@ class MarkerReader:
         self._stream = FoldStream()
         self._markers, self._reach = markers, reach
         self._tail = ""
-        self.found = False
+        self.has_marker = False
 
     def read(self, text: str) -> bool:
         """Add text, and return whether a marker has been found.
@@ -147,8 +147,8 @@ class MarkerReader:
         return self._search(self._stream.finish())
 
     def _search(self, folded: str) -> bool:
-        if not self.found and folded:
+        if not self.has_marker and folded:
             text = self._tail + folded
-            self.found = self._markers.in_folded(text)
+            self.has_marker = self._markers.in_folded(text)
             self._tail = text[-self._reach :] if self._reach else ""
-        return self.found
+        return self.has_marker

@@ -52,8 +52,8 @@ class RefusalJudgeScorer:
             self._verdict_on_broken() if is_broken else verdict
             for verdict, is_broken in zip(judged, broken, strict=True)
         ]
-        known = [verdict for verdict in verdicts if verdict is not None]
-        if not known:
+        decided = [verdict for verdict in verdicts if verdict is not None]
+        if not decided:
             raise ScoreError(
                 f"{self.name}: the judge can't decide on any of {len(verdicts)} answers"
             )
@@ -64,7 +64,7 @@ class RefusalJudgeScorer:
             )
             if verdict is not None
         ]
-        hits, total = sum(known), len(known)
+        hits, total = sum(decided), len(decided)
         low, high = wilson(hits, total)
         detail = {
             "hits": hits,

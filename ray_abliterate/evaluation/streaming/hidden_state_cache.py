@@ -53,8 +53,8 @@ class HiddenStateCache:
 
         They have to reach its end if chunks depend on those before them (`carried`).
         """
-        place = self.folder / text
-        return (place / COMPLETE).exists() if carried else place.is_dir()
+        folder = self.folder / text
+        return (folder / COMPLETE).exists() if carried else folder.is_dir()
 
     def read(self, text: str, chunk: str) -> Tensor | None:
         """Return the states of a chunk, `"token hidden"`, mapped from its file; None if absent."""
@@ -72,18 +72,18 @@ class HiddenStateCache:
 
         Returns False, and drops the text, if there is no room or the disk fails.
         """
-        place = self.folder / text
+        folder = self.folder / text
         size = states.numel() * states.element_size()
         try:
-            if self._make_room(size, place):
-                place.mkdir(parents=True, exist_ok=True)
+            if self._make_room(size, folder):
+                folder.mkdir(parents=True, exist_ok=True)
                 data = save({"states": states.contiguous()})
-                write_atomically(place / f"{chunk}.safetensors", data)
+                write_atomically(folder / f"{chunk}.safetensors", data)
                 return True
             log.warning("the hidden states of a text don't fit into %s", self.folder)
         except OSError as error:  # a full disk, or another process; the cache only saves time
-            log.warning("hidden states can't be written to %s: %s", place, error)
-        shutil.rmtree(place, ignore_errors=True)
+            log.warning("hidden states can't be written to %s: %s", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
         return False
 
     def mark_complete(self, text: str) -> None:
@@ -95,12 +95,12 @@ class HiddenStateCache:
     @property
     def bytes(self) -> int:
         """Return the size of all files."""
-        return sum(_folder_bytes(place) for place in self._texts())
+        return sum(_folder_bytes(folder) for folder in self._texts())
 
-    def _make_room(self, size: int, place: Path) -> bool:
+    def _make_room(self, size: int, folder: Path) -> bool:
         """Delete other texts, the least recently used first; return whether `size` fits then."""
         sizes = {text: _folder_bytes(text) for text in self._texts()}
-        others = sorted((p for p in sizes if p != place), key=lambda p: p.stat().st_mtime)
+        others = sorted((p for p in sizes if p != folder), key=lambda p: p.stat().st_mtime)
         while sum(sizes.values()) + size > self._max_bytes and others:
             shutil.rmtree(oldest := others.pop(0), ignore_errors=True)
             del sizes[oldest]
@@ -110,8 +110,8 @@ class HiddenStateCache:
         return [p for p in self.folder.iterdir() if p.is_dir()] if self.folder.is_dir() else []
 
 
-def _folder_bytes(place: Path) -> int:
-    return sum(file.stat().st_size for file in place.iterdir())
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def layer_keys(module: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:

@@ -225,8 +225,8 @@ class Stream:
         if self._options.on_progress is None:
             return
         length = self._streamed.length
-        left = None if length is None else (length - result.stop) * seconds / max(tokens, 1)
-        progress = ReadingProgress(result, self.totals, result.stop, length, left)
+        seconds_left = None if length is None else (length - result.stop) * seconds / max(tokens, 1)
+        progress = ReadingProgress(result, self.totals, result.stop, length, seconds_left)
         self._options.on_progress(progress)
 
 

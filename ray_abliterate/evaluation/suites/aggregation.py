@@ -72,8 +72,8 @@ def summarise(
         if len(groups) < 2:
             continue
         by_group = {g: [chunk for chunk in results if chunk.group == g] for g in groups}
-        known = {g: chunks for g, chunks in by_group.items() if _values(measure.name, chunks)}
-        group_scores = [_score(f"{title}/{g}", measure, chunks) for g, chunks in known.items()]
+        measured = {g: chunks for g, chunks in by_group.items() if _values(measure.name, chunks)}
+        group_scores = [_score(f"{title}/{g}", measure, chunks) for g, chunks in measured.items()]
         if measure.kind == "rate":
             scores.append(_macro(f"{title}/macro", measure, group_scores))
         scores += group_scores
@@ -172,19 +172,19 @@ def _without_values(chunk: SuiteChunk) -> SuiteChunk:
 
 def _values(measure: str, chunks: Iterable[SuiteChunk]) -> ItemValues:
     return {
-        (chunk.chunk, place): value
+        (chunk.chunk, index): value
         for chunk in chunks
-        for place, value in enumerate(chunk.values.get(measure, ()))
+        for index, value in enumerate(chunk.values.get(measure, ()))
         if value is not None
     }
 
 
 def _score(title: str, measure: Measure, chunks: Sequence[SuiteChunk]) -> Score:
-    known = _values(measure.name, chunks)
+    by_item = _values(measure.name, chunks)
     total = sum(len(chunk.items) for chunk in chunks)
-    if not known:
+    if not by_item:
         raise ScoreError(f"{title}: {measure.name!r} is unknown for all {total} items")
-    values = [known[key] for key in sorted(known)]
+    values = [by_item[key] for key in sorted(by_item)]
     detail: dict[str, float] = {"items": len(values), "unknown": total - len(values)}
     for part in ("counts", "sums"):
         for name in sorted({name for chunk in chunks for name in getattr(chunk, part)}):

@@ -50,10 +50,10 @@ class KlDivergenceSuite(ItemSuite[KlSuite]):
             base = model.continuation_logits(prompts, answers)
         edited = model.continuation_logits(prompts, answers)
         values, identical, nats = [], 0, []
-        for one, other in zip(base, edited, strict=True):
-            own = kl_divergence(one, other).double()
-            values.append(float(own.mean()))
-            nats += own.tolist()
-            identical += int(torch.eq(one, other).all(dim=-1).sum())
+        for before, after in zip(base, edited, strict=True):  # logits, (token, vocab)
+            divergences = kl_divergence(before, after).double()
+            values.append(float(divergences.mean()))
+            nats += divergences.tolist()
+            identical += int(torch.eq(before, after).all(dim=-1).sum())
         counts = {"tokens": len(nats), "identical": identical}
         return SuiteChunk.of(chunk, {DIVERGENCE.name: values}, counts)
