@@ -69,7 +69,7 @@ def _processor() -> str:
 
 
 def _matrix_units() -> list[str]:
-    """Return the instructions that make bfloat16 products fast; they decide the ratio to float32."""
+    """Return instructions that make bfloat16 products fast; they decide the ratio to float32."""
     flags = next((line.split() for line in _cpu_lines() if line.startswith("flags")), [])
     return [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
 
