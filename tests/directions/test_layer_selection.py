@@ -42,8 +42,8 @@ def test_the_layer_that_passes_and_leaves_least_is_chosen() -> None:
         "the model's logits are not numbers",
         "", "", "",
     ]  # fmt: skip
-    said = "layer 4 has the best direction (mean-difference): without it refusals go from 5.00 to"
-    assert f"{said} -4.00 nats" in found.sentence()
+    best = "layer 4 has the best direction (mean-difference): removing it takes refusals from 5.00"
+    assert f"{best} to -4.00 nats" in found.sentence()
     assert found.rows()[0] == ["base model", "5.00", "-6.00", "", ""]
     assert found.rows()[3] == ["2", "", "", "", "the model's logits are not numbers"]
     assert found.rows()[5] == ["4", "-4.00", "0.01", "0.100", "chosen"]

@@ -10,16 +10,16 @@ from peft import PeftModel
 from torch import nn
 
 from ray_abliterate.directions.directions import Directions
-from ray_abliterate.export.adapter import AdapterEdit, Base, write_adapter
+from ray_abliterate.export.adapter import AdapterBase, AdapterEdit, write_adapter
 from ray_abliterate.export.checkpoint import Checkpoint
 from ray_abliterate.export.checkpoint_writers import StoredWriter, stored_writers
-from ray_abliterate.export.file_layout import layout_of
+from ray_abliterate.export.file_layout import choose_layout
 from ray_abliterate.export.merged import EditedTensors, write_merged
-from ray_abliterate.export.scratch import Scratch
+from ray_abliterate.export.output_folder import PartialExport
 from ray_abliterate.model.architecture import find_writers, text_config
 from ray_abliterate.model.loading import auto_class
-from ray_abliterate.model.skeleton import build_skeleton
-from ray_abliterate.pipeline.progress import Unwatched
+from ray_abliterate.model.skeleton import skeleton_of_folder
+from ray_abliterate.pipeline.progress import SilentProgress
 from ray_abliterate.recipe import ModelSettings
 from ray_abliterate.search.plan import ModelShape, Plan
 from ray_abliterate.testing.tiny import tiny_model
@@ -27,7 +27,7 @@ from ray_abliterate.testing.tiny import tiny_model
 CLOSE = 2e-5
 """Largest difference of logits (which are near 1) and weights in float32."""
 CPU = torch.device("cpu")
-WATCH = Unwatched()
+WATCH = SilentProgress()
 
 
 def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32, **how: Any) -> Path:
@@ -46,7 +46,7 @@ def loaded(folder: Path) -> Any:
 
 
 def targets_of(folder: Path) -> list[StoredWriter]:
-    module = build_skeleton(folder, ModelSettings(name=str(folder)))
+    module = skeleton_of_folder(folder, ModelSettings(name=str(folder)))
     return stored_writers(module, Checkpoint.open(folder), (), CPU)
 
 
@@ -79,8 +79,8 @@ def write(
     to.mkdir()
     checkpoint = Checkpoint.open(source)
     edited = EditedTensors(targets_of(source), plan, directions)
-    layout = layout_of(checkpoint, shard_bytes)
-    write_merged(checkpoint, layout, edited, Scratch(to, {}), Unwatched())
+    layout = choose_layout(checkpoint, shard_bytes)
+    write_merged(checkpoint, layout, edited, PartialExport(to, {}), SilentProgress())
     (to / ".progress.json").unlink()
     return to
 
@@ -100,10 +100,12 @@ def adapt(
 ) -> Path:
     """The adapter of a plan."""
     to.mkdir()
-    module = build_skeleton(source, ModelSettings(name=str(source)))
+    module = skeleton_of_folder(source, ModelSettings(name=str(source)))
     targets = stored_writers(module, Checkpoint.open(source), (), CPU)
     edit = AdapterEdit(module, targets, plan, directions)
-    write_adapter(edit, Base(**{"name": "some/model", "revision": "abc", **base}), limit, to, WATCH)
+    write_adapter(
+        edit, AdapterBase(**{"name": "some/model", "revision": "abc", **base}), limit, to, WATCH
+    )
     return to
 
 
