@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ray_abliterate.model.loading import load
+from ray_abliterate.model.loading import load_model
 from ray_abliterate.recipe import ModelSettings
 
 GROUP, ZERO = 32, 8
@@ -77,7 +77,8 @@ def by_hand(
     """A checkpoint with every linear layer but the last in 4 bits; what they multiply with."""
     shutil.copytree(original, folder)
     tensors, dense = load_file(folder / "model.safetensors"), {}
-    for name, module in load(str(original), ModelSettings(name=str(original)))[0].named_modules():
+    model, _ = load_model(str(original), ModelSettings(name=str(original)))
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             codes, scales = rounded(tensors.pop(f"{name}.weight"), 4, GROUP)
             dense[f"{name}.weight"] = meant(codes, scales)
@@ -114,7 +115,7 @@ def by_compressed_tensors(original: Path, folder: Path, kind: str) -> dict[str, 
     )
     settings = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
     shutil.copytree(original, folder)
-    model, dense = load(str(original), ModelSettings(name=str(original)))[0], {}
+    model, dense = load_model(str(original), ModelSettings(name=str(original)))[0], {}
     apply_quantization_config(model, settings)
     for name, module in model.named_modules():
         if hasattr(module, "weight_scale"):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_abliterate.cluster.object_store import Reference
-from ray_abliterate.cluster.placement import Layout
+from ray_abliterate.cluster.placement import ReplicaLayout
 from ray_abliterate.data.builtin.planted_model import build_planted_model
 from ray_abliterate.pipeline.directory import RunDirectory
 from ray_abliterate.pipeline.extraction import find_directions
@@ -94,7 +94,7 @@ class InProcessPool:
     def __init__(self, replica: Any) -> None:
         self.replica = replica
         self.facts = replica.describe()
-        self.layout = Layout(1, 0.0, 1.0, torch.get_num_threads())
+        self.layout = ReplicaLayout(1, 0.0, 1.0, torch.get_num_threads())
 
     def call(self, method: Callable[..., Any], *args: Any) -> Any:
         return getattr(self.replica, method.__name__)(*args)

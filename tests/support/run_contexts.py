@@ -17,7 +17,7 @@ def run_context(
     progress: Progress | None = None,
     base: Path | None = None,
 ) -> RunContext:
-    """Return a context whose recipe, base and display are the run's own and silent, if not given."""
+    """Return a context; without arguments, of the run's own recipe and with a silent display."""
     display = progress or SilentProgress()
     record = EventRecorder(directory, display)
     return RunContext(
