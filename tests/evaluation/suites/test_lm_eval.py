@@ -128,7 +128,7 @@ def test_tasks_that_cannot_be_are_refused_before_a_model_is_asked(
     ("metric", "says"),
     [
         ("f2", r"tiny_first has no metric 'f2'\.\n  Set `metric` to one of: acc, brier_score"),
-        ("brier_score", r"brier_score of tiny_first is no number of a single sample"),
+        ("brier_score", r"brier_score of tiny_first is one number for all samples"),
     ],
 )
 def test_metrics_that_cannot_be_are_refused(
