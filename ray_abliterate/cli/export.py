@@ -100,6 +100,8 @@ def push(
 
     progress = LineDisplay(console())
     folder = find_or_export(place, trial, progress, unverified, originals)
+    if user_stderr().isatty():
+        release_terminal()  # the Hub's client shows its progress bars itself
     revision = upload_export(folder, to, progress, public, unverified, with_responses)
     say(f"Uploaded to {to}, revision {revision}")
 

@@ -83,7 +83,7 @@ def log_to(path: Path) -> None:
 
 
 def release_terminal() -> None:
-    """Stop silencing libraries, because another program is about to replace this one."""
+    """Stop silencing libraries: another program, or a library's own display, takes over."""
     if _active is not None:
         _active.restore()
 
