@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ray_abliterate.cli.options import RunFolder, RunOrExport, TrialNumber, choose_trial, open_run
-from ray_abliterate.cli.terminal import console, log_to, say
+from ray_abliterate.cli.terminal import console, log_to, release_terminal, say, user_stderr
 
 commands = typer.Typer()
 
