@@ -169,7 +169,7 @@ def test_prompts_of_one_token_are_prompts(
         torch.testing.assert_close(together[index], alone, rtol=1e-4, atol=1e-5)
     assert torch.isfinite(model.next_token_logits(words)).all()
     assert len(model.answer(words, 2)) == 3
-    with pytest.raises(ModelError, match="positions = 2, but all prompts end with only 0 tokens"):
+    with pytest.raises(ModelError, match="positions = 2, but prompts end with 0 tokens"):
         model.residuals(words, 2)
 
 
