@@ -305,10 +305,14 @@ class BatchedModel:
         try:
             packed = PackedModel(self.module, self.blocks)
             engine = Engine(packed, self.end_tokens, text, len(self.blocks))
-            rows = probe_rows(self.module, (12, 17), share=9)
-            batch = engine.batch(rows)
-            alone = self.padded.logits(rows[:1], 1, Prefix())[0, 0]  # (vocab,)
-            same = same_logits(alone, engine.logits(batch, [1, 1])[0][0][0])
+            rows = probe_rows(self.module, (12, 17, 14), share=9)
+            packed_logits = engine.logits(engine.batch(rows), [1, 1, 1])[0]
+            # Every row, not the first alone: a recurrent or convolutional state would run from a
+            # row into those behind it, and the first has nothing before it.
+            same = all(
+                same_logits(self.padded.logits([row], 1, Prefix())[0, 0], logits[0])  # (vocab,)
+                for row, logits in zip(rows, packed_logits, strict=True)
+            )
         except (NotPackable, RuntimeError, TypeError, AttributeError, KeyError) as error:
             return None, str(error).splitlines()[0]
         if not same:
